@@ -1,0 +1,34 @@
+// The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in _C and for
+// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops are functional.
+//
+// u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ijckd, m) {
+  // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling.
+  m.def(
+      "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
+      "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
+      "(Tensor z, Tensor fm, Tensor mean, Tensor var, Tensor y, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
+  // The same in two steps, with the all-reduce of SyncBN between them.
+  m.def("connector_project(Tensor u, Tensor weight) -> (Tensor y, Tensor mean, Tensor var)");
+  m.def(
+      "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, "
+      "Tensor? pooled_t, bool relu, float eps) -> (Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
+  // Backward, in two steps for the same reason: the channel sums, then everything that needs them.
+  m.def(
+      "connector_channel_grads(Tensor grad_z, Tensor grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, Tensor res, "
+      "Tensor res_yhat, int positions, bool match_map) -> (Tensor grad_z, Tensor d_gamma, Tensor d_beta)");
+  m.def(
+      "connector_input_grads(Tensor grad_z, Tensor grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, Tensor "
+      "weight, "
+      "Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, bool relu, float "
+      "eps, "
+      "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
+
+  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass.
+  m.def(
+      "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
+      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad) -> "
+      "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
+}

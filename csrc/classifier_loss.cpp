@@ -1,0 +1,111 @@
+// Host side of classifier_loss: checks, allocation, library GEMMs around the passes of classifier_loss.h.
+#include "classifier_loss.h"
+
+#include <tuple>
+
+#include "op.h"
+#include "rows.h"
+
+namespace ijckd {
+namespace {
+
+constexpr const char* kOp = "classifier_loss";
+
+void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg) {
+  if (!labels) return;
+  check_shape(labels, {B}, kOp, arg, "[B]");
+  check_device(labels, kOp, arg);
+  check(labels->scalar_type() == ScalarType::Long, kOp, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
+#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN
+  const int64_t* l = labels->const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < B; ++b)
+    check(l[b] >= 0 && l[b] < K, kOp, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
+#else
+  (void)K;
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, const Tensor& weight, const OptTensor& bias,
+                                                           const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
+                                                           const OptTensor& pooled_t, const OptTensor& logits_t,
+                                                           double label_smoothing, double ce, double sr, double fm, double kl,
+                                                           double temperature, bool grad) {
+  check(z.dim() == 2, kOp, ": z must be [B, Ct], got ", shape(z));
+  check(weight.dim() == 2 && weight.size(1) == z.size(1), kOp, ": weight must be [K, Ct] with Ct = ", z.size(1), " like z, got ",
+        shape(weight));
+  check(on_device(z), kOp, ": z must be on ", kDevice);
+  const int64_t B = z.size(0), Ct = z.size(1), K = weight.size(0);
+  check(B > 0 && Ct > 0 && K > 0, kOp, ": z and weight must not be empty, got ", shape(z), " and ", shape(weight));
+  const DType t = dtype(weight, kOp, "weight"), acc = accumulator(t);
+  check(accumulator(dtype(z, kOp, "z")) == acc, kOp, ": z and weight must both be float64 or neither, got ",
+        name(z.scalar_type()), " and ", name(weight.scalar_type()));
+  const Tensor labels_row = torch::stable::contiguous(labels);
+  const OptTensor labels_b_row = labels_b ? OptTensor(torch::stable::contiguous(*labels_b)) : OptTensor();
+  check_labels(labels_row, B, K, "labels");
+  check_labels(labels_b_row, B, K, "labels_b");
+  check(labels_b.has_value() == mix.has_value(), kOp, ": labels_b and mix go together, got only ", mix ? "mix" : "labels_b");
+  check_shape(bias, {K}, kOp, "bias", "[K]");
+  check_shape(mix, {B}, kOp, "mix", "[B]");
+  check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct] like z");
+  check_shape(logits_t, {B, K}, kOp, "logits_t", "[B, K]");
+  for (const auto& [x, arg] :
+       {std::pair{OptTensor(weight), "weight"}, {bias, "bias"}, {mix, "mix"}, {pooled_t, "pooled_t"}, {logits_t, "logits_t"}})
+    check_device(x, kOp, arg);
+  check(fm == 0 || pooled_t, kOp, ": fm = ", fm, " needs pooled_t");
+  check((sr == 0 && kl == 0) || pooled_t || logits_t, kOp, ": sr = ", sr, " and kl = ", kl, " need pooled_t or logits_t");
+  check(temperature > 0, kOp, ": temperature must be > 0, got ", temperature);
+  check(label_smoothing >= 0 && label_smoothing <= 1, kOp, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
+
+  const LossWeights weights{ce, sr, fm, kl, temperature, label_smoothing};
+  const Tensor w = torch::stable::contiguous(weight), z_acc = as(z, acc);
+  const OptTensor bias_acc = as(bias, acc), mix_acc = as(mix, acc), pooled_acc = as(pooled_t, acc);
+  const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
+  const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),
+               top1 = torch::stable::new_empty(z, {}, ScalarType::Long);
+  Launch launch(z);
+
+  OptTensor d, delta, teacher;
+  if (pooled_t) {
+    d = empty(z, {B, Ct}, acc);
+    void* fm_rows = static_cast<char*>(part_rows.mutable_data_ptr()) + kPartFm * B * part_rows.element_size();
+    launched(feature_diff({acc, z_acc.const_data_ptr(), pooled_acc->const_data_ptr(), d->mutable_data_ptr(), fm_rows, B, Ct},
+                          launch.stream),
+             "classifier_loss's feature match");
+  }
+  // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
+  if (sr != 0 || kl != 0) {
+    if (pooled_t)
+      delta = torch::stable::contiguous(matmul_nt(as(*d, t), w));  // [B, K]
+    else
+      teacher = as(*logits_t, t);
+  }
+  const Tensor logits = torch::stable::contiguous(matmul_nt(as(z_acc, t), w));  // [B, K], becomes dloss/dlogits in place
+  launched(row_loss({t, logits.mutable_data_ptr(), data(bias_acc), data(delta), data(teacher),
+                     labels_row.const_data_ptr<int64_t>(), labels_b_row ? labels_b_row->const_data_ptr<int64_t>() : nullptr,
+                     data(mix_acc), part_rows.mutable_data_ptr(), top1_rows.mutable_data_ptr<int64_t>(), B, K, weights, grad},
+                    launch.stream),
+           "classifier_loss's row pass");
+  launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
+                     parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},
+                    launch.stream),
+           "classifier_loss's sum");
+  Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
+  if (grad) {
+    const Tensor dz_w = torch::stable::contiguous(torch::stable::matmul(logits, w));  // [B, Ct]
+    launched(
+        feature_grad({t, dz_w.const_data_ptr(), fm != 0 ? data(d) : nullptr, dz.mutable_data_ptr(), B, Ct, fm}, launch.stream),
+        "classifier_loss's gradient");
+  }
+  return {loss, parts, top1, dz};
+}
+
+}  // namespace
+}  // namespace ijckd
+
+#ifdef IJCKD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ijckd, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
+#endif
+  m.impl("classifier_loss", TORCH_BOX(&ijckd::classifier_loss));
+}

@@ -1,0 +1,63 @@
+#pragma once
+// classifier_loss without torch: pointers, sizes, a stream; loops in cpu/classifier_loss.cpp, kernels in cuda/classifier_loss.cu.
+//
+// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the classifier's), A its accumulator (dtype.h) and z's type.
+// Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace ijckd {
+
+enum { kPartCe = 0, kPartSr, kPartFm, kPartKl, kParts };
+
+struct LossWeights {
+  double ce, sr, fm, kl;
+  double temperature;
+  double label_smoothing;
+};
+
+// Per row: cross-entropy, logit match, temperature KL, top-1, and dL/dlogits in place of the logits.
+struct RowLoss {
+  DType dtype;
+  void* logits;             // [B, K] T  in: z W^T without bias; out: dL/dlogits if `grad`
+  const void* bias;         // [K] A, or null
+  const void* delta;        // [B, K] T: W d = logits - logits_t, or null
+  const void* logits_t;     // [B, K] T, or null; read only where delta is null
+  const int64_t* labels;    // [B]; a label outside [0, K) makes the row's loss NaN
+  const int64_t* labels_b;  // [B], or null
+  const void* mix;          // [B] A: share of `labels` in the target, with labels_b
+  void* part_rows;          // [kParts, B] A  out: unweighted row losses; row kPartFm is rows.h:feature_diff's
+  int64_t* top1_rows;       // [B]  out: 1 where the largest logit (the first, on a tie) is labels[b]
+  int64_t B, K;
+  LossWeights weights;
+  bool grad;
+};
+int row_loss(const RowLoss& r, void* stream);
+
+// Means of the parts over B in index order, their weighted sum, and the top-1 count.
+struct LossSum {
+  DType dtype;               // A
+  const void* part_rows;     // [kParts, B] A
+  const int64_t* top1_rows;  // [B]
+  void* loss;                // []       A  out
+  void* parts;               // [kParts] A  out
+  int64_t* top1;             // []          out
+  int64_t B, K, Ct;
+  LossWeights weights;
+};
+int loss_sum(const LossSum& s, void* stream);
+
+// dz = dlogits W (given in T) + 2 fm d / (B Ct), in A.
+struct FeatureGrad {
+  DType dtype;       // T
+  const void* dz_w;  // [B, Ct] T: dlogits W
+  const void* d;     // [B, Ct] A, or null without pooled match
+  void* dz;          // [B, Ct] A  out
+  int64_t B, Ct;
+  double fm;
+};
+int feature_grad(const FeatureGrad& f, void* stream);
+
+}  // namespace ijckd

@@ -1,0 +1,196 @@
+// Host side of connector_match: checks, allocation, library GEMMs around the passes of connector_match.h.
+#include "connector_match.h"
+
+#include <tuple>
+
+#include "op.h"
+#include "rows.h"
+
+namespace ijckd {
+namespace {
+
+constexpr const char* kOp = "connector_match";
+
+// The affine map's tensors in the accumulator type; keeps them alive while pointers to them are in use.
+struct AffineTensors {
+  OptTensor mean, var, gamma, beta;  // [Ct] A
+
+  Affine pointers(double eps) const { return {data(mean), data(var), data(gamma), data(beta), eps}; }
+};
+
+AffineTensors affine(const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+                     const OptTensor& var, DType acc) {
+  return {as(mean, acc), as(var, acc), as(bn_weight, acc), as(bn_weight ? bn_bias : bias, acc)};
+}
+
+Tensor none(const Tensor& like, DType t) { return empty(like, {0}, t); }
+
+struct Projected {
+  Tensor y, mean, var;  // [B, P, Ct] T, [Ct] A, [Ct] A (statistics empty unless asked for)
+};
+
+Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
+  check(u.dim() == 3, kOp, ": u must be rows [B, P, Cs], got ", shape(u));
+  check(weight.dim() == 2 && weight.size(1) == u.size(2), kOp, ": weight must be [Ct, Cs] with Cs = ", u.size(2), " like u, got ",
+        shape(weight));
+  check(on_device(u), kOp, ": u must be on ", kDevice);
+  check_device(weight, kOp, "weight");
+  const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
+  check(weight.scalar_type() == u.scalar_type(), kOp, ": weight must have u's dtype ", name(u.scalar_type()), ", got ",
+        name(weight.scalar_type()));
+  const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), N = B * P;
+  check(N > 0 && Ct > 0, kOp, ": u and weight must not be empty, got ", shape(u), " and ", shape(weight));
+  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, u.size(2)});
+  const Tensor y = torch::stable::contiguous(matmul_nt(rows, weight));  // [N, Ct]
+  Projected out{torch::stable::view(y, {B, P, Ct}), none(u, acc), none(u, acc)};
+  if (statistics) {
+    out.mean = empty(u, {Ct}, acc);
+    out.var = empty(u, {Ct}, acc);
+    Launch launch(u);
+    launched(
+        channel_stats({t, y.const_data_ptr(), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct}, launch.stream),
+        "connector_match's channel statistics");
+  }
+  return out;
+}
+
+struct Applied {
+  Tensor z, fm, count, yhat, res, res_yhat;  // [B, Ct], [], [B, Ct], [B, Ct], [Ct], [Ct], all A
+};
+
+Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
+  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2);
+  check(!(map_t && pooled_t), kOp, ": give map_t or pooled_t, not both");
+  check_shape(map_t, {B, P, Ct}, kOp, "map_t", "the teacher's map of Z's size, as rows [B, P, Ct]");
+  check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct]");
+  for (const auto& [p, arg] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "bn_weight"}, {&a.beta, "bias"}}) {
+    check_shape(*p, {Ct}, kOp, arg, "[Ct]");
+    check_device(*p, kOp, arg);
+  }
+  check_device(map_t, kOp, "map_t");
+  check_device(pooled_t, kOp, "pooled_t");
+  check(!map_t || map_t->scalar_type() == y.scalar_type(), kOp, ": map_t must have u's dtype ", name(y.scalar_type()), ", got ",
+        map_t ? name(map_t->scalar_type()) : "");
+
+  const OptTensor target = as(map_t, t);
+  Applied out{empty(y, {B, Ct}, acc), empty(y, {}, acc), empty(y, {B, Ct}, acc),
+              empty(y, {B, Ct}, acc), none(y, acc),      none(y, acc)};
+  OptTensor square, res, res_yhat;  // [B, Ct] A
+  if (map_t) square = empty(y, {B, Ct}, acc), res = empty(y, {B, Ct}, acc), res_yhat = empty(y, {B, Ct}, acc);
+  Launch launch(y);
+  const auto out_ptr = [](const OptTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
+  launched(
+      match_forward({t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(), out.count.mutable_data_ptr(),
+                     out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
+                    launch.stream),
+      "connector_match's forward pass");
+  const auto sum = [&](const Tensor& x, const Tensor& to, int64_t rows, int64_t cols, double scale) {
+    launched(column_sum({acc, x.const_data_ptr(), to.mutable_data_ptr(), rows, cols, scale}, launch.stream),
+             "connector_match's sums");
+  };
+  if (map_t) {
+    out.res = empty(y, {Ct}, acc);
+    out.res_yhat = empty(y, {Ct}, acc);
+    const Tensor per_channel = empty(y, {Ct}, acc);
+    sum(*res, out.res, B, Ct, 1);
+    sum(*res_yhat, out.res_yhat, B, Ct, 1);
+    sum(*square, per_channel, B, Ct, 1);
+    sum(per_channel, out.fm, Ct, 1, 1 / (double(B) * double(P) * double(Ct)));
+  } else if (pooled_t) {
+    const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
+    launched(feature_diff(
+                 {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
+                 launch.stream),
+             "connector_match's pooled match");
+    sum(rows, out.fm, B, 1, 1 / (double(B) * double(Ct)));
+  } else {
+    torch::stable::zero_(out.fm);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
+    const Tensor& u, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
+    const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+  const bool batch_stats = bn_weight && !mean;
+  const Projected p = project(u, weight, batch_stats);
+  const AffineTensors a = affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean,
+                                 batch_stats ? OptTensor(p.var) : var, accumulator(dtype(u, kOp, "u")));
+  const Applied o = apply(p.y, a, map_t, pooled_t, relu, eps);
+  return {o.z, o.fm, p.mean, p.var, p.y, o.count, o.yhat, o.res, o.res_yhat};
+}
+
+std::tuple<Tensor, Tensor, Tensor> connector_project(const Tensor& u, const Tensor& weight) {
+  const Projected p = project(u, weight, true);
+  return {p.y, p.mean, p.var};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(const Tensor& y, const OptTensor& bias,
+                                                                           const OptTensor& bn_weight, const OptTensor& bn_bias,
+                                                                           const OptTensor& mean, const OptTensor& var,
+                                                                           const OptTensor& map_t, const OptTensor& pooled_t,
+                                                                           bool relu, double eps) {
+  const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, accumulator(dtype(y, kOp, "y")));
+  const Applied o = apply(torch::stable::contiguous(y), a, map_t, pooled_t, relu, eps);
+  return {o.z, o.fm, o.count, o.yhat, o.res, o.res_yhat};
+}
+
+std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z, const Tensor& grad_fm, const Tensor& z,
+                                                           const OptTensor& pooled_t, const Tensor& count, const Tensor& yhat,
+                                                           const Tensor& res, const Tensor& res_yhat, int64_t positions,
+                                                           bool match_map) {
+  const DType acc = dtype(z, kOp, "z");
+  const int64_t B = z.size(0), Ct = z.size(1);
+  check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
+  const Tensor g_in = as(grad_z, acc), fm_in = as(grad_fm, acc);
+  const OptTensor target = as(pooled_t, acc);
+  const Tensor g = empty(z, {B, Ct}, acc), d_gamma = empty(z, {Ct}, acc), d_beta = empty(z, {Ct}, acc);
+  Launch launch(z);
+  launched(channel_grads({acc, g_in.const_data_ptr(), fm_in.const_data_ptr(), z.const_data_ptr(), data(target),
+                          count.const_data_ptr(), yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
+                          match_map ? res_yhat.const_data_ptr() : nullptr, g.mutable_data_ptr(), d_gamma.mutable_data_ptr(),
+                          d_beta.mutable_data_ptr(), B, positions, Ct},
+                         launch.stream),
+           "connector_match's channel gradients");
+  return {g, d_gamma, d_beta};
+}
+
+std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Tensor& grad_fm, const OptTensor& d_gamma,
+                                                 const OptTensor& d_beta, double n_stats, const Tensor& u, const Tensor& weight,
+                                                 const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight,
+                                                 const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
+                                                 const OptTensor& map_t, bool relu, double eps, bool need_du, bool need_dweight) {
+  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
+  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2), N = B * P, Cs = u.size(2);
+  const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, acc);
+  const OptTensor target = as(map_t, t);
+  const Tensor g = as(grad_z, acc), fm = as(grad_fm, acc), dy = empty(y, {N, Ct}, t);
+  Launch launch(y);
+  launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), fm.const_data_ptr(),
+                           data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
+                          launch.stream),
+           "connector_match's backward pass");
+  Tensor du = none(u, t), dweight = none(u, t);
+  if (need_du) du = torch::stable::view(torch::stable::contiguous(torch::stable::matmul(dy, weight)), {B, P, Cs});
+  if (need_dweight) {
+    const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
+    dweight = torch::stable::contiguous(torch::stable::matmul(torch::stable::transpose(dy, 0, 1), rows));
+  }
+  return {du, dweight};
+}
+
+}  // namespace
+}  // namespace ijckd
+
+#ifdef IJCKD_CUDA
+STABLE_TORCH_LIBRARY_IMPL(ijckd, CUDA, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
+#endif
+  m.impl("connector_match", TORCH_BOX(&ijckd::connector_match));
+  m.impl("connector_project", TORCH_BOX(&ijckd::connector_project));
+  m.impl("connector_apply", TORCH_BOX(&ijckd::connector_apply));
+  m.impl("connector_channel_grads", TORCH_BOX(&ijckd::connector_channel_grads));
+  m.impl("connector_input_grads", TORCH_BOX(&ijckd::connector_input_grads));
+}

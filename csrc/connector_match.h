@@ -1,0 +1,96 @@
+#pragma once
+// connector_match without torch: pointers, sizes, a stream. Implemented twice with the same signatures, by loops in
+// cpu/connector_match.cpp and by kernels in cuda/connector_match.cu; the host side (connector_match.cpp) is compiled against
+// each.
+//
+// Names: B images, P positions (H*W), N = B*P, Ct teacher channels. T is `dtype`; A its accumulator (dtype.h).
+// Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "row_math.h"
+
+namespace ijckd {
+
+// BatchNorm (or the projection's bias) as one affine map per channel; null mean: no BatchNorm.
+struct Affine {
+  const void* mean;   // [Ct] A, or null
+  const void* var;    // [Ct] A, biased, or null
+  const void* gamma;  // [Ct] A, or null
+  const void* beta;   // [Ct] A, or null
+  double eps;
+};
+
+// Channel c of the map, in numbers.
+template <typename A>
+IJCKD_HD Channel<A> channel(const Affine& f, int64_t c) {
+  const A *mean = static_cast<const A*>(f.mean), *var = static_cast<const A*>(f.var);
+  const A *gamma = static_cast<const A*>(f.gamma), *beta = static_cast<const A*>(f.beta);
+  return {mean ? mean[c] : A(0), var ? A(1) / A(sqrt(var[c] + A(f.eps))) : A(1), gamma ? gamma[c] : A(1), beta ? beta[c] : A(0)};
+}
+
+// Biased mean and variance of each channel over all N rows.
+struct ChannelStats {
+  DType dtype;
+  const void* y;  // [N, Ct] T
+  void* mean;     // [Ct]    A  out
+  void* var;      // [Ct]    A  out
+  int64_t N, Ct;
+};
+int channel_stats(const ChannelStats& s, void* stream);
+
+// BatchNorm-apply, ReLU, match against the teacher's map and pooling in one pass over (y, map_t).
+struct MatchForward {
+  DType dtype;
+  const void* y;      // [N, Ct] T
+  const void* map_t;  // [N, Ct] T, or null
+  Affine affine;
+  void* z;         // [B, Ct] A  out: mean over P of Z
+  void* count;     // [B, Ct] A  out: Pooled::count
+  void* yhat;      // [B, Ct] A  out: Pooled::yhat
+  void* square;    // [B, Ct] A  out, with map_t: Pooled::square
+  void* res;       // [B, Ct] A  out, with map_t: Pooled::res
+  void* res_yhat;  // [B, Ct] A  out, with map_t: Pooled::res_yhat
+  int64_t B, P, Ct;
+  bool relu;
+};
+int match_forward(const MatchForward& m, void* stream);
+
+// g = grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with pooled match) goes to grad_out; then, with c = 2 grad_fm / (B P Ct),
+// d_beta[ch] = sum_b g count / P + c res[ch];  d_gamma[ch] = sum_b g yhat / P + c res_yhat[ch].
+struct ChannelGrads {
+  DType dtype;
+  const void* grad_z;    // [B, Ct] A
+  const void* grad_fm;   // [] A
+  const void* z;         // [B, Ct] A
+  const void* pooled_t;  // [B, Ct] A, or null
+  const void* count;     // [B, Ct] A
+  const void* yhat;      // [B, Ct] A
+  const void* res;       // [Ct] A, or null without map match
+  const void* res_yhat;  // [Ct] A, or null
+  void* grad_out;        // [B, Ct] A  out
+  void* d_gamma;         // [Ct] A  out
+  void* d_beta;          // [Ct] A  out
+  int64_t B, P, Ct;
+};
+int channel_grads(const ChannelGrads& g, void* stream);
+
+// dL/dy, row_math.h:position_grad.
+struct MatchBackward {
+  DType dtype;
+  const void* y;      // [N, Ct] T
+  const void* map_t;  // [N, Ct] T, or null
+  Affine affine;
+  const void* grad_z;   // [B, Ct] A: channel_grads' grad_out
+  const void* grad_fm;  // [] A
+  const void* d_gamma;  // [Ct] A: sums over all n_stats positions; null: BatchNorm did not use the batch's statistics
+  const void* d_beta;   // [Ct] A, or null
+  void* dy;             // [N, Ct] T  out
+  int64_t B, P, Ct;
+  double n_stats;  // positions behind the batch statistics, over all ranks
+  bool relu;
+};
+int match_backward(const MatchBackward& m, void* stream);
+
+}  // namespace ijckd

@@ -1,0 +1,179 @@
+#pragma once
+// What the host side of every op needs: checks whose text names op, argument, wanted and found; dtypes; the current stream;
+// library GEMMs. Knows no op.
+//
+// Each host file is compiled twice: into _C for the CPU, and with IJCKD_CUDA defined into _C_cuda. Only torch's stable ABI is
+// used (target 2.10), so that one wheel serves every torch >= 2.10.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+#ifdef IJCKD_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace ijckd {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using torch::headeronly::ScalarType;
+
+template <typename... Args>
+[[noreturn]] void fail(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  throw std::runtime_error(text.str());
+}
+
+template <typename... Args>
+void check(bool ok, const Args&... args) {
+  if (!ok) fail(args...);
+}
+
+inline std::string shape(const Tensor& t) {
+  std::ostringstream s;
+  s << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << "]";
+  return s.str();
+}
+
+inline const char* name(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return "another dtype";
+  }
+}
+
+inline DType dtype(const Tensor& t, const char* op, const char* arg) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      fail(op, ": ", arg, " must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got ",
+           name(t.scalar_type()));
+  }
+}
+
+inline ScalarType scalar(DType t) {
+  switch (t) {
+    case DType::f64:
+      return ScalarType::Double;
+    case DType::bf16:
+      return ScalarType::BFloat16;
+    case DType::f16:
+      return ScalarType::Half;
+    case DType::f32:
+      break;
+  }
+  return ScalarType::Float;
+}
+
+// `t` in dtype `to`, contiguous; itself where it already is.
+inline Tensor as(const Tensor& t, DType to) {
+  const ScalarType wanted = scalar(to);
+  return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
+}
+
+inline OptTensor as(const OptTensor& t, DType to) { return t ? OptTensor(as(*t, to)) : OptTensor(); }
+
+inline const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, DType t) {
+  return torch::stable::new_empty(like, size, scalar(t));
+}
+
+// a [M, K] times b [N, K] transposed: [M, N]. The library's GEMM, so every dtype and shape works.
+inline Tensor matmul_nt(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1)); }
+
+#ifdef IJCKD_CUDA
+constexpr const char* kDevice = "cuda";
+
+inline bool on_device(const Tensor& t) { return t.is_cuda(); }
+
+// libtorch_cuda's C shim is looked up at run time, so that this library compiles, links and loads beside a CPU-only torch too.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
+    using Fn = int32_t (*)(int32_t, void**);
+    static const Fn current_stream = [] {
+      void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return lib ? reinterpret_cast<Fn>(dlsym(lib, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    check(current_stream != nullptr, "ijckd_fast: this torch has no CUDA; install a CUDA build of torch to use tensors on a GPU");
+    check(current_stream(t.get_device_index(), &stream) == 0, "ijckd_fast: torch gave no current CUDA stream");
+  }
+
+  void* stream = nullptr;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#else
+constexpr const char* kDevice = "cpu";
+
+inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+struct Launch {
+  explicit Launch(const Tensor&) {}
+  void* stream = nullptr;
+};
+#endif
+
+const char* launch_error(int code);  // cuda/launch.cu; the CPU loops never return an error
+
+inline void launched(int code, const char* what) {
+#ifdef IJCKD_CUDA
+  check(code == 0, "ijckd_fast: launching ", what, " failed: ", launch_error(code));
+#else
+  check(code == 0, "ijckd_fast: ", what, " failed with code ", code);
+#endif
+}
+
+inline void check_device(const OptTensor& t, const char* op, const char* arg) {
+  check(!t || on_device(*t), op, ": ", arg, " must be on ", kDevice, " like the first argument");
+}
+
+inline void check_shape(const OptTensor& t, std::initializer_list<int64_t> wanted, const char* op, const char* arg,
+                        const char* symbols) {
+  if (!t) return;
+  bool same = t->dim() == static_cast<int64_t>(wanted.size());
+  int64_t i = 0;
+  std::ostringstream w;
+  for (const int64_t n : wanted) {
+    w << (i ? ", " : "") << n;
+    same = same && t->size(i) == n;
+    ++i;
+  }
+  check(same, op, ": ", arg, " must be ", symbols, " = [", w.str(), "], got ", shape(*t));
+}
+
+}  // namespace ijckd

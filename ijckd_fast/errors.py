@@ -1,0 +1,16 @@
+"""Mistakes a user can mend: one sentence that says what was wanted, what was found and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Raised for a mistake in the user's data, settings or files; the command line prints its text without a traceback."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns "" or "; did you mean 'a' or 'b'?" with up to three names of `known` close to `name`."""
+    near = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,112 @@
+"""The oracle: both fused ops in plain PyTorch, same names and signatures as `ijckd_fast.ops`, never tuned.
+
+Selected by a test or by `--head reference`; never a silent fallback. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def connector_match(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+    map_t: Tensor | None = None,
+    pooled_t: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Contract: `ijckd_fast.ops.connector_match`. Method: Z = g(F_s), z = GAP(Z), D(Z or z, F_t or h_t)."""
+    acc = torch.float64 if u.dtype == torch.float64 else torch.float32
+    x = u[:, :, None, None] if u.dim() == 2 else u  # [B, Cs, H, W]
+    y = F.conv2d(x, weight.reshape(weight.shape[0], weight.shape[1], 1, 1)).to(acc)  # [B, Ct, H, W]
+    if bias is not None:
+        y = y + bias.to(acc)[:, None, None]
+    if bn_weight is not None:
+        if training and process_group is not None:
+            y = _sync_batch_norm(y, running_mean, running_var, bn_weight, bn_bias, momentum, eps, process_group)
+        else:
+            y = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    Z = F.relu(y) if relu else y  # [B, Ct, H, W]
+    z = Z.mean((2, 3))  # [B, Ct]
+    if map_t is not None:
+        fm = (Z - map_t.to(acc).reshape(Z.shape)).square().mean()
+    elif pooled_t is not None:
+        fm = (z - pooled_t.to(acc)).square().mean()
+    else:
+        fm = z.new_zeros(())
+    return z, fm
+
+
+def _sync_batch_norm(y, running_mean, running_var, bn_weight, bn_bias, momentum, eps, group):
+    """BatchNorm whose mean and variance are taken over the maps of every rank in `group` (ranks may differ in B)."""
+    local = torch.cat([y.sum((0, 2, 3)), y.square().sum((0, 2, 3)), y.new_tensor([y.numel() / y.shape[1]])])
+    total = dist_nn.all_reduce(local, group=group)
+    Ct = y.shape[1]
+    n = total[-1]
+    mean = total[:Ct] / n
+    var = total[Ct : 2 * Ct] / n - mean.square()
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * n / (n - 1)).to(running_var.dtype), momentum)
+    yhat = (y - mean[:, None, None]) * torch.rsqrt(var + eps)[:, None, None]
+    return yhat * bn_weight[:, None, None] + bn_bias[:, None, None]
+
+
+def classifier_loss(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    labels_b: Tensor | None = None,
+    mix: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pooled_t: Tensor | None = None,
+    logits_t: Tensor | None = None,
+    ce: float = 1.0,
+    sr: float = 0.0,
+    fm: float = 0.0,
+    kl: float = 0.0,
+    temperature: float = 4.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contract: `ijckd_fast.ops.classifier_loss`. Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL."""
+    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
+    if logits_t is None and pooled_t is not None:
+        logits_t = F.linear(pooled_t.to(weight.dtype), weight, bias)
+    zero = logits.new_zeros(())
+
+    ce_part = zero
+    if ce != 0:
+        rows = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)  # [B]
+        if labels_b is not None:
+            rows_b = F.cross_entropy(logits, labels_b, reduction="none", label_smoothing=label_smoothing)
+            rows = mix.to(acc) * rows + (1 - mix.to(acc)) * rows_b
+        ce_part = rows.mean()
+    sr_part = (logits - logits_t.to(acc)).square().mean() if sr != 0 else zero
+    fm_part = (z.to(acc) - pooled_t.to(acc)).square().mean() if fm != 0 else zero
+    kl_part = zero
+    if kl != 0:
+        log_p_t = F.log_softmax(logits_t.to(acc) / temperature, dim=1)
+        log_p = F.log_softmax(logits / temperature, dim=1)
+        kl_part = F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True) * temperature**2
+
+    loss = ce * ce_part + sr * sr_part + fm * fm_part + kl * kl_part
+    parts = torch.stack([ce_part, sr_part, fm_part, kl_part]).detach()
+    top1 = (logits.detach().argmax(1) == labels).sum()
+    return loss, parts, top1

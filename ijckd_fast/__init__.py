@@ -32,6 +32,7 @@ def _load_libraries() -> bool:
 
 HAS_CUDA_LIBRARY = _load_libraries()
 
-from ijckd_fast.ops import classifier_loss, connector_match  # noqa: E402  (the ops exist only once the libraries are loaded)
+# only now: the ops exist once the libraries are loaded
+from ijckd_fast.ops import classifier_loss, connector_match  # noqa: E402
 
 __all__ = ["HAS_CUDA_LIBRARY", "classifier_loss", "connector_match"]

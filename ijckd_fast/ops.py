@@ -156,8 +156,25 @@ def _(grad_z, grad_fm, z, pooled_t, count, yhat, res, res_yhat, positions, match
 
 @torch.library.register_fake("ijckd::connector_input_grads")
 def _(
-    grad_z, grad_fm, d_gamma, d_beta, n_stats, u, weight, y, bias, bn_weight, bn_bias, mean, var, map_t, relu, eps, need_du, need_dweight
-):  # fmt: skip
+    grad_z,
+    grad_fm,
+    d_gamma,
+    d_beta,
+    n_stats,
+    u,
+    weight,
+    y,
+    bias,
+    bn_weight,
+    bn_bias,
+    mean,
+    var,
+    map_t,
+    relu,
+    eps,
+    need_du,
+    need_dweight,
+):
     du = u.new_empty(u.shape) if need_du else u.new_empty(0)
     return du, weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
 
@@ -206,13 +223,29 @@ def _connector_grads(ctx, grad_z, grad_fm, group=None, n_stats=None):
     if need_du or need_dw:
         sums = (d_gamma, d_beta) if ctx.batch_stats else (None, None)
         if group is not None:
-            both = torch.stack(sums)
+            both = torch.stack((d_gamma, d_beta))
             dist.all_reduce(both, group=group)
             sums = (both[0], both[1])
         n = float(y.shape[0] * positions if n_stats is None else n_stats)
         du, dw = _ops.connector_input_grads(
-            grad_z, grad_fm, *sums, n, u, weight, y, bias, bn_weight, bn_bias, mean, var, map_t, ctx.relu, ctx.eps, need_du, need_dw
-        )  # fmt: skip
+            grad_z,
+            grad_fm,
+            *sums,
+            n,
+            u,
+            weight,
+            y,
+            bias,
+            bn_weight,
+            bn_bias,
+            mean,
+            var,
+            map_t,
+            ctx.relu,
+            ctx.eps,
+            need_du,
+            need_dw,
+        )
 
     def like(g, x, i):
         return g.to(x.dtype) if x is not None and ctx.needs_input_grad[i] else None

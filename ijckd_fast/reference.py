@@ -67,6 +67,12 @@ def _sync_batch_norm(y, running_mean, running_var, bn_weight, bn_bias, momentum,
     return yhat * bn_weight[:, None, None] + bn_bias[:, None, None]
 
 
+def _needed(x: Tensor | None, arg: str) -> Tensor:
+    if x is None:
+        raise RuntimeError(f"classifier_loss: these weights need {arg}")
+    return x
+
+
 def classifier_loss(
     z: Tensor,
     weight: Tensor,
@@ -96,13 +102,14 @@ def classifier_loss(
         rows = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)  # [B]
         if labels_b is not None:
             rows_b = F.cross_entropy(logits, labels_b, reduction="none", label_smoothing=label_smoothing)
-            rows = mix.to(acc) * rows + (1 - mix.to(acc)) * rows_b
+            share = _needed(mix, "mix").to(acc)
+            rows = share * rows + (1 - share) * rows_b
         ce_part = rows.mean()
-    sr_part = (logits - logits_t.to(acc)).square().mean() if sr != 0 else zero
-    fm_part = (z.to(acc) - pooled_t.to(acc)).square().mean() if fm != 0 else zero
+    sr_part = (logits - _needed(logits_t, "pooled_t or logits_t").to(acc)).square().mean() if sr != 0 else zero
+    fm_part = (z.to(acc) - _needed(pooled_t, "pooled_t").to(acc)).square().mean() if fm != 0 else zero
     kl_part = zero
     if kl != 0:
-        log_p_t = F.log_softmax(logits_t.to(acc) / temperature, dim=1)
+        log_p_t = F.log_softmax(_needed(logits_t, "pooled_t or logits_t").to(acc) / temperature, dim=1)
         log_p = F.log_softmax(logits / temperature, dim=1)
         kl_part = F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True) * temperature**2
 

@@ -1,4 +1,4 @@
-"""The compiled ops against reference.py (another program), in float64; gradcheck, opcheck, compile; half precision against eager's own error."""
+"""The compiled ops against reference.py, another program, in float64; gradcheck, opcheck, compile; half precision against eager."""
 
 import itertools
 import os
@@ -87,7 +87,10 @@ SHAPES = [(5, 6, 3, 4), (2, 3, 1, 1), (1, 5, 7, 7), (3, 1, 8, 8), (4, 6)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("norm", "match", "relu"), list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False))))  # fmt: skip
+@pytest.mark.parametrize(
+    ("norm", "match", "relu"),
+    list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False))),
+)
 def test_connector_match_equals_reference(shape, norm, match, relu):
     leaves, keywords = connector_inputs(shape, norm=norm, match=match, relu=relu)
     assert_equal_to(
@@ -146,7 +149,10 @@ def test_connector_match_gradient_of_channels_last_is_channels_last():
     assert du.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("norm", "match", "relu"), [("train", "map", True), ("train", "pooled", False), ("eval", "map", True), ("bias", "map", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("norm", "match", "relu"),
+    [("train", "map", True), ("train", "pooled", False), ("eval", "map", True), ("bias", "map", False)],
+)
 def test_connector_match_gradcheck(norm, match, relu):
     leaves, keywords = connector_inputs((3, 4, 2, 2), 5, norm=norm, match=match, relu=relu)
 
@@ -179,7 +185,11 @@ def test_connector_match_precise_when_mean_dwarfs_deviation():
     leaves = {k: v.detach() for k, v in leaves.items()}
     leaves["u"][:, 0] += 3000
     leaves["weight"][:, 0] = 1
-    oracle = run_connector(reference.connector_match, {k: v.double() for k, v in leaves.items()}, {k: v.double() if isinstance(v, Tensor) else v for k, v in keywords.items()})  # fmt: skip
+    oracle = run_connector(
+        reference.connector_match,
+        {k: v.double() for k, v in leaves.items()},
+        {k: v.double() if isinstance(v, Tensor) else v for k, v in keywords.items()},
+    )
     fused, eager = (
         run_connector(ops.connector_match, leaves, keywords),
         run_connector(reference.connector_match, leaves, keywords),
@@ -304,7 +314,8 @@ def loss_inputs(B=5, Ct=6, K=9, dtype=F64, seed=0, scale=1.0):
 
 
 def loss_keywords(labels_b, mix, pooled_t, **changed):
-    return dict(labels_b=labels_b, mix=mix, pooled_t=pooled_t, label_smoothing=0.1, ce=0.7, sr=0.5, fm=0.3, kl=0.9, temperature=3.0) | changed  # fmt: skip
+    defaults = {"label_smoothing": 0.1, "ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0}
+    return {"labels_b": labels_b, "mix": mix, "pooled_t": pooled_t} | defaults | changed
 
 
 def run_loss(op, z, weight, bias, labels, labels_b, mix, pooled_t, **changed):
@@ -319,7 +330,7 @@ ALONE = {p: dict.fromkeys(PARTS, 0.0) | {p: 0.8} for p in PARTS}
 PLAIN = {"labels_b": None, "mix": None, "label_smoothing": 0.0}
 LOSS_CASES = {
     "all": {},
-    **{p: w for p, w in ALONE.items()},
+    **ALONE,
     "hard labels": PLAIN,
     "smoothing": {"labels_b": None, "mix": None, "label_smoothing": 0.3},
     "mixup": {"label_smoothing": 0.0},
@@ -328,7 +339,9 @@ LOSS_CASES = {
 }
 
 
-@pytest.mark.parametrize(("case", "teacher"), [(c, t) for c in LOSS_CASES for t in ("pooled_t", "logits_t") if (c, t) != ("fm", "logits_t")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "teacher"), [(c, t) for c in LOSS_CASES for t in ("pooled_t", "logits_t") if (c, t) != ("fm", "logits_t")]
+)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_classifier_loss_equals_reference(case, teacher, with_bias):
     z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs()
@@ -431,7 +444,11 @@ def op_samples():
         )
         yield f"connector_match {norm} {match}", torch.ops.ijckd.connector_match.default, (*args, *rest)
     z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs()
-    yield "classifier_loss", torch.ops.ijckd.classifier_loss.default, (z.requires_grad_(), weight, bias, labels, labels_b, mix, pooled_t, None, 0.1, 0.7, 0.5, 0.3, 0.9, 3.0, True)  # fmt: skip
+    yield (
+        "classifier_loss",
+        torch.ops.ijckd.classifier_loss.default,
+        (z.requires_grad_(), weight, bias, labels, labels_b, mix, pooled_t, None, 0.1, 0.7, 0.5, 0.3, 0.9, 3.0, True),
+    )
     u = torch.randn(3, 4, 6, dtype=F64)
     weight = torch.randn(5, 6, dtype=F64)
     yield "connector_project", torch.ops.ijckd.connector_project.default, (u, weight)
@@ -439,11 +456,34 @@ def op_samples():
     ones, zeros = torch.ones(5, dtype=F64), torch.zeros(5, dtype=F64)
     apply_args = (y, None, ones, zeros, mean, var, torch.randn(3, 4, 5, dtype=F64), None, True, 1e-5)
     yield "connector_apply", torch.ops.ijckd.connector_apply.default, apply_args
-    z, fm, *pooled = torch.ops.ijckd.connector_apply(*apply_args)
+    z, _, *pooled = torch.ops.ijckd.connector_apply(*apply_args)
     grads_args = (torch.randn(3, 5, dtype=F64), torch.ones((), dtype=F64), z, None, *pooled, 4, True)
     yield "connector_channel_grads", torch.ops.ijckd.connector_channel_grads.default, grads_args
     g, d_gamma, d_beta = torch.ops.ijckd.connector_channel_grads(*grads_args)
-    yield "connector_input_grads", torch.ops.ijckd.connector_input_grads.default, (g, torch.ones((), dtype=F64), d_gamma, d_beta, 12.0, u, weight, y, None, ones, zeros, mean, var, apply_args[6], True, 1e-5, True, True)  # fmt: skip
+    yield (
+        "connector_input_grads",
+        torch.ops.ijckd.connector_input_grads.default,
+        (
+            g,
+            torch.ones((), dtype=F64),
+            d_gamma,
+            d_beta,
+            12.0,
+            u,
+            weight,
+            y,
+            None,
+            ones,
+            zeros,
+            mean,
+            var,
+            apply_args[6],
+            True,
+            1e-5,
+            True,
+            True,
+        ),
+    )
 
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=name) for name, op, args in op_samples()])
@@ -467,7 +507,15 @@ def test_compile_fullgraph():
     weight_t, labels = torch.randn(9, 7), torch.tensor([0, 3, 8, 1])
 
     def head(u, weight, bn_weight, bn_bias, running_mean, running_var):
-        z, fm = ops.connector_match(u, weight, bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var, map_t=keywords["map_t"])  # fmt: skip
+        z, fm = ops.connector_match(
+            u,
+            weight,
+            bn_weight=bn_weight,
+            bn_bias=bn_bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            map_t=keywords["map_t"],
+        )
         loss, _, top1 = ops.classifier_loss(z, weight_t, None, labels, pooled_t=keywords["map_t"].mean((2, 3)), sr=1.0)
         return loss + fm, top1
 
@@ -494,8 +542,14 @@ def test_connector_match_refuses():
     _refused("u must be [B, Cs, H, W] or [B, Cs], got [5, 6, 3]", lambda: call(u[..., 0], weight))
     _refused("weight must be [Ct, Cs] with Cs = 6 like u, got [7, 5]", lambda: call(u, weight[:, :5]))
     _refused("weight must have u's dtype float64, got float32", lambda: call(u, weight.float()))
-    _refused("u must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got int64", lambda: call(u.long(), weight.long()))  # fmt: skip
-    _refused("map_t must be [B, Ct, H, W] = [5, 7, 3, 4] like Z, got [5, 7, 4, 4]", lambda: call(u, weight, map_t=torch.zeros(5, 7, 4, 4, dtype=F64)))  # fmt: skip
+    _refused(
+        "u must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got int64",
+        lambda: call(u.long(), weight.long()),
+    )
+    _refused(
+        "map_t must be [B, Ct, H, W] = [5, 7, 3, 4] like Z, got [5, 7, 4, 4]",
+        lambda: call(u, weight, map_t=torch.zeros(5, 7, 4, 4, dtype=F64)),
+    )
     _refused(
         "pooled_t must be [B, Ct] = [5, 7], got [5, 6]", lambda: call(u, weight, pooled_t=torch.zeros(5, 6, dtype=F64))
     )
@@ -503,7 +557,10 @@ def test_connector_match_refuses():
         "give map_t or pooled_t, not both",
         lambda: call(u, weight, map_t=keywords["map_t"], pooled_t=torch.zeros(5, 7, dtype=F64)),
     )
-    _refused("bn_weight must be [Ct] = [7], got [6]", lambda: call(u, weight, bn_weight=torch.ones(6, dtype=F64), bn_bias=torch.ones(7, dtype=F64)))  # fmt: skip
+    _refused(
+        "bn_weight must be [Ct] = [7], got [6]",
+        lambda: call(u, weight, bn_weight=torch.ones(6, dtype=F64), bn_bias=torch.ones(7, dtype=F64)),
+    )
     _refused("bn_weight and bn_bias go together", lambda: call(u, weight, bn_weight=torch.ones(7, dtype=F64)))
     _refused("bias must be None with BatchNorm", lambda: call(u, weight, torch.zeros(7, dtype=F64), **bn))
     _refused("running_mean and running_var are needed", lambda: call(u, weight, **bn, training=False))
@@ -531,7 +588,10 @@ def test_classifier_loss_refuses():
         "labels must lie in [0, K) = [0, 9), got 9 at position 2",
         lambda: call(z, weight, bias, torch.tensor([0, 1, 9, 2, 3])),
     )
-    _refused("labels_b must lie in [0, K) = [0, 9), got -1", lambda: call(z, weight, bias, labels, labels_b=-torch.ones(5, dtype=torch.int64), mix=mix))  # fmt: skip
+    _refused(
+        "labels_b must lie in [0, K) = [0, 9), got -1",
+        lambda: call(z, weight, bias, labels, labels_b=-torch.ones(5, dtype=torch.int64), mix=mix),
+    )
     _refused("labels_b and mix go together", lambda: call(z, weight, bias, labels, labels_b=labels_b))
     _refused("fm = 1 needs pooled_t", lambda: call(z, weight, bias, labels, fm=1.0))
     _refused("sr = 1 and kl = 0 need pooled_t or logits_t", lambda: call(z, weight, bias, labels, sr=1.0))

@@ -1,0 +1,142 @@
+"""The DALI executor: one CPU pipeline from paths to normalised pixels. Nothing of DALI is visible outside this file.
+
+DALI orders and draws nothing: an external source feeds it each BatchPlan, so that its batches are the plan's and a
+restart at any step needs no saved state.
+"""
+
+# mypy: disable-error-code="attr-defined"
+# (DALI makes the constants of its types module at run time)
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, types
+from torch import Tensor
+
+from ijckd_fast.data.loader import Loader
+from ijckd_fast.data.pillow import make_image
+from ijckd_fast.data.plan import BatchPlan, TrainPlan
+from ijckd_fast.errors import UserError
+
+_FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
+
+
+def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
+    """What the pipeline's external source takes: of a whole batch, or of one image of it."""
+    part = slice(None) if only is None else slice(only, only + 1)
+    paths = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
+    target = plan.shape if plan.resize is None else plan.resize
+    return paths, plan.size[part], plan.anchor[part], target[part], plan.flip[part]
+
+
+class DaliLoader(Loader):
+    """See Loader. Decoding, resizing and normalising run on `threads` CPU threads; a GPU gets the finished batch.
+
+    Geometry comes from the plan and the resize is antialiased, so that pixels equal Pillow's but for rounding.
+    """
+
+    _pipeline: Pipeline | None = None
+
+    def _open(self) -> None:
+        self._planned = self.start
+        self._in_flight: deque[BatchPlan] = deque()
+        self._pipeline = self._build(self._next_batch, self.plan.batch_size, self.prefetch)
+
+    def _next_batch(self, _iteration: int) -> tuple:
+        """Called by DALI, in the thread that runs the pipeline, once for each batch to be started."""
+        if self._exhausted(self._planned):
+            raise StopIteration
+        plan = self.plan.batch(self._planned)
+        self._planned += 1
+        self._in_flight.append(plan)
+        return _inputs(plan)
+
+    def _build(self, source: Callable[[int], tuple], batch_size: int, prefetch: int) -> Pipeline:
+        augment = self.plan.augment
+        size = augment.image_size
+        training = isinstance(self.plan, TrainPlan)
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=self.threads,
+            device_id=None,  # CPU only: needs neither GPU nor driver
+            prefetch_queue_depth=prefetch,
+        )
+        with pipeline:
+            # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop in training, of the
+            # resized image in evaluation.
+            path, stored, anchor, target, flip = fn.external_source(
+                source=source,
+                num_outputs=5,
+                batch=True,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 1, 0],
+            )
+            encoded = fn.io.file.read(path)
+            # The decoder must not see a file whose header cannot be parsed: DALI 2.4.0 then crashes the process in a
+            # good part of the runs. peek_image_shape raises instead, and comes first because the crop depends on it.
+            # The same dependency moves the crop off an image that is not of the size it was indexed with: an error too.
+            peeked = fn.cast(fn.peek_image_shape(encoded, adjust_orientation=False), dtype=types.INT32)[0:2]
+            off = (peeked - stored) * _FAR_OUTSIDE
+            image: Any = fn.decoders.image_slice(
+                encoded,
+                anchor + off if training else off,
+                target if training else stored,
+                axes=[0, 1],
+                output_type=types.RGB,
+                adjust_orientation=False,
+            )
+            resize_to = [size, size] if training else fn.cast(target, dtype=types.FLOAT)
+            image = fn.resize(image, size=resize_to, interp_type=types.INTERP_LINEAR, antialias=True)
+            if not training:
+                image = fn.slice(image, anchor, [size, size], axes=[0, 1])
+            pipeline.set_outputs(
+                fn.crop_mirror_normalize(
+                    image,
+                    mirror=flip,
+                    dtype=types.FLOAT,
+                    output_layout="HWC",
+                    mean=[255 * value for value in augment.mean],
+                    std=[255 * value for value in augment.std],
+                )
+            )
+        pipeline.build()
+        return pipeline
+
+    def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
+        assert self._pipeline is not None
+        try:
+            (images,) = self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = None
+            self._blame_a_file()
+            raise  # every file alone is fine: not the data's fault, so DALI's own text stands
+        # No copy: the tensor holds DALI's buffer, which DALI reuses only when the tensor is gone.
+        return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), self._in_flight.popleft()
+
+    def _blame_a_file(self) -> None:
+        """Raises UserError for the first file in flight that fails alone: DALI's message often names no file.
+
+        Pillow is asked first, because it says what is wrong.
+        """
+        suspects = [(plan, i) for plan in self._in_flight for i in range(len(plan.ids))]
+        for plan, i in suspects:
+            make_image(plan, i, self.plan.augment.image_size)
+        alone = self._build(lambda k: _inputs(*suspects[k]), batch_size=1, prefetch=1)
+        for plan, i in suspects:
+            try:
+                alone.run()
+            except RuntimeError as error:
+                why = str(error).split("\n\n")[0]
+                raise UserError(
+                    f"an image that DALI can decode was wanted at {plan.paths[i]}, found one that only Pillow can "
+                    f"({why}); save it as an ordinary JPEG or choose --data-backend pillow"
+                ) from error
+
+    def _release(self) -> None:
+        self._pipeline = None  # the last reference: DALI stops its threads and frees its buffers

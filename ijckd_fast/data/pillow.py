@@ -1,0 +1,86 @@
+"""The Pillow executor: torchvision's own operations on a thread pool. Slower than DALI; the oracle DALI is held to."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ijckd_fast.data.loader import Loader
+from ijckd_fast.data.plan import BatchPlan
+from ijckd_fast.errors import UserError
+
+
+def decode(path: str) -> Image.Image:
+    """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
+
+    raises UserError naming the path when it cannot be read or decoded
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.mode.startswith("I;16"):  # convert() would clip it at 255
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
+        raise UserError(unreadable(path, f"{type(error).__name__}: {error}")) from error
+
+
+def unreadable(path: str, why: str) -> str:
+    """The sentence for a file that was good when it was indexed and is not now."""
+    return f"an image as it was indexed was wanted at {path}, found: {why}; restore the file or build the index again"
+
+
+def make_image(plan: BatchPlan, i: int, image_size: int) -> np.ndarray:
+    """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises UserError naming the file."""
+    image = decode(plan.paths[i])
+    if (image.height, image.width) != tuple(plan.size[i]):
+        was = f"{plan.size[i][1]}x{plan.size[i][0]}"
+        raise UserError(
+            unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
+        )
+    (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
+    if plan.resize is None:  # crop first, so that no pixel outside it enters the resize (resize(box=...) would let it)
+        image = image.crop((x, y, x + w, y + h)).resize((image_size, image_size), Image.Resampling.BILINEAR)
+    else:
+        nh, nw = plan.resize[i].tolist()
+        image = image.resize((nw, nh), Image.Resampling.BILINEAR).crop((x, y, x + w, y + h))
+    pixels = np.asarray(image)
+    return pixels[:, ::-1] if plan.flip[i] else pixels
+
+
+class PillowLoader(Loader):
+    """See Loader. Prefetching keeps `prefetch` batches beyond the current one in the making, one task per image."""
+
+    _pool: ThreadPoolExecutor | None = None
+
+    def _open(self) -> None:
+        augment = self.plan.augment
+        self._shift = np.array(augment.mean, np.float32) * np.float32(255)
+        self._scale = 1 / (np.array(augment.std, np.float32) * np.float32(255))
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow-loader")
+        self._ahead: deque[tuple[BatchPlan, list[Future[np.ndarray]]]] = deque()
+        self._planned = self.start
+
+    def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
+        assert self._pool is not None
+        while len(self._ahead) <= self.prefetch and not self._exhausted(self._planned):
+            plan = self.plan.batch(self._planned)
+            self._ahead.append((plan, [self._pool.submit(self._normalised, plan, i) for i in range(len(plan.ids))]))
+            self._planned += 1
+        plan, futures = self._ahead.popleft()
+        images = np.stack([future.result() for future in futures])  # [B, S, S, 3] float32
+        return torch.from_numpy(images).permute(0, 3, 1, 2), plan
+
+    def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
+        pixels = make_image(plan, i, self.plan.augment.image_size)
+        return (pixels.astype(np.float32) - self._shift) * self._scale  # [S, S, 3] float32
+
+    def _release(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._ahead.clear()

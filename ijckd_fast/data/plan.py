@@ -1,0 +1,221 @@
+"""What every batch consists of, before any image is opened: a pure function of (index, seed, epoch, step, world size).
+
+numpy only, no state that matters: batch k can be asked for at any time, in any order, on any rank, and is the same.
+Executors (dali.py, pillow.py, synthetic.py) turn a BatchPlan into pixels and add no randomness of their own.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ijckd_fast.data.counter_rng import permutation, uniforms
+from ijckd_fast.data.index import Index
+from ijckd_fast.errors import UserError
+
+_TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
+_ORDER_SALT = 0x0DE2  # keeps the epoch's order unrelated to the crops of the same seed and epoch
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How images become network input.
+
+    image_size   side of the square input, pixels
+    scale        training crop's share of the image area, (least, most), in (0, 1]
+    ratio        training crop's width / height, (least, most)
+    hflip        probability of a horizontal flip in training
+    eval_resize  shorter side before the evaluation's centre crop, pixels; at least image_size
+    mean, std    per RGB channel, in units of [0, 1]
+    raises       UserError for values that make no sense
+    """
+
+    image_size: int = 224
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    eval_resize: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size must be at least 1 pixel, found {self.image_size}")
+        if self.eval_resize < self.image_size:
+            raise UserError(
+                f"eval_resize (the shorter side before the centre crop) must be at least image_size = "
+                f"{self.image_size}, found {self.eval_resize}; set it to {self.image_size} for no margin"
+            )
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"scale must be two area fractions with 0 < least <= most <= 1, found {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UserError(f"ratio must be two aspect ratios with 0 < least <= most, found {self.ratio}")
+        if not 0 <= self.hflip <= 1:
+            raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise UserError(f"mean and std must be three numbers each, std above 0, found {self.mean} and {self.std}")
+
+
+@dataclass(eq=False)
+class BatchPlan:
+    """One process's share of one batch. B = its number of images; y before x, height before width.
+
+    ids     [B] int64, positions in the index
+    paths   [B] absolute paths
+    labels  [B] int64
+    size    [B, 2] int32, (h, w) the stored image must have, as it was indexed
+    anchor  [B, 2] int32, (y, x) of the crop's upper left pixel
+    shape   [B, 2] int32, (h, w) of the crop
+    flip    [B] int32, 1 = mirror left to right
+    resize  training: None. The crop is cut from the stored image, then resized to image_size.
+            evaluation: [B, 2] int32, (h, w). The whole image is resized to it, then the crop, of image_size, is cut.
+    Resizing is antialiased bilinear throughout.
+    """
+
+    ids: np.ndarray
+    paths: list[str]
+    labels: np.ndarray
+    size: np.ndarray
+    anchor: np.ndarray
+    shape: np.ndarray
+    flip: np.ndarray
+    resize: np.ndarray | None
+
+
+class TrainPlan:
+    """Shuffled, augmented batches without end. An epoch drops the images that do not fill a last global batch.
+
+    batch_size   images per process; the global batch has batch_size * world
+    seed         of order and augmentation
+    rank, world  this process and how many there are. The images of global batch k, and their augmentation, depend on
+                 batch_size * world only: rank r of world takes the r-th of its equal slices.
+    raises       UserError when the data holds less than one global batch
+    """
+
+    num_steps: int | None = None
+
+    def __init__(
+        self, index: Index, augment: Augment, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        _check_shard(batch_size, rank, world)
+        self.index, self.augment, self.batch_size, self.seed = index, augment, batch_size, seed
+        self.rank, self.world = rank, world
+        self.steps_per_epoch = len(index) // (batch_size * world)
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"one training step needs {batch_size * world} images (batch size {batch_size} x {world} processes), "
+                f"but {index.root}/{index.split} has {len(index)}; lower the batch size"
+            )
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> BatchPlan:
+        """The batch of a global step: epoch, k = divmod(step, steps_per_epoch)."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:  # 1.3 million images: 0.1 s, once per epoch
+            self._epoch, self._order = epoch, permutation(self.seed ^ _ORDER_SALT, epoch, len(self.index))
+        first = (k * self.world + self.rank) * self.batch_size
+        ids = self._order[first : first + self.batch_size]
+        size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
+        anchor, shape, flip = random_resized_crop(self.seed, epoch, ids, size, self.augment)
+        return _batch(self.index, ids, size, anchor, shape, flip, None)
+
+
+class EvalPlan:
+    """Every image exactly once over all ranks, in index order, none doubled, none left out.
+
+    batch_size  images per process; the last batch may be smaller, none is empty
+    Rank r takes images r, r + world, ...; ranks may differ by one batch (and have none when there are fewer images than
+    ranks), so that results must be gathered after the loop, not in it.
+    """
+
+    def __init__(self, index: Index, augment: Augment, batch_size: int, rank: int = 0, world: int = 1) -> None:
+        _check_shard(batch_size, rank, world)
+        self.index, self.augment, self.batch_size = index, augment, batch_size
+        self.rank, self.world = rank, world
+        self._ids = np.arange(rank, len(index), world)
+        self.num_batches = -(-len(self._ids) // batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_batches
+
+    def batch(self, k: int) -> BatchPlan:
+        """Batch k in [0, num_batches)."""
+        if not 0 <= k < self.num_batches:
+            raise IndexError(f"batch {k} of {self.num_batches}")
+        ids = self._ids[k * self.batch_size : (k + 1) * self.batch_size]
+        size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
+        resize, anchor = resize_and_center_crop(size, self.augment.eval_resize, self.augment.image_size)
+        shape = np.full_like(size, self.augment.image_size)
+        return _batch(self.index, ids, size, anchor, shape, np.zeros(len(ids), np.int32), resize)
+
+
+Plan = TrainPlan | EvalPlan
+
+
+def _check_shard(batch_size: int, rank: int, world: int) -> None:
+    if batch_size < 1:
+        raise UserError(f"the batch size must be at least 1, found {batch_size}")
+    if not 0 <= rank < world:
+        raise UserError(f"rank must be from 0 to world size - 1, found rank {rank} of {world}")
+
+
+def _batch(
+    index: Index,
+    ids: np.ndarray,
+    size: np.ndarray,
+    anchor: np.ndarray,
+    shape: np.ndarray,
+    flip: np.ndarray,
+    resize: np.ndarray | None,
+) -> BatchPlan:
+    paths = [index.absolute(i) for i in ids]
+    return BatchPlan(ids.copy(), paths, index.labels[ids], np.ascontiguousarray(size), anchor, shape, flip, resize)
+
+
+def random_resized_crop(
+    seed: int, epoch: int, ids: np.ndarray, size: np.ndarray, augment: Augment
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """torchvision.transforms.RandomResizedCrop.get_params, vectorised: ten tries, then the central fallback.
+
+    ids      [n] int64; size [n, 2] int (h, w) of the stored images
+    returns  anchor [n, 2] int32 (y, x), shape [n, 2] int32 (h, w), flip [n] int32 in {0, 1}
+    A pure function of (seed, epoch, id, size): neither batch nor position in it matter.
+    """
+    n = len(ids)
+    draws = uniforms(seed, epoch, ids, 4 * _TRIES + 1)  # per try: area, ratio, y, x; then the flip
+    height, width = size[:, :1].astype(np.float64), size[:, 1:].astype(np.float64)  # [n, 1]
+    area = height * width * (augment.scale[0] + (augment.scale[1] - augment.scale[0]) * draws[:, 0 : 4 * _TRIES : 4])
+    low, high = np.log(augment.ratio)
+    ratio = np.exp(low + (high - low) * draws[:, 1 : 4 * _TRIES : 4])
+    crop_w = np.rint(np.sqrt(area * ratio))  # [n, tries]; rint rounds halves to even, as Python's round
+    crop_h = np.rint(np.sqrt(area / ratio))
+    fits = (crop_w > 0) & (crop_w <= width) & (crop_h > 0) & (crop_h <= height)
+    found = fits.any(1)
+    row, taken = np.arange(n), fits.argmax(1)  # the first try that fits
+
+    height, width = height[:, 0], width[:, 0]
+    in_ratio = width / height
+    fallback_w = np.where(in_ratio > augment.ratio[1], np.rint(height * augment.ratio[1]), width)
+    fallback_h = np.where(in_ratio < augment.ratio[0], np.rint(width / augment.ratio[0]), height)
+    h = np.where(found, crop_h[row, taken], fallback_h)
+    w = np.where(found, crop_w[row, taken], fallback_w)
+    y = np.where(found, np.floor(draws[row, 4 * taken + 2] * (height - h + 1)), (height - h) // 2)
+    x = np.where(found, np.floor(draws[row, 4 * taken + 3] * (width - w + 1)), (width - w) // 2)
+    flip = draws[:, 4 * _TRIES] < augment.hflip
+    return np.stack([y, x], 1).astype(np.int32), np.stack([h, w], 1).astype(np.int32), flip.astype(np.int32)
+
+
+def resize_and_center_crop(size: np.ndarray, shorter: int, crop: int) -> tuple[np.ndarray, np.ndarray]:
+    """torchvision's Resize(shorter) then CenterCrop(crop), crop <= shorter.
+
+    size     [n, 2] int (h, w) of the stored images
+    returns  resize [n, 2] int32 (h, w) of the resized image, anchor [n, 2] int32 (y, x) of the crop in it
+    """
+    wide = size.astype(np.int64)
+    short = wide.min(1, keepdims=True)
+    resized = np.where(
+        wide == short, shorter, (shorter * wide / short).astype(np.int64)
+    )  # the longer side is truncated
+    anchor = np.rint((resized - crop) / 2)  # halves to even, as Python's round
+    return resized.astype(np.int32), anchor.astype(np.int32)

@@ -1,0 +1,32 @@
+"""The synthetic executor: the plan's labels with one fixed batch of noise. The ceiling any real loader can reach."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ijckd_fast.data.loader import Loader
+from ijckd_fast.data.plan import BatchPlan
+
+
+class SyntheticLoader(Loader):
+    """See Loader. No file is opened: every batch is (a slice of) the same normal noise, already on the device.
+
+    A consumer that writes into the images changes those of all batches.
+    """
+
+    _noise: Tensor | None = None
+
+    def _open(self) -> None:
+        size = self.plan.augment.image_size
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(self.plan.batch_size, size, size, 3, generator=generator)
+        self._noise = noise.to(self.device, self.dtype).permute(0, 3, 1, 2)
+
+    def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
+        assert self._noise is not None
+        plan = self.plan.batch(step)
+        return self._noise[: len(plan.ids)], plan
+
+    def _release(self) -> None:
+        self._noise = None

@@ -1,0 +1,427 @@
+import gc
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from image_tree import DAMAGE, photo, write_split
+from PIL import Image
+from torchvision.transforms import functional
+
+from ijckd_fast.data import Augment, Batch, EvalPlan, Index, Loader, TrainPlan, build_index, make_loader
+from ijckd_fast.errors import UserError
+
+AUGMENT = Augment(image_size=24, eval_resize=28)
+REPOSITORY = Path(__file__).parent.parent
+EXECUTORS = ["dali", "pillow"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Index:
+    """60 images of four shapes in three classes; not to be changed."""
+    root = tmp_path_factory.mktemp("data")
+    write_split(root, "train", {"cat": 20, "dog": 20, "eel": 20})
+    return build_index(root, "train")
+
+
+@pytest.fixture
+def own(tmp_path) -> Index:
+    """24 images in two classes, to be changed."""
+    write_split(tmp_path, "train", {"cat": 12, "dog": 12}, size=(48, 64))
+    return build_index(tmp_path, "train")
+
+
+def batches(backend: str, plan, **settings) -> list[Batch]:
+    with make_loader(backend, plan, **settings) as loader:
+        return list(loader)
+
+
+def identical(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """[B, S, S, 3] float64 in 0..255, the normalisation undone."""
+    mean, std = (np.array(values) for values in (AUGMENT.mean, AUGMENT.std))
+    return 255 * (images.permute(0, 2, 3, 1).double().numpy() * std + mean)
+
+
+# --- the same bits whatever the settings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_batches_do_not_depend_on_threads_prefetch_or_start(data, backend):
+    plan = TrainPlan(data, AUGMENT, 8, seed=3)  # 7 steps per epoch: 16 steps cross two borders
+    first = batches(backend, plan, threads=1, prefetch=1, stop=16)
+    assert [len(batch.ids) for batch in first] == [8] * 16
+    assert not torch.equal(first[0].images, first[7].images)
+    for threads, prefetch in ((1, 4), (2, 1), (2, 4)):
+        assert identical(batches(backend, plan, threads=threads, prefetch=prefetch, stop=16), first)
+    for start in (5, 7, 15):
+        fresh = TrainPlan(data, AUGMENT, 8, seed=3)
+        assert identical(batches(backend, fresh, start=start, stop=16), first[start:])
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_evaluation_batches_do_not_depend_on_threads_or_prefetch(data, backend):
+    plan = EvalPlan(data, AUGMENT, 8)
+    first = batches(backend, plan, threads=1, prefetch=1)
+    assert [len(batch.ids) for batch in first] == [8] * 7 + [4]
+    assert torch.cat([batch.ids for batch in first]).tolist() == list(range(60))
+    assert identical(batches(backend, plan, threads=2, prefetch=4), first)
+    assert identical(batches(backend, plan, start=3), first[3:])
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_make_the_single_process_batch(data, backend, world):
+    alone = batches(backend, TrainPlan(data, AUGMENT, 4 * world, seed=3), stop=8)
+    ranks = [batches(backend, TrainPlan(data, AUGMENT, 4, 3, rank, world), stop=8) for rank in range(world)]
+    union = [Batch(*(torch.cat(parts) for parts in zip(*step, strict=True))) for step in zip(*ranks, strict=True)]
+    assert identical(union, alone)
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(data, backend, world):
+    alone = torch.cat([batch.images for batch in batches(backend, EvalPlan(data, AUGMENT, 60))])
+    seen = []
+    for rank in range(world):
+        for batch in batches(backend, EvalPlan(data, AUGMENT, 7, rank, world)):
+            assert torch.equal(batch.images, alone[batch.ids])
+            assert torch.equal(batch.labels, torch.from_numpy(data.labels)[batch.ids])
+            seen += batch.ids.tolist()
+    assert sorted(seen) == list(range(60))
+
+
+# --- torchvision's pixels ---------------------------------------------------------------------------------------------
+
+
+def test_pillow_evaluation_is_torchvisions(tmp_path):
+    """Odd sizes, enlarging as well as shrinking, shorter side already right: equal to the last bit before normalising."""
+    shapes = [(28, 28), (28, 77), (60, 28), (13, 20), (91, 37), (101, 333), (29, 30), (200, 201), (57, 56)]
+    for n, (height, width) in enumerate(shapes):
+        folder = tmp_path / "val" / f"c{n}"
+        folder.mkdir(parents=True)
+        photo(height, width, n).save(folder / "x.png")
+    index = build_index(tmp_path, "val")
+    transforms = torchvision.transforms
+    chain = transforms.Compose([transforms.Resize(28), transforms.CenterCrop(24), transforms.PILToTensor()])
+    (batch,) = batches("pillow", EvalPlan(index, AUGMENT, 100))
+    want = np.stack([chain(Image.open(index.absolute(i))).permute(1, 2, 0).numpy() for i in range(len(shapes))])
+    assert np.abs(pixels(batch.images) - want).max() < 1e-3
+    normalise = transforms.Normalize(AUGMENT.mean, AUGMENT.std)
+    want_float = normalise(torch.from_numpy(want).permute(0, 3, 1, 2) / 255)
+    assert (batch.images - want_float).abs().max() < 1e-5
+    (dali,) = batches("dali", EvalPlan(index, AUGMENT, 100))
+    assert np.abs(pixels(dali.images) - want).max() < 1.1
+
+
+def test_pillow_training_is_torchvisions(data):
+    plan = TrainPlan(data, AUGMENT, 30, seed=3)
+    (batch,) = batches("pillow", plan, stop=1)
+    numbers = plan.batch(0)
+    flips = 0
+    for i, path in enumerate(numbers.paths):
+        (y, x), (h, w) = numbers.anchor[i].tolist(), numbers.shape[i].tolist()
+        with Image.open(path) as image:
+            want = functional.resized_crop(image.convert("RGB"), y, x, h, w, [24, 24])
+        if numbers.flip[i]:
+            want = functional.hflip(want)
+            flips += 1
+        assert np.abs(pixels(batch.images)[i] - np.asarray(want)).max() < 1e-3
+    assert 5 < flips < 25
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Index:
+    """One class per kind of file that is unusual and fine."""
+    root = tmp_path_factory.mktemp("odd")
+    rotated = Image.Exif()
+    rotated[274] = 6
+    picture = photo(120, 160, 3)
+    gray16 = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    files = {
+        "jpeg": lambda path: picture.save(path, quality=90),
+        "progressive": lambda path: picture.save(path, quality=90, progressive=True),
+        "fullchroma": lambda path: picture.save(path, quality=90, subsampling=0),
+        "grayscale": lambda path: picture.convert("L").save(path),
+        "cmyk": lambda path: picture.convert("CMYK").save(path),
+        "png": lambda path: picture.save(path, format="PNG"),
+        "alpha": lambda path: picture.convert("RGBA").save(path, format="PNG"),
+        "palette": lambda path: picture.quantize(64).save(path, format="PNG"),
+        "gray16": lambda path: gray16.save(path, format="PNG"),
+        "webp": lambda path: picture.save(path, format="WEBP"),
+        "exif": lambda path: picture.save(path, quality=90, exif=rotated),
+    }
+    for name, write in files.items():
+        folder = root / "train" / name
+        folder.mkdir(parents=True)
+        write(folder / "x.JPEG")
+    return build_index(root, "train")
+
+
+def test_dali_and_pillow_make_the_same_pixels(odd):
+    assert not odd.quarantined
+    (dali,), (pillow,) = (batches(backend, EvalPlan(odd, AUGMENT, 100)) for backend in EXECUTORS)
+    difference = np.abs(pixels(dali.images) - pixels(pillow.images))
+    for name, image in zip(odd.classes, difference, strict=True):
+        assert image.max() < 1.1, name  # one grey level of rounding
+        assert image.mean() < 0.5, name
+    spread = pixels(pillow.images).std(axis=(1, 2, 3))
+    assert spread.min() > 20  # pictures, not plain areas that agree by chance
+
+    plan = TrainPlan(odd, AUGMENT, len(odd), seed=0)
+    for dali, pillow in zip(*(batches(backend, plan, stop=20) for backend in EXECUTORS), strict=True):
+        difference = np.abs(pixels(dali.images) - pixels(pillow.images)).mean(axis=(1, 2, 3))
+        for name, mean in zip((odd.classes[i] for i in dali.ids), difference, strict=True):
+            assert mean < 0.6, name
+        assert torch.equal(dali.labels, pillow.labels)
+
+
+def test_exif_rotation_is_ignored(odd):
+    """As torchvision does: the rotated file has the pixels of the plain one."""
+    for backend in EXECUTORS:
+        (batch,) = batches(backend, EvalPlan(odd, AUGMENT, 100))
+        plain, rotated = (batch.images[odd.classes.index(name)] for name in ("jpeg", "exif"))
+        assert torch.equal(plain, rotated)
+
+
+# --- files that go bad after indexing ---------------------------------------------------------------------------------
+
+ROT = {
+    **DAMAGE,
+    "gone": lambda path: path.unlink(),
+    "became a folder": lambda path: (path.unlink(), path.mkdir()),
+    "smaller image": lambda path: photo(30, 40).save(path),
+    "larger image": lambda path: photo(96, 128).save(path),
+    "turned image": lambda path: photo(64, 48).save(path),
+}
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("rot", ROT)
+@pytest.mark.parametrize("split", ["training", "evaluation"])
+def test_file_that_rots_after_indexing_is_named(own, backend, rot, split):
+    bad = Path(own.absolute(17))
+    good = bad.read_bytes()
+    ROT[rot](bad)
+    whole = Augment(image_size=24, eval_resize=28, scale=(1.0, 1.0))  # a crop that reaches every damage
+    plan = TrainPlan(own, whole, 6, seed=0) if split == "training" else EvalPlan(own, whole, 6)
+    where = next(k for k in range(4) if 17 in plan.batch(k).ids)
+    with make_loader(backend, plan, stop=4) as loader:
+        with pytest.raises(UserError) as caught:
+            list(loader)
+        assert str(bad) in str(caught.value)
+        assert "restore the file or build the index again" in str(caught.value)
+        if rot.endswith("image"):
+            assert "64x48 were indexed" in str(caught.value)
+        if bad.is_dir():
+            bad.rmdir()
+        bad.write_bytes(good)
+        assert len(list(loader)) == 4  # mended: the same loader runs
+    assert where in range(4)
+
+
+def test_a_header_that_cannot_be_parsed_does_not_crash_dali(tmp_path):
+    """Without the guard, all of 24 such processes died of SIGSEGV."""
+    write_split(tmp_path, "train", {"cat": 31, "dog": 32}, size=(150, 200))
+    for name in ("text", "truncated header"):
+        photo(150, 200).save(tmp_path / "train" / "dog" / f"{name}.jpg")
+    index = build_index(tmp_path, "train")
+    assert len(index) == 65
+    for name in ("text", "truncated header"):
+        DAMAGE[name](tmp_path / "train" / "dog" / f"{name}.jpg")
+    code = f"""
+import numpy as np
+from ijckd_fast.data import Augment, Index, TrainPlan, make_loader
+from ijckd_fast.errors import UserError
+paths = {index.paths!r}
+sizes = np.tile(np.array([[200, 150]], np.int32), (65, 1))
+index = Index({index.root!r}, "train", ("cat", "dog"), paths, np.zeros(65, np.int64), sizes, [], "")
+named = 0
+for seed in range(20):
+    with make_loader("dali", TrainPlan(index, Augment(image_size=32, eval_resize=32), 65, seed), stop=1) as loader:
+        try:
+            list(loader)
+        except UserError as error:
+            named += ".jpg, found: " in str(error) and "restore the file" in str(error)
+print("named", named)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "named 20" in done.stdout
+
+
+def test_what_only_pillow_can_decode_is_named_too(own):
+    """The index keeps such files out; here one slips in after it."""
+    bad = Path(own.absolute(17))
+    photo(48, 64).save(bad, format="GIF")
+    with make_loader("dali", EvalPlan(own, AUGMENT, 6)) as loader, pytest.raises(UserError) as caught:
+        list(loader)
+    assert str(bad) in str(caught.value)
+    assert "--data-backend pillow" in str(caught.value)
+
+
+def test_batches_before_the_bad_one_arrive(own):
+    ROT["gone"](Path(own.absolute(17)))
+    for backend in EXECUTORS:
+        loader = make_loader(backend, EvalPlan(own, AUGMENT, 6), prefetch=1)
+        assert [next(loader).ids.tolist() for _ in range(2)] == [list(range(6)), list(range(6, 12))]
+        with pytest.raises(UserError, match=r"005\.jpg"):
+            next(loader)
+        loader.close()
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+def test_batch_layout(data, backend):
+    for plan in (TrainPlan(data, AUGMENT, 8, seed=0), EvalPlan(data, AUGMENT, 8)):
+        with make_loader(backend, plan) as loader:
+            batch = next(loader)
+        assert batch.images.shape == (8, 3, 24, 24)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert not batch.images.is_contiguous()
+        assert (batch.labels.dtype, batch.labels.shape) == (torch.int64, (8,))
+        assert (batch.ids.dtype, batch.ids.shape) == (torch.int64, (8,))
+        assert type(batch.images) is torch.Tensor
+        assert torch.equal(batch.labels, torch.from_numpy(data.labels)[batch.ids])
+        with make_loader(backend, plan, dtype=torch.bfloat16) as loader:
+            half = next(loader).images
+        assert half.dtype == torch.bfloat16
+        assert half.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(half, batch.images.bfloat16())
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_batches_stay_valid_after_later_ones_and_after_close(data, backend):
+    plan = TrainPlan(data, AUGMENT, 8, seed=0)
+    with make_loader(backend, plan, prefetch=1, stop=30) as loader:
+        kept, copies = [], []
+        for batch in loader:
+            kept.append(batch)
+            copies.append(Batch(*(tensor.clone() for tensor in batch)))
+            batch.images.mul_(1)  # may be written to
+    gc.collect()
+    batches(backend, plan, stop=30)  # whatever was freed is used again
+    assert identical(kept, copies)
+
+
+def test_writing_into_a_batch_does_not_reach_another(data):
+    plan = TrainPlan(data, AUGMENT, 8, seed=0)
+    clean = batches("dali", plan, stop=10)
+    with make_loader("dali", plan, stop=10, prefetch=1) as loader:
+        for batch, want in zip(loader, clean, strict=True):
+            assert torch.equal(batch.images, want.images)
+            batch.images.zero_()
+
+
+@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+def test_each_iteration_begins_at_the_start(data, backend):
+    with make_loader(backend, EvalPlan(data, AUGMENT, 8)) as loader:
+        assert len(loader) == 8
+        whole = list(loader)
+        assert identical(list(loader), whole)
+        for batch in loader:  # left half-way
+            if batch.ids[0] >= 16:
+                break
+        assert identical(list(loader), whole)
+        with pytest.raises(StopIteration):
+            next(loader)
+        loader.close()
+        assert identical([next(loader)], whole[:1])
+        loader.close()
+        loader.close()
+
+
+def test_training_has_no_end_and_stop_may_lie_before_the_start(data):
+    plan = TrainPlan(data, AUGMENT, 8, seed=0)
+    loader = make_loader("synthetic", plan)
+    with pytest.raises(TypeError, match="no end"):
+        len(loader)
+    ids = [batch.ids.tolist() for batch, _ in zip(loader, range(20), strict=False)]
+    assert ids == [plan.batch(step).ids.tolist() for step in range(20)]
+    assert batches("dali", plan, start=3, stop=3) == []
+    assert len(make_loader("dali", plan, start=5, stop=3)) == 0
+
+
+def test_close_ends_dalis_and_pillows_threads(data):
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    for backend in EXECUTORS:
+        batches(backend, EvalPlan(data, AUGMENT, 8))  # what a library starts once for all is started now
+        before = threads()
+        loader = make_loader(backend, TrainPlan(data, AUGMENT, 8, seed=0), threads=5)
+        next(loader)
+        assert threads() > before
+        loader.close()
+        deadline = time.monotonic() + 10  # a thread's entry outlives it by a moment
+        while threads() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threads() <= before
+
+
+def test_synthetic_opens_no_file(own):
+    plan = EvalPlan(own, AUGMENT, 10)
+    for path in own.paths:
+        (Path(own.root) / path).unlink()
+    result = batches("synthetic", plan)
+    assert [len(batch.images) for batch in result] == [10, 10, 4]
+    assert torch.cat([batch.labels for batch in result]).tolist() == own.labels.tolist()
+    assert 0.9 < result[0].images.std() < 1.1
+
+
+# --- choosing an executor ---------------------------------------------------------------------------------------------
+
+
+def test_unknown_backend(data):
+    with pytest.raises(UserError, match="one of dali, pillow, synthetic, found 'dalli'; did you mean 'dali'"):
+        make_loader("dalli", EvalPlan(data, AUGMENT, 8))
+
+
+def test_missing_dali_is_an_error_not_a_fallback(data, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ijckd_fast.data.dali", raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130, or choose --data-backend pillow"):
+        make_loader("dali", EvalPlan(data, AUGMENT, 8))
+
+
+def test_dali_is_loaded_only_when_used_and_without_noise(own):
+    code = f"""
+import sys
+from ijckd_fast.data import Augment, EvalPlan, build_index, make_loader
+assert "nvidia.dali" not in sys.modules
+plan = EvalPlan(build_index({own.root!r}, "train"), Augment(image_size=24, eval_resize=28), 8)
+list(make_loader("pillow", plan))
+assert "nvidia.dali" not in sys.modules
+assert len(list(make_loader("dali", plan))) == 3
+assert "nvidia.dali" in sys.modules
+loader = make_loader("dali", plan)
+next(loader)  # left open: the interpreter must end all the same
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("setting", [{"threads": 0}, {"prefetch": 0}, {"start": -1}], ids=str)
+@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+def test_impossible_settings_are_refused(data, backend, setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        make_loader(backend, EvalPlan(data, AUGMENT, 8), **setting)
+
+
+def test_every_loader_is_a_loader(data):
+    assert all(
+        isinstance(make_loader(name, EvalPlan(data, AUGMENT, 8)), Loader) for name in ("dali", "pillow", "synthetic")
+    )

@@ -1,0 +1,499 @@
+import json
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_tree import DAMAGE, photo, write_split
+from PIL import Image
+
+from ijckd_fast.data import Index, build_index, index
+from ijckd_fast.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _no_user_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write_split(tmp_path / "data", "train", {"cat": 5, "dog": 4, "eel": 6})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[str]:
+    """The names of the files that are opened from now on, in the order of their opening."""
+    seen: list[str] = []
+    check = index.check_image
+
+    def spy(path, full):
+        seen.append(Path(path).name)
+        return check(path, full)
+
+    monkeypatch.setattr(index, "check_image", spy)
+    return seen
+
+
+def same(a: Index, b: Index) -> bool:
+    return (a.hash, a.paths, a.classes, a.quarantined) == (b.hash, b.paths, b.classes, b.quarantined)
+
+
+def test_lists_images_in_order_with_labels_and_sizes(root):
+    found = build_index(root, "train")
+    assert found.classes == ("cat", "dog", "eel")
+    assert found.num_classes == 3
+    assert len(found) == 15
+    assert found.paths == sorted(found.paths)
+    assert found.paths[5] == "train/dog/000.jpg"
+    assert found.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 6
+    assert found.labels.dtype == np.int64
+    assert found.sizes.dtype == np.int32
+    assert found.sizes[:4].tolist() == [[64, 48], [48, 64], [40, 40], [91, 37]]  # (width, height)
+    assert found.quarantined == []
+    assert found.absolute(5) == str(root.resolve() / "train/dog/000.jpg")
+    assert Path(found.absolute(5)).is_file()
+
+
+def test_looks_into_subfolders_and_skips_hidden_and_foreign_files(root):
+    shutil.copytree(root / "train" / "cat", root / "train" / "dog" / "images" / "deep")
+    for name in ("._000.jpg", "list.txt", "archive.tar", "anim.gif"):
+        (root / "train" / "cat" / name).write_text("x")
+    (root / "train" / ".hidden").mkdir()
+    (root / "train" / "README.md").write_text("x")
+    (root / "train" / "cat" / "loop").symlink_to(root / "train")
+    (root / "train" / "cat" / "self").symlink_to(root / "train" / "cat")
+    found = build_index(root, "train")
+    assert found.classes == ("cat", "dog", "eel")
+    own = [path for path in found.paths if "/loop/" not in path]
+    assert len(own) == 20
+    assert not [path for path in found.paths if "self" in path or path.count("loop") > 1]
+    assert found.labels[found.paths.index("train/dog/images/deep/004.jpg")] == 1
+
+
+# --- files that are fine --------------------------------------------------------------------------------------------
+
+
+def test_grayscale_cmyk_png_and_exif_are_fine(root):
+    folder = root / "train" / "cat"
+    picture = photo(48, 64)
+    rotated = Image.Exif()
+    rotated[274] = 6
+    picture.convert("L").save(folder / "gray.jpg")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.save(folder / "png.jpg", format="PNG")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.quantize(16).save(folder / "palette.png")
+    picture.save(folder / "webp.webp")
+    picture.save(folder / "exif.JPEG", exif=rotated)
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    for verify in ("full", "fast"):
+        found = build_index(root, "train", verify=verify, refresh=True)
+        assert found.quarantined == []
+        assert len(found) == 23
+        assert found.sizes[found.paths.index("train/cat/exif.JPEG")].tolist() == [64, 48]  # as stored, not as shown
+
+
+# --- files that are not -----------------------------------------------------------------------------------------------
+
+REASONS = {
+    "truncated body": "truncated",
+    "missing last bytes": "truncated",
+    "truncated header": "Truncated",
+    "zero bytes": "empty file",
+    "text": "not an image",
+}
+
+
+@pytest.mark.parametrize("verify", ["full", "fast"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file_is_left_out_with_its_reason(root, damage, verify):
+    whole = build_index(root, "train", verify=verify)
+    DAMAGE[damage](root / "train" / "dog" / "001.jpg")
+    with pytest.warns(UserWarning, match=r"1 of 15 files .* left out, e\.g\. train/dog/001\.jpg"):
+        found = build_index(root, "train", verify=verify)
+    assert found.paths == [path for path in whole.paths if path != "train/dog/001.jpg"]
+    assert found.labels.tolist() == [0] * 5 + [1] * 3 + [2] * 6
+    assert len(found.sizes) == 14
+    ((path, reason),) = found.quarantined
+    assert path == "train/dog/001.jpg"
+    assert REASONS[damage] in reason
+    report = json.loads((root / ".ijckd-index" / "train.quarantine.json").read_text())
+    assert report == [{"path": path, "reason": reason}]
+    assert found.hash != whole.hash
+
+
+def test_report_forgets_a_bad_file_that_was_removed(root):
+    (root / "train" / "dog" / "bad.jpg").write_bytes(b"")
+    report = root / ".ijckd-index" / "train.quarantine.json"
+    with pytest.warns(UserWarning, match="left out"):
+        build_index(root, "train")
+    assert [row["path"] for row in json.loads(report.read_text())] == ["train/dog/bad.jpg"]
+    (root / "train" / "dog" / "bad.jpg").unlink()
+    build_index(root, "train")
+    assert json.loads(report.read_text()) == []
+
+
+def test_formats_that_dali_and_pillow_read_differently_are_left_out(root):
+    folder = root / "train" / "cat"
+    picture = photo(48, 64)
+    turned = Image.Exif()
+    turned[274] = 6
+    picture.save(folder / "gif.jpg", format="GIF")
+    picture.convert("F").save(folder / "float.tif")
+    picture.save(folder / "turned.tif", exif=turned)
+    with pytest.warns(UserWarning, match="3 of 18"):
+        found = build_index(root, "train")
+    reasons = dict(found.quarantined)
+    assert "a GIF image" in reasons["train/cat/gif.jpg"]
+    assert "mode F" in reasons["train/cat/float.tif"]
+    assert "orientation" in reasons["train/cat/turned.tif"]
+
+
+def test_header_that_claims_too_many_pixels(root):
+    path = root / "train" / "cat" / "bomb.jpg"
+    data = bytearray((root / "train" / "cat" / "000.jpg").read_bytes())
+    frame = data.index(b"\xff\xc0")  # SOF0: length 2, precision 1, height 2, width 2
+    data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="DecompressionBombError"):
+        assert len(build_index(root, "train")) == 15
+
+
+def test_unreadable_file_is_looked_at_again_when_it_comes_back(root, checked):
+    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
+    with pytest.warns(UserWarning, match="No such file"):
+        assert len(build_index(root, "train")) == 15
+    photo(48, 64).save(root / "elsewhere.jpg")
+    checked.clear()
+    assert len(build_index(root, "train")) == 16
+    assert checked == ["away.jpg"]
+
+
+@pytest.mark.parametrize("verify", ["full", "fast"])
+def test_io_error_is_not_remembered(root, monkeypatch, checked, verify):
+    real_open = open
+
+    def failing(path, *args, **kwargs):
+        if str(path).endswith("dog/002.jpg"):
+            raise PermissionError(13, "Permission denied", path)
+        return real_open(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", failing)
+        with pytest.warns(UserWarning, match="cannot be read: Permission denied"):
+            assert len(build_index(root, "train", verify=verify)) == 14
+    checked.clear()
+    assert len(build_index(root, "train", verify=verify)) == 15
+    assert checked == ["002.jpg"]
+
+
+# --- folders that are not what is wanted ------------------------------------------------------------------------------
+
+
+def test_missing_and_empty_folders(root, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
+        build_index(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match=r"has no folder 'val' \('train'\); give the folder that holds train/ and val/"):
+        build_index(root, "val")
+    (root / "val").mkdir()
+    with pytest.raises(UserError, match=r"val is empty; put one folder of images per class into it"):
+        build_index(root, "val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="it is empty"):
+        build_index(tmp_path / "empty", "train")
+    with pytest.raises(UserError, match="'train' or 'val'"):
+        build_index(root, "test")
+    with pytest.raises(UserError, match="'full' or 'fast'"):
+        build_index(root, "train", verify="quick")
+
+
+def test_flat_validation_folder(root):
+    (root / "val").mkdir()
+    photo(48, 64).save(root / "val" / "ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UserError, match=r"1 image files and no class folder; sort them"):
+        build_index(root, "val")
+
+
+def test_class_folder_without_images(root):
+    (root / "train" / "ant").mkdir()
+    (root / "train" / "ant" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"'ant' has none: it has no image file"):
+        build_index(root, "train")
+
+
+def test_class_folder_with_bad_images_only(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"'dog' has none: its 4 image files are unreadable \(.*empty file"):
+        build_index(root, "train")
+
+
+def test_val_must_have_the_classes_of_train(root):
+    classes = build_index(root, "train").classes
+    write_split(root, "val", {"cat": 2, "eel": 2, "fox": 1})
+    with pytest.raises(UserError, match=r"found 3: 1 missing \('dog'\), 1 unexpected \('fox'\)"):
+        build_index(root, "val", classes=classes)
+    shutil.move(root / "val" / "fox", root / "val" / "dog")
+    assert build_index(root, "val", classes=classes).classes == classes
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_second_build_opens_no_image(root, checked):
+    (root / "train" / "cat" / "bad.jpg").write_bytes(b"")
+    with pytest.warns(UserWarning, match="left out"):
+        first = build_index(root, "train")
+    assert len(checked) == 16
+    checked.clear()
+    with pytest.warns(UserWarning, match=r"left out.*train\.quarantine\.json"):
+        assert same(build_index(root, "train"), first)
+    assert checked == []
+    with pytest.warns(UserWarning, match="left out"):
+        build_index(root, "train", refresh=True)
+    assert len(checked) == 16
+
+
+def test_only_what_changed_is_opened(root, checked):
+    first = build_index(root, "train")
+    checked.clear()
+    photo(30, 20).save(root / "train" / "cat" / "new.jpg")
+    assert len(build_index(root, "train")) == 16
+    assert checked == ["new.jpg"]
+
+    checked.clear()
+    (root / "train" / "cat" / "new.jpg").unlink()
+    assert same(build_index(root, "train"), first)
+    assert checked == []
+
+    photo(20, 30, seed=7).save(root / "train" / "dog" / "000.jpg")
+    changed = build_index(root, "train")
+    assert checked == ["000.jpg"]
+    assert changed.sizes[5].tolist() == [30, 20]
+    assert changed.hash != first.hash
+
+    checked.clear()
+    status = (root / "train" / "eel" / "000.jpg").stat()
+    os.utime(
+        root / "train" / "eel" / "000.jpg", ns=(status.st_atime_ns, status.st_mtime_ns + 1)
+    )  # same length, new time
+    assert same(build_index(root, "train"), changed)
+    assert checked == ["000.jpg"]
+    checked.clear()
+    build_index(root, "train")
+    assert checked == []
+
+
+def test_a_fast_verdict_does_not_stand_for_a_full_one(root, checked):
+    data = (root / "train" / "cat" / "000.jpg").read_bytes()
+    comment = b"\xff\xfe\x00\x04\xff\xd9"  # the bytes of an end-of-image marker, where they do not end the image
+    (root / "train" / "cat" / "000.jpg").write_bytes(data[:2] + comment + data[2 : len(data) // 2])
+    assert len(build_index(root, "train", verify="fast")) == 15
+    checked.clear()
+    with pytest.warns(UserWarning, match="truncated"):
+        assert len(build_index(root, "train", verify="full")) == 14
+    assert len(checked) == 15
+    checked.clear()
+    with pytest.warns(UserWarning, match="truncated"):
+        assert len(build_index(root, "train", verify="fast")) == 14
+    assert checked == []
+
+
+def flips(data: bytes):
+    return (data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(4, len(data)))
+
+
+def reads_as_something_else(data: bytes, original: Path) -> bool:
+    """Whether the damage would go unnoticed without page checksums."""
+    try:
+        return not pq.read_table(pa.BufferReader(data)).equals(pq.read_table(original))
+    except (pa.ArrowException, OSError):
+        return False
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "text", "other version"])
+def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypatch):
+    first = build_index(root, "train")
+    cache = root / ".ijckd-index" / "train.parquet"
+    data = cache.read_bytes()
+    if damage == "truncate":
+        cache.write_bytes(data[: len(data) // 2])
+    elif damage == "flip":
+        cache.write_bytes(next(flipped for flipped in flips(data) if reads_as_something_else(flipped, cache)))
+    elif damage == "text":
+        cache.write_text("not a Parquet file")
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_CACHE_VERSION", "0")
+            build_index(root, "train", refresh=True)
+    checked.clear()
+    with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built anew"):
+        assert same(build_index(root, "train"), first)
+    assert len(checked) == 15
+    checked.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(build_index(root, "train"), first)
+    assert checked == []
+
+
+def test_data_folder_that_cannot_be_written(root, tmp_path, checked):
+    (root / ".ijckd-index").write_text("in the way: nothing can be created here, even by the superuser")
+    first = build_index(root, "train")
+    assert len(list((tmp_path / "user-cache" / "ijckd-fast").glob("*/train.parquet"))) == 1
+    checked.clear()
+    assert same(build_index(root, "train"), first)
+    assert checked == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_read_only_data_folder(root, tmp_path):
+    root.chmod(0o555)
+    try:
+        build_index(root, "train")
+    finally:
+        root.chmod(0o755)
+    assert not (root / ".ijckd-index").exists()
+    assert len(list((tmp_path / "user-cache" / "ijckd-fast").glob("*/train.parquet"))) == 1
+
+
+def test_nowhere_to_write_still_works(root, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.warns(UserWarning, match="could not be saved"):
+        assert len(build_index(root, "train", cache_dir=tmp_path / "file" / "cache")) == 15
+
+
+def test_cache_dir_is_used_alone(root, tmp_path, checked):
+    build_index(root, "train", cache_dir=tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["train.parquet", "train.quarantine.json"]
+    assert not (root / ".ijckd-index").exists()
+    checked.clear()
+    build_index(root, "train", cache_dir=tmp_path / "cache")
+    assert checked == []
+
+
+def test_the_latest_of_two_caches_counts(root, tmp_path, checked):
+    """A data folder that became read-only with an old index in it: the newer one in the user's cache is used."""
+    build_index(root, "train")
+    photo(20, 30).save(root / "train" / "dog" / "new.jpg")
+    old = root / ".ijckd-index"
+    old.rename(tmp_path / "aside")
+    old.write_text("in the way")
+    build_index(root, "train")
+    old.unlink()
+    (tmp_path / "aside").rename(old)
+    checked.clear()
+    assert len(build_index(root, "train")) == 16
+    assert checked == []
+
+
+def test_interrupted_scan_keeps_what_it_has(root, checked, monkeypatch):
+    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
+    check = index.check_image
+
+    def interrupt(path, full):
+        if path.endswith("eel/003.jpg"):
+            time.sleep(0.2)  # the files before it are done by now
+            raise KeyboardInterrupt
+        return check(path, full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "check_image", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(root, "train", workers=1)
+    checked.clear()
+    assert len(build_index(root, "train")) == 15
+    assert "003.jpg" in checked
+    assert len(checked) <= 3
+
+
+def test_workers_do_not_change_the_index(root):
+    (root / "train" / "cat" / "bad.jpg").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, many = (build_index(root, "train", workers=workers, refresh=True) for workers in (1, 8))
+    assert same(one, many)
+
+
+def test_names_that_are_not_utf8(root):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    shutil.copy(root / "train" / "cat" / "000.jpg", root / "train" / "cat" / name)
+    bad = os.fsdecode(b"b\xe9d.jpg")
+    (root / "train" / "cat" / bad).write_bytes(b"")
+    for _ in range(2):  # fresh and from the cache
+        with pytest.warns(UserWarning, match="left out"):
+            found = build_index(root, "train")
+        assert f"train/cat/{name}" in found.paths
+        assert found.quarantined[0][0] == f"train/cat/{bad}"
+
+
+def test_hash_is_the_contents(root, tmp_path):
+    first = build_index(root, "train")
+    shutil.copytree(root, tmp_path / "copy")  # other place, other times
+    assert build_index(tmp_path / "copy", "train").hash == first.hash
+    shutil.move(tmp_path / "copy" / "train" / "cat" / "000.jpg", tmp_path / "copy" / "train" / "cat" / "0000.jpg")
+    assert build_index(tmp_path / "copy", "train").hash != first.hash
+
+
+def test_progress_bar_goes_to_stderr(root, capfd):
+    build_index(root, "train", progress=True)
+    assert capfd.readouterr().out == ""
+
+
+# --- subsets ----------------------------------------------------------------------------------------------------------
+
+
+def test_subset_takes_as_many_of_each_class(root):
+    full = build_index(root, "train")
+    half = full.subset(per_class=3, seed=1)
+    assert np.bincount(half.labels).tolist() == [3, 3, 3]
+    assert half.paths == sorted(half.paths)
+    for i, path in enumerate(half.paths):
+        j = full.paths.index(path)
+        assert half.labels[i] == full.labels[j]
+        assert half.sizes[i].tolist() == full.sizes[j].tolist()
+    assert same(half, full.subset(per_class=3, seed=1))
+    assert half.paths != full.subset(per_class=3, seed=2).paths
+    assert set(full.subset(per_class=2, seed=1).paths) < set(half.paths)  # nested: the first of the same order
+    assert len({full.hash, half.hash, full.subset(per_class=2, seed=1).hash, full.subset(3, seed=2).hash}) == 4
+    assert full.subset() is full
+
+
+def test_label_noise_changes_the_stated_share_to_other_classes():
+    labels = np.repeat(np.arange(4), 500)
+    paths = [f"train/c/{i}.jpg" for i in range(2000)]
+    full = Index("/data", "train", tuple("abcd"), paths, labels, np.ones((2000, 2), np.int32), [], "hash")
+    noisy = full.subset(label_noise=0.3, seed=5)
+    changed = noisy.labels != labels
+    assert changed.sum() == 600
+    assert (full.labels == labels).all()  # the original is untouched
+    moves = np.bincount(4 * labels[changed] + noisy.labels[changed], minlength=16).reshape(4, 4)
+    assert moves.diagonal().sum() == 0
+    assert moves[~np.eye(4, dtype=bool)].min() > 30  # 50 expected in each of the 12 other places
+    assert noisy.hash != full.hash
+    assert noisy.hash != full.subset(label_noise=0.2, seed=5).hash
+    assert (noisy.labels == full.subset(label_noise=0.3, seed=5).labels).all()
+    assert (noisy.labels != full.subset(label_noise=0.3, seed=6).labels).any()
+    both = full.subset(per_class=10, label_noise=0.5, seed=5)
+    assert (len(both), (both.labels != np.repeat(np.arange(4), 10)).sum()) == (40, 20)
+
+
+@pytest.mark.parametrize("per_class", [0, 5, -1])
+def test_subset_of_too_many_is_refused(root, per_class):
+    with pytest.raises(UserError, match="class 'dog' has 4; choose a number from 1 to 4"):
+        build_index(root, "train").subset(per_class=per_class)
+
+
+def test_impossible_label_noise_is_refused(root):
+    with pytest.raises(UserError, match=r"between 0 and 1, found 1\.5"):
+        build_index(root, "train").subset(label_noise=1.5)
+    write_split(root.parent / "one", "train", {"cat": 2})
+    with pytest.raises(UserError, match="at least two classes"):
+        build_index(root.parent / "one", "train").subset(label_noise=0.5)

@@ -1,0 +1,332 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ijckd_fast.data import Augment, EvalPlan, Index, TrainPlan
+from ijckd_fast.data.counter_rng import permutation, uniforms
+from ijckd_fast.data.plan import random_resized_crop, resize_and_center_crop
+from ijckd_fast.errors import UserError
+
+
+def make_index(n: int, size: tuple[int, int] = (64, 48), classes: int = 3) -> Index:
+    """An index of files that do not exist: a plan never opens one."""
+    labels = np.arange(n) % classes
+    names = tuple(f"c{i}" for i in range(classes))
+    paths = [f"train/{names[label]}/{i}.jpg" for i, label in enumerate(labels)]
+    return Index("/data", "train", names, paths, labels, np.full((n, 2), size, np.int32), [], "hash")
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def splitmix64(x: int) -> int:
+    """The published finaliser on Python integers, independent of numpy's wrap-around."""
+    mask = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+@settings(deadline=None)
+@given(st.integers(-(2**70), 2**70), st.integers(0, 2**40), st.integers(0, 2**40), st.integers(0, 60))
+def test_uniforms_follow_the_published_generator(seed, stream, i, draw):
+    key = splitmix64(splitmix64(splitmix64(seed % 2**64) ^ stream) ^ i)
+    want = (splitmix64((key + draw * 0xD1342543DE82EF95) % 2**64) >> 11) * 2.0**-53
+    assert uniforms(seed, stream, np.array([i]), draw + 1)[0, draw] == want
+
+
+def test_splitmix64_has_its_published_first_output():
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # splitmix64.c seeded with 0
+
+
+def test_uniforms_are_uniform_and_unrelated():
+    u = uniforms(3, 5, np.arange(20_000), 4)
+    assert abs(u.mean() - 0.5) < 0.005
+    for column in u.T:
+        assert np.abs(np.histogram(column, 20, (0, 1))[0] - 1000).max() < 150
+    other = np.concatenate([u, uniforms(3, 6, np.arange(20_000), 1), uniforms(4, 5, np.arange(20_000), 1)], 1)
+    assert np.abs(np.corrcoef(other.T) - np.eye(6)).max() < 0.03
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 100), st.integers(1, 400))
+def test_permutation_is_one(seed, stream, n):
+    assert np.array_equal(np.sort(permutation(seed, stream, n)), np.arange(n))
+
+
+def test_permutations_of_epochs_and_seeds_are_unrelated():
+    orders = [permutation(seed, epoch, 5000) for seed in range(3) for epoch in range(3)]
+    assert np.abs(np.corrcoef(orders) - np.eye(9)).max() < 0.06
+
+
+# --- torchvision's crop rule ------------------------------------------------------------------------------------------
+
+
+def torchvision_crop(monkeypatch, draws, height, width, augment):
+    """torchvision's own get_params, fed with `draws` [4 * tries] in float64 instead of its generator."""
+    stream = iter(draws)
+
+    class Number(float):
+        item = float.__float__
+
+        def uniform_(self, low, high):
+            return Number(low + (high - low) * next(stream))
+
+    def pair(values):
+        return [Number(value) for value in values]
+
+    def randint(low, high, size):
+        return SimpleNamespace(item=lambda: low + math.floor(next(stream) * (high - low)))
+
+    class Generator:
+        """One try takes area, ratio, y, x in turn; a try that does not fit leaves y and x unused."""
+
+        def __init__(self):
+            self.tries = 0
+
+        def empty(self, _):
+            nonlocal stream
+            if self.tries % 2 == 0:
+                stream = iter(draws[2 * self.tries :])
+            self.tries += 1
+            return Number()
+
+    fake = SimpleNamespace(
+        tensor=pair,
+        log=lambda values: [Number(math.log(value)) for value in values],
+        exp=lambda value: Number(math.exp(value)),
+        empty=Generator().empty,
+        randint=randint,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torchvision.transforms.transforms, "torch", fake)
+        image = torch.empty(3, height, width, device="meta")
+        return torchvision.transforms.RandomResizedCrop.get_params(image, list(augment.scale), list(augment.ratio))
+
+
+CROPS = {
+    "imagenet": (Augment(), 500, 375),
+    "small": (Augment(), 32, 32),
+    "few pixels": (Augment(scale=(0.5, 1.0)), 3, 2),
+    "often falls back, wide": (Augment(scale=(0.3, 1.0)), 60, 200),
+    "often falls back, tall": (Augment(scale=(0.3, 1.0)), 200, 60),
+    "always falls back, wide": (Augment(), 4, 900),
+    "always falls back, tall": (Augment(), 900, 4),
+    "falls back to the whole image": (Augment(scale=(1.0, 1.0), ratio=(0.5, 3.0)), 2000, 2001),
+    "ratio above the image's": (Augment(scale=(1.0, 1.0), ratio=(2.0, 2.0)), 99, 99),
+    "ratio below the image's": (Augment(scale=(1.0, 1.0), ratio=(0.5, 0.5)), 99, 99),
+}
+
+
+@pytest.mark.parametrize("case", CROPS)
+def test_crop_is_torchvisions_for_the_same_draws(monkeypatch, case):
+    augment, height, width = CROPS[case]
+    ids = np.arange(200)
+    anchor, shape, _ = random_resized_crop(9, 2, ids, np.tile([[height, width]], (200, 1)), augment)
+    draws = uniforms(9, 2, ids, 41)
+    for i in ids:
+        want = torchvision_crop(monkeypatch, draws[i, :40], height, width, augment)
+        assert (*anchor[i], *shape[i]) == want
+
+
+def test_crop_fallbacks_by_hand():
+    wide = random_resized_crop(0, 0, np.arange(5), np.tile([[4, 900]], (5, 1)), Augment())
+    tall = random_resized_crop(0, 0, np.arange(5), np.tile([[900, 4]], (5, 1)), Augment())
+    assert (wide[0] == [0, 447]).all()  # x = (900 - 5) // 2
+    assert (wide[1] == [4, 5]).all()  # w = round(4 * 4/3)
+    assert (tall[0] == [447, 0]).all()
+    assert (tall[1] == [5, 4]).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(500, 375), (32, 32), (60, 200)])
+def test_crop_distribution_is_torchvisions(height, width):
+    """Two-sample Kolmogorov-Smirnov distance of every coordinate, and of area and ratio, against torchvision's own draws."""
+    n = 4000
+    anchor, shape, flip = random_resized_crop(1, 0, np.arange(n), np.tile([[height, width]], (n, 1)), Augment())
+    ours = np.concatenate([anchor, shape], 1).astype(float)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width, device="meta")
+    get_params = torchvision.transforms.RandomResizedCrop.get_params
+    theirs = np.array([get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], float)
+    limit = 1.95 * math.sqrt(2 / n)  # exceeded once in a thousand by equal distributions; the draws are fixed
+    for a, b in [*zip(ours.T, theirs.T, strict=True), *((f(ours), f(theirs)) for f in (_area, _ratio))]:
+        grid = np.union1d(a, b)
+        distance = np.abs(_cdf(a, grid) - _cdf(b, grid)).max()
+        assert distance < limit
+    assert abs(flip.mean() - 0.5) < 0.03
+
+
+def _area(crops):
+    return crops[:, 2] * crops[:, 3]
+
+
+def _ratio(crops):
+    return crops[:, 3] / crops[:, 2]
+
+
+def _cdf(values, grid):
+    return np.searchsorted(np.sort(values), grid, side="right") / len(values)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.floats(0.01, 1),
+    st.floats(0.3, 1),
+    st.integers(0, 2**31),
+)
+def test_crop_lies_inside_every_image(height, width, least, ratio, seed):
+    augment = Augment(scale=(least, 1.0), ratio=(ratio, 1 / ratio))
+    anchor, shape, _ = random_resized_crop(seed, 0, np.arange(8), np.tile([[height, width]], (8, 1)), augment)
+    assert (anchor >= 0).all()
+    assert (shape >= 1).all()
+    assert (anchor + shape <= [height, width]).all()
+
+
+def test_flip_probability():
+    size = np.tile([[32, 32]], (4000, 1))
+    assert random_resized_crop(0, 0, np.arange(4000), size, Augment(hflip=0.0))[2].sum() == 0
+    assert random_resized_crop(0, 0, np.arange(4000), size, Augment(hflip=1.0))[2].sum() == 4000
+    assert abs(random_resized_crop(0, 0, np.arange(4000), size, Augment(hflip=0.2))[2].mean() - 0.2) < 0.03
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 1500), st.integers(1, 1500), st.integers(1, 300), st.integers(0, 100))
+def test_evaluation_geometry_is_torchvisions(height, width, crop, margin):
+    transforms = torchvision.transforms
+    resized = transforms.Resize(crop + margin)(torch.empty(1, height, width, device="meta"))
+    resize, anchor = resize_and_center_crop(np.array([[height, width]]), crop + margin, crop)
+    assert tuple(resize[0]) == tuple(resized.shape[1:])
+    for axis in range(2):  # CenterCrop's formula, torchvision/transforms/functional.py
+        assert anchor[0, axis] == round((resized.shape[1 + axis] - crop) / 2.0)
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def content(plan):
+    """A BatchPlan as rows that can be compared and sorted: one per image, everything that decides its pixels."""
+    resize = plan.shape if plan.resize is None else plan.resize
+    numbers = np.concatenate([plan.size, plan.anchor, plan.shape, resize], 1).tolist()
+    columns = zip(plan.ids.tolist(), plan.paths, plan.labels.tolist(), plan.flip.tolist(), numbers, strict=True)
+    return [(*row[:-1], *row[-1]) for row in columns]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 40), st.integers(0, 1000))
+def test_global_batch_does_not_depend_on_the_world_size(world, batch_size, step, seed):
+    index = make_index(100)
+    alone = TrainPlan(index, Augment(), batch_size * world, seed)
+    ranks = [TrainPlan(index, Augment(), batch_size, seed, rank, world) for rank in range(world)]
+    assert all(plan.steps_per_epoch == alone.steps_per_epoch for plan in ranks)
+    union = [row for plan in ranks for row in content(plan.batch(step))]
+    assert union == content(alone.batch(step))
+
+
+def test_batch_is_a_function_of_the_step_alone():
+    index = make_index(50)
+    forward = TrainPlan(index, Augment(), 8, seed=3)
+    batches = [content(forward.batch(step)) for step in range(20)]
+    backward = TrainPlan(index, Augment(), 8, seed=3)
+    assert [content(backward.batch(step)) for step in reversed(range(20))] == batches[::-1]
+    assert content(TrainPlan(index, Augment(), 8, seed=4).batch(0)) != batches[0]
+
+
+def test_epoch_shows_each_image_once_and_every_epoch_another_order_and_crop():
+    plan = TrainPlan(make_index(50), Augment(), 8, seed=0)
+    assert plan.steps_per_epoch == 6
+    assert plan.num_steps is None
+    epochs = [[row for k in range(6) for row in content(plan.batch(6 * epoch + k))] for epoch in range(3)]
+    for epoch in epochs:
+        assert len({row[0] for row in epoch}) == 48
+    assert len({tuple(row[0] for row in epoch) for epoch in epochs}) == 3
+    crops = [{row[0]: row[4:] for row in epoch} for epoch in epochs]
+    both = crops[0].keys() & crops[1].keys()
+    assert sum(crops[0][i] == crops[1][i] for i in both) < 3
+
+
+def test_an_images_crop_depends_on_seed_epoch_and_id_only():
+    index = make_index(60)
+    rows = {}
+    for batch_size in (5, 12, 60):
+        plan = TrainPlan(index, Augment(), batch_size, seed=1)
+        for k in range(plan.steps_per_epoch):
+            for row in content(plan.batch(2 * plan.steps_per_epoch + k)):
+                assert rows.setdefault(row[0], row) == row
+    assert len(rows) == 60
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5))
+def test_evaluation_shows_every_image_exactly_once(n, batch_size, world):
+    seen = []
+    for rank in range(world):
+        plan = EvalPlan(make_index(n), Augment(), batch_size, rank, world)
+        sizes = [len(plan.batch(k).ids) for k in range(plan.num_batches)]
+        assert all(size == batch_size for size in sizes[:-1])
+        assert all(0 < size <= batch_size for size in sizes)
+        seen += [i for k in range(plan.num_batches) for i in plan.batch(k).ids]
+    assert sorted(seen) == list(range(n))
+
+
+def test_batch_plan_carries_labels_paths_and_sizes():
+    plan = TrainPlan(make_index(30, size=(64, 48)), Augment(), 7, seed=0).batch(1)
+    assert np.array_equal(plan.labels, plan.ids % 3)
+    assert plan.paths == [f"/data/train/c{i % 3}/{i}.jpg" for i in plan.ids]
+    assert (plan.size == [48, 64]).all()  # (h, w) of an image indexed as (width, height) = (64, 48)
+    assert [array.dtype for array in (plan.ids, plan.labels)] == [np.int64] * 2
+    assert {array.dtype for array in (plan.size, plan.anchor, plan.shape, plan.flip)} == {np.dtype(np.int32)}
+    assert plan.resize is None
+    evaluation = EvalPlan(make_index(30, size=(64, 48)), Augment(image_size=24, eval_resize=36), 7).batch(4)
+    assert (evaluation.resize == [36, 48]).all()
+    assert (evaluation.anchor == [6, 12]).all()
+    assert (evaluation.shape == 24).all()
+    assert evaluation.flip.sum() == 0
+    assert len(evaluation.ids) == 2
+
+
+def test_evaluation_batch_out_of_range():
+    with pytest.raises(IndexError, match="batch 3 of 3"):
+        EvalPlan(make_index(30), Augment(), 10).batch(3)
+
+
+def test_less_than_one_global_batch_is_refused():
+    with pytest.raises(UserError, match=r"needs 128 images \(batch size 64 x 2 processes\).*has 100"):
+        TrainPlan(make_index(100), Augment(), 64, seed=0, world=2)
+
+
+@pytest.mark.parametrize(("batch_size", "rank", "world"), [(0, 0, 1), (1, 1, 1), (1, -1, 2), (1, 0, 0)])
+def test_impossible_shards_are_refused(batch_size, rank, world):
+    with pytest.raises(UserError):
+        TrainPlan(make_index(100), Augment(), batch_size, 0, rank, world)
+    with pytest.raises(UserError):
+        EvalPlan(make_index(100), Augment(), batch_size, rank, world)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"image_size": 0},
+        {"image_size": 224, "eval_resize": 223},
+        {"scale": (0.0, 1.0)},
+        {"scale": (0.5, 0.2)},
+        {"scale": (0.5, 1.5)},
+        {"ratio": (0.0, 1.0)},
+        {"ratio": (2.0, 1.0)},
+        {"hflip": 1.5},
+        {"std": (0.2, 0.0, 0.2)},
+        {"mean": (0.5, 0.5)},
+    ],
+    ids=str,
+)
+def test_impossible_augmentation_is_refused(setting):
+    with pytest.raises(UserError):
+        Augment(**setting)

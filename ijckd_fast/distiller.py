@@ -1,0 +1,369 @@
+"""The training step: frozen teacher, student, connector, and the losses of an `Objective`.
+
+`Learner` is everything that is trained and nothing else, so it is what the optimizer owns, what DistributedDataParallel
+wraps and what a checkpoint holds. `Distiller` keeps the teacher beside it, frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijckd_fast import ops, reference
+from ijckd_fast.connectors import Connector, build_connector
+from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.models import Tapped, count_macs, count_parameters, macs
+from ijckd_fast.objectives import Objective
+
+HEADS = ("fused", "reference")
+
+
+class StepOutput(NamedTuple):
+    """What one step hands to the loop; all on the device, nothing of it has been waited for.
+
+    loss     []  the weighted sum; differentiable
+    parts    the unweighted terms of non-zero weight by name ('ce', 'sr', 'fm', 'kl', 'dkd'), each [], detached. dkd is
+             alpha TCKD + beta NCKD without its warm-up factor.
+    correct  []  int64: how many images of the batch the inference head puts in class `labels`
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    correct: Tensor
+
+
+class Learner(nn.Module):
+    """Student backbone, its own classifier iff the objective trains it, and the connector iff there is one.
+
+    Every parameter gets a gradient in every step. `student`'s classifier is dropped in place if it is not needed.
+    """
+
+    def __init__(self, student: Tapped, objective: Objective, teacher_channels: int | None, head: str) -> None:
+        super().__init__()
+        self.head = head
+        self.needs_map = objective.needs_student_map
+        if self.needs_map:
+            student.require_map()
+        if not objective.uses_student_head:
+            student.drop_classifier()
+        self.student = student
+        self.connector: Connector | None = None
+        if objective.connector is not None:
+            assert teacher_channels is not None
+            connector = build_connector(objective.connector, student.channels, teacher_channels)
+            self.connector = connector.to(next(student.parameters()))  # the student's device and dtype
+
+    def forward(
+        self,
+        images: Tensor,
+        map_t: Tensor | None = None,
+        pooled_t: Tensor | None = None,
+        map_size_t: tuple[int, int] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """images [B, 3, S, S] -> (z [B, Ct] | None, fm [] | None, student logits [B, K] | None)
+
+        map_t       [B, Ct, Ht, Wt] or pooled_t [B, Ct]: what the connector's output is matched against
+        map_size_t  (Ht, Wt) where there is no map_t but the net was trained against maps (inference)
+
+        SimKD's rule for maps of unequal size: the larger one is average-pooled to the smaller, the student's before the
+        connector.
+        """
+        map_s, pooled_s = self.student.features(images, self.needs_map)  # [B, Cs, Hs, Ws], [B, Cs]
+        z = fm = logits_s = None
+        if self.connector is not None:
+            x = pooled_s if map_s is None else map_s
+            if map_t is not None:
+                map_size_t = (map_t.shape[2], map_t.shape[3])
+            if map_s is not None and map_size_t is not None:
+                size = (min(map_s.shape[2], map_size_t[0]), min(map_s.shape[3], map_size_t[1]))
+                x = _pool_to(map_s, size)
+                map_t = None if map_t is None else _pool_to(map_t, size)
+            z, fm = self.connector(x, map_t=map_t, pooled_t=pooled_t, head=self.head)
+        if self.student.classifier is not None:
+            logits_s = self.student.classifier(pooled_s)
+        return z, fm, logits_s
+
+
+def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
+    return map_ if tuple(map_.shape[2:]) == size else F.adaptive_avg_pool2d(map_, size)
+
+
+class Distiller:
+    """A learner, its frozen teacher and the objective that ties them.
+
+    learner    what is trained; its parameters are the optimizer's, its state_dict the checkpoint's
+    trained    the callable that `step` runs, at first the learner itself; a training loop may set it to
+               `DistributedDataParallel(distiller.learner)` or `torch.compile(distiller.learner)`
+    teacher    Tapped or None; always in eval mode, its parameters never require a gradient
+    objective, label_smoothing, head: as given
+
+    student          its classifier is dropped in place if the objective does not train it
+    teacher          frozen in place; None only for an objective without one ('ce')
+    label_smoothing  of the hard-label cross-entropy, in [0, 1)
+    head             'fused': the C++ ops; 'reference': plain PyTorch
+    raises           UserError: class counts differ, a map is needed and missing, no teacher, value out of range
+    """
+
+    def __init__(
+        self,
+        student: Tapped,
+        teacher: Tapped | None,
+        objective: Objective,
+        *,
+        label_smoothing: float = 0.0,
+        head: str = "fused",
+    ) -> None:
+        if head not in HEADS:
+            raise UserError(f"unknown head {head!r}: wanted fused or reference{did_you_mean(head, HEADS)}")
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+        if teacher is None and objective.needs_teacher:
+            raise UserError(f"objective {objective.name!r} needs a teacher, got none: give one, or objective 'ce'")
+        if teacher is not None:
+            if teacher.num_classes != student.num_classes:
+                raise UserError(
+                    f"teacher {teacher.name!r} classifies {teacher.num_classes} classes and student {student.name!r}"
+                    f" {student.num_classes}, wanted equal counts: build both for the data's classes"
+                )
+            if objective.needs_teacher_map:
+                teacher.require_map()
+            teacher.eval().requires_grad_(False)
+        self.objective = objective
+        self.label_smoothing = label_smoothing
+        self.head = head
+        self.teacher = teacher
+        self.learner = Learner(student, objective, teacher.channels if teacher else None, head)
+        self.trained: nn.Module = self.learner
+        self._map_sizes_t: dict[torch.Size, tuple[int, int]] = {}  # image size -> teacher's map size
+
+    def train(self) -> Distiller:
+        """Learner to training mode; the teacher stays in eval mode."""
+        self.trained.train()
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def eval(self) -> Distiller:
+        """Learner (and, as ever, teacher) to eval mode."""
+        self.trained.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Distiller:
+        """`nn.Module.to` on learner and teacher alike."""
+        self.learner.to(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.to(*args, **kwargs)
+        return self
+
+    def step(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        labels_b: Tensor | None = None,
+        mix: Tensor | None = None,
+        progress: float,
+    ) -> StepOutput:
+        """Loss of one batch. Gradients go to the learner's parameters only; nothing waits for the device.
+
+        images    [B, 3, S, S]
+        labels    [B] int64 in [0, K)
+        labels_b  [B] int64, mix [B] in [0, 1]: images mixed of two, of which `labels` weighs mix and labels_b 1 - mix
+        progress  epochs done so far, fractions included (DKD's warm-up depends on it)
+        returns   StepOutput; loss and parts are float32 also under autocast (float64 for a float64 net)
+        """
+        o = self.objective
+        map_t = pooled_t = logits_t = None
+        if o.needs_teacher_features:
+            assert self.teacher is not None
+            with torch.no_grad():
+                map_t, pooled_t = self.teacher.features(images, o.needs_teacher_map)  # [B, Ct, Ht, Wt], [B, Ct]
+                if (o.kl_head == "student" and o.kl > 0) or o.dkd_alpha > 0 or o.dkd_beta > 0:
+                    logits_t = _full(self._classifier(pooled_t))  # [B, K]
+        if map_t is not None:
+            self._map_sizes_t[images.shape[2:]] = (map_t.shape[2], map_t.shape[3])
+
+        match_pooled = pooled_t if o.fm > 0 and o.match == "pooled" else None
+        z, fm, logits_s = self.trained(images, map_t, match_pooled)
+
+        loss: Tensor | None = None
+        correct: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        if z is not None and (o.uses_teacher_head or o.infer_head == "teacher"):
+            loss, parts, correct = self._through_teacher_head(z, pooled_t, labels, labels_b, mix)
+        if fm is not None and o.fm > 0:
+            loss = o.fm * fm if loss is None else loss + o.fm * fm
+            parts["fm"] = fm.detach()
+        if logits_s is not None:
+            logits_s = _full(logits_s)
+            for name, weight, term in self._student_head_terms(logits_s, logits_t, labels, labels_b, mix, progress):
+                loss = weight * term if loss is None else loss + weight * term
+                parts[name] = term.detach()
+            if o.infer_head == "student":
+                correct = (logits_s.detach().argmax(1) == labels).sum()
+        assert loss is not None
+        assert correct is not None
+        return StepOutput(loss, parts, correct)
+
+    def _through_teacher_head(
+        self, z: Tensor, pooled_t: Tensor | None, labels: Tensor, labels_b: Tensor | None, mix: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Terms through the teacher's classifier (z [B, Ct]): their weighted sum, the terms, the top-1 count."""
+        o = self.objective
+        ce = o.ce if o.ce_head == "teacher" else 0.0
+        kl = o.kl if o.kl_head == "teacher" else 0.0
+        classifier = self._classifier
+        classifier_loss = ops.classifier_loss if self.head == "fused" else reference.classifier_loss
+        loss, terms, correct = classifier_loss(
+            z if o.uses_teacher_head else z.detach(),  # without a loss term only the count is wanted
+            classifier.weight,
+            classifier.bias,
+            labels,
+            labels_b=labels_b,
+            mix=mix,
+            label_smoothing=self.label_smoothing,
+            pooled_t=pooled_t if o.sr > 0 or kl > 0 else None,
+            temperature=o.temperature,
+            ce=ce,
+            sr=o.sr,
+            kl=kl,
+        )
+        named = (("ce", ce, 0), ("sr", o.sr, 1), ("kl", kl, 3))
+        return loss, {name: terms[column] for name, weight, column in named if weight > 0}, correct
+
+    def _student_head_terms(
+        self,
+        logits: Tensor,
+        logits_t: Tensor | None,
+        labels: Tensor,
+        labels_b: Tensor | None,
+        mix: Tensor | None,
+        progress: float,
+    ) -> list[tuple[str, float, Tensor]]:
+        """Terms through the student's own classifier (logits [B, K]): name, weight, value []."""
+        o = self.objective
+
+        def mixed(per_image: Callable[[Tensor], Tensor]) -> Tensor:
+            rows = per_image(labels)  # [B]
+            if labels_b is not None and mix is not None:
+                rows = mix * rows + (1 - mix) * per_image(labels_b)
+            return rows.mean()
+
+        terms = []
+        if o.ce > 0 and o.ce_head == "student":
+            smoothing = self.label_smoothing
+            ce = mixed(lambda y: F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing))
+            terms.append(("ce", o.ce, ce))
+        if o.kl > 0 and o.kl_head == "student":
+            assert logits_t is not None
+            terms.append(("kl", o.kl, o.temperature**2 * _kl(logits, logits_t, o.temperature).mean()))
+        if o.dkd_alpha > 0 or o.dkd_beta > 0:
+            assert logits_t is not None
+            teacher = logits_t
+            dkd = mixed(lambda y: dkd_rows(logits, teacher, y, o.dkd_alpha, o.dkd_beta, o.temperature))
+            terms.append(("dkd", o.dkd_factor(progress), dkd))
+        return terms
+
+    @property
+    def _classifier(self) -> nn.Linear:
+        assert self.teacher is not None
+        assert self.teacher.classifier is not None
+        return self.teacher.classifier
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> logits [B, K] of the objective's inference head; call `eval()` first."""
+        if self.learner.training:
+            raise RuntimeError("Distiller.predict: the learner is in training mode, call eval() first")
+        if self.objective.infer_head == "student":
+            return _full(self.learner.student(images))
+        z, _, _ = self.learner(images, map_size_t=self._map_size_t(images))
+        return _full(self._classifier(z))
+
+    def _map_size_t(self, images: Tensor) -> tuple[int, int] | None:
+        """(Ht, Wt) for images of this size if the connector learns from maps; runs the teacher once per size."""
+        if not self.objective.needs_teacher_map:
+            return None
+        size = images.shape[2:]
+        if size not in self._map_sizes_t:
+            assert self.teacher is not None
+            map_t, _ = self.teacher.features(images[:1], need_map=True)
+            assert map_t is not None
+            self._map_sizes_t[size] = (map_t.shape[2], map_t.shape[3])
+        return self._map_sizes_t[size]
+
+    @torch.no_grad()
+    def teacher_logits(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> the teacher's own logits [B, K]"""
+        if self.teacher is None:
+            raise UserError("there is no teacher to ask for logits: give one")
+        return _full(self.teacher(images))
+
+    @torch.no_grad()
+    def deployed_cost(self, image_size: int) -> tuple[int, int]:
+        """(parameters, multiply-accumulates per image) of what answers after training.
+
+        Backbone and own classifier, or backbone, connector and the teacher's classifier, as `infer_head` says.
+        """
+        student = self.learner.student
+        if self.objective.infer_head == "student":
+            return count_parameters(student), macs(student, image_size)
+        connector = self.learner.connector
+        assert connector is not None
+        parameters = count_parameters(student.net) + count_parameters(connector) + count_parameters(self._classifier)
+        total = macs(student.net, image_size) + self._classifier.weight.numel()
+        image = next(student.parameters()).new_zeros(1, 3, image_size, image_size)
+        if not connector.takes_map:
+            x = image.new_zeros(1, student.channels)
+        else:
+            mode = student.training
+            map_s, _ = student.eval().features(image, need_map=True)
+            student.train(mode)
+            assert map_s is not None
+            size_t = self._map_size_t(image) or (map_s.shape[2], map_s.shape[3])
+            x = map_s[:, :, : size_t[0], : size_t[1]]  # only its size matters from here on
+        positions = x[0, 0].numel()
+        return parameters, total + count_macs(connector.trunk, x) + connector.projection_macs(positions)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """At least float32: losses are not formed in half precision."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _kl(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(logits_t / T) || softmax(logits / T)) of every row: [B, K], [B, K] -> [B], nats, no factor T^2."""
+    log_p = F.log_softmax(logits / temperature, 1)
+    log_p_t = F.log_softmax(logits_t / temperature, 1)
+    return F.kl_div(log_p, log_p_t, reduction="none", log_target=True).sum(1)
+
+
+def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+    """Decoupled knowledge distillation of every row: T^2 (alpha TCKD + beta NCKD), Zhao et al. 2022.
+
+    logits, logits_t  [B, K]; only logits gets a gradient
+    labels            [B] int64
+    returns           [B] nats. TCKD is the KL between (p_y, 1 - p_y) of teacher and student, NCKD the KL between their
+                      distributions over the K - 1 other classes, all at temperature T.
+    """
+    column = labels[:, None]
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(x / temperature, 1)  # [B, K]
+        # The lowest number, not -inf: the class then has weight exactly 0 and no 0 * inf arises.
+        others = (x / temperature).scatter(1, column, torch.finfo(x.dtype).min)  # [B, K]
+        # log(1 - p_y) as a sum over the other classes: 1 - p_y itself is lost to rounding for a confident row.
+        log_rest = others.logsumexp(1, keepdim=True) - (x / temperature).logsumexp(1, keepdim=True)
+        return torch.cat([log_p.gather(1, column), log_rest], 1), F.log_softmax(others, 1)  # [B, 2], [B, K]
+
+    target_s, others_s = split(logits)
+    target_t, others_t = split(logits_t)
+    tckd = F.kl_div(target_s, target_t, reduction="none", log_target=True).sum(1)
+    nckd = F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (alpha * tckd + beta * nckd)

@@ -1,0 +1,607 @@
+"""Backbones by name (our own, torchvision, timm), their weights from files, and the two taps distillation needs.
+
+Whatever the net, `Tapped` offers the same three things: the map after the last activation and before pooling
+[B, C, H, W], the pooled vector that the classifier sees [B, C], and the classifier itself, a plain `nn.Linear`. They
+are found by running the net once on random pixels, so no list of layer names has to be kept for each architecture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijckd_fast.errors import UserError, did_you_mean
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Our own nets. Layer names of the ResNets are those of the published CIFAR checkpoints, which therefore load.
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, C, H/stride, W/stride]
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
+
+
+class SmallResNet(nn.Module):
+    """ResNet for 32x32 images: depth 6n+2, three stages of n basic blocks, 16/32/64 channels times `width`.
+
+    The stem has 16 sqrt(width) channels: 16 at width 1 and 32 at width 4, as the published resnet20 and resnet8x4 have.
+    """
+
+    def __init__(self, depth: int, width: float, num_classes: int) -> None:
+        super().__init__()
+        stem = max(1, round(16 * math.sqrt(width)))
+        stages = [max(1, round(c * width)) for c in (16, 32, 64)]
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = self._stage(stem, stages[0], blocks, 1)
+        self.layer2 = self._stage(stages[0], stages[1], blocks, 2)
+        self.layer3 = self._stage(stages[1], stages[2], blocks, 2)
+        self.fc = nn.Linear(stages[2], num_classes)
+        _init_convs(self)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
+        first = _BasicBlock(channels_in, channels, stride)
+        return nn.Sequential(first, *(_BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, K]
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))  # [B, C, S/4, S/4]
+        return self.fc(x.mean((2, 3)))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNetV1 (Howard et al. 2017) at width 1: the student of the published ResNet-50 pair, not in torchvision."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        layers = self._conv(3, 32, 3, 2)
+        channels_in = 32
+        steps = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+        for channels, stride in steps:
+            layers += self._conv(channels_in, channels_in, 3, stride, groups=channels_in)
+            layers += self._conv(channels_in, channels, 1, 1)
+            channels_in = channels
+        self.features = nn.Sequential(*layers)
+        self.fc = nn.Linear(1024, num_classes)
+        _init_convs(self)
+
+    @staticmethod
+    def _conv(channels_in: int, channels: int, kernel: int, stride: int, groups: int = 1) -> list[nn.Module]:
+        conv = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, K]
+        return self.fc(self.features(images).mean((2, 3)))
+
+
+def _init_convs(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Taps
+
+
+class Tapped(nn.Module):
+    """A classification net cut at its classifier: `logits = classifier(pooled)`, and `pooled = mean(map)` if has_map.
+
+    net              the backbone; images [B, 3, S, S] -> pooled [B, C], exactly what the classifier sees
+    classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`
+    classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
+    name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
+
+    net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; it is changed in place
+    image_size   S of the probe forward: eval mode, no gradient, two images of random pixels
+    raises       UserError if the net does not take such images or does not end in a linear layer on a vector
+    """
+
+    classifier: nn.Linear | None
+
+    def __init__(self, net: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        probe = _Probe(net, num_classes, image_size, name)
+        self.name = name
+        self.num_classes = num_classes
+        self.channels = probe.classifier.in_features
+        self.classifier_path = probe.classifier_path
+        parent, _, leaf = probe.classifier_path.rpartition(".")
+        setattr(net.get_submodule(parent), leaf, nn.Identity())
+        self.net = net
+        self.classifier = probe.classifier
+        probe.check_cut(net)
+
+        self._map: Tensor | None = None  # handed from the hook to features() within one forward
+        self._map_nhwc = probe.map_nhwc
+        self._map_relu = probe.map_relu
+        self.map_path = probe.map_path
+        if self.map_path is not None:
+            # A bound method, not a closure: deepcopy (as for an EMA copy) then binds the hook to the copy.
+            net.get_submodule(self.map_path).register_forward_hook(self._keep_map)
+
+    @property
+    def has_map(self) -> bool:
+        return self.map_path is not None
+
+    @property
+    def map_channels(self) -> int | None:
+        return self.channels if self.has_map else None
+
+    def require_map(self) -> None:
+        """Raises UserError if this net has no map whose spatial mean is what its classifier sees."""
+        if not self.has_map:
+            raise UserError(
+                f"model {self.name!r} has no map before a global average pooling (its classifier sees something else"
+                " than the spatial mean of a 4-D layer output), which map matching and map connectors need: choose"
+                " another model, or pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
+            )
+
+    def drop_classifier(self) -> None:
+        """Removes the classifier and its parameters, for a student that will answer through the teacher's."""
+        self.classifier = None
+
+    def _keep_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._map = output
+
+    def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Backbone only. Gradients flow to the parameters through both outputs.
+
+        images    [B, 3, S, S]
+        need_map  False: the map is None
+        returns   (map [B, C, H, W] after the last activation, or None; pooled [B, C]). In training mode pooled includes
+                  the net's own dropout, the map does not.
+        raises    UserError if need_map and the net has none
+        """
+        if need_map:
+            self.require_map()
+        pooled = self.net(images)  # [B, C]
+        map_, self._map = self._map, None
+        if not need_map:
+            return None, pooled
+        assert map_ is not None
+        if self._map_nhwc:
+            map_ = map_.permute(0, 3, 1, 2)
+        if self._map_relu:
+            map_ = F.relu(map_)
+        return map_, pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> logits [B, K]"""
+        if self.classifier is None:
+            raise RuntimeError(f"Tapped {self.name!r}: the classifier was dropped, only features() is left")
+        return self.classifier(self.features(images)[1])
+
+    def native_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the original net, as torchvision, timm or published checkpoints have them."""
+        state = dict(self.net.state_dict())
+        if self.classifier is not None:
+            state |= {f"{self.classifier_path}.{k}": v for k, v in self.classifier.state_dict().items()}
+        return state
+
+    def load_native(self, weights: Mapping[str, Tensor], origin: str) -> None:
+        """Copies weights in, named as by `native_state_dict`; nothing is changed if they do not fit.
+
+        origin  what to call the weights in an error, e.g. the file's path
+        raises  UserError for missing, unexpected or misshapen tensors (a few are named) and for NaN or infinite values
+        """
+        own = self.native_state_dict()
+        misshapen = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+        # Files written before BatchNorm counted its batches lack the counter; nothing here depends on it.
+        missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
+        unexpected = [k for k in weights if k not in own]
+        if misshapen and not missing and not unexpected and all(self._is_classifier(k) for k in misshapen):
+            raise UserError(
+                f"{origin} classifies {weights[misshapen[0]].shape[0]} classes, wanted {self.num_classes} as in the"
+                f" data: give weights of {self.name!r} trained on these classes"
+            )
+        if misshapen or missing or unexpected:
+            shapes = (f"{k!r} is {list(weights[k].shape)}, wanted {list(own[k].shape)}" for k in misshapen)
+            faults = [_a_few("missing", map(repr, missing)), _a_few("unexpected", map(repr, unexpected))]
+            faults.append(_a_few("of another shape", shapes))
+            raise UserError(
+                f"{origin} does not fit model {self.name!r} with {self.num_classes} classes:"
+                f" {'; '.join(f for f in faults if f)}. Name the model that these weights belong to"
+            )
+        for key, value in weights.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise UserError(
+                    f"{origin}: tensor {key!r} holds NaN or infinite values, wanted finite weights:"
+                    " the run that wrote it diverged, take an earlier checkpoint"
+                )
+        # Plain dicts carry no version, so BatchNorm accepts the absence of its counter.
+        self.net.load_state_dict({k: v for k, v in weights.items() if not self._is_classifier(k)})
+        if self.classifier is not None:
+            strip = len(self.classifier_path) + 1
+            self.classifier.load_state_dict({k[strip:]: v for k, v in weights.items() if self._is_classifier(k)})
+
+    def _is_classifier(self, key: str) -> bool:
+        return key.startswith(self.classifier_path + ".")
+
+
+def _a_few(what: str, items: Any) -> str:
+    items = list(items)
+    more = f" and {len(items) - 3} more" if len(items) > 3 else ""
+    return f"{what} {', '.join(items[:3])}{more}" if items else ""
+
+
+class _Probe:
+    """One forward of an uncut net with every layer's output in view; holds what it found."""
+
+    def __init__(self, net: nn.Module, num_classes: int, image_size: int, name: str) -> None:
+        self.name = name
+        self.map_path: str | None = None
+        self.map_nhwc = self.map_relu = False
+        try:
+            self._run(net, num_classes, image_size)
+        except UserError:
+            raise
+        except Exception as error:  # any layer may refuse the size in its own way
+            raise _unfit_size(name, image_size, error) from error
+        if self.map_path is None and image_size < 128:
+            # The map of a stride-32 net is 1x1 on tiny images, not to be told from its mean: look at larger ones.
+            try:
+                self._run(net, num_classes, 128)
+            except Exception:  # a net of fixed input size: the first verdict stands
+                self._run(net, num_classes, image_size)
+
+    @torch.no_grad()
+    def _run(self, net: nn.Module, num_classes: int, size: int) -> None:
+        linears: dict[str, tuple[nn.Linear, Tensor, Tensor]] = {}
+        maps: dict[str, Tensor] = {}  # ordered by the last call of each layer
+        widths = {m.in_features for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes}
+
+        def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                if not isinstance(output, Tensor):
+                    return
+                if isinstance(module, nn.Linear):
+                    linears.pop(path, None)
+                    linears[path] = module, args[0], output
+                elif output.dim() == 4 and not widths.isdisjoint((output.shape[1], output.shape[3])):
+                    maps.pop(path, None)
+                    maps[path] = output
+
+            return hook
+
+        was_training = net.training
+        handles = [module.register_forward_hook(watch(path)) for path, module in net.named_modules()]
+        net.eval()
+        self.images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            logits = net(self.images)
+        finally:
+            net.train(was_training)
+            for handle in handles:
+                handle.remove()
+
+        for path, (module, pooled, output) in reversed(linears.items()):
+            if (
+                isinstance(logits, Tensor)
+                and pooled.dim() == 2
+                and torch.equal(output, logits)
+                and torch.equal(F.linear(pooled, module.weight, module.bias), logits)
+            ):
+                self.classifier_path, self.classifier, self.pooled, self.logits = path, module, pooled, logits
+                break
+        else:
+            raise self._no_classifier()
+
+        for path, output in reversed(maps.items()):
+            for nhwc in (False, True):
+                map_ = output.permute(0, 3, 1, 2) if nhwc else output
+                if map_.shape[1] != self.pooled.shape[1] or map_.shape[2] * map_.shape[3] == 1:
+                    continue
+                for relu in (False, True):
+                    if _same((F.relu(map_) if relu else map_).mean((2, 3)), self.pooled):
+                        self.map_path, self.map_nhwc, self.map_relu = path, nhwc, relu
+                        return
+
+    def _no_classifier(self) -> UserError:
+        return UserError(
+            f"model {self.name!r} does not end in one linear layer on a pooled vector, wanted as the classifier:"
+            " choose another model"
+        )
+
+    @torch.no_grad()
+    def check_cut(self, net: nn.Module) -> None:
+        """Refuses a net that, with its classifier replaced by the identity, does not return the classifier's input."""
+        was_training = net.training
+        try:
+            pooled = net.eval()(self.images)
+        except Exception as error:  # e.g. the forward reads the layer's weight
+            raise self._no_classifier() from error
+        net.train(was_training)
+        if not isinstance(pooled, Tensor) or pooled.shape != self.pooled.shape or not _same(pooled, self.pooled):
+            raise self._no_classifier()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the order of a float32 sum."""
+    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By name
+
+_SMALL_RESNET = re.compile(r"resnet(8|14|20|32|44|56|110)(?:x(\d+(?:\.\d+)?))?")
+_OWN_NAMES = [f"resnet{d}{x}" for d in (8, 14, 20, 32, 44, 56, 110) for x in ("", "x4")] + ["mobilenet_v1"]
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    image_size: int = 224,
+) -> Tapped:
+    """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
+
+    name         resnet{8,14,20,32,44,56,110}, optionally x<width> (resnet8x4, resnet8x0.25), for small images;
+                 mobilenet_v1; any torchvision classifier; any timm model. In that order; 'torchvision/NAME' and
+                 'timm/NAME' force the library.
+    num_classes  K, as in the data
+    checkpoint   weights: a state_dict, one under 'model' or 'state_dict', a run checkpoint of ours ('learner'), or
+                 .safetensors; 'module.' prefixes are dropped. Read with weights_only=True.
+    pretrained   the library's published weights (torchvision: IMAGENET1K_V1, which the published pairs use)
+    image_size   side in pixels of the images to come; nets of fixed input size are built for it
+    raises       UserError: unknown name (nearest ones given), unfit or unreadable weights, a class count other than K,
+                 no final linear layer
+    """
+    if checkpoint is not None and pretrained:
+        raise UserError(f"model {name!r}: wanted a checkpoint or published weights, got both: leave out one")
+    net = _build(name, num_classes, pretrained, image_size)
+    model = Tapped(net, name, num_classes, image_size)
+    if checkpoint is not None:
+        model.load_native(_native_names(_read_weights(Path(checkpoint)), model, checkpoint), str(checkpoint))
+    return model
+
+
+def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    own = _SMALL_RESNET.fullmatch(name)
+    if own or name in ("mobilenet_v1", "mobilenetv1"):
+        if pretrained:
+            raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
+        if own is None:
+            return MobileNetV1(num_classes)
+        width = float(own[2] or 1)
+        if width == 0:
+            raise UserError(f"model {name!r}: the width after 'x' must be greater than 0, e.g. 'resnet{own[1]}x0.5'")
+        return SmallResNet(int(own[1]), width, num_classes)
+
+    # Imported only here: our own nets need neither library, which together take seconds to import.
+    import timm
+    import torchvision
+
+    torchvision_names = torchvision.models.list_models(module=torchvision.models)
+    library, _, short = name.rpartition("/")
+    if library not in ("", "torchvision") or short not in torchvision_names:
+        if library not in ("", "timm") or not timm.is_model(short):
+            raise _unknown(name, {*_OWN_NAMES, *torchvision_names, *timm.list_models()})
+        return _build_timm(short, num_classes, pretrained, image_size)
+    return _build_torchvision(short, num_classes, pretrained, image_size)
+
+
+def _unknown(name: str, known: set[str]) -> UserError:
+    if Path(name).is_file():
+        return UserError(f"{name!r} is a file, wanted a model's name: give the file as the model's checkpoint")
+    return UserError(
+        f"unknown model {name!r}: wanted one of ours (resnet20, resnet8x4, mobilenet_v1, ...), of torchvision's or of"
+        f" timm's{did_you_mean(name.rpartition('/')[2], known)}"
+    )
+
+
+def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = image_size
+    elif name == "maxvit_t":
+        options["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3") and not pretrained:
+        options["init_weights"] = True  # the default, but for a warning that it may change
+    if not pretrained:
+        build = functools.partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes, **options)
+        return _without_side_classifiers(_construct(name, image_size, build))
+    weights = torchvision.models.get_model_weights(name)
+    # The first, IMAGENET1K_V1 where there is one: the published pairs start from it, not from the later, stronger V2.
+    chosen = next(iter(weights))
+    _check_published(name, len(chosen.meta["categories"]), num_classes)
+    build = functools.partial(torchvision.models.get_model, name, weights=chosen, **options)
+    return _without_side_classifiers(_download(name, build))
+
+
+def _without_side_classifiers(net: nn.Module) -> nn.Module:
+    """GoogLeNet and Inception without the classifiers they have half-way for their own training."""
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(net, name):
+            setattr(net, name, None)
+            net.aux_logits = False  # type: ignore[assignment]
+    return net
+
+
+def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {}
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = image_size
+    if not pretrained:
+        build = functools.partial(timm.create_model, name, pretrained=False, num_classes=num_classes, **options)
+        return _construct(name, image_size, build)
+    if config is None or not config.has_weights:
+        raise UserError(f"model {name!r} has no published weights in timm: give a checkpoint instead")
+    _check_published(name, config.num_classes, num_classes)
+    return _download(name, functools.partial(timm.create_model, name, pretrained=True, **options))
+
+
+def _check_published(name: str, published: int, num_classes: int) -> None:
+    # The libraries would refuse in their own words (torchvision) or silently start a random classifier (timm).
+    if published != num_classes:
+        raise UserError(
+            f"the published weights of {name!r} classify {published} classes, wanted {num_classes} as in the data:"
+            " train this model on the data first (objective 'ce') and give the checkpoint"
+        )
+
+
+def _construct(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each architecture refuses a size in its own way
+        raise _unfit_size(name, image_size, error) from error
+
+
+def _unfit_size(name: str, image_size: int, error: Exception) -> UserError:
+    return UserError(
+        f"model {name!r} does not take {image_size}x{image_size} RGB images ({error}): choose another image size or net"
+    )
+
+
+def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each library and transport has its own family of errors
+        raise UserError(
+            f"the published weights of {name!r} could not be loaded ({error}): check the network, or download the file"
+            " elsewhere and give it as the checkpoint"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights from files
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU, with wrappers' prefixes dropped."""
+    if not path.is_file():
+        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file")
+    if path.suffix == ".safetensors":
+        import safetensors.torch
+
+        try:
+            content: Any = safetensors.torch.load_file(path)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    else:
+        try:
+            # torchvision's and timm's training scripts keep their command line beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise _unreadable(path, error) from error
+    for key in ("learner", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(
+            f"checkpoint {str(path)!r} holds no model weights, wanted a state_dict (names to tensors), alone or under"
+            " 'model' or 'state_dict': save one with torch.save(model.state_dict(), path)"
+        )
+    weights = {str(k): v for k, v in content.items()}
+    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
+        if all(k.startswith(prefix) for k in weights):
+            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+    return weights
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        return UserError(
+            f"checkpoint {str(path)!r} holds Python objects that loading would execute, wanted tensors only: save its"
+            " state_dict alone with torch.save(model.state_dict(), path)"
+        )
+    return UserError(
+        f"checkpoint {str(path)!r} ({path.stat().st_size} bytes) is not a readable weights file; it is truncated or of"
+        f" another format: copy or download it again ({type(error).__name__})"
+    )
+
+
+def _native_names(weights: dict[str, Tensor], model: Tapped, origin: str | Path) -> dict[str, Tensor]:
+    """A learner's names (student.net.*, student.classifier.*, connector.*) as the original net's; others unchanged."""
+    if not any(k.startswith("student.net.") for k in weights):
+        return weights
+    if not any(k.startswith("student.classifier.") for k in weights):
+        raise UserError(
+            f"checkpoint {str(origin)!r} is of a student without a classifier of its own (it answers through its"
+            " teacher's), wanted a whole model: give a checkpoint of an objective that trains the student's classifier"
+            " (ce, kd, dkd, srrl)"
+        )
+    native = {}
+    for key, value in weights.items():
+        if key.startswith("student.net."):
+            native[key.removeprefix("student.net.")] = value
+        elif key.startswith("student.classifier."):
+            native[f"{model.classifier_path}.{key.removeprefix('student.classifier.')}"] = value
+    return native
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters (BatchNorm's affine ones included, running statistics not)."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def macs(module: nn.Module, image_size: int) -> int:
+    """Multiply-accumulates of one image [1, 3, image_size, image_size] in convolutions and linear layers."""
+    parameter = next(module.parameters())
+    return count_macs(module, parameter.new_zeros(1, 3, image_size, image_size))
+
+
+@torch.no_grad()
+def count_macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of `module(x)` in convolutions and linear layers, by one eval-mode forward.
+
+    Products that are no layer of their own (attention scores, element-wise scaling) are not counted.
+    """
+    total = 0
+
+    def count(layer: nn.Module, args: Any, output: Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            total += output.numel() * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            total += output.numel() * layer.in_features
+
+    modes = {m: m.training for m in module.modules()}
+    layers = [m for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [m.register_forward_hook(count) for m in layers]
+    try:
+        module.eval()(x)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for handle in handles:
+            handle.remove()
+    return total

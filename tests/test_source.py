@@ -1,0 +1,85 @@
+"""Rules of the layout that no compiler checks: who may include and import what, and that README names real things."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+import ijckd_fast
+from ijckd_fast.objectives import PRESETS
+
+ROOT = pathlib.Path(__file__).parent.parent
+MODULES = sorted((ROOT / "ijckd_fast").rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of everything that the file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_kernels_know_no_torch():
+    headers = [ROOT / "csrc" / f for f in ("dtype.h", "row_math.h", "rows.h", "connector_match.h", "classifier_loss.h")]
+    for path in [*headers, *(ROOT / "csrc/cuda").iterdir()]:
+        assert "torch/" not in path.read_text(), path
+
+
+def test_host_code_launches_nothing():
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        assert "<<<" not in path.read_text(), path
+
+
+def test_reference_imports_nothing_of_ours():
+    assert not {name for name in imports(ROOT / "ijckd_fast/reference.py") if name.startswith("ijckd_fast")}
+
+
+@pytest.mark.parametrize(
+    ("lower", "above"),
+    [
+        ("ops", ["connectors", "models", "distiller", "data", "train", "cli"]),
+        ("models", ["connectors", "objectives", "distiller", "data", "train", "cli"]),
+        ("connectors", ["models", "objectives", "distiller", "data", "train", "cli"]),
+        ("objectives", ["models", "distiller", "data", "train", "cli"]),
+        ("distiller", ["data", "train", "cli"]),
+        ("data", ["ops", "models", "connectors", "objectives", "distiller", "train", "cli"]),
+        ("train", ["cli", "demo"]),
+    ],
+)
+def test_dependencies_point_one_way(lower, above):
+    paths = [p for p in MODULES if p.stem == lower or p.parent.name == lower]
+    assert paths
+    for path in paths:
+        found = {name.split(".")[1] for name in imports(path) if name.startswith("ijckd_fast.")}
+        assert not found & set(above), path
+
+
+def test_only_one_file_knows_dali():
+    users = {p.name for p in MODULES if any(name.startswith("nvidia") for name in imports(p))}
+    assert users <= {"dali.py", "doctor.py"}  # doctor asks whether it is installed
+
+
+def test_public_functions_have_docstrings():
+    missing = []
+    for path in MODULES:
+        for node in ast.parse(path.read_text()).body:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and ast.get_docstring(node) is None:
+                missing.append(f"{path.name}: {node.name}")
+    assert missing == []
+
+
+def test_readme_names_real_files_and_every_objective():
+    text = (ROOT / "README.md").read_text()
+    files = set(re.findall(r"\b(\w+\.(?:py|h|cpp|yaml))\b", text)) - {"config.yaml"}
+    existing = {p.name for folder in ("ijckd_fast", "csrc", "scripts", "tests") for p in (ROOT / folder).rglob("*")}
+    assert files - existing - {"setup.py"} == set()
+    for name in PRESETS:
+        assert f"`{name}`" in text
+    for name in ijckd_fast.__all__:
+        assert name == name.upper() or name in text

@@ -1,0 +1,367 @@
+"""The command line: `ijckd-fast train | evaluate | index | demo | doctor`. Arguments in, one function call, figures out.
+
+Whatever needs torch is imported inside the command that needs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import re
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from ijckd_fast import config as settings
+from ijckd_fast.errors import UserError, did_you_mean
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 2 for a user's mistake (one sentence on stderr), 128 + n for signal n."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _dispatch(arguments)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_help())
+            return 0
+        name, *rest = arguments
+        if name not in COMMANDS:
+            raise UserError(
+                f"unknown command '{name}': wanted one of {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}"
+            )
+        return COMMANDS[name](_normalise(rest))
+    except UserError as error:
+        return _complain(str(error), 2)
+    except ImportError as error:
+        return _complain(f"{error}. `ijckd-fast doctor` says what is missing", 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(
+            f"no space left on the device{f' for {error.filename}' if error.filename else ''}: free some space", 2
+        )
+    except KeyboardInterrupt as stop:  # train.Stopped carries the signal and says how to go on
+        return _complain(str(stop) or "interrupted", 128 + getattr(stop, "signum", signal.SIGINT))
+
+
+def train(arguments: list[str]) -> int:
+    """Train or resume one net."""
+    parser = _parser(
+        "train", "Trains one net, by distillation or alone. Settings: --config first, options after it override."
+    )
+    parser.add_argument(
+        "--config", action="config", help=f"YAML file, or a preset: {', '.join(settings.preset_names())}"
+    )
+    parser.add_argument(
+        "--resume", type=str, help="folder of an interrupted run: goes on exactly where its last.pt was written"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that is in --output-dir")
+    group: Any = parser
+    for name, field in settings.FIELDS.items():
+        if name in settings.GROUPS:
+            group = parser.add_argument_group(settings.GROUPS[name])
+        option = f"--{name.replace('_', '-')}"
+        if settings.TYPES[name] is bool:
+            parser.add_argument(
+                option,
+                action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+                default=field.default,
+                help=settings.help_of(name),
+            )
+        else:
+            group.add_argument(option, type=settings.TYPES[name], default=field.default, help=settings.help_of(name))
+    arguments = _with_preset_paths(arguments)
+    given = parser.parse_args(arguments, defaults=False).as_dict()  # only what the user or a YAML file sets
+    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    given.pop("config", None)
+
+    from rich.console import Console
+
+    from ijckd_fast import run_folder
+    from ijckd_fast.train import train as run
+
+    if resume is None:
+        run(settings.make_config(given), overwrite=overwrite, console=Console())
+        return 0
+    if overwrite:
+        raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
+    folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
+    config = settings.make_config({**run_folder.read_config(folder), **given, "output_dir": str(folder)})
+    run(config, resume=True, console=Console())
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Accuracy, agreement and cost of a trained net."""
+    parser = _parser(
+        "evaluate",
+        "Top-1, top-5, agreement with the teacher, images/s and deployed cost of a run on a val/ folder. The last line of "
+        "standard output is one JSON object.",
+    )
+    parser.add_argument("run", type=str, help="folder of a run, or a last.pt or best.pt")
+    parser.add_argument("--data-dir", type=str, help="folder with val/<class>/*; default: the run's")
+    parser.add_argument(
+        "--best", action="store_true", help="of a folder take best.pt; default: last.pt, as in published results"
+    )
+    parser.add_argument(
+        "--teacher-checkpoint", type=str, help="where the teacher's weights are now, if they were moved"
+    )
+    parser.add_argument("--batch-size", type=int, help="images per step; default: the run's")
+    parser.add_argument("--workers", type=int, help="decoding threads; default: the run's")
+    parser.add_argument("--data-backend", type=str, help="dali, pillow or synthetic; default: the run's")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    given = parser.parse_args(arguments).as_dict()
+
+    import torch
+
+    from ijckd_fast import checkpoint, run_folder
+    from ijckd_fast.data import build_index
+    from ijckd_fast.evaluate import evaluate as measure
+    from ijckd_fast.train import build_distiller, build_val_loader, resolve
+
+    path = Path(given.pop("run"))
+    if path.is_dir():
+        path /= run_folder.BEST if given["best"] else run_folder.LAST
+    del given["best"]
+    state = checkpoint.load(path)
+    begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
+    config = resolve(dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None}))
+    device = torch.device(config.device)
+    index = build_index(
+        config.data_dir, "val", classes=state["classes"], verify=config.index_verify, progress=sys.stderr.isatty()
+    )
+    distiller = build_distiller(config, index.num_classes, device)
+    if distiller.teacher is not None and checkpoint.fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
+        raise UserError(
+            f"the teacher {config.teacher} is not the one {path} was trained with (its weights differ): give that one as "
+            "--teacher-checkpoint"
+        )
+    checkpoint.load_into(distiller.learner, state["learner"], path)
+    distiller.eval()
+    amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
+    with build_val_loader(config, index, device) as loader:
+        teacher = None
+        if distiller.teacher is not None:
+            teacher = measure(distiller.teacher_logits, loader, device=device, amp_dtype=amp_dtype)
+        result = measure(
+            distiller.predict,
+            loader,
+            device=device,
+            amp_dtype=amp_dtype,
+            teacher=None if teacher is None else teacher.predictions,
+        )
+    params, macs = distiller.deployed_cost(config.image_size)
+    against = ""
+    if teacher is not None:
+        against = f", agreement with the teacher {result.agreement:.2f} % (its own top-1: {teacher.top1:.2f} %)"
+    print(
+        f"{path} (step {state['step']}): {config.student} by {config.objective} on {result.images} images of {index.root}/val"
+    )
+    print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %{against}")
+    print(
+        f"deployed: {params:,} parameters, {macs:,} multiply-accumulates per image; {result.images / result.seconds:,.0f} images/s"
+    )
+    row = {
+        "checkpoint": str(path),
+        "step": state["step"],
+        **result.row(),
+        "teacher_top1_percent": None if teacher is None else teacher.top1,
+        "params": params,
+        "macs": macs,
+    }
+    print(json.dumps(row))
+    return 0
+
+
+def index(arguments: list[str]) -> int:
+    """Scan a data folder once and list its bad files."""
+    parser = _parser(
+        "index",
+        "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never dies "
+        "of a bad file. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
+    parser.add_argument(
+        "--verify", type=str, default="full", help="full: decode every file; fast: headers only, about ten times faster"
+    )
+    parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
+    given = parser.parse_args(arguments)
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ijckd_fast.data import build_index
+
+    rows: list[dict[str, Any]] = []
+    table = Table("split", "images", "classes", "left out", "s", title=given.data_dir)
+    classes = None
+    for split in ("train", "val"):
+        start = time.perf_counter()
+        found = build_index(
+            given.data_dir,
+            split,
+            classes=classes,
+            workers=given.workers,
+            verify=given.verify,
+            refresh=given.refresh,
+            progress=sys.stderr.isatty(),
+        )
+        classes = found.classes
+        seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "split": split,
+                "images": len(found),
+                "classes": found.num_classes,
+                "left_out": len(found.quarantined),
+                "seconds": round(seconds, 3),
+                "hash": found.hash,
+            }
+        )
+    table = Table("split", "images", "classes", "left out", "s", title=f"{given.data_dir}")
+    for row in rows:
+        table.add_row(
+            row["split"], f"{row['images']:,}", f"{row['classes']:,}", f"{row['left_out']:,}", f"{row['seconds']:.1f}"
+        )
+    Console().print(table)
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """A teacher and one student by five methods, on digits, in two minutes."""
+    parser = _parser(
+        "demo",
+        "Writes the digits as JPEG files, trains a teacher, then the same small student by several methods, several seeds each. "
+        "Runs that are there already are used again. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument(
+        "--output", type=str, default="runs/demo", help="folder for the images, the runs and the report"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs per method")
+    parser.add_argument("--methods", type=str, default="ce,kd,srrl,simkd,ijckd", help="objectives, separated by commas")
+    given = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    from ijckd_fast.demo import run_demo
+
+    methods = [name.strip() for name in given.methods.split(",") if name.strip()]
+    rows = run_demo(Path(given.output), seeds=given.seeds, methods=methods, console=Console())
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    """What is installed, what works here, and what to do about the rest."""
+    _parser("doctor", "Exit code 0 if training can run here.").parse_args(arguments)
+
+    from rich.console import Console
+
+    from ijckd_fast.doctor import doctor as examine
+
+    return 0 if examine(Console()) else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "index": index,
+    "demo": demo,
+    "doctor": doctor,
+}
+
+
+class _Parser(ArgumentParser):
+    """Mistakes become UserErrors: one sentence, with the nearest option where one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            name = unknown[1].split("=")[0]
+            raise UserError(
+                f"unknown option {name} of {self.prog}{did_you_mean(name, known)}; {self.prog} --help lists all"
+            )
+        text = " ".join(message.split())
+        text = re.sub(r"<class '(\w+)'>", r"\1", text.replace("typing.", ""))
+        wrong = re.match(r'Parser key "(\w+)": (.*)', text)
+        if wrong:
+            text = f"--{wrong[1].replace('_', '-')}: {wrong[2]}"
+        raise UserError(f"{text}; {self.prog} --help describes every option")
+
+
+def _parser(command: str, description: str, usage: str | None = None) -> _Parser:
+    return _Parser(
+        prog=f"ijckd-fast {command}",
+        description=description,
+        usage=usage,
+        allow_abbrev=False,
+        print_config="--print-%s",
+    )
+
+
+def _normalise(arguments: list[str]) -> list[str]:
+    """--data_dir becomes --data-dir, the spelling of the help, and a list may be written 30,60,90 as well as [30,60,90]."""
+    normal = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            argument = name.replace("_", "-") + equals + value
+        elif re.fullmatch(r"-?[\d.eE+-]+(,-?[\d.eE+-]+)+", argument):
+            argument = f"[{argument}]"
+        normal.append(argument)
+    return normal
+
+
+def _with_preset_paths(arguments: list[str]) -> list[str]:
+    """The value of --config, a path or a preset's name, as a path to a file whose settings exist."""
+    found = list(arguments)
+    for i, argument in enumerate(found):
+        name, equals, value = argument.partition("=")
+        if name == "--config" and (equals or i + 1 < len(found)):
+            path = settings.preset_path(value if equals else found[i + 1])
+            settings.load_preset(str(path))
+            found[i if equals else i + 1] = f"--config={path}" if equals else str(path)
+    return found
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ijckd-fast COMMAND [OPTIONS]",
+            "",
+            "Knowledge distillation through the teacher's own classifier.",
+            "",
+            *lines,
+            "",
+            "ijckd-fast COMMAND --help describes the options of one.",
+        ]
+    )
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"ijckd-fast: {text}", file=sys.stderr)
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"ijckd-fast: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Every setting of a training run, with its unit and default: the command line, the presets and config.yaml are made of it."""
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ijckd_fast.errors import UserError, did_you_mean
+
+PRESET_FOLDER = Path(__file__).parent / "configs"
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`. `help_of(name)` gives the description of one; None means 'chosen as the description says'."""
+
+    data_dir: str = _setting("", "folder with train/<class>/* and val/<class>/* image files (required)")
+    output_dir: str | None = _setting(None, "folder of this run; default: runs/<objective>-<student>-seed<seed>")
+    student: str = _setting("resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME")
+    student_checkpoint: str | None = _setting(None, "file with weights the student starts from; default: random")
+    student_pretrained: bool = _setting(False, "start the student from the library's published weights")
+    teacher: str | None = _setting(None, "teacher, named like the student; none only for --objective ce")
+    teacher_checkpoint: str | None = _setting(None, "file with the teacher's weights, e.g. best.pt of an earlier run")
+    teacher_pretrained: bool = _setting(False, "take the teacher's published weights from the library")
+    allow_weak_teacher: bool = _setting(False, "train even if the teacher's own top-1 is near chance")
+
+    objective: str = _setting("ijckd", "ijckd, ijckd-pooled, srrl, simkd, kd, dkd or ce")
+    ce: float | None = _setting(None, "weight of the hard-label cross-entropy; default: the objective's")
+    sr: float | None = _setting(
+        None, "weight of the logit matching, mean over batch and classes; default: the objective's"
+    )
+    fm: float | None = _setting(
+        None, "weight of the feature matching, mean over all elements; default: the objective's"
+    )
+    kl: float | None = _setting(None, "weight of T^2 KL(teacher || student); default: the objective's")
+    match: Literal["map", "pooled", "none"] | None = _setting(None, "features to match; default: the objective's")
+    temperature: float | None = _setting(None, "temperature T of the KL and DKD terms; default: the objective's")
+    connector: str | None = _setting(None, "bottleneck:FACTOR, conv1x1, linear, mlp or none; default: the objective's")
+    infer_head: Literal["teacher", "student"] | None = _setting(
+        None, "classifier the trained student answers through; default: the objective's"
+    )
+    label_smoothing: float = _setting(
+        0.0, "label smoothing of the cross-entropy, share of the probability mass in [0, 1)"
+    )
+
+    image_size: int = _setting(224, "side of the square network input, pixels")
+    scale: tuple[float, float] = _setting((0.08, 1.0), "random crop: least and most share of the image area")
+    ratio: tuple[float, float] = _setting((3 / 4, 4 / 3), "random crop: least and most width / height")
+    hflip: float = _setting(0.5, "probability of a horizontal flip in training")
+    eval_resize: int | None = _setting(
+        None, "evaluation: shorter side before the centre crop, pixels; default: image_size * 256 / 224"
+    )
+    mean: tuple[float, float, float] = _setting(
+        (0.485, 0.456, 0.406), "RGB mean that is subtracted, in units of [0, 1]"
+    )
+    std: tuple[float, float, float] = _setting((0.229, 0.224, 0.225), "RGB deviation to divide by, in units of [0, 1]")
+    train_per_class: int | None = _setting(None, "train on this many images per class only; default: all")
+    label_noise: float = _setting(0.0, "share of the training labels to replace by another class, in [0, 1]")
+    data_backend: Literal["dali", "pillow", "synthetic"] = _setting("dali", "what decodes the images")
+    index_verify: Literal["full", "fast"] = _setting(
+        "full", "first scan of the data: decode every file, or headers only"
+    )
+    workers: int = _setting(2, "decoding threads")
+    prefetch: int = _setting(2, "batches decoded ahead")
+
+    epochs: int = _setting(100, "length of the run and of its schedule, passes over the training images")
+    batch_size: int = _setting(
+        256, "images per step and per process; the global batch, to which --lr belongs, is this times the processes (1)"
+    )
+    lr: float = _setting(0.1, "peak learning rate for the global batch; never rescaled behind your back")
+    momentum: float = _setting(0.9, "momentum of SGD")
+    nesterov: bool = _setting(False, "Nesterov momentum")
+    weight_decay: float = _setting(1e-4, "weight decay, on every parameter of student and connector")
+    schedule: Literal["step", "cosine"] = _setting(
+        "step", "course of the learning rate after the warm-up, set every step"
+    )
+    milestones: tuple[int, ...] = _setting((30, 60, 90), "schedule step: epochs at which lr is multiplied by gamma")
+    gamma: float = _setting(0.1, "schedule step: factor at each milestone")
+    warmup_epochs: float = _setting(0.0, "linear warm-up from 0, epochs")
+    ema_decay: float = _setting(0.0, "decay of the moving average of the weights, which is then evaluated; 0: off")
+    max_steps: int | None = _setting(None, "stop after this many steps; the schedule still spans --epochs")
+    seed: int = _setting(0, "seed of the student's first weights, of order, crops and subset")
+
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: the GPU if there is one")
+    amp_dtype: Literal["float32", "bfloat16"] | None = _setting(
+        None, "precision of convolutions and matrix products; default: bfloat16 on a GPU, float32 on a CPU"
+    )
+    channels_last: bool = _setting(True, "memory layout NHWC")
+    head: Literal["fused", "reference"] = _setting("fused", "the C++/CUDA ops, or plain PyTorch to compare with")
+    deterministic: bool = _setting(False, "only deterministic GPU algorithms (slower); CPU runs always are")
+
+    log_interval: int = _setting(
+        50, "steps between two lines of the log (the only moments the host waits for the device)"
+    )
+    eval_every: int = _setting(1, "epochs between two evaluations on val; the last epoch is always evaluated")
+    checkpoint_minutes: float = _setting(10.0, "minutes between two writings of last.pt")
+    checkpoint_steps: int | None = _setting(None, "write last.pt every so many steps too; default: by minutes only")
+    nonfinite_limit: int = _setting(
+        20, "steps skipped for a NaN or infinite loss or gradient before the run is stopped"
+    )
+    tensorboard: bool = _setting(True, "write TensorBoard events")
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.nesterov and not self.momentum:
+            raise UserError("--nesterov needs a --momentum above 0, got 0: set one, or leave --nesterov out")
+        if self.lr <= 0:
+            raise UserError(f"--lr must be above 0, got {self.lr}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}: 0 turns it off, 0.999 is usual")
+
+
+_LEAST = {
+    "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 1,
+    "prefetch": 1, "log_interval": 1, "eval_every": 1, "checkpoint_minutes": 0, "checkpoint_steps": 1, "nonfinite_limit": 0,
+    "seed": 0, "train_per_class": 1,
+}  # fmt: skip
+
+# Headings of the help, by the first setting below each.
+GROUPS = {
+    "data_dir": "data and models",
+    "objective": "objective (unset weights are the objective's own)",
+    "image_size": "images",
+    "epochs": "optimisation (SGD)",
+    "device": "computation",
+    "log_interval": "what is written when",
+}
+
+# A run may be continued with these changed: where things lie and what is written when, nothing the weights depend on.
+FREE_ON_RESUME = frozenset(
+    {
+        "data_dir", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher", "index_verify", "workers",
+        "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps", "nonfinite_limit", "tensorboard",
+    }
+)  # fmt: skip
+
+FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(TrainConfig)}
+TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
+
+
+def help_of(name: str) -> str:
+    """The description of one setting, with its unit."""
+    return FIELDS[name].metadata["help"]
+
+
+def make_config(values: Mapping[str, Any]) -> TrainConfig:
+    """TrainConfig from a mapping such as a YAML file's; UserError for a name that is no setting."""
+    check_names(values, "the settings")
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return TrainConfig(**settings)
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """UserError, with the nearest names, for the first of `names` that is no setting."""
+    for name in names:
+        if name not in FIELDS:
+            raise UserError(f"unknown setting '{name}' in {where}{did_you_mean(name, FIELDS)}")
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged presets, as --config takes them."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+
+
+def preset_path(name_or_path: str) -> Path:
+    """The YAML file that --config names: a path, or a packaged preset by name, the 'imagenet_' in front left out or not."""
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise UserError(f"no configuration file {path}: give a YAML file, or one of {', '.join(preset_names())}")
+        return path
+    for name in (name_or_path, f"imagenet_{name_or_path}"):
+        if name in preset_names():
+            return PRESET_FOLDER / f"{name}.yaml"
+    raise UserError(
+        f"no preset '{name_or_path}': give a YAML file, or one of {', '.join(preset_names())}"
+        f"{did_you_mean(name_or_path, preset_names())}"
+    )
+
+
+def load_preset(name_or_path: str) -> dict[str, Any]:
+    """The settings in a YAML file or packaged preset."""
+    path = preset_path(name_or_path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold 'setting: value' lines, found {type(values).__name__}")
+    check_names(values, str(path))
+    return values

@@ -1,0 +1,137 @@
+"""What a step does to the weights besides the gradient: its learning rate, the guard against NaN, the moving average."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def learning_rate(
+    step: int,
+    *,
+    steps_per_epoch: int,
+    epochs: float,
+    lr: float,
+    schedule: str,
+    milestones: tuple[int, ...],
+    gamma: float,
+    warmup_epochs: float,
+) -> float:
+    """The learning rate of the update with index `step` (from 0), a pure function, so that resuming needs no state.
+
+    Warm-up: linear from lr / n at the first of the n warm-up steps to lr at the last.
+    "step": lr * gamma ** (number of milestones, in epochs, that have passed).
+    "cosine": half a cosine from lr at the end of the warm-up to 0 at the end of the run.
+    """
+    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "step":
+        return lr * gamma ** sum(step >= milestone * steps_per_epoch for milestone in milestones)
+    span = max(1, round(epochs * steps_per_epoch) - warmup_steps)
+    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / span)))
+
+
+def sgd(module: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
+    """PyTorch's fused SGD over every parameter of `module`, ready for `FiniteGuard`.
+
+    The momentum buffers start as zeros, which is the same as starting without any, so that a first step that the guard
+    skips leaves them defined.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(
+        parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
+    )
+    if momentum:
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+class FiniteGuard:
+    """Makes a step whose loss or gradient is NaN or infinite a step that changes nothing, without asking the device.
+
+    `before_forward` keeps a copy of the running statistics (BatchNorm), which the forward pass updates. `after_backward`
+    puts them back if the step is bad and tells the optimizer, through the `found_inf` tensor its fused kernel reads, to
+    leave weights and momentum alone. Everything is a tensor on the device: the host never waits.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.SGD, device: torch.device) -> None:
+        slots = [
+            (part, name, buffer)
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        # One vector holds all statistics, the modules get views of it: copying and restoring is one operation each.
+        self._statistics = torch.cat(
+            [buffer.detach().flatten().float() for *_, buffer in slots] or [torch.zeros(0)]
+        ).to(device)
+        offset = 0
+        for part, name, buffer in slots:
+            view = self._statistics[offset : offset + buffer.numel()].view(buffer.shape)
+            part.register_buffer(
+                name, view.data, persistent=name not in part._non_persistent_buffers_set
+            )  # .data: own version counter
+            offset += buffer.numel()
+        self._before = self._statistics.clone()
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._found_inf = torch.zeros((), device=device)
+        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]  # read by the fused step, as for a GradScaler
+
+    def before_forward(self) -> None:
+        self._before.copy_(self._statistics)
+
+    def after_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """loss [] with gradients in place -> (ok [] bool, grad_norm [] float32: L2 norm of the whole gradient)."""
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])  # []
+        ok = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm)
+        self._found_inf.copy_(~ok)
+        self._statistics.copy_(torch.where(ok, self._statistics, self._before))
+        return ok, grad_norm
+
+
+class Ema:
+    """Exponential moving average of a module's parameters and floating-point buffers, in float32 on their device.
+
+    After update number n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that a short run is not dominated by its
+    first weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._live = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point()}
+        self._average = {k: v.detach().clone() for k, v in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Takes in the module's present weights; `updates` counts from 1."""
+        decay = min(self._decay, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(list(self._average.values()), [v.detach() for v in self._live.values()], 1 - decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the module computes with the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for key, live in self._live.items():
+            kept = live.detach().clone()
+            live.copy_(self._average[key])
+            self._average[key].copy_(kept)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._average
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for key, average in self._average.items():
+            average.copy_(state[key])

@@ -1,0 +1,102 @@
+"""The one-page report of a run: what it was, how accurate it is, what it costs to deploy, and how it went, with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ijckd_fast import run_folder
+
+_PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd")
+
+
+def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes report.md and training.png.
+
+    summary  what summary.json holds
+    rows     the rows of log.jsonl
+    """
+    plot_training(folder / run_folder.PLOT, rows)
+    config, last, best = summary["config"], summary["last"], summary["best"]
+    teacher = (
+        "none" if config["teacher"] is None else f"{config['teacher']}, top-1 {summary['teacher_top1_percent']:.2f} %"
+    )
+    schedule = (
+        f"{summary['steps']} steps ({last['epoch']:.2f} epochs) of {config['batch_size']} images, lr {config['lr']} "
+        f"({config['schedule']}), seed {config['seed']}"
+    )
+    run_folder.write_text(
+        folder / run_folder.REPORT,
+        f"""# {config["student"]} by {config["objective"]}
+
+| | |
+|---|---|
+| data | `{config["data_dir"]}`, {last["images"]} validation images |
+| teacher | {teacher} |
+| student | {config["student"]}, connector {config["connector"]}, answers through the {config["infer_head"]}'s classifier |
+| schedule | {schedule} |
+| deployed | {summary["params"]:,} parameters, {summary["macs"]:,} multiply-accumulates per image (backbone, connector, classifier) |
+| speed | {summary["images_per_s"]:,.0f} images/s (median over the log, loader included), {summary["seconds"]:,.0f} s in all |
+| skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
+
+| validation | step | top-1 % | top-5 % | agreement with the teacher % |
+|---|---|---|---|---|
+{_accuracy("last epoch", last)}
+{_accuracy("best epoch", best)}
+
+IJCKD's authors report the last epoch. The best one is chosen on the very images it is judged by.
+
+![training]({run_folder.PLOT})
+
+Weights: `{run_folder.LAST}`, `{run_folder.BEST}`. Every setting: `{run_folder.CONFIG}`. Machine and versions:
+`{run_folder.ENVIRONMENT}`. Every figure plotted: `{run_folder.LOG}`.
+""",
+    )
+
+
+def _accuracy(name: str, row: Mapping[str, Any]) -> str:
+    agreement = "-" if row["agreement_percent"] is None else f"{row['agreement_percent']:.2f}"
+    return f"| {name} | {row['step']} | {row['top1_percent']:.2f} | {row['top5_percent']:.2f} | {agreement} |"
+
+
+def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
+    """A matplotlib figure with a grid of axes, drawn without a display and without touching pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, and only wanted at the end
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    FigureCanvasAgg(drawing)
+    return drawing, drawing.subplots(rows, columns, squeeze=False)
+
+
+def plot_training(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss terms, accuracies, learning rate and speed over the epochs, as a PNG of about 1400 x 960 pixels."""
+    train = [row for row in rows if row["kind"] == "train"]
+    val = [row for row in rows if row["kind"] == "eval"]
+    drawing, ((losses, accuracy), (rate, speed)) = figure(2, 2)
+    for name in _PARTS:
+        if train and name in train[0]:
+            points = [(row["epoch"], row[name]) for row in train if row[name] is not None]
+            losses.plot(*zip(*points, strict=True), label=name) if points else None
+    losses.set(title="loss and its unweighted terms", yscale="log")
+    for source, name, label in (
+        (train, "top1_train_percent", "train top-1"),
+        (val, "top1_percent", "val top-1"),
+        (val, "agreement_percent", "val agreement with the teacher"),
+    ):
+        points = [(row["epoch"], row[name]) for row in source if row[name] is not None]
+        if points:
+            accuracy.plot(*zip(*points, strict=True), label=label, marker="." if source is val else None)
+    accuracy.set(title="%")
+    rate.plot([row["epoch"] for row in train], [row["lr"] for row in train])
+    rate.set(title="learning rate", xlabel="epoch")
+    speed.plot([row["epoch"] for row in train], [row["images_per_s"] for row in train])
+    wait = speed.twinx()
+    wait.plot([row["epoch"] for row in train], [row["loader_wait_percent"] for row in train], color="tab:orange")
+    wait.set(ylim=(0, 100), ylabel="% waiting for the loader")
+    speed.set(title="images/s", xlabel="epoch", ylim=(0, None))
+    for axes in (losses, accuracy):
+        if axes.lines:
+            axes.legend(fontsize="small")
+    drawing.savefig(path, dpi=150)

@@ -1,0 +1,197 @@
+"""The folder of one run: which files it holds, who may start one there, its log and its environment."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from ijckd_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+CONFIG, ENVIRONMENT, LOG, SUMMARY = "config.yaml", "env.json", "log.jsonl", "summary.json"
+LAST, BEST, TEACHER, EVENTS = "last.pt", "best.pt", "teacher_val.npz", "tensorboard"
+REPORT, PLOT = "report.md", "training.png"
+_OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT, PLOT)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Holds the folder of a run for this process; UserError when another living process holds it.
+
+    The kernel drops the lock when its process ends, however it ends: a lock file left by a dead run is no hindrance.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise UserError(
+                f"another run (process {holder}) is writing to {folder}: wait for it, or choose another --output-dir"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def prepare(folder: Path, *, overwrite: bool) -> None:
+    """Makes `folder` ready for a new run. UserError when a run is there already, unless `overwrite`, which deletes that run's files."""
+    found = [name for name in _OURS if (folder / name).exists()]
+    # A run that failed before its first log line (a wrong path, a weak teacher) left nothing worth keeping.
+    begun = any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or read_log(folder)
+    if begun and not overwrite:
+        state = "a finished run" if SUMMARY in found else "a run that is not finished"
+        raise UserError(
+            f"{folder} holds {state}: continue it with --resume {folder}, choose another --output-dir, or give --overwrite "
+            "to delete it"
+        )
+    for name in found:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to, which then replaces `path` in one step: nobody ever sees half a file."""
+    tmp = path.with_name(path.name + ".tmp")
+    yield tmp
+    os.replace(tmp, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces `path` by `text` in one step."""
+    with replacing(path) as tmp:
+        tmp.write_text(text)
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Saves a TrainConfig with every value filled in; `read_config` gives the dict back."""
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved settings of the run in `folder`; UserError when there is no run."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(
+            f"no run in {folder} (it has no {CONFIG}): give the --output-dir of an earlier ijckd-fast train"
+        )
+    values = yaml.safe_load(path.read_text())
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file written by us, or None when there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The rows of log.jsonl; a last line cut short by a kill is left out."""
+    rows = []
+    path = folder / LOG
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class RunLog:
+    """Appends rows to log.jsonl (one JSON object per line, units in the key names) and to TensorBoard's event files.
+
+    `start` is the step the run begins at: rows of later steps, which a killed run wrote after its last checkpoint, are
+    dropped, because they will be written again.
+    """
+
+    def __init__(self, folder: Path, start: int, *, tensorboard: bool) -> None:
+        kept = [row for row in read_log(folder) if row["step"] <= start]
+        write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = open(folder / LOG, "a")  # noqa: SIM115 - closed by close()
+        self._events: SummaryWriter | None = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+
+    def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
+        """One line {"kind", "step", **row}; numbers go to TensorBoard as "kind/key"."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **row}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{kind}/{key}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def code_hash() -> str:
+    """Hex digest of the package's Python sources."""
+    digest = hashlib.blake2b(digest_size=8)
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_environment(folder: Path) -> None:
+    """Saves what the run (or its latest part) runs on: versions, host, device, git commit of the package, if it has one."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    environment = {
+        "ijckd_fast": _version("ijckd-fast"),
+        "code_hash": code_hash(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": len((_git("status", "--porcelain") or "").splitlines()),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": gpu,
+        "dali": _version("nvidia-dali-cuda130"),
+        "timm": _version("timm"),
+        "torchvision": _version("torchvision"),
+        "host": platform.platform(),
+        "host_cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+    }
+    write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git about the package's own checkout, or None when the package was not run from one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None

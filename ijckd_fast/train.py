@@ -1,0 +1,498 @@
+"""The training loop, read top to bottom: settings, data, teacher, student, then steps, a log, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from ijckd_fast import checkpoint, report, run_folder
+from ijckd_fast.config import FREE_ON_RESUME, TrainConfig, make_config
+from ijckd_fast.data import Augment, EvalPlan, Index, Loader, TrainPlan, build_index, make_loader
+from ijckd_fast.distiller import Distiller
+from ijckd_fast.errors import UserError
+from ijckd_fast.evaluate import Evaluation, evaluate
+from ijckd_fast.models import create_model
+from ijckd_fast.objectives import Objective, get_objective
+from ijckd_fast.optimize import Ema, FiniteGuard, learning_rate, sgd
+from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress
+
+__all__ = ["Stopped", "TrainConfig", "build_distiller", "build_indexes", "build_val_loader", "resolve", "train"]
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was ended by SIGINT or SIGTERM (`signum`), after saving last.pt; not an error, so no Exception."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        super().__init__(text)
+        self.signum = signum
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> dict[str, Any]:
+    """Trains one net; returns what summary.json in the run's folder says.
+
+    config     every setting, see TrainConfig
+    resume     go on from last.pt in config.output_dir (from the first step if the run died before it wrote one). The
+               settings must be the run's, but for FREE_ON_RESUME. On a CPU the final weights then have the same bits as
+               those of a run that was never interrupted.
+    overwrite  delete the run in config.output_dir first
+    console    where progress is shown; default: standard output
+    raises     UserError for mistakes in settings or data, a full disk, and too many steps that are not finite; Stopped
+               on SIGINT or SIGTERM
+    """
+    config = resolve(config)
+    assert config.output_dir is not None
+    folder = Path(config.output_dir)
+    console = console or Console()
+    with run_folder.lock(folder), contextlib.ExitStack() as closing:
+        if resume:
+            _refuse_other_settings(folder, config)
+            finished = run_folder.read_json(folder / run_folder.SUMMARY)
+            if finished is not None:
+                console.print(f"{folder}: this run is finished, nothing to resume", highlight=False, soft_wrap=True)
+                return finished
+        else:
+            run_folder.prepare(folder, overwrite=overwrite)
+        device = torch.device(config.device)
+        amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+
+        # --- data: every batch is a pure function of (index, seed, step)
+        train_index, val_index = build_indexes(config)
+        plan = TrainPlan(train_index, augment_of(config), config.batch_size, config.seed)
+        total_steps = config.epochs * plan.steps_per_epoch
+        if config.max_steps is not None:
+            total_steps = min(total_steps, config.max_steps)
+        val_loader = closing.enter_context(build_val_loader(config, val_index, device))
+
+        # --- models
+        distiller = build_distiller(config, train_index.num_classes, device)
+        learner = distiller.learner
+        params, macs = distiller.deployed_cost(config.image_size)
+        optimizer = sgd(
+            learner,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        guard = FiniteGuard(learner, optimizer, device)
+        ema = Ema(learner, config.ema_decay) if config.ema_decay else None
+        inputs = {
+            "training images": train_index.hash,
+            "validation images": val_index.hash,
+            "teacher": None if distiller.teacher is None else checkpoint.fingerprint(distiller.teacher),
+        }
+
+        # --- where the run stands
+        step = skipped = 0
+        seconds = 0.0  # of the parts of the run before this one
+        best: dict[str, Any] | None = None  # rows of the log
+        evaluated: dict[str, Any] | None = None
+        meter = Meter(device)
+        last = folder / run_folder.LAST
+        if resume and last.exists():
+            state = checkpoint.load(last)
+            for what, digest in inputs.items():
+                if state["inputs"][what] != digest:
+                    raise UserError(
+                        f"{folder} cannot be resumed: the {what} differ from those the run began with; put the old ones back "
+                        "or start a new run"
+                    )
+            checkpoint.load_into(learner, state["live"] or state["learner"], last)
+            optimizer.load_state_dict(state["optimizer"])
+            if ema is not None:
+                ema.load_state_dict(state["ema"])
+            meter.load_state_dict(state["meter"])
+            checkpoint.set_random_state(state["random"])
+            step, skipped, seconds = state["step"], state["skipped_steps"], state["seconds"]
+            best, evaluated = state["best"], state["evaluated"]
+            if state["code"] != run_folder.code_hash():
+                console.print(f"{folder} was begun with other code of ijckd_fast: the bits of the result may differ")
+        started = time.perf_counter()
+
+        def save(name: str) -> None:
+            live = learner.state_dict()
+            state = {
+                "learner": live if ema is None else {**live, **ema.state_dict()},  # what is evaluated and deployed
+                "live": None if ema is None else live,
+                "ema": None if ema is None else ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "meter": meter.state_dict(),
+                "random": checkpoint.random_state(),
+                "step": step,
+                "skipped_steps": skipped,
+                "seconds": seconds + time.perf_counter() - started,
+                "best": best,
+                "evaluated": evaluated,
+                "config": dataclasses.asdict(config),
+                "classes": list(train_index.classes),
+                "inputs": inputs,
+                "code": run_folder.code_hash(),
+            }
+            checkpoint.save(folder / name, state)
+
+        # --- what the run leaves behind besides checkpoints
+        run_folder.write_config(folder, config)
+        run_folder.write_environment(folder)
+        log = closing.enter_context(contextlib.closing(run_folder.RunLog(folder, step, tensorboard=config.tensorboard)))
+        show = TrainingProgress(console, f"{config.objective} {config.student}", step, total_steps)
+        show.say(
+            f"{folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; {len(train_index)} images of "
+            f"{train_index.num_classes} classes, {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
+            + (f"; going on from step {step}" if step else "")
+        )
+        teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs)
+        if teacher_val is not None:
+            show.say(
+                f"teacher: top-1 {teacher_val.top1:.2f} % of {teacher_val.images} val images, {teacher_val.seconds:.1f} s"
+            )
+            if not config.allow_weak_teacher:
+                refuse_weak_teacher(config, teacher_val, val_index.num_classes)
+
+        # --- the loop; the host waits for the device only where it logs, evaluates or saves
+        batches = iter(
+            closing.enter_context(
+                make_loader(
+                    config.data_backend,
+                    plan,
+                    threads=config.workers,
+                    prefetch=config.prefetch,
+                    start=step,
+                    stop=total_steps,
+                    device=device,
+                )
+            )
+        )
+        stop = closing.enter_context(stop_signal())
+        closing.enter_context(show)
+        distiller.train()
+        watch = Stopwatch(device)
+        saved_at = time.perf_counter()
+        while step < total_steps:
+            with watch.waiting():
+                images, labels, _ids = next(batches)  # [B, 3, S, S], [B]
+            lr = learning_rate(
+                step,
+                steps_per_epoch=plan.steps_per_epoch,
+                epochs=config.epochs,
+                lr=config.lr,
+                schedule=config.schedule,
+                milestones=config.milestones,
+                gamma=config.gamma,
+                warmup_epochs=config.warmup_epochs,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            guard.before_forward()
+            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                out = distiller.step(images, labels, progress=step / plan.steps_per_epoch)
+            optimizer.zero_grad(set_to_none=True)
+            out.loss.backward()
+            ok, grad_norm = guard.after_backward(out.loss)
+            optimizer.step()  # changes nothing unless ok
+            step += 1
+            if ema is not None:
+                ema.update(step)
+
+            meter.add(ok, {"loss": out.loss.detach(), **out.parts, "grad_norm": grad_norm, "correct": out.correct})
+            watch.count(len(labels))
+            show.step(step)
+            epoch = step / plan.steps_per_epoch
+
+            if step % config.log_interval == 0 or step == total_steps:
+                means, bad = meter.take()
+                correct = means.pop("correct")
+                skipped += bad
+                row = {
+                    "epoch": epoch,
+                    **means,
+                    "top1_train_percent": None if correct is None else 100 * correct / config.batch_size,
+                    "lr": lr,
+                    **watch.take(),
+                    "skipped_steps": skipped,
+                }
+                log.write("train", step, row)
+                show.row(step, row)
+                if bad:
+                    show.say(
+                        f"skipped {bad} of the last steps: loss or gradient was NaN or infinite ({skipped} so far)"
+                    )
+                if skipped > config.nonfinite_limit:
+                    raise UserError(_too_many_skipped(folder, skipped, step))
+
+            if step == total_steps or step % (config.eval_every * plan.steps_per_epoch) == 0:
+                with watch.paused(), contextlib.nullcontext() if ema is None else ema.swapped_in():
+                    evaluation = evaluate(
+                        distiller.eval().predict,
+                        val_loader,
+                        device=device,
+                        amp_dtype=amp_dtype,
+                        teacher=None if teacher_val is None else teacher_val.predictions,
+                    )
+                    distiller.train()
+                evaluated = {"step": step, "epoch": epoch, **evaluation.row()}
+                log.write("eval", step, evaluated)
+                show.say(_describe(step, total_steps, evaluation))
+                if best is None or evaluation.top1 > best["top1_percent"]:
+                    best = evaluated
+                    with watch.paused():
+                        save(run_folder.BEST)
+
+            minutes = (time.perf_counter() - saved_at) / 60
+            by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
+            if by_steps or minutes >= config.checkpoint_minutes or stop.signum or step == total_steps:
+                with watch.paused():
+                    save(run_folder.LAST)
+                saved_at = time.perf_counter()
+            if stop.signum and step < total_steps:
+                raise Stopped(
+                    stop.signum,
+                    f"stopped by {signal.Signals(stop.signum).name} at step {step} of {total_steps}, everything is saved: "
+                    f"continue with ijckd-fast train --resume {folder}",
+                )
+
+        log.close()
+        rows = run_folder.read_log(folder)
+        summary = {
+            "complete": True,
+            "config": dataclasses.asdict(config),
+            "steps": step,
+            "last": evaluated,
+            "best": best,
+            "teacher_top1_percent": None if teacher_val is None else teacher_val.top1,
+            "params": params,
+            "macs": macs,
+            "images_per_s": statistics.median(row["images_per_s"] for row in rows if row["kind"] == "train"),
+            "skipped_steps": skipped,
+            "seconds": seconds + time.perf_counter() - started,
+        }
+        report.write_report(folder, summary, rows)
+        run_folder.write_text(folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+        show.say(f"report: {folder / run_folder.REPORT}")
+        return summary
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the loop is made of, in the order of its use
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fills in every value that was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
+    if not config.data_dir:
+        raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
+    has_weights = config.teacher_checkpoint is not None or config.teacher_pretrained or config.allow_weak_teacher
+    if config.teacher is not None and not has_weights:
+        raise UserError(
+            f"teacher {config.teacher} has no weights: give --teacher-checkpoint FILE, or --teacher-pretrained for the "
+            "library's published ones"
+        )
+    objective = objective_of(config)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dataclasses.replace(
+        config,
+        output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
+        ce=objective.ce,
+        sr=objective.sr,
+        fm=objective.fm,
+        kl=objective.kl,
+        match=objective.match,  # type: ignore[arg-type]
+        temperature=objective.temperature,
+        connector=objective.connector or "none",
+        infer_head=objective.infer_head,  # type: ignore[arg-type]
+        eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
+        device=device,
+        amp_dtype=config.amp_dtype or ("bfloat16" if device == "cuda" else "float32"),
+    )
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The preset with the weights and heads that the settings change."""
+    return get_objective(
+        config.objective,
+        ce=config.ce,
+        sr=config.sr,
+        fm=config.fm,
+        kl=config.kl,
+        match=config.match,
+        temperature=config.temperature,
+        connector=config.connector,
+        infer_head=config.infer_head,
+    )
+
+
+def augment_of(config: TrainConfig) -> Augment:
+    """How images become input; config is resolved."""
+    assert config.eval_resize is not None
+    return Augment(
+        image_size=config.image_size,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        eval_resize=config.eval_resize,
+        mean=config.mean,
+        std=config.std,
+    )
+
+
+def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
+    """(train, val): val has the classes of train; train is cut down and mislabelled as the settings say."""
+    whole = build_index(config.data_dir, "train", verify=config.index_verify, progress=sys.stderr.isatty())
+    val = build_index(
+        config.data_dir, "val", classes=whole.classes, verify=config.index_verify, progress=sys.stderr.isatty()
+    )
+    return whole.subset(config.train_per_class, config.label_noise, config.seed), val
+
+
+def build_val_loader(config: TrainConfig, index: Index, device: torch.device) -> Loader:
+    """Every image of `index` once, in its order; may be iterated again and again."""
+    plan = EvalPlan(index, augment_of(config), config.batch_size)
+    return make_loader(config.data_backend, plan, threads=config.workers, prefetch=config.prefetch, device=device)
+
+
+def build_distiller(config: TrainConfig, num_classes: int, device: torch.device) -> Distiller:
+    """Teacher and student on `device`. The student's first weights depend on the seed alone, not on teacher or objective."""
+    teacher = None
+    if config.teacher is not None:
+        teacher = create_model(
+            config.teacher,
+            num_classes,
+            checkpoint=config.teacher_checkpoint,
+            pretrained=config.teacher_pretrained,
+            image_size=config.image_size,
+        )
+    random.seed(config.seed)
+    np.random.seed(config.seed)  # noqa: NPY002 - for third-party nets that draw from it
+    torch.manual_seed(config.seed)
+    student = create_model(
+        config.student,
+        num_classes,
+        checkpoint=config.student_checkpoint,
+        pretrained=config.student_pretrained,
+        image_size=config.image_size,
+    )
+    distiller = Distiller(
+        student, teacher, objective_of(config), label_smoothing=config.label_smoothing, head=config.head
+    )
+    if config.channels_last:
+        distiller.to(memory_format=torch.channels_last)
+    return distiller.to(device)
+
+
+def teacher_on_val(
+    config: TrainConfig, folder: Path, distiller: Distiller, val_loader: Loader, inputs: dict[str, str | None]
+) -> Evaluation | None:
+    """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
+    if distiller.teacher is None:
+        return None
+    key = f"{inputs['teacher']} {inputs['validation images']} {augment_of(config)} {config.data_backend} {config.amp_dtype}"
+    path = folder / run_folder.TEACHER
+    if path.exists():
+        kept = np.load(path)
+        if kept["key"].item() == key:
+            predictions = torch.from_numpy(kept["predictions"])
+            top1, top5, seconds = kept["top1_top5_seconds"].tolist()
+            return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions)
+    evaluation = evaluate(
+        distiller.eval().teacher_logits,
+        val_loader,
+        device=torch.device(config.device),
+        amp_dtype=torch.bfloat16 if config.amp_dtype == "bfloat16" else None,
+    )
+    with run_folder.replacing(path) as tmp, open(tmp, "wb") as file:
+        np.savez(
+            file,
+            key=key,
+            predictions=evaluation.predictions.numpy(),
+            top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
+        )
+    return evaluation
+
+
+def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:
+    """UserError when the teacher's top-1 on val is below twice chance (or chance plus a quarter of the rest, if that is less)."""
+    chance = 100 / num_classes
+    wanted = min(2 * chance, chance + 0.25 * (100 - chance))
+    if teacher.top1 < wanted:
+        raise UserError(
+            f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {teacher.images} val images, near chance "
+            f"({chance:.2f} %), wanted at least {wanted:.2f} %: its classes are probably in another order than the sorted class "
+            "folders, or it expects other --mean, --std or --image-size; or its weights are the wrong file. "
+            "--allow-weak-teacher trains all the same"
+        )
+
+
+def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
+    begun = resolve(make_config({**run_folder.read_config(folder), "output_dir": config.output_dir}))
+    for field in dataclasses.fields(config):
+        old, new = getattr(begun, field.name), getattr(config, field.name)
+        if field.name not in FREE_ON_RESUME and old != new:
+            raise UserError(
+                f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be neither "
+                "run's; leave the setting out, or start a new run in another --output-dir"
+            )
+
+
+def _too_many_skipped(folder: Path, skipped: int, step: int) -> str:
+    last = folder / run_folder.LAST
+    if last.exists():
+        good = f"the last good checkpoint is {last} (step {checkpoint.load(last)['step']})"
+    else:
+        good = "no checkpoint had been written yet"
+    return (
+        f"stopped at step {step}: {skipped} steps had a NaN or infinite loss or gradient and were skipped, more than "
+        f"--nonfinite-limit allows; {good}. A smaller --lr, a longer --warmup-epochs or --amp-dtype float32 usually helps"
+    )
+
+
+def _describe(step: int, total_steps: int, evaluation: Evaluation) -> str:
+    agreement = "" if evaluation.agreement is None else f", agreement with the teacher {evaluation.agreement:.2f} %"
+    return f"step {step}/{total_steps}: val top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %{agreement}"
+
+
+class _StopSignal:
+    signum = 0
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[_StopSignal]:
+    """Inside, the first SIGINT or SIGTERM only sets `signum`, so that the loop can save; a second one acts at once."""
+    stop = _StopSignal()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: object) -> None:
+        stop.signum = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

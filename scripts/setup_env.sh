@@ -1,0 +1,53 @@
+# Sourced by scripts/demo and scripts/test, from the repository's root: makes .venv with everything the repository needs and
+# builds the extension, or returns at once when .venv is current. PYTHON chooses the interpreter.
+# A stamp in .venv holds the hash of what was installed from; a changed file, or an interrupted set-up, runs it again.
+
+fail() {
+    echo "${0##*/}: $1" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.12 python3.11 python3.13 python3.10 python3; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+        if [ -n "${PYTHON:-}" ]; then fail "PYTHON=$PYTHON does not run or is older than Python 3.10: name another, or unset it"; fi
+    done
+    fail "no Python 3.10 or newer found: install one, or set PYTHON to its path"
+}
+
+inputs_hash() { # of the files named, by their content
+    cat "$@" | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
+    python=$(find_python)
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python has no venv module: install it (Debian and Ubuntu: apt install python3-venv)"
+    echo "== making .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv || fail "could not make .venv: see above"
+fi
+
+needed=$(inputs_hash requirements-dev.txt)
+if [ "$(cat .venv/installed.stamp 2>/dev/null)" != "$needed" ]; then
+    echo "== installing requirements-dev.txt into .venv (7 GB with the CUDA build of torch; some minutes)"
+    rm -f .venv/installed.stamp
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+    echo "$needed" >.venv/installed.stamp
+fi
+
+mapfile -t sources < <(find csrc CMakeLists.txt setup.py pyproject.toml -type f | LC_ALL=C sort)
+needed=$(inputs_hash "${sources[@]}" .venv/installed.stamp)
+if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/_C.so ]; then
+    command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+        fail "no C++ compiler found: install one (Debian and Ubuntu: apt install g++), or set CXX to its path"
+    echo "== building the extension"
+    rm -f .venv/built.stamp
+    # cmake and ninja come with requirements-dev.txt
+    PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e .
+    echo "$needed" >.venv/built.stamp
+fi
+unset needed sources python

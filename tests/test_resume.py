@@ -1,0 +1,260 @@
+"""A run that is killed and resumed ends with the same bits as one that never was."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from rich.console import Console
+from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
+
+from ijckd_fast import checkpoint, cli, models, optimize, run_folder
+from ijckd_fast.config import FREE_ON_RESUME
+from ijckd_fast.errors import UserError
+from ijckd_fast.train import Stopped
+from ijckd_fast.train import train as loud_train
+
+train = functools.partial(loud_train, console=Console(quiet=True))
+TOTAL = 60
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
+
+
+def _start(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ijckd_fast.cli", "train", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _steps(folder) -> int:
+    rows = run_folder.read_log(folder)
+    return rows[-1]["step"] if rows else 0
+
+
+def _assert_same_end(folder, undisturbed):
+    a, b = (checkpoint.load(each / "last.pt") for each in (folder, undisturbed))
+    for state in (a, b):
+        del state["seconds"]
+        for row in (state["best"], state["evaluated"]):
+            row.pop("seconds", None)  # both may be one and the same row
+            row.pop("images_per_s", None)
+        state["config"] = {key: value for key, value in state["config"].items() if key not in FREE_ON_RESUME}
+    assert a["step"] == b["step"]
+    assert differing(a, b) == []
+
+
+def _figures(folder) -> list[dict]:
+    """The rows of the log without what depends on the clock."""
+    clock = ("images_per_s", "loader_wait_percent", "seconds")
+    return [{key: value for key, value in row.items() if key not in clock} for row in run_folder.read_log(folder)]
+
+
+def test_killed_at_a_random_step(data, teacher, tmp_path):
+    """60 steps of the whole objective with DALI and EMA, kill -9 twice at random steps between checkpoints."""
+    changes = {
+        **distilled(teacher), "epochs": TOTAL // 4, "data_backend": "dali", "ema_decay": 0.9, "checkpoint_steps": 7,
+        "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1,
+    }  # fmt: skip
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    train(config(data, undisturbed, **{**changes, "checkpoint_steps": 1000}))
+
+    kills = sorted(random.sample(range(5, TOTAL - 3), 2))
+    run = _start(*options(settings(data, folder, **changes)))
+    for kill in kills:
+        while _steps(folder) < kill:
+            assert run.poll() is None, (kills, run.communicate()[0])
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, kills
+        run = _start("--resume", str(folder))
+    output = run.communicate()[0]
+    assert run.returncode == 0, (kills, output)
+    _assert_same_end(folder, undisturbed)
+    assert _figures(folder) == _figures(undisturbed)
+    assert json.loads((folder / "summary.json").read_text())["complete"]
+
+
+def test_killed_before_the_first_checkpoint(data, tmp_path):
+    folder = tmp_path / "run"
+    run = _start(*options(settings(data, folder, log_interval=1)))
+    while not _steps(folder):
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert not (folder / "last.pt").exists()
+    train(config(data, folder, log_interval=1), resume=True)
+    train(config(data, tmp_path / "undisturbed", log_interval=1))
+    _assert_same_end(folder, tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_and_says_how_to_go_on(data, tmp_path, number, code):
+    folder = tmp_path / "run"
+    run = _start(*options(settings(data, folder, epochs=1000, log_interval=1)))
+    while _steps(folder) < 3:
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.002)
+    run.send_signal(number)
+    output = run.communicate()[0]
+    assert run.returncode == code, output
+    assert f"stopped by {number.name} at step" in output
+    assert f"ijckd-fast train --resume {folder}" in output
+    assert "Traceback" not in output
+    assert checkpoint.load(folder / "last.pt")["step"] == _steps(folder)
+
+
+def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
+    """The process gets the signal during the update of step `step`."""
+    sgd = optimize.torch.optim.SGD
+    original, calls = sgd.step, []
+
+    def stepping(self, *arguments):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(sgd, "step", stepping)
+
+
+def test_dropout_continues_its_random_numbers(data, tmp_path, monkeypatch):
+    features = models.Tapped.features
+
+    def dropping(self, *arguments, **named):
+        map_, pooled = features(self, *arguments, **named)
+        return map_, F.dropout(pooled, 0.5, self.training)
+
+    monkeypatch.setattr(models.Tapped, "features", dropping)
+    train(config(data, tmp_path / "undisturbed"))
+    with monkeypatch.context() as stopping:
+        _stop_at(stopping, 7)
+        with pytest.raises(Stopped, match="at step 7 of 20"):
+            train(config(data, tmp_path / "run"))
+    torch.rand(5)
+    train(config(data, tmp_path / "run"), resume=True)
+    _assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+    assert _figures(tmp_path / "run") == _figures(tmp_path / "undisturbed")
+
+
+def test_disk_full_at_a_checkpoint_then_resumed(data, tmp_path, monkeypatch):
+    train(config(data, tmp_path / "undisturbed", checkpoint_steps=3))
+    folder = tmp_path / "run"
+    fsync, calls = os.fsync, []
+
+    def filling(descriptor):
+        calls.append(1)
+        if len(calls) > 4:  # two checkpoints, each with its folder, are written before the disk is full
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", filling)
+        with pytest.raises(UserError, match=r"no space left .* the previous .*last\.pt is untouched"):
+            train(config(data, folder, checkpoint_steps=3))
+    assert checkpoint.load(folder / "last.pt")["step"] == 6
+    train(config(data, folder, checkpoint_steps=3), resume=True)
+    _assert_same_end(folder, tmp_path / "undisturbed")
+
+
+def test_resume_refuses_what_would_change_the_result(data, teacher, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as stopping:
+        _stop_at(stopping, 5)
+        with pytest.raises(Stopped):
+            train(config(data, folder, **distilled(teacher)))
+
+    def complaint(*arguments: str) -> str:
+        assert cli.main(["train", "--resume", str(folder), *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "begun with lr = 0.05 and cannot be resumed with 0.2" in complaint("--lr", "0.2")
+    assert "begun with epochs = 5" in complaint("--epochs", "6")
+    assert "begun with connector = bottleneck:2" in complaint("--connector", "conv1x1")
+    assert "give one of them" in complaint("--overwrite")
+    before = (folder / "last.pt").read_bytes()
+
+    image = next((data / "train" / "ant").iterdir())
+    content = image.read_bytes()
+    image.write_bytes((data / "train" / "bee" / "000.jpg").read_bytes())
+    assert "the training images differ from those the run began with" in complaint()
+    image.write_bytes(content)
+
+    other = write_teacher(tmp_path / "other.pt")
+    weights = torch.load(other)
+    weights["fc.bias"][0] += 1
+    torch.save(weights, other)
+    assert "the teacher differ" in complaint("--teacher-checkpoint", str(other))
+
+    last = folder / "last.pt"
+    last.write_bytes(before[:1000])
+    assert "is damaged or truncated" in complaint()
+    last.write_bytes(before)
+
+    # What changes nothing may change; the moved data are the same data.
+    moved = data.with_name("moved")
+    data.rename(moved)
+    try:
+        assert (
+            cli.main(["train", "--resume", str(folder), "--data-dir", str(moved), "--workers", "1", "--lr", "0.05"])
+            == 0
+        )
+    finally:
+        moved.rename(data)
+    train(config(data, tmp_path / "undisturbed", **distilled(teacher)))
+    _assert_same_end(folder, tmp_path / "undisturbed")
+
+
+def test_finished_run_is_not_trained_again(data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    summary = train(config(data, folder))
+    before = (folder / "last.pt").read_bytes()
+    assert cli.main(["train", "--resume", str(folder / "last.pt")]) == 0
+    assert "finished, nothing to resume" in capsys.readouterr().out
+    assert (folder / "last.pt").read_bytes() == before
+    assert train(config(data, folder), resume=True)["seconds"] == summary["seconds"]
+
+
+def test_killed_between_the_last_checkpoint_and_the_report(data, tmp_path):
+    summary = train(config(data, tmp_path))
+    for name in ("summary.json", "report.md"):
+        (tmp_path / name).unlink()
+    before = (tmp_path / "last.pt").read_bytes()
+    again = train(config(data, tmp_path), resume=True)
+    assert {**again, "seconds": 0} == {**summary, "seconds": 0}
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / "report.md").exists()
+
+
+def test_resume_of_no_run(tmp_path, capsys):
+    assert cli.main(["train", "--resume", str(tmp_path / "nothing")]) == 2
+    assert "no run in" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_saved_settings_are_complete(data, tmp_path):
+    """config.yaml alone, given to --config, repeats the run bit by bit."""
+    train(config(data, tmp_path / "first"))
+    values = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert None not in (values["ce"], values["eval_resize"], values["amp_dtype"], values["output_dir"])
+    again = ["train", "--config", str(tmp_path / "first" / "config.yaml"), "--output-dir", str(tmp_path / "again")]
+    assert cli.main(again) == 0
+    _assert_same_end(tmp_path / "again", tmp_path / "first")

@@ -1,0 +1,475 @@
+"""The loop: what it computes, what it writes, that it never waits for the device, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_run import config, differing, distilled, write_teacher, write_tree
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ijckd_fast import checkpoint, run_folder
+from ijckd_fast.config import load_preset, make_config, preset_names
+from ijckd_fast.data import Batch
+from ijckd_fast.distiller import Distiller
+from ijckd_fast.errors import UserError
+from ijckd_fast.evaluate import evaluate
+from ijckd_fast.models import create_model
+from ijckd_fast.objectives import PRESETS, get_objective
+from ijckd_fast.optimize import Ema, FiniteGuard, learning_rate, sgd
+from ijckd_fast.train import build_distiller, resolve
+from ijckd_fast.train import train as loud_train
+
+train = functools.partial(loud_train, console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_tree(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
+
+
+# --- schedules, optimizer, guard, average
+
+
+def _schedule(step, **changes):
+    settings = {
+        "steps_per_epoch": 10, "epochs": 20, "lr": 0.2, "schedule": "step", "milestones": (8, 12), "gamma": 0.1,
+        "warmup_epochs": 0,
+    }  # fmt: skip
+    return learning_rate(step, **{**settings, **changes})
+
+
+def test_step_schedule():
+    assert [_schedule(s) for s in (0, 79, 80, 119, 120, 199)] == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
+
+
+def test_cosine_schedule_with_warm_up():
+    lr = [_schedule(s, schedule="cosine", warmup_epochs=2) for s in range(200)]
+    assert lr[:20] == pytest.approx([0.2 * (s + 1) / 20 for s in range(20)])
+    assert lr[20] == 0.2
+    assert lr[110] == pytest.approx(0.1)
+    assert lr[199] == pytest.approx(0.1 * (1 + math.cos(math.pi * 179 / 180)))
+    assert all(a >= b for a, b in itertools.pairwise(lr[20:]))
+
+
+def _net_and_batches(steps=6):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(144, 2)
+    )
+    return net.to(memory_format=torch.channels_last), [torch.randn(5, 3, 8, 8) for _ in range(steps)]
+
+
+def test_sgd_is_torchs_own():
+    ours, batches = _net_and_batches()
+    theirs, _ = _net_and_batches()
+    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
+    a, b = sgd(ours, **settings), torch.optim.SGD(theirs.parameters(), **settings, foreach=False, fused=False)
+    for images in batches:
+        for net, optimizer in ((ours, a), (theirs, b)):
+            optimizer.zero_grad()
+            net(images).square().mean().backward()
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient", "input"])
+def test_guard_makes_a_bad_step_do_nothing(bad):
+    """Also as the very first step. The net then goes on as if the step had not been."""
+    net, batches = _net_and_batches()
+    spared, _ = _net_and_batches()
+    results = []
+    for each, skip in ((net, {0, 3}), (spared, set())):
+        optimizer = sgd(each, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-2)
+        guard = FiniteGuard(each, optimizer, torch.device("cpu"))
+        oks = []
+        for step, images in enumerate(batches):
+            if not skip and step in {0, 3}:
+                continue
+            broken = step in skip
+            guard.before_forward()
+            loss = each(images * float("inf") if broken and bad == "input" else images).square().mean()
+            loss = loss * float("nan") if broken and bad == "loss" else loss
+            optimizer.zero_grad()
+            loss.backward()
+            if broken and bad == "gradient":
+                next(each.parameters()).grad[0, 0, 0, 0] = float("inf")
+            ok, norm = guard.after_backward(loss)
+            optimizer.step()
+            oks.append(bool(ok))
+        results.append(oks)
+        assert torch.isfinite(norm)
+    assert results == [[False, True, True, False, True, True], [True] * 4]
+    state, expected = net.state_dict(), spared.state_dict()
+    assert (
+        differing(
+            {k: v for k, v in state.items() if "num_batches" not in k},
+            {k: v for k, v in expected.items() if "num_batches" not in k},
+        )
+        == []
+    )
+
+
+def test_guard_restores_the_connectors_statistics(data, teacher):
+    settings = resolve(config(data, data, **distilled(teacher)))
+    distiller = build_distiller(settings, 3, torch.device("cpu")).train()
+    optimizer = sgd(distiller.learner, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0)
+    guard = FiniteGuard(distiller.learner, optimizer, torch.device("cpu"))
+    before = {k: v.clone() for k, v in distiller.learner.state_dict().items() if "num_batches" not in k}
+    labels = torch.arange(8) % 3
+    for value, ok in ((float("nan"), False), (1.0, True)):
+        guard.before_forward()
+        out = distiller.step(torch.randn(8, 3, 16, 16) * value, labels, progress=0)
+        out.loss.backward()
+        assert bool(guard.after_backward(out.loss)[0]) is ok
+        optimizer.step()
+        optimizer.zero_grad()
+        after = {k: v for k, v in distiller.learner.state_dict().items() if k in before}
+        moved = differing(before, after)
+        assert moved == [] if not ok else ".connector.running_mean" in moved
+
+
+def test_ema_follows_weights_and_statistics():
+    net, batches = _net_and_batches()
+    guard = FiniteGuard(net, sgd(net, lr=0.1, momentum=0, nesterov=False, weight_decay=0), torch.device("cpu"))
+    ema = Ema(net, 0.9)
+    expected = {k: v.clone() for k, v in net.state_dict().items() if v.is_floating_point()}
+    for n, images in enumerate(batches, 1):
+        guard.before_forward()
+        net(images).sum().backward()
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.01 * p.grad
+        ema.update(n)
+        decay = min(0.9, (1 + n) / (10 + n))
+        for k, average in expected.items():
+            average.mul_(decay).add_(net.state_dict()[k], alpha=1 - decay)
+    live = {k: v.clone() for k, v in net.state_dict().items()}
+    with ema.swapped_in():
+        for k, average in expected.items():
+            torch.testing.assert_close(net.state_dict()[k], average)
+            assert not torch.equal(net.state_dict()[k], live[k])
+    assert differing(dict(net.state_dict()), live) == []
+
+
+# --- evaluation
+
+
+def test_evaluate_counts_every_image_once():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(23, 7), torch.randint(0, 7, (23,))
+    teacher = torch.randint(0, 7, (23,))
+    ids = torch.arange(23)
+    loader = [Batch(logits[part], labels[part], ids[part]) for part in ids.split(5)]
+    result = evaluate(lambda images: images, loader, device=torch.device("cpu"), teacher=teacher)
+    order = logits.argsort(1, descending=True)
+    assert result.images == 23
+    assert result.top1 == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
+    assert result.top5 == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).float().mean().item())
+    assert result.agreement == pytest.approx(100 * (order[:, 0] == teacher).float().mean().item())
+    assert torch.equal(result.predictions, order[:, 0])
+    with pytest.raises(UserError, match="no image to evaluate on"):
+        evaluate(lambda images: images, [], device=torch.device("cpu"))
+
+
+# --- whole runs
+
+
+def test_learns_and_leaves_a_complete_folder(data, tmp_path):
+    summary = train(config(data, tmp_path, epochs=12, eval_every=3, tensorboard=True, warmup_epochs=1))
+    rows = run_folder.read_log(tmp_path)
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert len(losses) == 12
+    assert losses[-1] < 0.5 * losses[0]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in evaluations] == [12, 24, 36, 48]
+    assert summary["last"] == {k: v for k, v in evaluations[-1].items() if k != "kind"}
+    assert summary["best"]["top1_percent"] == max(row["top1_percent"] for row in evaluations) > 60
+    assert summary["params"] == 5_395
+    train_row = {"kind", "step", "epoch", "loss", "ce", "grad_norm", "top1_train_percent", "lr", "images_per_s"}
+    assert train_row | {"loader_wait_percent", "skipped_steps"} == set(rows[0])
+    assert json.loads((tmp_path / "summary.json").read_text())["last"] == summary["last"]
+    environment = json.loads((tmp_path / "env.json").read_text())
+    assert environment["torch"] == torch.__version__
+    text = (tmp_path / "report.md").read_text()
+    assert f"| last epoch | 48 | {summary['last']['top1_percent']:.2f} |" in text
+    assert "5,395 parameters" in text
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert any((tmp_path / "tensorboard").iterdir())
+
+    # The checkpoint answers as the run did, and serves as a teacher by name.
+    best = checkpoint.load(tmp_path / "best.pt")
+    assert best["evaluated"] == summary["best"]
+    model = create_model("resnet8x0.25", 3, checkpoint=tmp_path / "best.pt", image_size=16)
+    assert (
+        differing(
+            model.net.state_dict(),
+            {k.removeprefix("student.net."): v for k, v in best["learner"].items() if k.startswith("student.net.")},
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("objective", list(PRESETS))
+def test_every_objective_trains_and_freezes_the_teacher(data, teacher, tmp_path, objective):
+    changes = {**distilled(teacher), "objective": objective, "epochs": 2, "log_interval": 2}
+    before = checkpoint.fingerprint(create_model("resnet8x0.5", 3, checkpoint=teacher, image_size=16))
+    summary = train(config(data, tmp_path, **changes))
+    assert summary["last"]["agreement_percent"] is not None
+    assert checkpoint.load(tmp_path / "last.pt")["inputs"]["teacher"] == before
+    row = run_folder.read_log(tmp_path)[0]
+    weights = get_objective(objective)
+    parts = {name for name in ("ce", "sr", "fm", "kl") if getattr(weights, name)}
+    assert parts | ({"dkd"} if objective == "dkd" else set()) == {"ce", "sr", "fm", "kl", "dkd"} & set(row)
+    if objective != "dkd":  # its warm-up factor is not part of the figure
+        assert row["loss"] == pytest.approx(sum(getattr(weights, name) * row[name] for name in parts), rel=1e-5)
+
+
+def test_first_weights_and_batches_are_the_seeds(data, teacher, tmp_path):
+    """The student starts from the same weights whatever teaches it, from others with another seed."""
+
+    def first(seed, **changes):
+        settings = resolve(config(data, tmp_path, seed=seed, **changes))
+        return build_distiller(settings, 3, torch.device("cpu")).learner.student.net.state_dict()
+
+    assert differing(first(1), first(1, **distilled(teacher))) == []
+    assert differing(first(1), first(2)) != []
+
+
+def test_bfloat16_and_reference_head(data, teacher, tmp_path):
+    losses = {}
+    for name, changes in {
+        "fused": {},
+        "reference": {"head": "reference"},
+        "bfloat16": {"amp_dtype": "bfloat16"},
+    }.items():
+        train(config(data, tmp_path / name, **distilled(teacher), **changes))
+        losses[name] = [row["loss"] for row in run_folder.read_log(tmp_path / name) if row["kind"] == "train"]
+        weights = checkpoint.load(tmp_path / name / "last.pt")["learner"]
+        assert all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
+    assert losses["reference"][0] == pytest.approx(losses["fused"][0], rel=1e-4)
+    assert losses["reference"] == pytest.approx(losses["fused"], rel=0.02)  # rounding grows from step to step
+    assert losses["bfloat16"] != losses["fused"]
+    assert losses["bfloat16"] == pytest.approx(losses["fused"], rel=0.05)
+
+
+def test_ema_is_what_is_evaluated_and_deployed(data, tmp_path):
+    train(config(data, tmp_path, ema_decay=0.9))
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert differing(state["ema"], {k: v for k, v in state["learner"].items() if k in state["ema"]}) == []
+    assert differing(state["live"], state["learner"]) != []
+
+
+class _HostWaits(TorchDispatchMode):
+    """Counts the operations by which the host would wait for a GPU to know a value."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["ce", "ijckd", "dkd"])
+def test_steps_never_wait_for_the_device(data, teacher, tmp_path, objective):
+    """Three times the steps between two log lines, and not one wait more."""
+    counts = []
+    for steps in (4, 12):
+        changes = {
+            **distilled(teacher),
+            "objective": objective,
+            "ema_decay": 0.9,
+            "log_interval": 1000,
+            "eval_every": 1000,
+        }
+        with _HostWaits() as waits:
+            train(config(data, tmp_path / str(steps), max_steps=steps, **changes))
+        counts.append(waits.count)
+    assert counts[0] > 0  # logging and evaluating do wait, and are seen
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_steps_never_wait_for_a_gpu(data, teacher, tmp_path, monkeypatch):
+    step = Distiller.step
+
+    def watched(self, *arguments, **named):
+        torch.cuda.set_sync_debug_mode("error")
+        return step(self, *arguments, **named)
+
+    monkeypatch.setattr(Distiller, "step", watched)
+    read = loud_train.__globals__["Meter"].take
+
+    def logging(self):
+        torch.cuda.set_sync_debug_mode("default")
+        return read(self)
+
+    monkeypatch.setattr(loud_train.__globals__["Meter"], "take", logging)
+    changes = {
+        **distilled(teacher),
+        "device": "cuda",
+        "data_backend": "synthetic",
+        "ema_decay": 0.9,
+        "log_interval": 12,
+    }
+    train(config(data, tmp_path, max_steps=12, eval_every=1000, **changes))
+
+
+def _spoil(monkeypatch, steps):
+    """The losses of the steps with these numbers (from 1) are NaN."""
+    original, calls = Distiller.step, []
+
+    def step(self, *arguments, **named):
+        calls.append(1)
+        out = original(self, *arguments, **named)
+        return out._replace(loss=out.loss * float("nan")) if len(calls) in steps else out
+
+    monkeypatch.setattr(Distiller, "step", step)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(data, tmp_path, monkeypatch):
+    _spoil(monkeypatch, {1, 6, 7})
+    summary = train(config(data, tmp_path))
+    rows = [row for row in run_folder.read_log(tmp_path) if row["kind"] == "train"]
+    assert [row["skipped_steps"] for row in rows] == [1, 3, 3, 3, 3]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert summary["skipped_steps"] == 3
+    checkpoint.load(tmp_path / "last.pt")  # refuses weights that are not finite
+
+
+def test_too_many_skipped_steps_stop_the_run(data, tmp_path, monkeypatch):
+    _spoil(monkeypatch, range(9, 100))
+    with pytest.raises(
+        UserError,
+        match=r"stopped at step 12: 4 steps .*--nonfinite-limit allows; the last good checkpoint is .*last\.pt \(step 10\)",
+    ):
+        train(config(data, tmp_path, nonfinite_limit=3, checkpoint_steps=5))
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
+    with pytest.raises(UserError, match="no checkpoint had been written yet"):
+        train(config(data, tmp_path, nonfinite_limit=3), overwrite=True)
+
+
+# --- what is refused, in a sentence, before anything is lost
+
+
+def test_weak_teacher(data, teacher, tmp_path):
+    # Three classes: chance is 33.3 %, and half of the images right is not enough.
+    changes = {**distilled(teacher), "allow_weak_teacher": False}
+    text = r"has a top-1 of .* near chance \(33.33 %\), wanted at least 50.00 %.*another order.*--mean.*--allow-weak-teacher"
+    with pytest.raises(UserError, match=text):
+        train(config(data, tmp_path, **changes))
+    # The folder holds no run yet, so that the corrected command simply works.
+    train(config(data, tmp_path, **{**changes, "allow_weak_teacher": True}))
+
+
+def test_good_teacher_passes(data, tmp_path):
+    train(config(data, tmp_path / "teacher", student="resnet8x0.5", epochs=12, warmup_epochs=1))
+    changes = {**distilled(tmp_path / "teacher" / "best.pt"), "allow_weak_teacher": False}
+    summary = train(config(data, tmp_path / "student", **changes))
+    assert summary["teacher_top1_percent"] == checkpoint.load(tmp_path / "teacher" / "best.pt")["best"]["top1_percent"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"data_dir": ""}, "no --data-dir given"),
+        ({"objective": "ijckt"}, "unknown objective 'ijckt'.*did you mean 'ijckd'"),
+        ({"objective": "ijckd"}, "objective 'ijckd' needs a teacher"),
+        ({"objective": "kd", "teacher": "resnet8x0.5"}, "teacher resnet8x0.5 has no weights: give --teacher-checkpoint"),
+        ({"student": "resnet9"}, "unknown model 'resnet9'.*did you mean"),
+        ({"batch_size": 37}, "37 images .*has 36; lower the batch size"),
+        ({"lr": 0.0}, "--lr must be above 0"),
+        ({"epochs": 0}, "--epochs must be at least 1"),
+        ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum"),
+        ({"ema_decay": 1.0}, r"--ema-decay must lie in \[0, 1\)"),
+        ({"eval_resize": 8}, "eval_resize"),
+    ],
+)  # fmt: skip
+def test_impossible_settings(data, tmp_path, changes, text):
+    with pytest.raises(UserError, match=text):
+        train(config(data, tmp_path, **changes))
+
+
+def test_teacher_of_other_classes_or_nan(data, tmp_path):
+    other = write_teacher(tmp_path / "other.pt", classes=5)
+    with pytest.raises(UserError, match=r"classifies 5 classes, wanted 3 as in the data"):
+        train(config(data, tmp_path / "run", **distilled(other)))
+    spoiled = write_teacher(tmp_path / "spoiled.pt")
+    weights = torch.load(spoiled)
+    weights["fc.weight"][0, 0] = float("nan")
+    torch.save(weights, spoiled)
+    with pytest.raises(UserError, match=r"spoiled\.pt: tensor 'fc.weight' holds NaN"):
+        train(config(data, tmp_path / "run", **distilled(spoiled)))
+
+
+def test_a_folder_holds_one_run(data, tmp_path):
+    train(config(data, tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "lock"}
+    with pytest.raises(
+        UserError, match=r"holds a finished run: continue it with --resume .*--output-dir, or give --overwrite"
+    ):
+        train(config(data, tmp_path))
+    with run_folder.lock(tmp_path), pytest.raises(UserError, match=r"another run .* is writing to"):
+        train(config(data, tmp_path), overwrite=True)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    (tmp_path / "notes.txt").write_text("mine")
+    train(config(data, tmp_path, epochs=1), overwrite=True)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_presets():
+    """Each packaged preset is complete and valid; the ImageNet ones are the published recipes."""
+    assert len(preset_names()) == 4
+    for name in preset_names():
+        values = load_preset(name)
+        given = {"data_dir": "data", "allow_weak_teacher": True}
+        resolve(make_config({**values, **given}))
+    wanted = (
+        "epochs",
+        "batch_size",
+        "lr",
+        "milestones",
+        "gamma",
+        "momentum",
+        "weight_decay",
+        "objective",
+        "image_size",
+    )
+    r18, mobilenet = (
+        [make_config(load_preset(f"imagenet_{pair}")).__dict__[field] for field in wanted]
+        for pair in ("r34_r18", "r50_mobilenetv1")
+    )
+    assert r18 == [120, 256, 0.1, (30, 60, 90), 0.1, 0.9, 1e-4, "ijckd", 224]
+    assert mobilenet == [100, 512, 0.2, (30, 60, 90), 0.1, 0.9, 1e-4, "ijckd", 224]
+
+
+def test_published_pairs_deploy_what_they_are_said_to(data, tmp_path):
+    """Backbone + connector + teacher's classifier at 1000 classes, method.md's table; no weights are needed to count."""
+    costs = {}
+    for pair in ("r34_r18", "r50_mobilenetv1"):
+        values = {
+            **load_preset(f"imagenet_{pair}"),
+            "teacher_pretrained": False,
+            "allow_weak_teacher": True,
+            "data_dir": "x",
+        }
+        distiller = build_distiller(resolve(make_config(values)), 1000, torch.device("cpu"))
+        costs[pair] = distiller.deployed_cost(224)[0]
+    assert costs == {"r34_r18": 11_689_512 + 854_016, "r50_mobilenetv1": 4_231_976 - 1_025_000 + 12_591_104 + 2_049_000}

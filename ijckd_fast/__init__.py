@@ -1,38 +1,26 @@
-"""ijckd-fast: knowledge distillation through the teacher's own classifier (IJCKD, arXiv 2304.11004), with a fused C++/CUDA head."""
+"""ijckd-fast: knowledge distillation through the teacher's own classifier (IJCKD, arXiv 2304.11004), with a fused head."""
 
 from __future__ import annotations
 
-import pathlib
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-
-def _load_libraries() -> bool:
-    """Loads _C.so and, where it was built, _C_cuda.so; returns whether the latter is there. Never falls back to Python."""
-    here = pathlib.Path(__file__).parent
-    cpu, cuda = here / "_C.so", here / "_C_cuda.so"
-    if not cpu.exists():
-        raise ImportError(
-            f"ijckd_fast: the compiled library {cpu.name} is not in {here}: run `pip install --no-build-isolation -e .` in the "
-            "repository, with torch >= 2.10 and a C++20 compiler installed"
-        )
-    for library in (cpu, cuda):
-        if library.exists():
-            try:
-                torch.ops.load_library(library)
-            except OSError as error:
-                raise ImportError(
-                    f"ijckd_fast: {library.name} is there but torch {torch.__version__} cannot load it ({error}): rebuild it with "
-                    "`pip install --no-build-isolation --force-reinstall --no-deps -e .`, and use torch >= 2.10"
-                ) from None
-    return cuda.exists()
-
-
-HAS_CUDA_LIBRARY = _load_libraries()
-
-# only now: the ops exist once the libraries are loaded
-from ijckd_fast.ops import classifier_loss, connector_match  # noqa: E402
-
 __all__ = ["HAS_CUDA_LIBRARY", "classifier_loss", "connector_match"]
+
+if TYPE_CHECKING:
+    from ijckd_fast.ops import classifier_loss, connector_match
+
+    HAS_CUDA_LIBRARY: bool
+
+
+def __getattr__(name: str) -> Any:
+    # On first use only: `ijckd-fast --help` need not wait for torch, and `ijckd-fast doctor` can speak of a missing library.
+    if name == "HAS_CUDA_LIBRARY":
+        from ijckd_fast.libraries import load_libraries
+
+        return load_libraries()
+    if name in __all__:
+        from ijckd_fast import ops
+
+        return getattr(ops, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

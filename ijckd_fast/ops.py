@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ijckd_fast.libraries import load_libraries
+
+load_libraries()  # the registrations below need the schemas
 _ops = torch.ops.ijckd
 
 

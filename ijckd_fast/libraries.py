@@ -1,0 +1,35 @@
+"""Loads the compiled libraries, which hold the ops; never falls back to Python."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall -e .` in the repository"
+
+
+@functools.cache
+def load_libraries() -> bool:
+    """Loads _C.so and, where it was built, _C_cuda.so, once; returns whether the latter is there.
+
+    raises  ImportError, one sentence that says what to do, if _C.so is missing or torch cannot load one of them
+    """
+    cpu, cuda = HERE / "_C.so", HERE / "_C_cuda.so"
+    if not cpu.exists():
+        raise ImportError(
+            f"ijckd_fast: the compiled library {cpu.name} is not in {HERE}: run {REBUILD}, with torch >= 2.10 and a C++20 "
+            "compiler installed"
+        )
+    for library in (cpu, cuda):
+        if library.exists():
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:
+                raise ImportError(
+                    f"ijckd_fast: {library.name} is there but torch {torch.__version__} cannot load it ({error}): "
+                    f"build it anew with {REBUILD}, with torch >= 2.10"
+                ) from None
+    return cuda.exists()

@@ -64,13 +64,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}: give the folder of a run, or a last.pt or best.pt in it")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-    ) as error:  # what a damaged zip gives, by place of damage
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        # which of these a damaged zip gives depends on the place of the damage
         size = path.stat().st_size
         raise UserError(
             f"{path} ({size} bytes) is damaged or truncated: use the other of last.pt and best.pt, or train anew"

@@ -24,10 +24,15 @@ class TrainConfig:
 
     data_dir: str = _setting("", "folder with train/<class>/* and val/<class>/* image files (required)")
     output_dir: str | None = _setting(None, "folder of this run; default: runs/<objective>-<student>-seed<seed>")
-    student: str = _setting("resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME")
+    student: str = _setting(
+        "resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME, or an earlier run"
+    )
     student_checkpoint: str | None = _setting(None, "file with weights the student starts from; default: random")
     student_pretrained: bool = _setting(False, "start the student from the library's published weights")
-    teacher: str | None = _setting(None, "teacher, named like the student; none only for --objective ce")
+    teacher: str | None = _setting(
+        None,
+        "teacher, named like the student (a run's folder or its best.pt brings its weights); none only for --objective ce",
+    )
     teacher_checkpoint: str | None = _setting(None, "file with the teacher's weights, e.g. best.pt of an earlier run")
     teacher_pretrained: bool = _setting(False, "take the teacher's published weights from the library")
     allow_weak_teacher: bool = _setting(False, "train even if the teacher's own top-1 is near chance")

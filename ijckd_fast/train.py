@@ -298,6 +298,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in every value that was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
     if not config.data_dir:
         raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
+    config = _named_by_path(_named_by_path(config, "teacher"), "student")
     has_weights = config.teacher_checkpoint is not None or config.teacher_pretrained or config.allow_weak_teacher
     if config.teacher is not None and not has_weights:
         raise UserError(
@@ -325,6 +326,25 @@ def resolve(config: TrainConfig) -> TrainConfig:
         device=device,
         amp_dtype=config.amp_dtype or ("bfloat16" if device == "cuda" else "float32"),
     )
+
+
+def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
+    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its weights."""
+    given = getattr(config, role)
+    if given is None:
+        return config
+    path = Path(given) / run_folder.LAST if Path(given).is_dir() else Path(given)
+    if not path.is_file():
+        return config
+    if getattr(config, f"{role}_checkpoint") is not None or getattr(config, f"{role}_pretrained"):
+        raise UserError(
+            f"--{role} {given} is a file with weights, and other weights for the {role} are given too: leave out one"
+        )
+    try:
+        name = checkpoint.load(path)["config"]["student"]
+    except UserError as error:
+        raise UserError(f"{error}; weights from elsewhere need --{role} NAME --{role}-checkpoint {path}") from error
+    return dataclasses.replace(config, **{role: name, f"{role}_checkpoint": str(path)})
 
 
 def objective_of(config: TrainConfig) -> Objective:

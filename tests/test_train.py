@@ -385,6 +385,29 @@ def test_good_teacher_passes(data, tmp_path):
     assert summary["teacher_top1_percent"] == checkpoint.load(tmp_path / "teacher" / "best.pt")["best"]["top1_percent"]
 
 
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_an_earlier_run_brings_its_name_and_weights(data, tmp_path, role):
+    train(config(data, tmp_path / "earlier", student="resnet8x0.5", epochs=2))
+    for path in (tmp_path / "earlier", tmp_path / "earlier" / "last.pt"):
+        resolved = resolve(
+            config(data, tmp_path / "new", objective="kd" if role == "teacher" else "ce", **{role: str(path)})
+        )
+        assert getattr(resolved, role) == "resnet8x0.5"
+        distiller = build_distiller(resolved, 3, torch.device("cpu"))
+        net = distiller.teacher if role == "teacher" else distiller.learner.student
+        earlier = checkpoint.load(tmp_path / "earlier" / "last.pt")["learner"]
+        assert all(torch.equal(value, earlier[f"student.{name}"]) for name, value in net.state_dict().items())
+
+
+def test_a_path_that_is_no_run_or_names_two_weights(data, teacher, tmp_path):
+    with pytest.raises(
+        UserError, match=r"is not a checkpoint.*weights from elsewhere need --teacher NAME --teacher-checkpoint"
+    ):
+        resolve(config(data, tmp_path, objective="kd", teacher=str(teacher)))
+    with pytest.raises(UserError, match="other weights for the teacher are given too"):
+        resolve(config(data, tmp_path, objective="kd", teacher=str(teacher), teacher_checkpoint=str(teacher)))
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [

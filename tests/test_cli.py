@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,3 +261,15 @@ def test_as_a_process():
     assert done.stdout == ""
     assert done.stderr.startswith("ijckd-fast: unknown option --epoch")
     assert done.stderr.count("\n") == 1
+
+
+def test_doctor_outlives_a_missing_library(tmp_path):
+    package = tmp_path / "ijckd_fast"
+    package.mkdir()
+    for source in Path(cli.__file__).parent.glob("*.py"):
+        (package / source.name).write_text(source.read_text())
+    command = [sys.executable, "-c", "import sys; from ijckd_fast.cli import main; sys.exit(main(['doctor']))"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "CPU library of the ops: " in done.stdout
+    assert "training cannot run" in done.stdout

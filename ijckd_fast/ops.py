@@ -225,11 +225,12 @@ def _connector_grads(ctx, grad_z, grad_fm, group=None, n_stats=None):
     du = dw = None
     if need_du or need_dw:
         sums = (d_gamma, d_beta) if ctx.batch_stats else (None, None)
+        n = float(y.shape[0] * positions)
         if group is not None:
             both = torch.stack((d_gamma, d_beta))
             dist.all_reduce(both, group=group)
-            sums = (both[0], both[1])
-        n = float(y.shape[0] * positions if n_stats is None else n_stats)
+            both = both / n_stats  # here, on the device: reading the count of all ranks would make the host wait
+            sums, n = (both[0], both[1]), 1.0
         du, dw = _ops.connector_input_grads(
             grad_z,
             grad_fm,

@@ -206,7 +206,6 @@ def index(arguments: list[str]) -> int:
     from ijckd_fast.data import build_index
 
     rows: list[dict[str, Any]] = []
-    table = Table("split", "images", "classes", "left out", "s", title=given.data_dir)
     classes = None
     for split in ("train", "val"):
         start = time.perf_counter()
@@ -231,7 +230,7 @@ def index(arguments: list[str]) -> int:
                 "hash": found.hash,
             }
         )
-    table = Table("split", "images", "classes", "left out", "s", title=f"{given.data_dir}")
+    table = Table("split", "images", "classes", "left out", "s", title=given.data_dir)
     for row in rows:
         table.add_row(
             row["split"], f"{row['images']:,}", f"{row['classes']:,}", f"{row['left_out']:,}", f"{row['seconds']:.1f}"

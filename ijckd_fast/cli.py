@@ -195,7 +195,10 @@ def index(arguments: list[str]) -> int:
     parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
     parser.add_argument(
-        "--verify", type=str, default="full", help="full: decode every file; fast: headers only, about ten times faster"
+        "--verify",
+        type=str,
+        default="full",
+        help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
     parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
     given = parser.parse_args(arguments)
@@ -241,7 +244,7 @@ def index(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """A teacher and one student by five methods, on digits, in two minutes."""
+    """A teacher and one student by five methods, on digits, in a few minutes."""
     parser = _parser(
         "demo",
         "Writes the digits as JPEG files, trains a teacher, then the same small student by several methods, several seeds each. "

@@ -1,4 +1,4 @@
-"""`ijckd-fast demo`: a teacher, then one small student distilled by several methods, on real JPEG files, in two minutes."""
+"""`ijckd-fast demo`: a teacher, then one small student distilled by several methods, on real JPEG files."""
 
 from __future__ import annotations
 

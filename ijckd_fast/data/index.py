@@ -152,8 +152,8 @@ def build_index(
 
     classes    the class folders there must be, e.g. the train index's for val
     workers    threads that decode; 0 = one per core this process may use
-    verify     'full' decodes every file to its last pixel (about 1,000 ImageNet files/s per core); 'fast' reads header
-               and trailer and decodes only what looks odd (about 10,000 files/s)
+    verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
+               odd, so that damage inside a file goes unseen
     refresh    forget earlier verdicts
     progress   show a progress bar on stderr while files are decoded
     cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below

@@ -111,7 +111,7 @@ class TrainPlan:
     def batch(self, step: int) -> BatchPlan:
         """The batch of a global step: epoch, k = divmod(step, steps_per_epoch)."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:  # 1.3 million images: 0.1 s, once per epoch
+        if epoch != self._epoch:  # a sort of all ids: once per epoch, not per batch
             self._epoch, self._order = epoch, permutation(self.seed ^ _ORDER_SALT, epoch, len(self.index))
         first = (k * self.world + self.rank) * self.batch_size
         ids = self._order[first : first + self.batch_size]

@@ -67,9 +67,11 @@ def load(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         # which of these a damaged zip gives depends on the place of the damage
         size = path.stat().st_size
-        raise UserError(
-            f"{path} ({size} bytes) is damaged or truncated: use the other of last.pt and best.pt, or train anew"
-        ) from error
+        other = path.with_name({"last.pt": "best.pt", "best.pt": "last.pt"}.get(path.name, path.name))
+        advice = "train anew"
+        if other != path and other.is_file():
+            advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} goes on from it)"
+        raise UserError(f"{path} ({size} bytes) is damaged or truncated: {advice}") from error
     except Exception as error:  # pickle.UnpicklingError: not a torch file, or one with objects in it
         raise UserError(f"{path} is not a checkpoint of ijckd-fast (wanted a last.pt or best.pt of a run)") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

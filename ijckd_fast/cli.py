@@ -65,7 +65,9 @@ def train(arguments: list[str]) -> int:
         "--config", action="config", help=f"YAML file, or a preset: {', '.join(settings.preset_names())}"
     )
     parser.add_argument(
-        "--resume", type=str, help="folder of an interrupted run: goes on exactly where its last.pt was written"
+        "--resume",
+        type=str,
+        help="folder of an interrupted run: goes on exactly where its last.pt (or the file named) was written",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete the run that is in --output-dir")
     group: Any = parser
@@ -74,7 +76,7 @@ def train(arguments: list[str]) -> int:
             group = parser.add_argument_group(settings.GROUPS[name])
         option = f"--{name.replace('_', '-')}"
         if settings.TYPES[name] is bool:
-            parser.add_argument(
+            group.add_argument(
                 option,
                 action=ActionYesNo(yes_prefix="", no_prefix="no-"),
                 default=field.default,
@@ -97,9 +99,14 @@ def train(arguments: list[str]) -> int:
         return 0
     if overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it: give one of them")
-    folder = Path(resume).parent if Path(resume).is_file() else Path(resume)
-    config = settings.make_config({**run_folder.read_config(folder), **given, "output_dir": str(folder)})
-    run(config, resume=True, console=Console())
+    folder, resume_from = Path(resume), run_folder.LAST
+    if folder.suffix == ".pt":
+        folder, resume_from = folder.parent, folder.name
+    begun = run_folder.read_config(folder)
+    if Path(given.get("teacher") or "").suffix == ".pt" or Path(given.get("teacher") or "-", run_folder.LAST).is_file():
+        begun["teacher_checkpoint"] = None  # the teacher's run was moved: this path replaces the old one
+    config = settings.make_config({**begun, **given, "output_dir": str(folder)})
+    run(config, resume=True, resume_from=resume_from, console=Console())
     return 0
 
 
@@ -120,8 +127,8 @@ def evaluate(arguments: list[str]) -> int:
     )
     parser.add_argument("--batch-size", type=int, help="images per step; default: the run's")
     parser.add_argument("--workers", type=int, help="decoding threads; default: the run's")
-    parser.add_argument("--data-backend", type=str, help="dali, pillow or synthetic; default: the run's")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--data-backend", type=settings.TYPES["data_backend"], help="default: the run's")
+    parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="auto: the GPU if there is one")
     given = parser.parse_args(arguments).as_dict()
 
     import torch
@@ -129,6 +136,7 @@ def evaluate(arguments: list[str]) -> int:
     from ijckd_fast import checkpoint, run_folder
     from ijckd_fast.data import build_index
     from ijckd_fast.evaluate import evaluate as measure
+    from ijckd_fast.objectives import get_objective
     from ijckd_fast.train import build_distiller, build_val_loader, resolve
 
     path = Path(given.pop("run"))
@@ -137,7 +145,20 @@ def evaluate(arguments: list[str]) -> int:
     del given["best"]
     state = checkpoint.load(path)
     begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
-    config = resolve(dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None}))
+    config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
+    if config.infer_head == "student" and not (
+        config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
+    ):
+        # The student answers alone; without its teacher only the agreement is missing.
+        if config.teacher is not None:
+            print(
+                f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint names them"
+            )
+        alone = get_objective("ce")
+        weights = {name: getattr(alone, name) for name in settings.OBJECTIVE_FIELDS}
+        config = dataclasses.replace(config, objective="ce", teacher=None, teacher_checkpoint=None, **weights)
+        state["learner"] = {k: v for k, v in state["learner"].items() if not k.startswith("connector.")}
+    config = resolve(config)
     device = torch.device(config.device)
     index = build_index(
         config.data_dir, "val", classes=state["classes"], verify=config.index_verify, progress=sys.stderr.isatty()
@@ -196,7 +217,7 @@ def index(arguments: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
     parser.add_argument(
         "--verify",
-        type=str,
+        type=settings.TYPES["index_verify"],
         default="full",
         help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
@@ -321,10 +342,11 @@ def _normalise(arguments: list[str]) -> list[str]:
     normal = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
-        if name.startswith("--"):
-            argument = name.replace("_", "-") + equals + value
-        elif re.fullmatch(r"-?[\d.eE+-]+(,-?[\d.eE+-]+)+", argument):
-            argument = f"[{argument}]"
+        if not name.startswith("--"):
+            name, value = "", argument
+        if re.fullmatch(r"-?[\d.eE+-]+(,-?[\d.eE+-]+)+", value):
+            value = f"[{value}]"
+        argument = name.replace("_", "-") + equals + value if name else value
         normal.append(argument)
     return normal
 

@@ -46,6 +46,15 @@ class TrainConfig:
         None, "weight of the feature matching, mean over all elements; default: the objective's"
     )
     kl: float | None = _setting(None, "weight of T^2 KL(teacher || student); default: the objective's")
+    ce_head: Literal["teacher", "student"] | None = _setting(
+        None, "classifier the cross-entropy goes through; default: the objective's"
+    )
+    kl_head: Literal["teacher", "student"] | None = _setting(
+        None, "classifier the KL term goes through; default: the objective's"
+    )
+    dkd_alpha: float | None = _setting(None, "weight of DKD's target-class term; default: the objective's")
+    dkd_beta: float | None = _setting(None, "weight of DKD's other-classes term; default: the objective's")
+    dkd_warmup: float | None = _setting(None, "epochs in which both DKD weights rise from 0; default: the objective's")
     match: Literal["map", "pooled", "none"] | None = _setting(None, "features to match; default: the objective's")
     temperature: float | None = _setting(None, "temperature T of the KL and DKD terms; default: the objective's")
     connector: str | None = _setting(None, "bottleneck:FACTOR, conv1x1, linear, mlp or none; default: the objective's")
@@ -148,6 +157,12 @@ FREE_ON_RESUME = frozenset(
         "data_dir", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher", "index_verify", "workers",
         "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps", "nonfinite_limit", "tensorboard",
     }
+)  # fmt: skip
+
+# Settings that replace a field of the objective.
+OBJECTIVE_FIELDS = (
+    "ce", "sr", "fm", "kl", "ce_head", "kl_head", "dkd_alpha", "dkd_beta", "dkd_warmup", "match", "temperature", "connector",
+    "infer_head",
 )  # fmt: skip
 
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(TrainConfig)}

@@ -49,6 +49,8 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
     """
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
+    if not methods:
+        raise UserError(f"--methods names no method: wanted some of {', '.join(PRESETS)}, separated by commas")
     for method in methods:
         if method not in PRESETS:
             raise UserError(

@@ -14,6 +14,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+REBUILD = (
+    "`pip install -e .` in the repository"  # libraries.py has it too, but imports torch, which may be what is missing
+)
+
 
 class Finding(NamedTuple):
     """One line of the examination. needed: training cannot run without it. advice: what to do if it is not ok."""
@@ -85,7 +89,7 @@ def _import(module: str, package: str, *, needed: bool, advice: str) -> Finding:
 
 def _library(name: str, what: str, *, needed: bool, compiler: str, commands: tuple[str, ...]) -> Finding:
     path = Path(__file__).parent / name
-    build = "`pip install --no-build-isolation -e .` in the repository builds it"
+    build = f"{REBUILD} builds it"
     if not path.exists():
         if not any(shutil.which(command) for command in commands):
             build += f", once {compiler} is installed"

@@ -8,7 +8,7 @@ import pathlib
 import torch
 
 HERE = pathlib.Path(__file__).parent
-REBUILD = "`pip install --no-build-isolation --no-deps --force-reinstall -e .` in the repository"
+REBUILD = "`pip install -e .` in the repository"
 
 
 @functools.cache

@@ -383,6 +383,19 @@ def create_model(
     return model
 
 
+def is_model_name(name: str) -> bool:
+    """Whether `create_model` knows a model of this name."""
+    if _SMALL_RESNET.fullmatch(name) or name in ("mobilenet_v1", "mobilenetv1"):
+        return True
+    import timm
+    import torchvision
+
+    library, _, short = name.rpartition("/")
+    return (library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models)) or (
+        library in ("", "timm") and timm.is_model(short)
+    )
+
+
 def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
     own = _SMALL_RESNET.fullmatch(name)
     if own or name in ("mobilenet_v1", "mobilenetv1"):

@@ -11,10 +11,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ijckd_fast.libraries import load_libraries
+from ijckd_fast.libraries import REBUILD, load_libraries
 
-load_libraries()  # the registrations below need the schemas
+_HAS_CUDA_LIBRARY = load_libraries()  # the registrations below need the schemas
 _ops = torch.ops.ijckd
+
+
+def _check_library(x: Tensor, op: str) -> None:
+    if x.is_cuda and not _HAS_CUDA_LIBRARY:
+        raise RuntimeError(
+            f"{op}: tensors on a GPU need _C_cuda.so, which was not built: install nvcc and run {REBUILD}"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -72,6 +79,7 @@ def connector_match(
     raises        RuntimeError naming argument, wanted and found; also where map_t, pooled_t or a running statistic requires grad,
                   and on double backward
     """
+    _check_library(u, "connector_match")
     if u.dim() not in (2, 4):
         raise RuntimeError(f"connector_match: u must be [B, Cs, H, W] or [B, Cs], got {list(u.shape)}")
     if (bn_weight is None) != (bn_bias is None):
@@ -341,6 +349,7 @@ def classifier_loss(
     raises    RuntimeError naming argument, wanted and found (a label out of range: on the CPU; on a GPU its row's loss is NaN,
               since looking would make the host wait); where anything but z requires grad; on double backward
     """
+    _check_library(z, "classifier_loss")
     if (amp := _autocast_dtype(z)) is not None:
         weight = weight.to(amp)
     grad = torch.is_grad_enabled() and z.requires_grad

@@ -84,6 +84,7 @@ class FiniteGuard:
         optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]  # read by the fused step, as for a GradScaler
 
     def before_forward(self) -> None:
+        """Keeps a copy of the running statistics, which the forward pass will update."""
         self._before.copy_(self._statistics)
 
     def after_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,10 @@ class Ema:
             self._average[key].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The averages by the names of the module's own state_dict."""
         return self._average
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `state_dict` returned."""
         for key, average in self._average.items():
             average.copy_(state[key])

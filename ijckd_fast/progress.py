@@ -92,9 +92,11 @@ class Meter:
         return means, skipped
 
     def state_dict(self) -> dict[str, Any]:
+        """The sums since the last `take`."""
         return {"names": self._names, "sums": self._sums, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state_dict` returned."""
         self._names, self._steps = state["names"], state["steps"]
         self._sums = state["sums"].to(self._device)
 
@@ -124,6 +126,7 @@ class Stopwatch:
         self._paused += time.perf_counter() - start
 
     def count(self, images: int) -> None:
+        """Adds images that a step has taken in."""
         self._images += images
 
     def take(self) -> dict[str, float]:

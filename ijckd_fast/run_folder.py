@@ -37,8 +37,14 @@ def lock(folder: Path) -> Iterator[None]:
 
     The kernel drops the lock when its process ends, however it ends: a lock file left by a dead run is no hindrance.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(
+            f"--output-dir must be a folder that can be written, but {folder} is not ({error.strerror}): choose another"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -53,20 +59,22 @@ def lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, *, overwrite: bool) -> None:
-    """Makes `folder` ready for a new run. UserError when a run is there already, unless `overwrite`, which deletes that run's files."""
-    found = [name for name in _OURS if (folder / name).exists()]
-    # A run that failed before its first log line (a wrong path, a weak teacher) left nothing worth keeping.
-    begun = any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or read_log(folder)
-    if begun and not overwrite:
-        state = "a finished run" if SUMMARY in found else "a run that is not finished"
+def refuse_occupied(folder: Path) -> None:
+    """UserError when `folder` holds a run. One that failed before its first log line left nothing worth keeping."""
+    if any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or read_log(folder):
+        state = "a finished run" if (folder / SUMMARY).exists() else "a run that is not finished"
         raise UserError(
             f"{folder} holds {state}: continue it with --resume {folder}, choose another --output-dir, or give --overwrite "
             "to delete it"
         )
-    for name in found:
+
+
+def clear(folder: Path) -> None:
+    """Deletes an earlier run's files, but for the teacher's evaluation, which names what it is of."""
+    for name in _OURS:
         path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if name != TEACHER and path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -78,9 +86,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step."""
-    with replacing(path) as tmp:
-        tmp.write_text(text)
+    """Replaces `path` by `text` in one step, flushed to the disk first: a power cut leaves the old file or the new one."""
+    with replacing(path) as tmp, open(tmp, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -96,7 +106,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no run in {folder} (it has no {CONFIG}): give the --output-dir of an earlier ijckd-fast train"
         )
-    values = yaml.safe_load(path.read_text())
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} is damaged (wanted 'setting: value' lines): restore it, or give the settings again in a new run"
+        )
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
@@ -144,6 +161,7 @@ class RunLog:
                     self._events.add_scalar(f"{kind}/{key}", value, step)
 
     def close(self) -> None:
+        """Closes log.jsonl and the event file; may be called again."""
         self._file.close()
         if self._events is not None:
             self._events.close()

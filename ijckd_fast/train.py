@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import signal
 import statistics
@@ -20,12 +21,13 @@ import torch
 from rich.console import Console
 
 from ijckd_fast import checkpoint, report, run_folder
-from ijckd_fast.config import FREE_ON_RESUME, TrainConfig, make_config
+from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
 from ijckd_fast.data import Augment, EvalPlan, Index, Loader, TrainPlan, build_index, make_loader
 from ijckd_fast.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
-from ijckd_fast.models import create_model
+from ijckd_fast.libraries import REBUILD, load_libraries
+from ijckd_fast.models import create_model, is_model_name
 from ijckd_fast.objectives import Objective, get_objective
 from ijckd_fast.optimize import Ema, FiniteGuard, learning_rate, sgd
 from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress
@@ -42,15 +44,21 @@ class Stopped(KeyboardInterrupt):
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    resume_from: str = run_folder.LAST,
+    overwrite: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains one net; returns what summary.json in the run's folder says.
 
     config     every setting, see TrainConfig
     resume     go on from last.pt in config.output_dir (from the first step if the run died before it wrote one). The
                settings must be the run's, but for FREE_ON_RESUME. On a CPU the final weights then have the same bits as
-               those of a run that was never interrupted.
-    overwrite  delete the run in config.output_dir first
+               those of a run that was never interrupted; torch's number of threads becomes the run's for that.
+    resume_from  the checkpoint in config.output_dir to go on from, last.pt or best.pt
+    overwrite  delete the run in config.output_dir, once nothing else can be refused
     console    where progress is shown; default: standard output
     raises     UserError for mistakes in settings or data, a full disk, and too many steps that are not finite; Stopped
                on SIGINT or SIGTERM
@@ -67,7 +75,10 @@ def train(
                 console.print(f"{folder}: this run is finished, nothing to resume", highlight=False, soft_wrap=True)
                 return finished
         else:
-            run_folder.prepare(folder, overwrite=overwrite)
+            if overwrite:
+                _refuse_to_delete_inputs(config, folder)
+            else:
+                run_folder.refuse_occupied(folder)
         device = torch.device(config.device)
         amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
         torch.use_deterministic_algorithms(config.deterministic)
@@ -106,16 +117,16 @@ def train(
         best: dict[str, Any] | None = None  # rows of the log
         evaluated: dict[str, Any] | None = None
         meter = Meter(device)
-        last = folder / run_folder.LAST
-        if resume and last.exists():
-            state = checkpoint.load(last)
+        begin_at = folder / resume_from
+        if resume and (begin_at.exists() or resume_from != run_folder.LAST):
+            state = checkpoint.load(begin_at)
             for what, digest in inputs.items():
                 if state["inputs"][what] != digest:
                     raise UserError(
                         f"{folder} cannot be resumed: the {what} differ from those the run began with; put the old ones back "
                         "or start a new run"
                     )
-            checkpoint.load_into(learner, state["live"] or state["learner"], last)
+            checkpoint.load_into(learner, state["live"] or state["learner"], begin_at)
             optimizer.load_state_dict(state["optimizer"])
             if ema is not None:
                 ema.load_state_dict(state["ema"])
@@ -123,6 +134,10 @@ def train(
             checkpoint.set_random_state(state["random"])
             step, skipped, seconds = state["step"], state["skipped_steps"], state["seconds"]
             best, evaluated = state["best"], state["evaluated"]
+            if device.type == "cpu" and state["threads"] != torch.get_num_threads():
+                # the order of a sum, and so its last bits, depends on the number of threads
+                console.print(f"computing with {state['threads']} threads, as the run began, to get the same bits")
+                torch.set_num_threads(state["threads"])
             if state["code"] != run_folder.code_hash():
                 console.print(f"{folder} was begun with other code of ijckd_fast: the bits of the result may differ")
         started = time.perf_counter()
@@ -144,14 +159,11 @@ def train(
                 "config": dataclasses.asdict(config),
                 "classes": list(train_index.classes),
                 "inputs": inputs,
+                "threads": torch.get_num_threads(),
                 "code": run_folder.code_hash(),
             }
             checkpoint.save(folder / name, state)
 
-        # --- what the run leaves behind besides checkpoints
-        run_folder.write_config(folder, config)
-        run_folder.write_environment(folder)
-        log = closing.enter_context(contextlib.closing(run_folder.RunLog(folder, step, tensorboard=config.tensorboard)))
         show = TrainingProgress(console, f"{config.objective} {config.student}", step, total_steps)
         show.say(
             f"{folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; {len(train_index)} images of "
@@ -165,6 +177,16 @@ def train(
             )
             if not config.allow_weak_teacher:
                 refuse_weak_teacher(config, teacher_val, val_index.num_classes)
+
+        # --- what the run leaves behind besides checkpoints; an earlier run goes only now, when nothing can be refused any more
+        if not resume:
+            run_folder.clear(folder)
+        run_folder.write_config(folder, config)
+        run_folder.write_environment(folder)
+        log = closing.enter_context(contextlib.closing(run_folder.RunLog(folder, step, tensorboard=config.tensorboard)))
+
+        if resume and resume_from != run_folder.LAST:
+            save(run_folder.LAST)  # what lies there is damaged, or later than the point to go on from
 
         # --- the loop; the host waits for the device only where it logs, evaluates or saves
         batches = iter(
@@ -203,7 +225,15 @@ def train(
 
             guard.before_forward()
             with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                out = distiller.step(images, labels, progress=step / plan.steps_per_epoch)
+                try:
+                    out = distiller.step(images, labels, progress=step / plan.steps_per_epoch)
+                except (RuntimeError, ValueError) as error:
+                    if config.batch_size > 1 or "per channel" not in str(error):
+                        raise
+                    raise UserError(
+                        "BatchNorm cannot learn from a single value per channel, which one image with a 1x1 map or a "
+                        "pooled vector gives: use --batch-size 2 or more"
+                    ) from error
             optimizer.zero_grad(set_to_none=True)
             out.loss.backward()
             ok, grad_norm = guard.after_backward(out.loss)
@@ -311,17 +341,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and config.head == "fused" and not load_libraries():
+        raise UserError(
+            f"the fused head needs the CUDA library on a GPU, but _C_cuda.so was not built: install nvcc and run {REBUILD}, "
+            "or use --device cpu, or --head reference"
+        )
     return dataclasses.replace(
         config,
+        data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
+        teacher_checkpoint=config.teacher_checkpoint and os.path.abspath(config.teacher_checkpoint),
+        student_checkpoint=config.student_checkpoint and os.path.abspath(config.student_checkpoint),
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
-        ce=objective.ce,
-        sr=objective.sr,
-        fm=objective.fm,
-        kl=objective.kl,
-        match=objective.match,  # type: ignore[arg-type]
-        temperature=objective.temperature,
+        **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",
-        infer_head=objective.infer_head,  # type: ignore[arg-type]
         eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
         device=device,
         amp_dtype=config.amp_dtype or ("bfloat16" if device == "cuda" else "float32"),
@@ -329,12 +361,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
-    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its weights."""
+    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its weights.
+
+    A model's name is never taken for a path, whatever lies in the working directory: write ./resnet8 for the folder.
+    """
     given = getattr(config, role)
     if given is None:
         return config
     path = Path(given) / run_folder.LAST if Path(given).is_dir() else Path(given)
-    if not path.is_file():
+    if not path.is_file() or is_model_name(given):
         return config
     if getattr(config, f"{role}_checkpoint") is not None or getattr(config, f"{role}_pretrained"):
         raise UserError(
@@ -349,17 +384,7 @@ def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
 
 def objective_of(config: TrainConfig) -> Objective:
     """The preset with the weights and heads that the settings change."""
-    return get_objective(
-        config.objective,
-        ce=config.ce,
-        sr=config.sr,
-        fm=config.fm,
-        kl=config.kl,
-        match=config.match,
-        temperature=config.temperature,
-        connector=config.connector,
-        infer_head=config.infer_head,
-    )
+    return get_objective(config.objective, **{name: getattr(config, name) for name in OBJECTIVE_FIELDS})
 
 
 def augment_of(config: TrainConfig) -> Augment:
@@ -471,6 +496,14 @@ def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
             raise UserError(
                 f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be neither "
                 "run's; leave the setting out, or start a new run in another --output-dir"
+            )
+
+
+def _refuse_to_delete_inputs(config: TrainConfig, folder: Path) -> None:
+    for role, path in (("teacher", config.teacher_checkpoint), ("student", config.student_checkpoint)):
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise UserError(
+                f"--overwrite would delete the {role}'s weights {path}, which are in the --output-dir: choose another"
             )
 
 

@@ -39,6 +39,8 @@ if [ "$(cat .venv/installed.stamp 2>/dev/null)" != "$needed" ]; then
     echo "$needed" >.venv/installed.stamp
 fi
 
+export PATH="$PWD/.venv/bin:$PATH" # cmake and ninja come with requirements-dev.txt; the tests build too
+
 mapfile -t sources < <(find csrc CMakeLists.txt setup.py pyproject.toml -type f | LC_ALL=C sort)
 needed=$(inputs_hash "${sources[@]}" .venv/installed.stamp)
 if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/_C.so ]; then
@@ -46,8 +48,7 @@ if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/
         fail "no C++ compiler found: install one (Debian and Ubuntu: apt install g++), or set CXX to its path"
     echo "== building the extension"
     rm -f .venv/built.stamp
-    # cmake and ninja come with requirements-dev.txt
-    PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e .
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e .
     echo "$needed" >.venv/built.stamp
 fi
 unset needed sources python

@@ -206,7 +206,7 @@ def test_doctor_says_how_to_build_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
     library = {item.what: item for item in doctor.examine()}["CPU library of the ops"]
     assert not library.ok
-    assert "pip install --no-build-isolation -e ." in library.advice
+    assert "pip install -e ." in library.advice
     (tmp_path / "_C.so").write_text("not a library")
     library = {item.what: item for item in doctor.examine()}["CPU library of the ops"]
     assert not library.ok
@@ -273,3 +273,51 @@ def test_doctor_outlives_a_missing_library(tmp_path):
     assert done.returncode == 1
     assert "CPU library of the ops: " in done.stdout
     assert "training cannot run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["evaluate", "RUN", "--device", "tpu"], "--device"),
+        (["train", "--data-dir", "DATA", "--objective", "ce", "--output-dir", "FILE"], "--output-dir must be a folder"),
+        (["demo", "--methods", ""], "--methods names no method"),
+        (["index", "DATA", "--verify", "quick"], "--verify"),
+    ],
+)
+def test_more_mistakes_are_one_sentence(capsys, data, run, tmp_path, arguments, text):
+    file = tmp_path / "file"
+    file.write_text("")
+    places = {"RUN": str(run), "DATA": str(data), "FILE": str(file)}
+    assert text in _complaint(capsys, *[places.get(a, a) for a in arguments])
+
+
+@pytest.mark.parametrize("option", [["--milestones=1,2"], ["--milestones", "1,2"], ["--milestones", "[1,2]"]])
+def test_lists_as_people_write_them(capsys, option):
+    with pytest.raises(SystemExit):
+        cli.main(["train", *option, "--print-config"])
+    assert "milestones:\n- 1\n- 2\n" in capsys.readouterr().out
+
+
+def test_evaluate_a_student_that_answers_alone_without_its_teacher(data, tmp_path, capsys):
+    weights = write_teacher(tmp_path / "teacher.pt")
+    train(config(data, tmp_path / "run", **{**distilled(weights), "objective": "srrl"}), console=Console(quiet=True))
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    with_teacher = _last_json(capsys.readouterr().out)
+    weights.unlink()
+    assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    alone = _last_json(out)
+    assert "are not there: no agreement" in out
+    assert alone["agreement_percent"] is None
+    for key in ("top1_percent", "top5_percent", "params", "macs"):
+        assert alone[key] == with_teacher[key]
+
+
+def test_a_moved_run_and_its_moved_teacher(data, tmp_path, capsys):
+    train(config(data, tmp_path / "T", student="resnet8x0.5", epochs=1), console=Console(quiet=True))
+    student = {"objective": "ijckd", "teacher": str(tmp_path / "T"), "allow_weak_teacher": True}
+    train(config(data, tmp_path / "S", **student), console=Console(quiet=True))
+    (tmp_path / "S" / "summary.json").unlink()
+    (tmp_path / "T").rename(tmp_path / "T2")
+    (tmp_path / "S").rename(tmp_path / "S2")
+    assert cli.main(["train", "--resume", str(tmp_path / "S2"), "--teacher", str(tmp_path / "T2")]) == 0

@@ -638,4 +638,4 @@ def test_missing_or_broken_library_says_what_to_do(tmp_path, content, text):
     assert done.returncode == 1
     assert last.startswith("ImportError: ijckd_fast: ")
     assert text in last
-    assert "pip install --no-build-isolation" in last
+    assert "pip install -e ." in last

@@ -67,9 +67,14 @@ def test_only_one_file_knows_dali():
 def test_public_functions_have_docstrings():
     missing = []
     for path in MODULES:
-        for node in ast.parse(path.read_text()).body:
+        body = ast.parse(path.read_text()).body
+        classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        # of a class's methods, __init__ and forward are told by the class, properties by their names
+        methods = [m for c in classes for m in c.body if isinstance(m, ast.FunctionDef) and not m.decorator_list]
+        told = ("forward", "extra_repr")
+        for node in [*body, *methods]:
             public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-            if public and ast.get_docstring(node) is None:
+            if public and node.name not in told and ast.get_docstring(node) is None:
                 missing.append(f"{path.name}: {node.name}")
     assert missing == []
 

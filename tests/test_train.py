@@ -496,3 +496,90 @@ def test_published_pairs_deploy_what_they_are_said_to(data, tmp_path):
         distiller = build_distiller(resolve(make_config(values)), 1000, torch.device("cpu"))
         costs[pair] = distiller.deployed_cost(224)[0]
     assert costs == {"r34_r18": 11_689_512 + 854_016, "r50_mobilenetv1": 4_231_976 - 1_025_000 + 12_591_104 + 2_049_000}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# nothing is lost, nothing is taken for something else
+
+
+def test_overwrite_deletes_only_when_nothing_can_be_refused_any_more(data, teacher, tmp_path):
+    run = tmp_path / "run"
+    train(config(data, run))
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.suffix in (".pt", ".json", ".yaml")}
+    with pytest.raises(UserError, match="lower the batch size"):
+        train(config(data, run, batch_size=1000), overwrite=True)
+    weak = {**distilled(teacher), "allow_weak_teacher": False}
+    with pytest.raises(UserError, match="near chance"):
+        train(config(data, run, **weak), overwrite=True)
+    with pytest.raises(UserError, match="--overwrite would delete the teacher's weights"):
+        train(config(data, run, objective="kd", teacher=str(run)), overwrite=True)
+    assert all((run / name).read_bytes() == content for name, content in before.items())
+    train(config(data, run, seed=1), overwrite=True)
+    assert (run / "last.pt").read_bytes() != before["last.pt"]
+
+
+def test_a_model_name_is_never_taken_for_a_folder(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(config(data, tmp_path / "resnet8x0.25", epochs=1))
+    assert resolve(config(data, tmp_path / "new", student="resnet8x0.25")).student_checkpoint is None
+    assert resolve(config(data, tmp_path / "new", student="./resnet8x0.25")).student_checkpoint is not None
+
+
+def test_batch_of_one_says_what_to_do(data, teacher, tmp_path):
+    settings = {**distilled(teacher), "connector": "mlp", "match": "pooled", "batch_size": 1}
+    with pytest.raises(UserError, match="use --batch-size 2 or more"):
+        train(config(data, tmp_path, **settings))
+
+
+def test_gpu_without_the_cuda_library(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("ijckd_fast.train.load_libraries", lambda: False)
+    with pytest.raises(UserError, match=r"_C_cuda.so was not built.*--device cpu, or --head reference"):
+        resolve(config(data, tmp_path, device="cuda"))
+    assert resolve(config(data, tmp_path, device="cuda", head="reference")).device == "cuda"
+
+
+def test_every_field_of_the_objective_can_be_set(data, teacher, tmp_path):
+    changes = {"dkd_alpha": 2.0, "dkd_beta": 3.0, "dkd_warmup": 0.5, "ce": 0.25}
+    resolved = resolve(config(data, tmp_path, **{**distilled(teacher), "objective": "dkd", **changes}))
+    objective = build_distiller(resolved, 3, torch.device("cpu")).objective
+    assert {name: getattr(objective, name) for name in changes} == changes
+    resolved = resolve(
+        config(data, tmp_path, **{**distilled(teacher), "objective": "srrl", "ce_head": "teacher", "kl": 1.0})
+    )
+    assert (resolved.ce_head, resolved.kl_head) == ("teacher", "student")
+
+
+def test_goes_on_from_the_checkpoint_that_is_named(data, tmp_path):
+    run = tmp_path / "run"
+    train(config(data, run, eval_every=2, epochs=4, max_steps=12))
+    whole = checkpoint.load(run / "last.pt")["learner"]
+    (run / "summary.json").unlink()
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:3000])
+    again = functools.partial(train, make_config({**run_folder.read_config(run)}), resume=True)
+    with pytest.raises(
+        UserError, match=r"damaged or truncated: use the run's other checkpoint, .*best.pt \(ijckd-fast train --resume"
+    ):
+        again()
+    again(resume_from="best.pt")
+    assert differing(checkpoint.load(run / "last.pt")["learner"], whole) == []
+
+
+def test_resume_computes_with_the_runs_threads(data, tmp_path):
+    run, threads = tmp_path / "run", torch.get_num_threads()
+    train(config(data, run, epochs=1))
+    (run / "summary.json").unlink()
+    try:
+        torch.set_num_threads(threads + 1)
+        train(make_config(run_folder.read_config(run)), resume=True)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("content", ["", "lr: [1"])
+def test_damaged_settings(data, tmp_path, content):
+    train(config(data, tmp_path, epochs=1))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        run_folder.read_config(tmp_path)

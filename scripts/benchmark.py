@@ -1,0 +1,804 @@
+#!/usr/bin/env python
+"""Times the fused ops against whatever else computes the same: `scripts/benchmark.py op --help`.
+
+Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's, else the workload
+is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits every contender alike.
+Needs torch and the compiled libraries only; the machine it runs on need not have the package's other dependencies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import datetime
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a bare checkout is enough: the package need not be installed
+
+from ijckd_fast import ops, reference  # noqa: E402
+
+RESULTS = ROOT / "results" / "op.csv"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# float16 gradients vanish without a loss scale, which is why every float16 trainer has one
+LOSS_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 4096.0}
+
+# of a result's largest value, in units of the type's rounding: eager can be lucky in a mean over a thousand rows, down to no error
+ERROR_FLOOR = {torch.float32: 16.0, torch.bfloat16: 1 / 64, torch.float16: 1 / 64}
+
+Step = Callable[[], list[Tensor]]
+
+
+class Workload(NamedTuple):
+    """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the maps, 0 for vectors.
+
+    Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU and match the map.
+    cpu_B: the batch on a CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>.
+    """
+
+    B: int
+    Cs: int | None
+    Ct: int
+    K: int | None
+    side: int = 0
+    ce_only: bool = False
+    cpu_B: int | None = None
+
+    @property
+    def losses(self) -> str:
+        """The terms of the loss, + between them; fm matches pooled features, map the map."""
+        if self.ce_only:
+            return "ce"
+        match = "map" if self.side else "fm"
+        return match if self.K is None else f"ce+sr+{match}"
+
+    @property
+    def sizes(self) -> str:
+        """One word, for the table."""
+        named = [("B", self.B), ("Cs", self.Cs), ("Ct", self.Ct), ("K", self.K)]
+        where = [f"{self.side}x{self.side}"] if self.side else []
+        return " ".join([f"{name}{size}" for name, size in named if size is not None] + where)
+
+
+WORKLOADS = {
+    "W1": Workload(256, 512, 512, 1000),
+    "W2": Workload(256, 1024, 2048, 1000),
+    "I1": Workload(256, 256, 512, 1000, side=7, cpu_B=64),
+    "I2": Workload(256, 1024, 2048, 1000, side=7, cpu_B=32),
+    "W3": Workload(1024, 1024, 2048, 21841, cpu_B=128),
+    "W3b": Workload(1024, 1024, 2048, 100_000, cpu_B=32),
+    "W2-ce": Workload(256, None, 2048, 1000, ce_only=True),
+    "W3-ce": Workload(1024, None, 2048, 21841, ce_only=True, cpu_B=128),
+    "W3b-ce": Workload(1024, None, 2048, 100_000, ce_only=True, cpu_B=32),
+    "C512x1000": Workload(256, None, 512, 1000),
+    "C2048x1000": Workload(256, None, 2048, 1000),
+    "C512x21841": Workload(256, None, 512, 21841),
+    "C2048x21841": Workload(256, None, 2048, 21841),
+    "M1": Workload(64, 256, 512, None, side=7),
+    "tiny": Workload(8, 6, 5, 11, side=3),
+    "tiny-ce": Workload(8, None, 24, 50, ce_only=True),
+}
+DEFAULT_WORKLOADS = {
+    "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce"],
+    "cpu": ["C512x1000", "C2048x1000", "C512x21841", "C2048x21841", "M1"],
+}
+SWEEP_K = (100, 300, 1000, 3000, 10_000, 21_841, 50_000, 100_000, 200_000)
+SWEEP_B = {"cuda": (16, 64, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256)}
+
+BASELINES = {
+    "eager": "PyTorch as one writes it, under autocast for half types",
+    "compile": "the same through torch.compile",
+    "eager-graph": "eager in a CUDA graph, against ours in one (GPU)",
+    "compile-graph": "torch.compile in a CUDA graph, against ours in one (GPU)",
+    "linear_cross_entropy": "torch.nn.functional's, chunked, where torch has it (rows named -ce)",
+    "liger": "Liger-Kernel's fused linear cross-entropy, where installed (GPU, rows named -ce)",
+    "cce": "cut-cross-entropy without gradient filter, where installed (GPU, rows named -ce, half types)",
+}
+GPU_ONLY = ("eager-graph", "compile-graph", "liger", "cce")
+CE_ONLY = ("linear_cross_entropy", "liger", "cce")
+
+JSON_KEYS = (
+    "what",
+    "workload",
+    "device",
+    "dtype",
+    "mode",
+    "baseline",
+    "ours_ms",
+    "baseline_ms",
+    "ratio",
+    "ours_peak_mb",
+)
+JSON_KEYS += ("baseline_peak_mb", "repeats")
+CSV_ONLY_KEYS = (
+    "losses",
+    "B",
+    "Cs",
+    "Ct",
+    "K",
+    "side",
+    "ours_p20_ms",
+    "ours_p80_ms",
+    "baseline_p20_ms",
+    "baseline_p80_ms",
+)
+CSV_ONLY_KEYS += (
+    "ours_launches",
+    "baseline_launches",
+    "machine",
+    "threads",
+    "torch",
+    "cuda",
+    "python",
+    "commit",
+    "date",
+)
+
+
+class WrongResult(Exception):
+    """A contender's result is farther from float64 than allowed."""
+
+
+class Usage(Exception):
+    """What the user asked for cannot be done; the text says why."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the two programs
+
+
+def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Everything a step reads, in float32 storage but for maps, whose dtype is the autocast one, as activations' is.
+
+    Values are representable in `dtype`, so that rounding the inputs is no part of anybody's error.
+    """
+    g = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g, device=device) * scale).to(dtype).float()
+
+    t: dict[str, Tensor] = {}
+    positions = (w.side, w.side) if w.side else ()
+    if w.Cs is None:
+        t["z"] = randn(w.B, w.Ct)
+    else:
+        t["u"] = randn(w.B, w.Cs, *positions).to(dtype)
+        t["projection"] = randn(w.Ct, w.Cs, scale=w.Cs**-0.5)
+        if w.side:
+            t["u"] = t["u"].relu().contiguous(memory_format=torch.channels_last)  # after the trunk's last ReLU
+            t["bn_weight"], t["bn_bias"] = randn(w.Ct, scale=0.2) + 1, randn(w.Ct, scale=0.2)
+        else:
+            t["projection_bias"] = randn(w.Ct, scale=0.1)
+    for leaf in t.values():
+        leaf.requires_grad_()
+    if w.side:
+        t["running_mean"], t["running_var"] = torch.zeros(w.Ct, device=device), torch.ones(w.Ct, device=device)
+        t["map_t"] = randn(w.B, w.Ct, *positions).relu().to(dtype).contiguous(memory_format=torch.channels_last)
+        t["pooled_t"] = t["map_t"].float().mean((2, 3))
+    else:
+        t["pooled_t"] = randn(w.B, w.Ct)
+    if w.K is not None:
+        t["weight"] = randn(w.K, w.Ct, scale=w.Ct**-0.5)  # frozen
+        if not w.ce_only:
+            t["bias"] = randn(w.K, scale=0.1)
+        t["labels"] = torch.randint(0, w.K, (w.B,), generator=g, device=device)
+    return t
+
+
+def fused_loss(w: Workload, t: dict[str, Tensor], op: Any = ops) -> tuple[Tensor, Tensor]:
+    """(loss [], z [B, Ct]) by our two ops; with op=reference and float64 tensors, the oracle."""
+    z, match = t.get("z"), None
+    if w.Cs is not None:
+        teacher = {"map_t": t["map_t"]} if w.side else {"pooled_t": t["pooled_t"]}
+        bn = {k: t[k] for k in ("bn_weight", "bn_bias", "running_mean", "running_var") if k in t}
+        z, match = op.connector_match(
+            t["u"], t["projection"], t.get("projection_bias"), relu=bool(w.side), **bn, **teacher
+        )
+    if w.K is None:
+        return match, z
+    terms: dict[str, Any] = {} if w.ce_only else {"sr": 1.0, "pooled_t": t["pooled_t"]}
+    if w.Cs is None and not w.ce_only:
+        terms["fm"] = 1.0
+    loss, _, _ = op.classifier_loss(z, t["weight"], t.get("bias"), t["labels"], **terms)
+    return loss if match is None else loss + match, z
+
+
+def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The same as one writes it in PyTorch; no top-1 and no separate parts, which ours also returns."""
+    z, match = t.get("z"), None
+    if w.side:
+        y = F.conv2d(t["u"], t["projection"][:, :, None, None])  # [B, Ct, H, W]
+        Z = F.batch_norm(y, t["running_mean"], t["running_var"], t["bn_weight"], t["bn_bias"], training=True).relu()
+        z, match = Z.mean((2, 3)), F.mse_loss(Z, t["map_t"])
+    elif w.Cs is not None:
+        z = F.linear(t["u"], t["projection"], t["projection_bias"])
+    if not w.side and not w.ce_only:
+        match = F.mse_loss(z.float() if z.dtype != torch.float64 else z, t["pooled_t"])
+    if w.K is None:
+        return match, z
+    logits = F.linear(z, t["weight"], t.get("bias"))  # [B, K]
+    loss = F.cross_entropy(logits, t["labels"])
+    if not w.ce_only:
+        loss = loss + match + F.mse_loss(logits, F.linear(t["pooled_t"], t["weight"], t["bias"]))
+    return loss, z
+
+
+def result_names(t: dict[str, Tensor], mode: str) -> list[str]:
+    """What a step returns, in order."""
+    gradients = [f"gradient of {k}" for k, v in t.items() if v.requires_grad] if mode == "both" else []
+    return ["loss", "z", *gradients]
+
+
+def make_step(loss_of: Callable[..., Any], t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
+    """One training step of the head: forward under autocast (mode 'forward': without gradients) and, with 'both', backward."""
+    device = t["pooled_t"].device.type
+    leaves = [v for v in t.values() if v.requires_grad]
+
+    def autocast() -> Any:
+        half = dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(device, dtype) if half else contextlib.nullcontext()
+
+    def step() -> list[Tensor]:
+        if mode == "forward":
+            with torch.no_grad(), autocast():
+                return list(loss_of(t))
+        with autocast():
+            loss, z = loss_of(t)
+        gradients = torch.autograd.grad(loss * scale if scale != 1 else loss, leaves)
+        return [loss.detach(), z.detach(), *gradients]
+
+    return step
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# contenders
+
+
+def captured(step: Step) -> Step:
+    """The step as one CUDA graph; its results are overwritten by every replay."""
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        for _ in range(3):  # compile, load modules, make library handles: none of it may happen while capturing
+            step()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def peer_step(name: str, t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
+    """A CE-only library on tensors cast beforehand, which is in its favour: ours and eager cast the classifier in every step."""
+    weight, labels = t["weight"].to(dtype), t["labels"]
+    half = dict(t, z=t["z"].detach().to(dtype).requires_grad_())
+    if name == "linear_cross_entropy":
+        options = torch.nn.LinearCrossEntropyOptions()
+
+        def cross_entropy(z: Tensor) -> Tensor:
+            return F.linear_cross_entropy(z, weight, labels, options=options)
+    elif name == "liger":
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+
+        def cross_entropy(z: Tensor) -> Tensor:
+            return liger(weight, z, labels)
+    else:
+        from cut_cross_entropy import linear_cross_entropy
+
+        def cross_entropy(z: Tensor) -> Tensor:
+            return linear_cross_entropy(z, weight, labels, filter_eps=None)  # the filter would drop small gradients
+
+    return make_step(lambda t: (cross_entropy(t["z"]), t["z"]), half, mode, torch.float32, scale)
+
+
+def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str) -> str | None:
+    """Why this baseline has no row for this workload here, or None if it has one."""
+    if baseline in GPU_ONLY and device == "cpu":
+        return "needs a GPU"
+    if baseline in CE_ONLY and not w.ce_only:
+        return "knows cross-entropy only"
+    if baseline == "linear_cross_entropy" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return f"torch {torch.__version__} has none"
+    package = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}.get(baseline)
+    if package and importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if baseline == "cce" and dtype == torch.float32:
+        return "takes half types only"
+    return None
+
+
+def make_contender(name: str, w: Workload, t: dict[str, Tensor], mode: str, dtype: torch.dtype) -> Step:
+    """The step called `name`: 'ours', 'ours-graph' or a baseline."""
+    scale = LOSS_SCALE[dtype]
+    if name in CE_ONLY:
+        return peer_step(name, t, mode, dtype, scale)
+    program, _, graph = name.partition("-")
+    if program == "compile":
+        loss_of = torch.compile(lambda t: eager_loss(w, t), dynamic=False)
+    elif program == "ours":
+        loss_of = lambda t: fused_loss(w, t)  # noqa: E731
+    else:
+        loss_of = lambda t: eager_loss(w, t)  # noqa: E731
+    step = make_step(loss_of, t, mode, dtype, scale)
+    return captured(step) if graph else step
+
+
+def check(
+    w: Workload,
+    results: list[Tensor],
+    eager: list[Tensor],
+    oracle: list[Tensor],
+    names: list[str],
+    dtype: torch.dtype,
+    slack: float,
+) -> None:
+    """flash-attention's rule: an error of at most `slack` times eager's, both against float64; NaN never passes.
+
+    Errors are the largest over a result's elements. But rounding can switch a ReLU on or off where its input is near 0, which moves
+    one element of a gradient by as much as its value: gradients behind a ReLU are compared by their norms, and to 1e-3.
+    """
+    for name, ours, theirs, exact in zip(names, results, eager, oracle, strict=True):
+        behind_relu = w.side > 0 and name.startswith("gradient")
+        size = torch.linalg.vector_norm if behind_relu else lambda x: x.abs().max()
+        floor = 1e-3 if behind_relu else ERROR_FLOOR[dtype] * torch.finfo(dtype).eps
+        error = size(ours.double() - exact).item()
+        allowed = slack * size(theirs.double() - exact).item() + floor * size(exact).item()
+        if not error <= allowed:
+            raise WrongResult(
+                f"{name} is off by {error:.2e} from float64, allowed {allowed:.2e} ({slack:g} times eager's)"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+class Timer:
+    """Milliseconds of one step: CUDA events, with the L2 cache overwritten before it, or the wall clock on a CPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        if self.cuda:
+            self.start, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.cache_filler = torch.empty(256 << 20, dtype=torch.int8, device=device)
+
+    def __call__(self, step: Step) -> float:
+        if not self.cuda:
+            began = time.perf_counter()
+            results = step()
+            elapsed = (time.perf_counter() - began) * 1e3
+            del results
+            return elapsed
+        self.cache_filler.zero_()
+        self.start.record()
+        step()
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
+
+
+def peak_mb(step: Step, device: str) -> float | None:
+    """Megabytes (1e6) that one warm step needs on top of its inputs, its results included.
+
+    On a GPU by torch's allocator. On a CPU the process' peak resident memory over its resident memory before, the least of three
+    steps, with freed memory given back to the kernel first; None where Linux' /proc does not offer it.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+    def resident_kb(field: str) -> int:
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.split(f"{field}:")[1].split()[0])
+
+    peaks = []
+    for _ in range(3):
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # peak := now
+            before_kb = resident_kb("VmRSS")
+            results = step()
+            peaks.append((resident_kb("VmHWM") - before_kb) * 1024 / 1e6)
+            del results
+        except (OSError, IndexError):
+            return None
+    return max(min(peaks), 0.0)
+
+
+def count_launches(step: Step, device: str) -> int | None:
+    """Kernels that one step runs on the GPU, by torch.profiler; None on a CPU and where the profiler sees no kernel."""
+    if device == "cpu":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = pathlib.Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return sum(event.get("cat") == "kernel" for event in events) or None
+
+
+class Measured(NamedTuple):
+    """Of one contender: milliseconds of every repeat, peak megabytes, kernel launches."""
+
+    times_ms: list[float]
+    peak_mb: float | None
+    launches: int | None
+
+    @property
+    def p20_50_80(self) -> tuple[float, float, float]:
+        """Three percentiles of the milliseconds."""
+        if len(self.times_ms) == 1:
+            return (self.times_ms[0],) * 3
+        fifths = statistics.quantiles(self.times_ms, n=5, method="inclusive")
+        return fifths[0], statistics.median(self.times_ms), fifths[3]
+
+
+def measure(
+    name: str, w: Workload, dtype: torch.dtype, device: str, mode: str, baselines: list[str], repeats: int, timer: Timer
+) -> dict[str, Measured]:
+    """Checks, then times, every contender on one workload. WrongResult if ours is wrong; a baseline that fails is left out, and said so."""
+    torch._dynamo.reset()  # one compilation per workload; without it torch would count the ninth as one too many
+    t = make_tensors(w, dtype, device)
+    names = result_names(t, mode)
+
+    def as64(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    t64 = {k: as64(v) for k, v in t.items()}
+    oracle = make_step(lambda t: fused_loss(w, t, reference), t64, mode, torch.float64, LOSS_SCALE[dtype])()
+    del t64
+    eager = make_contender("eager", w, t, mode, dtype)
+    eager_results = eager()
+    steps: dict[str, Step] = {}
+    contenders = ["ours", *(["ours-graph"] if any(b.endswith("-graph") for b in baselines) else []), *baselines]
+    for contender in contenders:
+        of_ours = contender.startswith("ours")
+        try:
+            step = eager if contender == "eager" else make_contender(contender, w, t, mode, dtype)
+            check(w, step(), eager_results, oracle, names, dtype, slack=2 if of_ours else 10)
+            for _ in range(2):
+                step()
+            steps[contender] = step
+        except WrongResult as wrong:
+            if of_ours:
+                raise WrongResult(f"{contender}: {wrong}") from None
+            print(f"{name}: {contender} left out: {wrong}", file=sys.stderr)
+        except Exception as failure:  # a baseline's own trouble (no compiler, out of memory) is not ours
+            if of_ours:
+                raise
+            first_line = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            print(f"{name}: {contender} left out: {type(failure).__name__}: {first_line}", file=sys.stderr)
+    del oracle, eager_results
+    peaks = {c: None if c.endswith("-graph") else peak_mb(step, device) for c, step in steps.items()}
+    launches = {c: count_launches(step, device) for c, step in steps.items()}
+    times: dict[str, list[float]] = {c: [] for c in steps}
+    order = list(steps)
+    for _ in range(repeats):
+        for contender in order:
+            times[contender].append(timer(steps[contender]))
+        order.append(order.pop(0))  # nobody always runs behind the same neighbour
+    return {c: Measured(times[c], peaks[c], launches[c]) for c in steps}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a row must say of where and when it was measured."""
+    return {
+        "device": device,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device == "cuda" else "",
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def _commit() -> str:
+    """The commit, with -dirty behind it if files differ; where the checkout came without git, a hash of the sources."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "ijckd_fast").glob("*.py")])
+    return "sources-" + hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
+
+
+def make_rows(
+    name: str, w: Workload, dtype: str, mode: str, measured: dict[str, Measured], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per baseline, with every column of the CSV; in a row whose baseline runs in a CUDA graph, ours does too."""
+    rows = []
+    for baseline, theirs in measured.items():
+        if baseline.startswith("ours"):
+            continue
+        ours = measured["ours-graph" if baseline.endswith("-graph") else "ours"]
+        (o20, o50, o80), (b20, b50, b80) = ours.p20_50_80, theirs.p20_50_80
+        row = {
+            "what": "op",
+            "workload": name,
+            "device": where["device"],
+            "dtype": dtype,
+            "mode": mode,
+            "baseline": baseline,
+            "ours_ms": o50,
+            "baseline_ms": b50,
+            "ratio": b50 / o50,
+            "ours_peak_mb": ours.peak_mb,
+            "baseline_peak_mb": theirs.peak_mb,
+            "repeats": len(ours.times_ms),
+            "losses": w.losses,
+            **{k: getattr(w, k) for k in ("B", "Cs", "Ct", "K", "side")},
+            "ours_p20_ms": o20,
+            "ours_p80_ms": o80,
+            "baseline_p20_ms": b20,
+            "baseline_p80_ms": b80,
+            "ours_launches": ours.launches,
+            "baseline_launches": theirs.launches,
+            **where,
+        }
+        rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def check_csv(path: pathlib.Path) -> None:
+    """Usage if the file's columns are not ours, before an hour is spent on rows that could not be written."""
+    wanted = ",".join(JSON_KEYS + CSV_ONLY_KEYS)
+    if path.exists() and (found := path.read_text().partition("\n")[0].strip()) != wanted:
+        raise Usage(f"--save: {path} has other columns ({found[:60]}...): name another file or move this one away")
+    if not path.parent.is_dir():
+        raise Usage(f"--save: there is no folder {path.parent}: make it first")
+
+
+def append_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Appends rows, under a header if the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, JSON_KEYS + CSV_ONLY_KEYS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Milliseconds are medians with [p20 p80]; MB and launches as ours / baseline."""
+
+    def ms(row: dict[str, Any], who: str) -> str:
+        return f"{row[f'{who}_ms']:.3f} [{row[f'{who}_p20_ms']:.3f} {row[f'{who}_p80_ms']:.3f}]"
+
+    def pair(row: dict[str, Any], what: str, form: str) -> str:
+        values = [row[f"ours_{what}"], row[f"baseline_{what}"]]
+        return " / ".join("-" if v is None else format(v, form) for v in values)
+
+    header = ("workload", "sizes", "losses", "dtype", "mode", "baseline", "ours ms", "baseline ms", "ratio", "peak MB")
+    lines = [(*header, "launches")]
+    for row in rows:
+        w = Workload(*(row[k] for k in ("B", "Cs", "Ct", "K", "side")))
+        lines.append(
+            (
+                *(row["workload"], w.sizes, row["losses"], row["dtype"], row["mode"], row["baseline"]),
+                *(ms(row, "ours"), ms(row, "baseline"), f"{row['ratio']:.2f}"),
+                *(pair(row, "peak_mb", ".1f"), pair(row, "launches", "d")),
+            )
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def plot(path: pathlib.Path, rows: list[dict[str, Any]], sweep: str | None, device: str) -> None:
+    """A sweep: milliseconds over K or B, a line per contender. Else: the ratio to each baseline, a bar per row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5 if sweep else 1.5 + 0.3 * len(rows)), layout="constrained")
+    if sweep:
+        dtypes = sorted({row["dtype"] for row in rows})
+        for dtype in dtypes:
+            mine = [row for row in rows if row["dtype"] == dtype]
+            for baseline in dict.fromkeys(row["baseline"] for row in mine):
+                its = [row for row in mine if row["baseline"] == baseline]
+                axes.plot(
+                    [r[sweep.upper()] for r in its], [r["baseline_ms"] for r in its], "o-", label=f"{baseline}, {dtype}"
+                )
+            graph = {r[sweep.upper()]: r["ours_ms"] for r in mine if not r["baseline"].endswith("-graph")}
+            axes.plot(list(graph), list(graph.values()), "s--", label=f"ours, {dtype}")
+        axes.set(xscale="log", yscale="log", xlabel={"k": "classes K", "b": "batch B"}[sweep], ylabel="ms per step")
+        axes.legend()
+    else:
+        labels = [f"{r['workload']} {r['dtype']} {r['mode']}: {r['baseline']}" for r in rows]
+        axes.barh(labels, [r["ratio"] for r in rows])
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_xlabel("baseline's time / ours (greater is better)")
+    axes.set_title(f"fused head, {rows[0]['machine'] if rows else device}")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="what", required=True)
+    op = commands.add_parser(
+        "op",
+        help="connector_match and classifier_loss",
+        description="Times one step of the fused head (milliseconds, MB = 1e6 bytes) against each baseline and prints a table; the "
+        'last line is one JSON object {"rows": [...]} with ratio = baseline_ms / ours_ms.',
+        epilog="workloads:\n"
+        + "\n".join(f"  {k:12} {w.sizes}: {w.losses}" + _cpu_note(w) for k, w in WORKLOADS.items())
+        + "\nbaselines:\n"
+        + "\n".join(f"  {k:20}  {text}" for k, text in BASELINES.items())
+        + "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm pooled match, map map match",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    op.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
+    op.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all but tiny on cuda, C* and M1 on cpu")
+    op.add_argument(
+        "--dtype", nargs="+", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 bfloat16 on cpu"
+    )
+    op.add_argument(
+        "--mode",
+        choices=("forward", "both"),
+        default="both",
+        help="forward: without gradients; both: forward and backward (default)",
+    )
+    op.add_argument(
+        "--baselines", nargs="+", choices=tuple(BASELINES), help="default: every one that runs here, see below"
+    )
+    op.add_argument(
+        "--repeats", type=int, help="steps timed per contender, interleaved; default: 100 on cuda, 15 on cpu"
+    )
+    op.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    op.add_argument(
+        "--sweep", choices=("k", "b"), help="instead of workloads: over K from 100 to 200,000, or over B at K 21841"
+    )
+    op.add_argument(
+        "--save",
+        nargs="?",
+        const=RESULTS,
+        type=pathlib.Path,
+        metavar="CSV",
+        help="append the rows to this file, each workload's once it is done; without a name results/op.csv",
+    )
+    op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
+    return top
+
+
+def _cpu_note(w: Workload) -> str:
+    return f" (on a CPU B{w.cpu_B})" if w.cpu_B else ""
+
+
+def chosen_workloads(names: list[str] | None, sweep: str | None, device: str) -> dict[str, Workload]:
+    """The workloads by the names their rows will bear."""
+    base = Workload(256, 1024, 2048, 21841) if device == "cuda" else Workload(64, None, 512, 21841)
+    if sweep == "k":
+        return {f"sweep-K{K}": base._replace(K=K) for K in SWEEP_K}
+    if sweep == "b":
+        return {f"sweep-B{B}": base._replace(B=B) for B in SWEEP_B[device]}
+    chosen = {}
+    for name in names or DEFAULT_WORKLOADS[device]:
+        if name not in WORKLOADS:
+            raise Usage(f"--workloads: there is no {name!r}; choose from {', '.join(WORKLOADS)}")
+        w = WORKLOADS[name]
+        if device == "cpu" and w.cpu_B:
+            name, w = f"{name}-B{w.cpu_B}", w._replace(B=w.cpu_B)
+        chosen[name] = w
+    return chosen
+
+
+def run_op(args: argparse.Namespace) -> int:
+    """The exit status: 1 if ours was wrong or failed on any workload."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Usage("--device cuda: torch finds no GPU here; use --device cpu")
+    dtypes = args.dtype or (["bfloat16"] if device == "cuda" else ["float32", "bfloat16"])
+    if device == "cpu" and "float16" in dtypes:
+        raise Usage("--dtype float16: float16 is for the GPU; use bfloat16 on a CPU")
+    repeats = args.repeats if args.repeats is not None else 100 if device == "cuda" else 15
+    if repeats < 1:
+        raise Usage(f"--repeats must be at least 1, got {repeats}")
+    if args.sweep and args.workloads:
+        raise Usage("--sweep brings its own workloads: leave --workloads out")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.save:
+        check_csv(args.save)
+    if "float32" in dtypes:  # TF32 would give eager's convolution another precision than its linear layers, and ours
+        torch.backends.cudnn.allow_tf32 = False
+    workloads = chosen_workloads(args.workloads, args.sweep, device)
+    where, timer, rows, failed = environment(device), Timer(device), [], False
+    for dtype in dtypes:
+        for name, w in workloads.items():
+            wanted = []
+            for baseline in args.baselines or BASELINES:
+                reason = absent(baseline, w, DTYPES[dtype], device)
+                if reason is None:
+                    wanted.append(baseline)
+                elif args.baselines:
+                    print(f"{name}: {baseline} left out: {reason}", file=sys.stderr)
+            try:
+                measured = measure(name, w, DTYPES[dtype], device, args.mode, wanted, repeats, timer)
+            except WrongResult as wrong:
+                print(f"benchmark: refused to time {name} in {dtype}: {wrong}", file=sys.stderr)
+                failed = True
+                continue
+            except RuntimeError as failure:  # the other workloads' rows are still worth having
+                print(f"benchmark: {name} in {dtype} failed: {failure}", file=sys.stderr)
+                failed = True
+                continue
+            new = make_rows(name, w, dtype, args.mode, measured, where)
+            if args.save:
+                append_csv(args.save, new)
+            rows += new
+            print(f"{name} {dtype} done", file=sys.stderr, flush=True)
+    print_table(rows)
+    if args.plot:
+        plot(args.plot, rows, args.sweep, device)
+    print(json.dumps({"rows": [{k: row[k] for k in JSON_KEYS} for row in rows]}), flush=True)
+    print(f"benchmark: {len(rows)} rows{'; see above for what FAILED' if failed else ''}", file=sys.stderr)
+    return int(failed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        return run_op(parser().parse_args(argv))
+    except Usage as usage:
+        print(f"benchmark: {usage}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

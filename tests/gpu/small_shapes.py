@@ -1,0 +1,47 @@
+"""Every kernel once on small, odd shapes, for compute-sanitizer: `compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py`.
+
+With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own allocation, so that a step outside of it is seen.
+"""
+
+import pathlib
+import sys
+
+import torch
+
+HERE = pathlib.Path(__file__).resolve()
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
+
+import test_ops as tables  # noqa: E402
+
+from ijckd_fast import ops  # noqa: E402
+
+
+def main(device: str) -> None:
+    """Forward and backward of both ops: two dtypes, maps and vectors, with and without BatchNorm."""
+
+    def moved(x):
+        return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+    runs = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, norm, match in (
+            ((3, 9, 5, 3), "train", "map"),
+            ((2, 7, 3, 3), "eval", "pooled"),
+            ((5, 9), "bias", "map"),
+        ):
+            leaves, keywords = tables.connector_inputs(shape, 67, norm=norm, match=match, dtype=dtype)
+            leaves, keywords = ({k: moved(v) for k, v in d.items()} for d in (leaves, keywords))
+            with torch.device(device):
+                tables.run_connector(ops.connector_match, leaves, keywords)
+            runs += 1
+        for sizes in ((3, 9, 1), (5, 7, 1031)):
+            args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
+            tables.run_loss(ops.classifier_loss, *args)
+            runs += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{runs} runs on {device} done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "cuda")

@@ -1,0 +1,260 @@
+"""The tables of test_ops.py on a GPU, in every dtype, and what only a GPU can show; skipped where there is none.
+
+IJCKD_GPU_TESTS_ON=cpu runs what can run on a CPU there, which keeps these tests themselves in order (scripts/gpu_check.sh does so
+on a machine without a GPU). Oracle: reference.py in float64 on the CPU. Only torch, pytest, hypothesis and the libraries are needed.
+"""
+
+import itertools
+import os
+
+import pytest
+import test_ops as tables
+import torch
+from torch import Tensor
+
+from ijckd_fast import ops, reference
+
+DEVICE = os.environ.get("IJCKD_GPU_TESTS_ON", "cuda")
+pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
+gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+F64 = torch.float64
+DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
+CONNECTORS = list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False)))
+LOSSES = [
+    (c, teacher)
+    for c in tables.LOSS_CASES
+    for teacher in ("pooled_t", "logits_t")
+    if (c, teacher) != ("fm", "logits_t")
+]
+
+
+@pytest.fixture(autouse=True)
+def plain_float32():
+    """Eager's convolution in float32, not TF32: the rule compares errors."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def moved(x, device=DEVICE):
+    """x, or every tensor in it, on the device; strides stay."""
+    if isinstance(x, Tensor):
+        return x.detach().to(device).requires_grad_(x.requires_grad)
+    if isinstance(x, dict):
+        return {k: moved(v, device) for k, v in x.items()}
+    return tuple(moved(v, device) for v in x) if isinstance(x, (tuple, list)) else x
+
+
+def doubled(x):
+    """Every floating tensor in x in float64."""
+    if isinstance(x, Tensor):
+        return x.detach().double() if x.is_floating_point() else x
+    if isinstance(x, dict):
+        return {k: doubled(v) for k, v in x.items()}
+    return tuple(doubled(v) for v in x) if isinstance(x, (tuple, list)) else x
+
+
+def run_connector(op, leaves, keywords):
+    with torch.device(DEVICE):  # the helper makes the incoming gradient itself
+        return [x.cpu() for x in tables.run_connector(op, moved(leaves), moved(keywords))]
+
+
+def run_loss(op, args, changed):
+    return [x.cpu() for x in tables.run_loss(op, *moved(args), **moved(changed))]
+
+
+def assert_rule(fused, eager, oracle, dtype, least=0.0, half_units=0.25):
+    """At most twice eager's error, with a floor in units of the type's rounding, since eager can be lucky in results of few elements.
+
+    The floor is relative to the result's largest value or `least`, the size of what was summed to make it.
+    """
+    units = 16 if dtype == torch.float32 else half_units
+    for f, e, o in zip(fused, eager, oracle, strict=True):
+        if o.is_floating_point():
+            size = max(o.abs().max().item(), least)
+            tables.assert_no_worse_than_eager(f, e, o, floor=units * torch.finfo(dtype).eps * size + 1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# against the reference
+
+
+@pytest.mark.parametrize("shape", [*tables.SHAPES, (3, 4, 9, 9)], ids=str)
+@pytest.mark.parametrize(("norm", "match", "relu"), CONNECTORS)
+def test_connector_match_float64(shape, norm, match, relu):
+    leaves, keywords = tables.connector_inputs(shape, 65, norm=norm, match=match, relu=relu)
+    tables.assert_equal_to(
+        run_connector(ops.connector_match, leaves, keywords),
+        tables.run_connector(reference.connector_match, leaves, keywords),
+        1e-10,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "Ct"), [((16, 48, 7, 7), 80), ((9, 33, 5, 3), 65), ((64, 96), 130)], ids=str)
+@pytest.mark.parametrize(("norm", "match", "relu"), CONNECTORS)
+def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu):
+    channels_last = len(shape) == 4 and shape[1] % 2 == 0  # both layouts
+    leaves, keywords = tables.connector_inputs(
+        shape, Ct, norm=norm, match=match, relu=relu, dtype=dtype, channels_last=channels_last
+    )
+    oracle = tables.run_connector(reference.connector_match, doubled(leaves), doubled(keywords))
+    fused = run_connector(ops.connector_match, leaves, keywords)
+    eager = run_connector(reference.connector_match, leaves, keywords)
+    # least: sums of terms of that size, which cancel; half_units: rounding flips a ReLU near 0, here another one than in eager
+    assert_rule(fused, eager, oracle, dtype, least=2.0, half_units=1.0 if relu else 0.25)
+
+
+def loss_case(case, teacher, sizes, dtype=F64):
+    """(arguments, changed keywords) of run_loss."""
+    z, weight, bias, labels, labels_b, mix, pooled_t = tables.loss_inputs(*sizes, dtype)
+    changed = dict(tables.LOSS_CASES[case])
+    labels_b, mix = changed.pop("labels_b", labels_b), changed.pop("mix", mix)
+    if teacher == "logits_t":
+        pooled_t = None
+        logits_t = torch.randn(sizes[0], sizes[2], generator=torch.Generator().manual_seed(1), dtype=F64)
+        changed |= {"logits_t": logits_t.to(z.dtype), "fm": 0.0}
+    return (z, weight, bias, labels, labels_b, mix, pooled_t), changed
+
+
+@pytest.mark.parametrize(("case", "teacher"), LOSSES)
+@pytest.mark.parametrize("sizes", [(5, 6, 9), (1, 3, 1), (33, 130, 1030)], ids=str)
+def test_classifier_loss_float64(case, teacher, sizes):
+    args, changed = loss_case(case, teacher, sizes)
+    wanted = tables.run_loss(reference.classifier_loss, *args, **changed)
+    tables.assert_equal_to(run_loss(ops.classifier_loss, args, changed), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("case", "teacher"), LOSSES)
+@pytest.mark.parametrize("sizes", [(64, 96, 203), (16, 64, 4099)], ids=str)
+def test_classifier_loss_no_worse_than_eager(dtype, case, teacher, sizes):
+    args, changed = loss_case(case, teacher, sizes, dtype)
+    oracle = tables.run_loss(reference.classifier_loss, *doubled(args), **doubled(changed))
+    fused = run_loss(ops.classifier_loss, args, changed)
+    z, weight, bias, *rest = args
+    # F.linear wants one dtype; under autocast it rounds the bias too
+    eager = run_loss(reference.classifier_loss, (z, weight, bias.to(dtype), *rest), changed)
+    assert_rule(fused[:2], eager[:2], oracle[:2], dtype, least=8.0)  # means of log-probabilities
+    assert_rule(fused[3:], eager[3:], oracle[3:], dtype)
+
+
+def test_label_out_of_range_is_nan_on_a_gpu():
+    """Refusing it would make the host wait: the row's loss is NaN, and with it the batch's."""
+    if DEVICE == "cpu":
+        pytest.skip("the CPU refuses it")
+    z, weight, bias, labels, *_ = moved(tables.loss_inputs())
+    labels[2] = 9
+    assert ops.classifier_loss(z, weight, bias, labels)[0].isnan()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# torch's own checks
+
+
+@pytest.mark.parametrize(
+    ("norm", "match", "relu"),
+    [("train", "map", True), ("train", "pooled", False), ("eval", "map", True), ("bias", "map", False)],
+)
+def test_gradcheck_connector_match(norm, match, relu):
+    leaves, keywords = moved(tables.connector_inputs((3, 4, 2, 2), 5, norm=norm, match=match, relu=relu))
+
+    def op(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        frozen = {k: v.clone() if k.startswith("running") else v for k, v in keywords.items()}
+        return ops.connector_match(named.pop("u"), named.pop("weight"), **named, **frozen)
+
+    assert torch.autograd.gradcheck(op, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("teacher", ["pooled_t", "logits_t"])
+def test_gradcheck_classifier_loss(teacher):
+    args, changed = moved(loss_case("all", teacher, (5, 6, 9)))
+    z, weight, bias, labels, *rest = args
+
+    def op(z):
+        return ops.classifier_loss(z, weight, bias, labels, **tables.loss_keywords(*rest, **changed))[0]
+
+    assert torch.autograd.gradcheck(op, z.requires_grad_())
+
+
+@pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=name) for name, op, args in tables.op_samples()])
+def test_opcheck(op, args):
+    torch.library.opcheck(op, moved(args))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# promises
+
+
+def head_inputs(dtype):
+    """The whole head, connector with map match and classifier with every loss, at sizes of several blocks."""
+    dtype = torch.float32 if DEVICE == "cpu" and dtype == torch.float16 else dtype
+    leaves, keywords = tables.connector_inputs((32, 96, 7, 7), 200, dtype=dtype, channels_last=True)
+    _, weight, bias, labels, labels_b, mix, pooled_t = tables.loss_inputs(32, 200, 1003, dtype)
+    return moved((leaves, keywords, (weight, bias, labels), tables.loss_keywords(labels_b, mix, pooled_t)))
+
+
+def run_head(leaves, keywords, classifier, terms):
+    """Loss, its parts, top-1, z, the map match and the gradient of every leaf."""
+    named = dict(leaves)
+    z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
+    loss, parts, top1 = ops.classifier_loss(z, *classifier, **terms)
+    gradients = torch.autograd.grad(loss + fm, list(leaves.values()))
+    return [loss.detach(), parts, top1, z.detach(), fm.detach(), *gradients]
+
+
+@pytest.mark.parametrize("dtype", [F64, *DTYPES], ids=str)
+def test_repeats_are_bitwise_equal(dtype):
+    inputs = head_inputs(dtype)
+    first = [x.clone() for x in run_head(*inputs)]
+    for _ in range(9):
+        assert all(torch.equal(a, b) for a, b in zip(run_head(*inputs), first, strict=True))
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_host_never_waits(dtype):
+    inputs = head_inputs(dtype)
+    run_head(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_head(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+def test_the_sync_test_can_fail():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            torch.ones(1, device="cuda").item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cuda_graph_capture(dtype):
+    """Forward and backward of both ops in one graph; replayed on new inputs it gives the bits of a plain run."""
+    leaves, keywords, classifier, terms = head_inputs(dtype)
+    keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}  # every call would move them
+    inputs = (leaves, keywords, classifier, terms)
+    side_stream = torch.cuda.Stream()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        for _ in range(2):
+            run_head(*inputs)
+    torch.cuda.current_stream().wait_stream(side_stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_head(*inputs)
+    for scale in (1.5, -0.5):
+        with torch.no_grad():
+            leaves["u"].mul_(scale)
+            classifier[2].copy_(classifier[2].roll(1))  # other labels
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, run_head(*inputs), strict=True))

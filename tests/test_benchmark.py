@@ -1,0 +1,262 @@
+"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results; scripts/gpu_check.sh's steps. Nothing here judges speed."""
+
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ijckd_fast import ops
+
+ROOT = pathlib.Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules["benchmark"] = benchmark  # NamedTuple looks its module up
+spec.loader.exec_module(benchmark)
+
+QUICK = ["op", "--device", "cpu", "--repeats", "3", "--dtype", "float32", "--baselines", "eager"]
+CONTRACT = {
+    "what": str,
+    "workload": str,
+    "device": str,
+    "dtype": str,
+    "mode": str,
+    "baseline": str,
+    "ours_ms": float,
+    "baseline_ms": float,
+    "ratio": float,
+    "ours_peak_mb": float,
+    "baseline_peak_mb": float,
+    "repeats": int,
+}
+
+
+def rows_of(capsys):
+    """(rows of the last line of stdout, stderr)."""
+    out, err = capsys.readouterr()
+    return json.loads(out.splitlines()[-1])["rows"], err
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_last_line_is_the_json_contract(capsys, mode):
+    assert benchmark.main([*QUICK, "--workloads", "tiny", "tiny-ce", "--mode", mode]) == 0
+    rows, _ = rows_of(capsys)
+    assert [(r["workload"], r["mode"], r["baseline"]) for r in rows] == [
+        (n, mode, "eager") for n in ("tiny", "tiny-ce")
+    ]
+    for row in rows:
+        assert list(row) == list(CONTRACT)
+        for key, kind in CONTRACT.items():
+            assert isinstance(row[key], kind) or (key.endswith("_peak_mb") and row[key] is None), key
+        assert (row["what"], row["device"], row["dtype"], row["repeats"]) == ("op", "cpu", "float32", 3)
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-2)
+
+
+def test_rows_are_appended_with_where_they_were_measured(capsys, tmp_path):
+    path = tmp_path / "op.csv"
+    for dtype in ("float32", "bfloat16"):
+        assert benchmark.main([*QUICK, "--dtype", dtype, "--workloads", "tiny", "--save", str(path)]) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
+    printed = rows_of(capsys)[0][0]
+    assert {k: rows[1][k] for k in ("ours_ms", "baseline_ms")} == {
+        k: str(printed[k]) for k in ("ours_ms", "baseline_ms")
+    }
+    for row in rows:
+        assert [row[k] for k in ("B", "Cs", "Ct", "K", "side", "losses")] == ["8", "6", "5", "11", "3", "ce+sr+map"]
+        assert float(row["ours_p20_ms"]) <= float(row["ours_ms"]) <= float(row["ours_p80_ms"])
+        assert row["torch"] == torch.__version__
+        assert all(row[k] for k in ("machine", "threads", "python", "commit", "date"))
+
+
+def test_a_file_of_other_columns_is_left_alone(capsys, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    assert benchmark.main([*QUICK, "--workloads", "tiny", "--save", str(path)]) == 2
+    assert "has other columns" in capsys.readouterr().err
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def wrong_loss(monkeypatch):
+    right = ops.classifier_loss
+
+    def op(*args, **named):
+        loss, parts, top1 = right(*args, **named)
+        return loss * 1.01, parts, top1
+
+    monkeypatch.setattr(ops, "classifier_loss", op)
+
+
+def wrong_gradient(monkeypatch, factor=1.2):
+    right = ops.connector_match
+
+    def op(u, *args, **named):
+        z, fm = right(u, *args, **named)
+        z.register_hook(lambda gradient: gradient * factor)
+        return z, fm
+
+    monkeypatch.setattr(ops, "connector_match", op)
+
+
+def nan_gradient(monkeypatch):
+    wrong_gradient(monkeypatch, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(wrong_loss, "loss"), (wrong_gradient, "gradient of u"), (nan_gradient, "gradient of u")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_op_is_not_timed(capsys, tmp_path, monkeypatch, spoil, what, dtype):
+    spoil(monkeypatch)
+    monkeypatch.setattr(benchmark.Timer, "__call__", lambda *_: pytest.fail("timed a wrong op"))
+    path = tmp_path / "op.csv"
+    assert benchmark.main([*QUICK, "--dtype", dtype, "--workloads", "tiny", "--save", str(path)]) == 1
+    rows, err = rows_of(capsys)
+    assert rows == []
+    assert f"refused to time tiny in {dtype}: ours: {what} is off by" in err
+    assert not path.exists()
+
+
+def test_one_wrong_workload_leaves_the_others_their_rows(capsys, monkeypatch):
+    nan_gradient(monkeypatch)  # tiny-ce has no connector
+    assert benchmark.main([*QUICK, "--workloads", "tiny", "tiny-ce"]) == 1
+    assert [row["workload"] for row in rows_of(capsys)[0]] == ["tiny-ce"]
+
+
+def test_every_baseline_that_runs_here(capsys, tmp_path):
+    argv = [a for a in QUICK if a not in ("--baselines", "eager")]
+    plot = tmp_path / "op.png"
+    assert benchmark.main([*argv, "--workloads", "tiny-ce", "--plot", str(plot)]) == 0
+    rows, err = rows_of(capsys)
+    wanted = ["eager", "compile", *(["linear_cross_entropy"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else [])]
+    assert [row["baseline"] for row in rows] == wanted, err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch >= 2.13")
+def test_a_wrong_baseline_is_left_out_and_said_so(capsys, monkeypatch):
+    right = torch.nn.functional.linear_cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *a, **k: right(*a, **k) * 1.5)
+    assert benchmark.main([*QUICK, "linear_cross_entropy", "--workloads", "tiny-ce"]) == 0
+    rows, err = rows_of(capsys)
+    assert [row["baseline"] for row in rows] == ["eager"]
+    assert "tiny-ce: linear_cross_entropy left out: loss is off by" in err
+
+
+def test_peak_memory_sees_what_a_step_holds():
+    peak = benchmark.peak_mb(lambda: [torch.ones(40_000_000 // 4)], "cpu")
+    if peak is None:
+        pytest.skip("this kernel has no /proc/self/clear_refs")
+    assert 38 < peak < 50
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--workloads", "W9"], "there is no 'W9'; choose from W1, W2"),
+        (["--sweep", "k", "--workloads", "W1"], "leave --workloads out"),
+        (["--dtype", "float16"], "float16 is for the GPU"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--save", "/nowhere/op.csv"], "there is no folder /nowhere"),
+    ],
+)
+def test_impossible_requests(capsys, argv, text):
+    assert benchmark.main(["op", "--device", "cpu", *argv]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_cpu_forms_say_their_batch():
+    chosen = benchmark.chosen_workloads(["W1", "W3"], None, "cpu")
+    assert {name: w.B for name, w in chosen.items()} == {"W1": 256, "W3-B128": 128}
+    assert benchmark.chosen_workloads(["W3"], None, "cuda")["W3"].B == 1024
+
+
+def test_sweeps_cover_their_ranges():
+    classes = [w.K for w in benchmark.chosen_workloads(None, "k", "cpu").values()]
+    assert (classes[0], classes[-1]) == (100, 200_000)
+    assert len({w.B for w in benchmark.chosen_workloads(None, "b", "cuda").values()}) >= 5
+
+
+def test_help_names_units_workloads_and_baselines():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmark.py", "op", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("milliseconds", "MB = 1e6 bytes", *benchmark.WORKLOADS, *benchmark.BASELINES):
+        assert word in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# gpu_check.sh
+
+# In place of python: no GPU, no rich, tests that fail, a benchmark that works.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    *benchmark.py*) echo '{"rows": []}'; echo 'benchmark: 0 rows' ;;
+    *pytest*tests/test_ops.py*) echo '3 failed, 4 passed in 1.00s'; exit 1 ;;
+    *pytest*) echo '7 passed in 1.00s' ;;
+    "-c "*) exit 1 ;;
+    *) cat >/dev/null; echo 'seen' ;;
+esac
+"""
+
+
+def test_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", "--out", out],
+        env=dict(os.environ, PYTHON=str(stub)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    with (out / "steps.csv").open() as file:
+        results = {row["step"]: (row["result"], row["what"]) for row in csv.DictReader(file)}
+    assert results == {
+        "environment": ("ok", "seen"),
+        "ops on the CPU": ("failed (1)", "3 failed 4 passed in 1.00s"),
+        "GPU tests on CPU": ("ok", "7 passed in 1.00s"),
+        "benchmark": ("ok", "benchmark: 0 rows"),
+    }
+    assert "no GPU here: running the CPU half" in done.stdout
+    assert "1 step FAILED" in done.stdout.splitlines()[-1]
+    assert "3 failed, 4 passed" in (out / "gpu_check.log").read_text()
+
+
+def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
+    """The order of the steps only: the stub says yes to everything."""
+    stub = tmp_path / "python"
+    stub.write_text(STUB.replace('"-c "*) exit 1', '"-c "*) exit 0'))
+    stub.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", "--out", tmp_path / "out"],
+        env=dict(os.environ, PYTHON=str(stub)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "out" / "steps.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    steps = [s for s in steps if s not in ("compute-sanitizer", "memcheck", "racecheck")]
+    assert steps == [
+        *("environment", "doctor", "ops float64", "ops float32", "ops bfloat16", "ops float16", "bad labels"),
+        *("gradcheck", "opcheck", "bitwise x10", "no host sync", "CUDA graph", "trainer no sync", "benchmark"),
+    ]
+
+
+def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
+    for arguments, text in (
+        (["--outt", "x"], "unknown argument --outt"),
+        (["--out"], "--out needs a folder"),
+        (["--wheels", tmp_path / "none", "--out", tmp_path], "there is no such folder"),
+    ):
+        done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr

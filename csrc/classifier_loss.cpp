@@ -1,10 +1,18 @@
-// Host side of classifier_loss: checks, allocation, library GEMMs around the passes of classifier_loss.h.
+// Host side of classifier_loss: checks, allocation, library GEMMs around the passes of classifier_loss.h. The CPU has
+// a second way, by chunks of classes (cpu/class_chunks.h).
 #include "classifier_loss.h"
 
+#include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "op.h"
 #include "rows.h"
+
+#ifndef IJCKD_CUDA
+#include "cpu/class_chunks.h"
+#include "cpu/gemm.h"
+#endif
 
 namespace ijckd {
 namespace {
@@ -24,6 +32,98 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
   (void)K;
 #endif
 }
+
+// The checked arguments, and where the results go.
+struct Rows {
+  Tensor z, weight;         // [B, Ct] A, [K, Ct] T
+  OptTensor bias;           // [K] A
+  OptTensor logits_t;       // [B, K], any dtype
+  Tensor labels;            // [B]
+  OptTensor labels_b, mix;  // [B], [B] A
+  OptTensor d;              // [B, Ct] A: z - pooled_t
+  Tensor part_rows;         // [kParts, B] A  out
+  Tensor top1_rows;         // [B]            out
+  Tensor dz;                // [B, Ct] A      out, if `grad`
+  LossWeights weights;
+  bool grad;
+};
+
+const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
+
+#ifdef IJCKD_CUDA
+Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
+  return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
+}
+#else
+// Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
+Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& dz) {
+  if (dz.scalar_type() != weight.scalar_type()) return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
+  matmul_out(dlogits, weight, dz);
+  return dz;
+}
+#endif
+
+// Logits of all rows at once, the row losses on them, and dz.
+void whole_rows(const Rows& r, const Launch& launch) {
+  const DType t = dtype(r.weight, kOp, "weight");
+  const int64_t B = r.z.size(0), Ct = r.z.size(1), K = r.weight.size(0);
+  // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
+  OptTensor delta, teacher;
+  if (r.weights.sr != 0 || r.weights.kl != 0) {
+    if (r.d)
+      delta = torch::stable::contiguous(matmul_nt(as(*r.d, t), r.weight));  // [B, K]
+    else
+      teacher = as(*r.logits_t, t);
+  }
+  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes dloss/dlogits in place
+  launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
+                     labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
+                     B, K, r.weights, r.grad},
+                    launch.stream),
+           "classifier_loss's row pass");
+  if (!r.grad) return;
+  const Tensor dz_w = times_weight(logits, r.weight, r.dz);  // [B, Ct]
+  launched(feature_grad(
+               {t, dz_w.const_data_ptr(), r.weights.fm != 0 ? data(r.d) : nullptr, r.dz.mutable_data_ptr(), B, Ct, r.weights.fm},
+               launch.stream),
+           "classifier_loss's gradient");
+}
+
+#ifdef IJCKD_CUDA
+void all_rows(const Rows& r, const Launch& launch) { whole_rows(r, launch); }
+#else
+OptTensor maybe_rows_of(const OptTensor& t, int64_t first, int64_t n) {
+  return t ? OptTensor(rows_of(*t, first, n)) : OptTensor();
+}
+
+// By class chunks where they serve; else some rows after others, so that never more than a few megabytes of logits exist.
+void all_rows(const Rows& r, const Launch& launch) {
+  const int64_t B = r.z.size(0), K = r.weight.size(0);
+  if (in_class_chunks(r.weights, r.d.has_value(), dtype(r.weight, kOp, "weight"), B, K, r.z.size(1)))
+    return chunked_loss({r.z, r.weight, r.bias, labels_of(r.labels), labels_of(r.labels_b), data(r.mix), r.d,
+                         r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(), r.dz, r.weights, r.grad});
+  const int64_t most = rows_at_once(B, K);
+  if (most == B) return whole_rows(r, launch);
+  for (int64_t first = 0; first < B; first += most) {
+    const int64_t n = std::min(most, B - first);
+    Rows some = r;
+    some.z = rows_of(r.z, first, n), some.d = maybe_rows_of(r.d, first, n), some.logits_t = maybe_rows_of(r.logits_t, first, n);
+    some.labels = rows_of(r.labels, first, n), some.labels_b = maybe_rows_of(r.labels_b, first, n),
+    some.mix = maybe_rows_of(r.mix, first, n);
+    some.top1_rows = rows_of(r.top1_rows, first, n);
+    if (r.grad) some.dz = rows_of(r.dz, first, n);
+    some.part_rows = empty(r.z, {kParts, n}, dtype(r.z, kOp, "z"));
+    // whole_rows divides by its own n
+    for (double* weight : {&some.weights.ce, &some.weights.sr, &some.weights.fm, &some.weights.kl})
+      *weight *= double(n) / double(B);
+    whole_rows(some, launch);
+    const int64_t bytes = int64_t(r.part_rows.element_size());
+    for (const int part : {kPartCe, kPartSr, kPartKl})
+      std::memcpy(static_cast<char*>(r.part_rows.mutable_data_ptr()) + (part * B + first) * bytes,
+                  static_cast<const char*>(some.part_rows.const_data_ptr()) + part * n * bytes, n * bytes);
+  }
+}
+#endif
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, const Tensor& weight, const OptTensor& bias,
                                                            const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
@@ -64,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                top1 = torch::stable::new_empty(z, {}, ScalarType::Long);
   Launch launch(z);
 
-  OptTensor d, delta, teacher;
+  OptTensor d;
   if (pooled_t) {
     d = empty(z, {B, Ct}, acc);
     void* fm_rows = static_cast<char*>(part_rows.mutable_data_ptr()) + kPartFm * B * part_rows.element_size();
@@ -72,30 +172,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                           launch.stream),
              "classifier_loss's feature match");
   }
-  // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
-  if (sr != 0 || kl != 0) {
-    if (pooled_t)
-      delta = torch::stable::contiguous(matmul_nt(as(*d, t), w));  // [B, K]
-    else
-      teacher = as(*logits_t, t);
-  }
-  const Tensor logits = torch::stable::contiguous(matmul_nt(as(z_acc, t), w));  // [B, K], becomes dloss/dlogits in place
-  launched(row_loss({t, logits.mutable_data_ptr(), data(bias_acc), data(delta), data(teacher),
-                     labels_row.const_data_ptr<int64_t>(), labels_b_row ? labels_b_row->const_data_ptr<int64_t>() : nullptr,
-                     data(mix_acc), part_rows.mutable_data_ptr(), top1_rows.mutable_data_ptr<int64_t>(), B, K, weights, grad},
-                    launch.stream),
-           "classifier_loss's row pass");
+  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
+  all_rows({z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad}, launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},
                     launch.stream),
            "classifier_loss's sum");
-  Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
-  if (grad) {
-    const Tensor dz_w = torch::stable::contiguous(torch::stable::matmul(logits, w));  // [B, Ct]
-    launched(
-        feature_grad({t, dz_w.const_data_ptr(), fm != 0 ? data(d) : nullptr, dz.mutable_data_ptr(), B, Ct, fm}, launch.stream),
-        "classifier_loss's gradient");
-  }
   return {loss, parts, top1, dz};
 }
 

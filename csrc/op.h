@@ -148,7 +148,7 @@ struct Launch {
 };
 #endif
 
-const char* launch_error(int code);  // cuda/launch.cu; the CPU loops never return an error
+const char* launch_error(int code);  // cuda/rows.cu; the CPU loops never return an error
 
 inline void launched(int code, const char* what) {
 #ifdef IJCKD_CUDA

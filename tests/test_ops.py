@@ -26,7 +26,10 @@ def assert_no_worse_than_eager(
 ) -> None:
     """flash-attention's rule: at most twice the error that eager PyTorch makes at the same dtype."""
     error = (fused.double() - oracle).abs().max().item()
-    allowed = slack * (eager.double() - oracle).abs().max().item() + floor
+    rounding = (
+        torch.finfo(torch.float32).eps * oracle.abs().max().item()
+    )  # of the result itself, where eager hits it by luck
+    allowed = slack * (eager.double() - oracle).abs().max().item() + floor + rounding
     assert error <= allowed, f"error {error:.2e} > {allowed:.2e}"
 
 
@@ -378,7 +381,7 @@ def test_classifier_loss_no_worse_than_eager(dtype, teacher):
     oracle_in = [t.double() if t.is_floating_point() else t for t in (z, weight, bias, labels, labels_b, mix, pooled_t)]
     changed, changed64 = {}, {}
     if teacher == "logits_t":
-        logits_t = torch.randn(64, 203)
+        logits_t = torch.randn(64, 203, generator=torch.Generator().manual_seed(2))
         changed, changed64 = {"logits_t": logits_t, "fm": 0.0}, {"logits_t": logits_t.double(), "fm": 0.0}
         pooled_t = oracle_in[-1] = None
     oracle = run_loss(reference.classifier_loss, *oracle_in, **changed64)

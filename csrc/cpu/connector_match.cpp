@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "loops.h"
+#include "vectorise.h"
 
 namespace ijckd {
 namespace {
@@ -12,80 +13,199 @@ namespace {
 constexpr int64_t kStatRows = 64;     // rows per partial: fixed, so that the sum does not depend on the number of threads
 constexpr int64_t kChannelTile = 64;  // six float accumulators of 64 channels stay in L1 beside the rows
 
+// Mean and sum of squared deviations of each channel over rows [rows, Ct].
+template <typename T, typename A>
+IJCKD_INLINE void block_stats(const T* y, int64_t rows, int64_t Ct, A* mean, A* m2) {
+  for (int64_t c0 = 0; c0 < Ct; c0 += kChannelTile) {
+    const int64_t n = std::min(kChannelTile, Ct - c0);
+    A sum[kChannelTile] = {}, squares[kChannelTile] = {};
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < n; ++i) sum[i] += load(y, r * Ct + c0 + i);
+    for (int64_t i = 0; i < n; ++i) sum[i] /= A(rows);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < n; ++i) {
+        const A d = load(y, r * Ct + c0 + i) - sum[i];
+        squares[i] += d * d;
+      }
+    for (int64_t i = 0; i < n; ++i) mean[c0 + i] = sum[i], m2[c0 + i] = squares[i];
+  }
+}
+IJCKD_CLONES void block_stats_f32(const float* y, int64_t rows, int64_t Ct, float* mean, float* m2) {
+  block_stats(y, rows, Ct, mean, m2);
+}
+IJCKD_CLONES void block_stats_f64(const double* y, int64_t rows, int64_t Ct, double* mean, double* m2) {
+  block_stats(y, rows, Ct, mean, m2);
+}
+IJCKD_CLONES void block_stats_bf16(const c10::BFloat16* y, int64_t rows, int64_t Ct, float* mean, float* m2) {
+  block_stats(y, rows, Ct, mean, m2);
+}
+
+// Some channels' affine maps, one array per coefficient so that loops over channels vectorise.
+template <typename A>
+struct Channels {
+  A mean[kChannelTile], inv_std[kChannelTile], gamma[kChannelTile], beta[kChannelTile];
+
+  Channels(const Affine& affine, int64_t first, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Channel<A> ch = channel<A>(affine, first + i);
+      mean[i] = ch.mean, inv_std[i] = ch.inv_std, gamma[i] = ch.gamma, beta[i] = ch.beta;
+    }
+  }
+  IJCKD_INLINE Channel<A> operator[](int64_t i) const { return {mean[i], inv_std[i], gamma[i], beta[i]}; }
+};
+
+// Pooled of some channels, likewise.
+template <typename A>
+struct PooledChannels {
+  A out[kChannelTile] = {}, count[kChannelTile] = {}, yhat[kChannelTile] = {}, square[kChannelTile] = {}, res[kChannelTile] = {},
+    res_yhat[kChannelTile] = {};
+
+  IJCKD_INLINE Pooled<A> get(int64_t i) const { return {out[i], count[i], yhat[i], square[i], res[i], res_yhat[i]}; }
+  IJCKD_INLINE void set(int64_t i, const Pooled<A>& p) {
+    out[i] = p.out, count[i] = p.count, yhat[i] = p.yhat, square[i] = p.square, res[i] = p.res, res_yhat[i] = p.res_yhat;
+  }
+};
+
+// Channels [c0, c0 + n) of image b. `relu` and `matched` are constants where this is inlined.
+template <typename T, typename A>
+IJCKD_INLINE void pool_tile(const MatchForward& m, int64_t b, int64_t c0, int64_t n, bool relu, bool matched,
+                            const Channels<A>& ch, PooledChannels<A>& sums) {
+  const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
+  for (int64_t p = 0; p < m.P; ++p) {
+    const int64_t row = (b * m.P + p) * m.Ct + c0;
+    for (int64_t i = 0; i < n; ++i) {
+      Pooled<A> sum = sums.get(i);
+      if (matched)
+        sum.add_matched(ch[i], load(y, row + i), relu, load(map_t, row + i));
+      else
+        sum.add(ch[i], load(y, row + i), relu);
+      sums.set(i, sum);
+    }
+  }
+}
+
+template <typename T, typename A>
+IJCKD_INLINE void pool_image(const MatchForward& m, int64_t b) {
+  const auto at = [&](void* p, int64_t i) __attribute__((always_inline)) -> A& { return static_cast<A*>(p)[i]; };
+  for (int64_t c0 = 0; c0 < m.Ct; c0 += kChannelTile) {
+    const int64_t n = std::min(kChannelTile, m.Ct - c0);
+    const Channels<A> ch(m.affine, c0, n);
+    PooledChannels<A> sums;
+    if (m.map_t && m.relu)
+      pool_tile<T>(m, b, c0, n, true, true, ch, sums);
+    else if (m.map_t)
+      pool_tile<T>(m, b, c0, n, false, true, ch, sums);
+    else if (m.relu)
+      pool_tile<T>(m, b, c0, n, true, false, ch, sums);
+    else
+      pool_tile<T>(m, b, c0, n, false, false, ch, sums);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t o = b * m.Ct + c0 + i;
+      at(m.z, o) = sums.out[i] / A(m.P);
+      at(m.count, o) = sums.count[i];
+      at(m.yhat, o) = sums.yhat[i];
+      if (m.map_t) {
+        at(m.square, o) = sums.square[i];
+        at(m.res, o) = sums.res[i];
+        at(m.res_yhat, o) = sums.res_yhat[i];
+      }
+    }
+  }
+}
+IJCKD_CLONES void pool_image_f32(const MatchForward& m, int64_t b) { pool_image<float, float>(m, b); }
+IJCKD_CLONES void pool_image_f64(const MatchForward& m, int64_t b) { pool_image<double, double>(m, b); }
+IJCKD_CLONES void pool_image_bf16(const MatchForward& m, int64_t b) { pool_image<c10::BFloat16, float>(m, b); }
+
+// Per channel of one image, what position_grad needs beside the channel's map.
+template <typename A>
+struct PositionTerms {
+  A g_pos[kChannelTile], shift[kChannelTile], slope[kChannelTile], c_fm;
+};
+
+template <typename T, typename A>
+IJCKD_INLINE void grad_tile(const MatchBackward& m, int64_t b, int64_t c0, int64_t n, bool relu, bool matched,
+                            const Channels<A>& ch, const PositionTerms<A>& terms) {
+  const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
+  T* dy = static_cast<T*>(m.dy);
+  for (int64_t p = 0; p < m.P; ++p) {
+    const int64_t row = (b * m.P + p) * m.Ct + c0;
+    for (int64_t i = 0; i < n; ++i) {
+      const A target = matched ? load(map_t, row + i) : A(0);
+      store(dy, row + i,
+            position_grad(ch[i], load(y, row + i), relu, terms.g_pos[i], terms.c_fm, target, terms.shift[i], terms.slope[i]));
+    }
+  }
+}
+
+template <typename T, typename A>
+IJCKD_INLINE void grad_image(const MatchBackward& m, int64_t b) {
+  const A *grad_z = static_cast<const A*>(m.grad_z), *d_gamma = static_cast<const A*>(m.d_gamma);
+  const A* d_beta = static_cast<const A*>(m.d_beta);
+  PositionTerms<A> terms;
+  terms.c_fm = m.map_t ? A(2) * *static_cast<const A*>(m.grad_fm) / A(double(m.B) * double(m.P) * double(m.Ct)) : A(0);
+  for (int64_t c0 = 0; c0 < m.Ct; c0 += kChannelTile) {
+    const int64_t n = std::min(kChannelTile, m.Ct - c0);
+    const Channels<A> ch(m.affine, c0, n);
+    for (int64_t i = 0; i < n; ++i) {
+      terms.g_pos[i] = grad_z[b * m.Ct + c0 + i] / A(m.P);
+      terms.shift[i] = d_beta ? d_beta[c0 + i] / A(m.n_stats) : A(0);
+      terms.slope[i] = d_gamma ? d_gamma[c0 + i] / A(m.n_stats) : A(0);
+    }
+    if (m.map_t && m.relu)
+      grad_tile<T>(m, b, c0, n, true, true, ch, terms);
+    else if (m.map_t)
+      grad_tile<T>(m, b, c0, n, false, true, ch, terms);
+    else if (m.relu)
+      grad_tile<T>(m, b, c0, n, true, false, ch, terms);
+    else
+      grad_tile<T>(m, b, c0, n, false, false, ch, terms);
+  }
+}
+IJCKD_CLONES void grad_image_f32(const MatchBackward& m, int64_t b) { grad_image<float, float>(m, b); }
+IJCKD_CLONES void grad_image_f64(const MatchBackward& m, int64_t b) { grad_image<double, double>(m, b); }
+IJCKD_CLONES void grad_image_bf16(const MatchBackward& m, int64_t b) { grad_image<c10::BFloat16, float>(m, b); }
+
+// Blocks of kStatRows rows in parallel, joined in order.
+template <typename T, typename A, typename Block>
+void stats(const ChannelStats& s, const Block& block) {
+  const T* y = static_cast<const T*>(s.y);
+  const int64_t N = s.N, Ct = s.Ct, blocks = (N + kStatRows - 1) / kStatRows;
+  std::vector<A> means(blocks * Ct), m2s(blocks * Ct);  // [blocks, Ct]
+  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k)
+      block(y + k * kStatRows * Ct, std::min(N - k * kStatRows, kStatRows), Ct, &means[k * Ct], &m2s[k * Ct]);
+  });
+  A *mean = static_cast<A*>(s.mean), *var = static_cast<A*>(s.var);
+  std::copy_n(means.begin(), Ct, mean);
+  std::copy_n(m2s.begin(), Ct, var);
+  for (int64_t k = 1; k < blocks; ++k) {  // Chan's update: exact where sum of squares minus square of sum cancels
+    const A n = A(k * kStatRows), m = A(std::min(N, (k + 1) * kStatRows) - k * kStatRows);
+    const A to_mean = m / (n + m), to_var = n * m / (n + m);
+    for (int64_t c = 0; c < Ct; ++c) {
+      const A d = means[k * Ct + c] - mean[c];
+      mean[c] += d * to_mean;
+      var[c] += m2s[k * Ct + c] + d * d * to_var;
+    }
+  }
+  for (int64_t c = 0; c < Ct; ++c) var[c] /= A(N);
+}
+
 }  // namespace
 
 int channel_stats(const ChannelStats& s, void*) {
-  dispatch(s.dtype, [&](auto t, auto a) {
-    using T = decltype(t);
-    using A = decltype(a);
-    const T* y = static_cast<const T*>(s.y);
-    const int64_t N = s.N, Ct = s.Ct, blocks = (N + kStatRows - 1) / kStatRows;
-    std::vector<A> means(blocks * Ct), m2s(blocks * Ct);  // [blocks, Ct]
-    parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t lo = k * kStatRows, hi = std::min(N, lo + kStatRows);
-        A *mean = &means[k * Ct], *m2 = &m2s[k * Ct];
-        for (int64_t r = lo; r < hi; ++r)
-          for (int64_t c = 0; c < Ct; ++c) mean[c] += A(y[r * Ct + c]);
-        for (int64_t c = 0; c < Ct; ++c) mean[c] /= A(hi - lo);
-        for (int64_t r = lo; r < hi; ++r)
-          for (int64_t c = 0; c < Ct; ++c) {
-            const A d = A(y[r * Ct + c]) - mean[c];
-            m2[c] += d * d;
-          }
-      }
-    });
-    A *mean = static_cast<A*>(s.mean), *var = static_cast<A*>(s.var);
-    std::copy_n(means.begin(), Ct, mean);
-    std::copy_n(m2s.begin(), Ct, var);
-    for (int64_t k = 1; k < blocks; ++k) {  // Chan's update: exact where sum of squares minus square of sum cancels
-      const A n = A(k * kStatRows), m = A(std::min(N, (k + 1) * kStatRows) - k * kStatRows);
-      for (int64_t c = 0; c < Ct; ++c) {
-        const A d = means[k * Ct + c] - mean[c];
-        mean[c] += d * (m / (n + m));
-        var[c] += m2s[k * Ct + c] + d * d * (n * m / (n + m));
-      }
-    }
-    for (int64_t c = 0; c < Ct; ++c) var[c] /= A(N);
-  });
+  by_dtype(
+      s.dtype, [&] { stats<float, float>(s, block_stats_f32); }, [&] { stats<double, double>(s, block_stats_f64); },
+      [&] { stats<c10::BFloat16, float>(s, block_stats_bf16); });
   return 0;
 }
 
 int match_forward(const MatchForward& m, void*) {
-  dispatch(m.dtype, [&](auto t, auto a) {
-    using T = decltype(t);
-    using A = decltype(a);
-    const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
-    const auto at = [&](void* p, int64_t i) -> A& { return static_cast<A*>(p)[i]; };
+  const auto run = [&](auto image) {
     parallel_for(m.B, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        for (int64_t c0 = 0; c0 < m.Ct; c0 += kChannelTile) {
-          const int64_t n = std::min(kChannelTile, m.Ct - c0);
-          Channel<A> ch[kChannelTile];
-          Pooled<A> sum[kChannelTile];
-          for (int64_t i = 0; i < n; ++i) ch[i] = channel<A>(m.affine, c0 + i);
-          for (int64_t p = 0; p < m.P; ++p) {
-            const int64_t row = (b * m.P + p) * m.Ct + c0;
-            if (map_t)
-              for (int64_t i = 0; i < n; ++i) sum[i].add_matched(ch[i], A(y[row + i]), m.relu, A(map_t[row + i]));
-            else
-              for (int64_t i = 0; i < n; ++i) sum[i].add(ch[i], A(y[row + i]), m.relu);
-          }
-          for (int64_t i = 0; i < n; ++i) {
-            const int64_t o = b * m.Ct + c0 + i;
-            at(m.z, o) = sum[i].out / A(m.P);
-            at(m.count, o) = sum[i].count;
-            at(m.yhat, o) = sum[i].yhat;
-            if (map_t) {
-              at(m.square, o) = sum[i].square;
-              at(m.res, o) = sum[i].res;
-              at(m.res_yhat, o) = sum[i].res_yhat;
-            }
-          }
-        }
-      }
+      for (int64_t b = first; b < last; ++b) image(m, b);
     });
-  });
+  };
+  by_dtype(m.dtype, [&] { run(pool_image_f32); }, [&] { run(pool_image_f64); }, [&] { run(pool_image_bf16); });
   return 0;
 }
 
@@ -115,37 +235,12 @@ int channel_grads(const ChannelGrads& g, void*) {
 }
 
 int match_backward(const MatchBackward& m, void*) {
-  dispatch(m.dtype, [&](auto t, auto a) {
-    using T = decltype(t);
-    using A = decltype(a);
-    const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
-    const A *grad_z = static_cast<const A*>(m.grad_z), *d_gamma = static_cast<const A*>(m.d_gamma);
-    const A* d_beta = static_cast<const A*>(m.d_beta);
-    T* dy = static_cast<T*>(m.dy);
-    const A c_fm = map_t ? A(2) * *static_cast<const A*>(m.grad_fm) / A(double(m.B) * double(m.P) * double(m.Ct)) : A(0);
+  const auto run = [&](auto image) {
     parallel_for(m.B, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        for (int64_t c0 = 0; c0 < m.Ct; c0 += kChannelTile) {
-          const int64_t n = std::min(kChannelTile, m.Ct - c0);
-          Channel<A> ch[kChannelTile];
-          A g_pos[kChannelTile], shift[kChannelTile], slope[kChannelTile];
-          for (int64_t i = 0; i < n; ++i) {
-            ch[i] = channel<A>(m.affine, c0 + i);
-            g_pos[i] = grad_z[b * m.Ct + c0 + i] / A(m.P);
-            shift[i] = d_beta ? d_beta[c0 + i] / A(m.n_stats) : A(0);
-            slope[i] = d_gamma ? d_gamma[c0 + i] / A(m.n_stats) : A(0);
-          }
-          for (int64_t p = 0; p < m.P; ++p) {
-            const int64_t row = (b * m.P + p) * m.Ct + c0;
-            for (int64_t i = 0; i < n; ++i) {
-              const A target = map_t ? A(map_t[row + i]) : A(0);
-              dy[row + i] = T(position_grad(ch[i], A(y[row + i]), m.relu, g_pos[i], c_fm, target, shift[i], slope[i]));
-            }
-          }
-        }
-      }
+      for (int64_t b = first; b < last; ++b) image(m, b);
     });
-  });
+  };
+  by_dtype(m.dtype, [&] { run(grad_image_f32); }, [&] { run(grad_image_f64); }, [&] { run(grad_image_bf16); });
   return 0;
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <type_traits>
 
 #include "dtype.h"
 
@@ -25,6 +26,19 @@ void dispatch(DType t, const F& body) {
       break;
   }
   throw std::runtime_error("ijckd_fast: float16 is for the GPU; on the CPU use bfloat16, float32 or float64");
+}
+
+// The same for functions that cannot be templates because they are cloned per instruction set (vectorise.h).
+template <typename F32, typename F64, typename BF16>
+void by_dtype(DType t, const F32& f32, const F64& f64, const BF16& bf16) {
+  dispatch(t, [&]<typename T>(T, auto) {
+    if constexpr (std::is_same_v<T, float>)
+      f32();
+    else if constexpr (std::is_same_v<T, double>)
+      f64();
+    else
+      bf16();
+  });
 }
 
 // One task per `grain` items. Results never depend on the number of threads: what is summed across items is summed in index

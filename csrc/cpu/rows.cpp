@@ -4,25 +4,28 @@
 #include <algorithm>
 
 #include "loops.h"
+#include "vectorise.h"
 
 namespace ijckd {
+namespace {
+
+template <typename A>
+IJCKD_INLINE void diff_rows(const FeatureDiff& f, int64_t first, int64_t last) {
+  for (int64_t b = first; b < last; ++b) {
+    const A *z = static_cast<const A*>(f.z) + b * f.Ct, *pooled_t = static_cast<const A*>(f.pooled_t) + b * f.Ct;
+    A* d = static_cast<A*>(f.d) + b * f.Ct;
+    for (int64_t i = 0; i < f.Ct; ++i) d[i] = z[i] - pooled_t[i];
+    static_cast<A*>(f.square_rows)[b] = lane_sum<A>(f.Ct, [&](int64_t i) __attribute__((always_inline)) { return d[i] * d[i]; });
+  }
+}
+IJCKD_CLONES void diff_rows_f32(const FeatureDiff& f, int64_t first, int64_t last) { diff_rows<float>(f, first, last); }
+IJCKD_CLONES void diff_rows_f64(const FeatureDiff& f, int64_t first, int64_t last) { diff_rows<double>(f, first, last); }
+
+}  // namespace
 
 int feature_diff(const FeatureDiff& f, void*) {
-  dispatch(f.dtype, [&](auto, auto a) {
-    using A = decltype(a);
-    const A *z = static_cast<const A*>(f.z), *pooled_t = static_cast<const A*>(f.pooled_t);
-    A *d = static_cast<A*>(f.d), *rows = static_cast<A*>(f.square_rows);
-    parallel_for(f.B, 16, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
-        A s = 0;
-        for (int64_t i = b * f.Ct; i < (b + 1) * f.Ct; ++i) {
-          d[i] = z[i] - pooled_t[i];
-          s += d[i] * d[i];
-        }
-        rows[b] = s;
-      }
-    });
-  });
+  const auto run = [&](auto part) { parallel_for(f.B, 16, [&](int64_t first, int64_t last) { part(f, first, last); }); };
+  by_dtype(f.dtype, [&] { run(diff_rows_f32); }, [&] { run(diff_rows_f64); }, [] {});
   return 0;
 }
 

@@ -1,0 +1,262 @@
+#include "class_chunks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "gemm.h"
+#include "gram.h"
+#include "loops.h"
+#include "vectorise.h"
+
+namespace ijckd {
+namespace {
+
+constexpr int64_t kWhole = 1 << 20;     // logits up to which whole rows are held: 4 MiB of float32
+constexpr int64_t kChunk = 1 << 19;     // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
+constexpr int64_t kLeastClasses = 256;  // below this the library's GEMM loses more than the cache gives
+constexpr int64_t kLeastWeight = 1 << 18;  // elements of W from which G = W^T W saves more than its lookup costs
+constexpr int64_t kRowGrain = 4;
+constexpr int64_t kColumns = 64;  // columns of W per task when its rows are summed
+
+// The anchor is raised once a logit lies this far above it: e^60 times any number of classes is still a float.
+constexpr int kFar = 60;
+
+// What a row has gathered over the chunks so far. Exponentials are relative to `anchor`, at first the label's logit.
+template <typename A>
+struct Row {
+  A anchor, label_logit, label_b_logit;
+  A others = 0;      // s: sum of exponentials but the label's
+  A label_term = 1;  // the label's exponential
+  A rescale = 1;     // by which the last chunk's new anchor scales what was gathered before
+  A logits = 0;      // sum of the logits, for label smoothing
+  A best = -std::numeric_limits<A>::infinity();
+  int64_t best_class = -1;
+};
+
+// One row's part of one chunk: logits [n] (without bias) become exponentials, 0 at the label; x [n] is scratch.
+template <typename T, typename A>
+IJCKD_INLINE void chunk_row_body(T* logits, const A* bias, A* x, int64_t first_class, int64_t n, int64_t label, bool smoothing,
+                                 Row<A>& row) {
+  if (bias)
+    for (int64_t k = 0; k < n; ++k) x[k] = load(logits, k) + bias[k];
+  else
+    for (int64_t k = 0; k < n; ++k) x[k] = load(logits, k);
+  const A top = lane_max(n, x);
+  if (top > row.best) {
+    row.best = top;
+    int64_t k = 0;
+    while (x[k] != top) ++k;
+    row.best_class = first_class + k;
+  }
+  if (smoothing) row.logits += lane_sum<A>(n, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
+  row.rescale = 1;
+  if (top - row.anchor > A(kFar)) {
+    row.rescale = std::exp(row.anchor - top);
+    row.others *= row.rescale;
+    row.label_term *= row.rescale;
+    row.anchor = top;
+  }
+  const A anchor = row.anchor;
+  for (int64_t k = 0; k < n; ++k) x[k] = exponential(x[k] - anchor);
+  if (label >= first_class && label < first_class + n) x[label - first_class] = 0;
+  row.others += lane_sum<A>(n, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
+  for (int64_t k = 0; k < n; ++k) store(logits, k, x[k]);
+}
+
+IJCKD_CLONES void chunk_row(float* logits, const float* bias, float* x, int64_t first_class, int64_t n, int64_t label,
+                            bool smoothing, Row<float>& row) {
+  chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
+}
+IJCKD_CLONES void chunk_row(c10::BFloat16* logits, const float* bias, float* x, int64_t first_class, int64_t n, int64_t label,
+                            bool smoothing, Row<float>& row) {
+  chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
+}
+IJCKD_CLONES void chunk_row(double* logits, const double* bias, double* x, int64_t first_class, int64_t n, int64_t label,
+                            bool smoothing, Row<double>& row) {
+  chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
+}
+
+template <typename T, typename A>
+IJCKD_INLINE A dot_body(const T* a, const T* b, int64_t n) {
+  return lane_sum<A>(n, [&](int64_t i) __attribute__((always_inline)) { return load(a, i) * load(b, i); });
+}
+IJCKD_CLONES float dot(const float* a, const float* b, int64_t n) { return dot_body<float, float>(a, b, n); }
+IJCKD_CLONES float dot(const c10::BFloat16* a, const c10::BFloat16* b, int64_t n) {
+  return dot_body<c10::BFloat16, float>(a, b, n);
+}
+IJCKD_CLONES double dot(const double* a, const double* b, int64_t n) { return dot_body<double, double>(a, b, n); }
+
+// to = scale to + factor from
+template <typename T, typename A>
+IJCKD_INLINE void add_body(A* to, A scale, A factor, const T* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = scale * to[i] + factor * load(from, i);
+}
+IJCKD_CLONES void add(float* to, float scale, float factor, const float* from, int64_t n) {
+  add_body(to, scale, factor, from, n);
+}
+IJCKD_CLONES void add(float* to, float scale, float factor, const c10::BFloat16* from, int64_t n) {
+  add_body(to, scale, factor, from, n);
+}
+IJCKD_CLONES void add(double* to, double scale, double factor, const double* from, int64_t n) {
+  add_body(to, scale, factor, from, n);
+}
+
+// columns [Ct] += sum over the rows of w [n, Ct]
+template <typename T, typename A>
+void add_column_sums(const T* w, A* columns, int64_t n, int64_t Ct) {
+  parallel_for((Ct + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
+    const int64_t from = first * kColumns, to = std::min(Ct, last * kColumns);
+    for (int64_t k = 0; k < n; ++k) add(columns + from, A(1), A(1), w + k * Ct + from, to - from);
+  });
+}
+
+template <typename T, typename A>
+class Chunks {
+ public:
+  Chunks(const ChunkedLoss& loss, DType t)
+      : c(loss),
+        t(t),
+        acc(accumulator(t)),
+        B(loss.z.size(0)),
+        K(loss.weight.size(0)),
+        Ct(loss.z.size(1)),
+        z(as(loss.z, t)),
+        w(static_cast<const T*>(loss.weight.const_data_ptr())),
+        dz(static_cast<A*>(loss.dz.mutable_data_ptr())),
+        bias(static_cast<const A*>(data(loss.bias))),
+        mix(static_cast<const A*>(loss.mix)),
+        smoothing(A(loss.weights.label_smoothing)),
+        rows(B) {}
+
+  void run() {
+    anchor();
+    const int64_t most = std::min(K, std::max(kChunk / B, kLeastClasses)), chunks = (K + most - 1) / most;
+    const int64_t size = std::min(K, ((K + chunks - 1) / chunks + 63) / 64 * 64);  // chunks of nearly equal size
+    const Tensor logits = empty(z, {B * size}, t);
+    {
+      const OptTensor product = c.grad ? OptTensor(empty(z, {B, Ct}, t)) : OptTensor();
+      if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
+      for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), logits, product);
+    }
+    finish();
+  }
+
+ private:
+  void anchor() {
+    const T* features = static_cast<const T*>(z.const_data_ptr());
+    const auto logit = [&](int64_t b, int64_t k) { return dot(features + b * Ct, w + k * Ct, Ct) + (bias ? bias[k] : A(0)); };
+    parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        Row<A>& row = rows[b];
+        row.anchor = row.label_logit = logit(b, c.labels[b]);
+        row.label_b_logit = c.labels_b ? logit(b, c.labels_b[b]) : row.label_logit;
+        // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
+        if (!(row.anchor < std::numeric_limits<A>::infinity())) row.others = std::numeric_limits<A>::quiet_NaN();
+        if (c.grad) std::fill_n(dz + b * Ct, Ct, A(0));
+      }
+    });
+  }
+
+  // Classes [k, k + n): logits, their exponentials in place, and what these add to the rows and to dz.
+  void chunk(int64_t k, int64_t n, const Tensor& buffer, const OptTensor& product) {
+    const Tensor w_chunk = rows_of(c.weight, k, n), logits = torch::stable::view(rows_of(buffer, 0, B * n), {B, n});
+    matmul_out(z, torch::stable::transpose(w_chunk, 0, 1), logits);
+    T* l = static_cast<T*>(logits.mutable_data_ptr());
+    parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      std::vector<A> x(n);
+      for (int64_t b = first; b < last; ++b)
+        chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, c.labels[b], smoothing != 0, rows[b]);
+    });
+    if (!c.grad) return;
+    matmul_out(logits, w_chunk, *product);
+    const T* p = static_cast<const T*>(product->const_data_ptr());
+    parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) add(dz + b * Ct, rows[b].rescale, A(1), p + b * Ct, Ct);
+    });
+    if (smoothing != 0) add_column_sums(w + k * Ct, columns.data(), n, Ct);
+  }
+
+  void finish() {
+    const LossWeights& weights = c.weights;
+    const A ce_weight = A(weights.ce) / A(B), q = A(1) - smoothing;
+    const bool match = weights.sr != 0;
+    const A c_sr = A(2 * weights.sr / (double(B) * double(K))), c_fm = A(2 * weights.fm / (double(B) * double(Ct)));
+    const A* d = static_cast<const A*>(data(c.d));
+    OptTensor matched;
+    if (match) {
+      matched = empty(z, {B, Ct}, acc);
+      matmul_out(*c.d, gram(c.weight), *matched);
+    }
+    const A* gd = static_cast<const A*>(data(matched));  // [B, Ct] G d
+    A* parts = static_cast<A*>(c.part_rows);
+    parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const Row<A>& row = rows[b];
+        const int64_t a = c.labels[b];
+        const A share = c.labels_b ? mix[b] : A(1), sum = row.others + row.label_term;
+        c.top1_rows[b] = row.best_class == a;
+
+        A ce = 0;
+        if (weights.ce != 0) {
+          ce = row.anchor == row.label_logit ? std::log1p(row.others) : row.anchor - row.label_logit + std::log(sum);
+          if (c.labels_b) ce += q * (A(1) - share) * (row.label_logit - row.label_b_logit);
+          if (smoothing != 0) ce += smoothing * (row.label_logit - row.logits / A(K));
+        }
+        parts[kPartCe * B + b] = ce;
+        // Not below 0, as |W d|^2 is not; NaN stays NaN.
+        const A square = match ? dot(d + b * Ct, gd + b * Ct, Ct) : A(0);
+        parts[kPartSr * B + b] = square < 0 ? A(0) : square;
+        parts[kPartKl * B + b] = 0;
+
+        if (!c.grad) continue;
+        A* out = dz + b * Ct;
+        if (weights.ce != 0) {
+          // p_a - q_a = (1 - share of a in the target) - s / sum: a confident sample's gradient keeps its digits
+          add(out, ce_weight / sum, ce_weight * ((A(1) - q * share) - row.others / sum), w + a * Ct, Ct);
+          if (c.labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), w + c.labels_b[b] * Ct, Ct);
+          if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), columns.data(), Ct);
+        } else {
+          std::fill_n(out, Ct, A(0));
+        }
+        if (match) add(out, A(1), c_sr, gd + b * Ct, Ct);
+        if (weights.fm != 0) add(out, A(1), c_fm, d + b * Ct, Ct);
+      }
+    });
+  }
+
+  const ChunkedLoss& c;
+  const DType t, acc;
+  const int64_t B, K, Ct;
+  const Tensor z;  // [B, Ct] T
+  const T* w;      // [K, Ct]
+  A* dz;           // [B, Ct]: the exponentials' part until finish
+  const A* bias;   // [K] or null
+  const A* mix;    // [B] or null
+  const A smoothing;
+  std::vector<Row<A>> rows;  // [B]
+  std::vector<A> columns;    // [Ct] column sums of W, for label smoothing
+};
+
+}  // namespace
+
+bool in_class_chunks(const LossWeights& weights, bool pooled_t, DType t, int64_t B, int64_t K, int64_t Ct) {
+  if (weights.kl != 0) return false;  // its gradient needs both softmaxes whole
+  if (weights.sr == 0) return B * K > kWhole;
+  // G d takes Ct / K of the time of W d; where G is float32 and W bfloat16, 4.4 times that (measured with AVX-512 BF16).
+  const bool gram_pays = t == DType::bf16 ? 6 * Ct <= K : 3 * Ct <= 2 * K;
+  return pooled_t && K * Ct >= kLeastWeight && gram_pays;
+}
+
+void chunked_loss(const ChunkedLoss& c) {
+  const DType t = dtype(c.weight, "classifier_loss", "weight");
+  dispatch(t, [&](auto element, auto a) { Chunks<decltype(element), decltype(a)>(c, t).run(); });
+}
+
+int64_t rows_at_once(int64_t B, int64_t K) {
+  if (B * K <= kWhole) return B;
+  return std::min(B, std::max<int64_t>(kWhole / K / 16 * 16, 16));
+}
+
+}  // namespace ijckd

@@ -143,14 +143,12 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 }  // namespace
 
 int row_loss(const RowLoss& r, void* stream) {
-  return dispatch(r.dtype, [&](auto t, auto a) {
-    row_loss_kernel<decltype(t), decltype(a)><<<r.B, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(r);
-  });
+  return dispatch(r.dtype,
+                  [&](auto t, auto a) { return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r); });
 }
 
 int loss_sum(const LossSum& s, void* stream) {
-  return dispatch(s.dtype,
-                  [&](auto, auto a) { loss_sum_kernel<decltype(a)><<<1, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(s); });
+  return dispatch(s.dtype, [&](auto, auto a) { return launch(loss_sum_kernel<decltype(a)>, 1, kThreads, stream, s); });
 }
 
 int feature_grad(const FeatureGrad& f, void* stream) {
@@ -158,9 +156,8 @@ int feature_grad(const FeatureGrad& f, void* stream) {
     using T = decltype(t);
     using A = decltype(a);
     const int64_t n = f.B * f.Ct;
-    feature_grad_kernel<T, A><<<ceil_div(n, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(f.dz_w), static_cast<const A*>(f.d), static_cast<A*>(f.dz), n,
-        A(2 * f.fm / (double(f.B) * double(f.Ct))));
+    return launch(feature_grad_kernel<T, A>, ceil_div(n, kThreads), kThreads, stream, static_cast<const T*>(f.dz_w),
+                  static_cast<const A*>(f.d), static_cast<A*>(f.dz), n, A(2 * f.fm / (double(f.B) * double(f.Ct))));
   });
 }
 

@@ -48,16 +48,28 @@ __global__ void channel_stats_kernel(const T* y,  // [N, Ct]
   }
 }
 
-// One thread per (image b = blockIdx.y, channel): reads y and map_t once, keeps row_math.h:Pooled in registers.
+// The image and channel of a thread that owns one channel of one image; c >= Ct for the last threads of an image. Blocks go
+// through the channels of an image, then to the next image, in one dimension: a grid's second one ends at 65,535.
+struct Place {
+  int64_t b, c;
+};
+
+__device__ Place place(int64_t Ct) {
+  const unsigned per_image = ceil_div(Ct, kThreads);
+  return {blockIdx.x / per_image, int64_t(blockIdx.x % per_image) * kThreads + threadIdx.x};
+}
+
+unsigned places(int64_t B, int64_t Ct) { return static_cast<unsigned>(B * ceil_div(Ct, kThreads)); }  // blocks
+
+// One thread per (image, channel): reads y and map_t once, keeps row_math.h:Pooled in registers.
 template <typename T, typename A>
 __global__ void match_forward_kernel(const T* y,      // [B, P, Ct]
                                      const T* map_t,  // [B, P, Ct] or null
                                      Affine affine,   // [Ct] each
                                      A* z,            // [B, Ct] out, as all below
                                      A* count, A* yhat, A* square, A* res, A* res_yhat, int64_t P, int64_t Ct, bool relu) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const auto [b, c] = place(Ct);
   if (c >= Ct) return;
-  const int64_t b = blockIdx.y;
   const Channel<A> ch = channel<A>(affine, c);
   Pooled<A> sum;
   for (int64_t p = 0; p < P; ++p) {
@@ -105,9 +117,8 @@ __global__ void channel_grads_kernel(ChannelGrads g) {
 // One thread per (image, channel), positions in a loop: dL/dy, row_math.h:position_grad.
 template <typename T, typename A>
 __global__ void match_backward_kernel(MatchBackward m) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const auto [b, c] = place(m.Ct);
   if (c >= m.Ct) return;
-  const int64_t b = blockIdx.y;
   const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
   const Channel<A> ch = channel<A>(m.affine, c);
   const A g_pos = static_cast<const A*>(m.grad_z)[b * m.Ct + c] / A(m.P);
@@ -127,8 +138,8 @@ int channel_stats(const ChannelStats& s, void* stream) {
   return dispatch(s.dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    channel_stats_kernel<T, A><<<ceil_div(s.Ct, kChannels), dim3(kChannels, kRows), 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(s.y), static_cast<A*>(s.mean), static_cast<A*>(s.var), s.N, s.Ct);
+    return launch(channel_stats_kernel<T, A>, ceil_div(s.Ct, kChannels), dim3(kChannels, kRows), stream,
+                  static_cast<const T*>(s.y), static_cast<A*>(s.mean), static_cast<A*>(s.var), s.N, s.Ct);
   });
 }
 
@@ -136,27 +147,22 @@ int match_forward(const MatchForward& m, void* stream) {
   return dispatch(m.dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    const dim3 grid(ceil_div(m.Ct, kThreads), static_cast<unsigned>(m.B));
-    match_forward_kernel<T, A><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(m.y), static_cast<const T*>(m.map_t), m.affine, static_cast<A*>(m.z), static_cast<A*>(m.count),
-        static_cast<A*>(m.yhat), static_cast<A*>(m.square), static_cast<A*>(m.res), static_cast<A*>(m.res_yhat), m.P, m.Ct,
-        m.relu);
+    return launch(match_forward_kernel<T, A>, places(m.B, m.Ct), kThreads, stream, static_cast<const T*>(m.y),
+                  static_cast<const T*>(m.map_t), m.affine, static_cast<A*>(m.z), static_cast<A*>(m.count),
+                  static_cast<A*>(m.yhat), static_cast<A*>(m.square), static_cast<A*>(m.res), static_cast<A*>(m.res_yhat), m.P,
+                  m.Ct, m.relu);
   });
 }
 
 int channel_grads(const ChannelGrads& g, void* stream) {
   return dispatch(g.dtype, [&](auto, auto a) {
-    using A = decltype(a);
-    channel_grads_kernel<A><<<ceil_div(g.Ct, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(g);
+    return launch(channel_grads_kernel<decltype(a)>, ceil_div(g.Ct, kThreads), kThreads, stream, g);
   });
 }
 
 int match_backward(const MatchBackward& m, void* stream) {
   return dispatch(m.dtype, [&](auto t, auto a) {
-    using T = decltype(t);
-    using A = decltype(a);
-    const dim3 grid(ceil_div(m.Ct, kThreads), static_cast<unsigned>(m.B));
-    match_backward_kernel<T, A><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(m);
+    return launch(match_backward_kernel<decltype(t), decltype(a)>, places(m.B, m.Ct), kThreads, stream, m);
   });
 }
 

@@ -1,5 +1,5 @@
 #pragma once
-// What the kernels of every op share: dtype dispatch, block sums in a fixed order, launch errors.
+// What the kernels of every op share: dtype dispatch, the launch, block sums in a fixed order.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,27 +11,32 @@
 
 namespace ijckd {
 
-// Runs `body(T{}, A{})` for the element type and its accumulator.
+// Runs `body(T{}, A{})` for the element type and its accumulator, and returns its launch's error.
 template <typename F>
 int dispatch(DType t, const F& body) {
   switch (t) {
     case DType::f32:
-      body(float{}, float{});
-      break;
+      return body(float{}, float{});
     case DType::f64:
-      body(double{}, double{});
-      break;
+      return body(double{}, double{});
     case DType::bf16:
-      body(__nv_bfloat16{}, float{});
-      break;
+      return body(__nv_bfloat16{}, float{});
     case DType::f16:
-      body(__half{}, float{});
       break;
   }
-  return static_cast<int>(cudaGetLastError());
+  return body(__half{}, float{});
 }
 
-constexpr int ceil_div(int64_t n, int64_t d) { return static_cast<int>((n + d - 1) / d); }
+// Every kernel starts here, through a plain function of the runtime, so that tests/emulator can put its own in place.
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+  const cudaLaunchConfig_t config{grid, block, 0, static_cast<cudaStream_t>(stream), nullptr, 0};
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  cudaGetLastError();  // the caller gets it from here: torch must not find it again after a launch of its own
+  return static_cast<int>(error);
+}
+
+__host__ __device__ constexpr int ceil_div(int64_t n, int64_t d) { return static_cast<int>((n + d - 1) / d); }
 
 template <typename A, typename T>
 __device__ __forceinline__ A load(const T* p, int64_t i) {
@@ -60,7 +65,7 @@ __device__ A block_reduce(A v, A* slots, Op op) {
   static_assert((kThreads & (kThreads - 1)) == 0, "the tree halves the block");
   slots[threadIdx.x] = v;
   __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) slots[threadIdx.x] = op(slots[threadIdx.x], slots[threadIdx.x + half]);
     __syncthreads();
   }

@@ -46,17 +46,16 @@ __global__ void column_sum_kernel(const A* x,  // [rows, cols]
 int feature_diff(const FeatureDiff& f, void* stream) {
   return dispatch(f.dtype, [&](auto, auto a) {
     using A = decltype(a);
-    feature_diff_kernel<A>
-        <<<f.B, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const A*>(f.z), static_cast<const A*>(f.pooled_t),
-                                                                  static_cast<A*>(f.d), static_cast<A*>(f.square_rows), f.Ct);
+    return launch(feature_diff_kernel<A>, f.B, kThreads, stream, static_cast<const A*>(f.z), static_cast<const A*>(f.pooled_t),
+                  static_cast<A*>(f.d), static_cast<A*>(f.square_rows), f.Ct);
   });
 }
 
 int column_sum(const ColumnSum& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
     using A = decltype(a);
-    column_sum_kernel<A><<<ceil_div(s.cols, kThreads), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const A*>(s.x), static_cast<A*>(s.out), s.rows, s.cols, A(s.scale));
+    return launch(column_sum_kernel<A>, ceil_div(s.cols, kThreads), kThreads, stream, static_cast<const A*>(s.x),
+                  static_cast<A*>(s.out), s.rows, s.cols, A(s.scale));
   });
 }
 

@@ -1,0 +1,159 @@
+"""Compiles csrc/cuda/*.cu with g++ against the emulator (emulator.h): as a Python module of the launchers, and with the GPU's host
+code in a `_C.so` whose ops take CPU tensors. Built files lie in build/emulator under a hash of all that went in.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from types import ModuleType
+
+HERE = pathlib.Path(__file__).parent.resolve()
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
+
+# No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
+# that a forgotten initialisation shows.
+KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"]
+HOST_FLAGS = ["-std=c++20", "-O1"]
+COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+
+
+@functools.cache
+def cuda_include() -> pathlib.Path | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    folders = (pathlib.Path(home) / "include" for home in homes if home)
+    return next((f for f in folders if (f / "cuda_bf16.h").exists() and (f / "cccl/nv/target").exists()), None)
+
+
+def why_not() -> str | None:
+    """Why the emulator cannot be built on this machine, or None."""
+    if platform.machine() != "x86_64":
+        return f"the emulator needs an x86-64 machine, this is {platform.machine()}"
+    if shutil.which(compiler()) is None:
+        return f"the emulator needs g++, no {compiler()} found: install it or set CXX"
+    if cuda_include() is None:
+        return "the emulator needs the CUDA toolkit's headers, none in $CUDA_HOME or /usr/local/cuda"
+    return None
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def translate(source: str) -> str:
+    """The one thing that a macro cannot do: a __shared__ array is the emulator's, with guards around and poison inside."""
+    return re.sub(
+        r"__shared__\s+([^;]+?)\s+(\w+)((?:\[[^\]]*\])*);", r"auto& \2 = emulator::shared<\1\3>([] {});", source
+    )
+
+
+def run(command: list[str | pathlib.Path]) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
+
+
+def compile_kernels(source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC) -> pathlib.Path:
+    """Object file of one .cu file; headers beside it come before those in `include`."""
+    translated, compiled = folder / source.name, folder / f"{source.stem}.o"
+    for header in source.parent.glob("*.cuh"):
+        (folder / header.name).write_text(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
+    translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
+    cuda = cuda_include()
+    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{include}", "-isystem", cuda, "-isystem", f"{cuda}/cccl"]
+    run([compiler(), *KERNEL_FLAGS, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
+    return compiled
+
+
+def compile_host(source: pathlib.Path, compiled: pathlib.Path, includes: list[str]) -> pathlib.Path:
+    run([compiler(), *HOST_FLAGS, *COMMON_FLAGS, *includes, "-c", source, "-o", compiled])
+    return compiled
+
+
+def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, ...] = ()) -> pathlib.Path:
+    run([compiler(), "-shared", "-Wl,-Bsymbolic", *objects, *extra, "-ldl", "-o", library])
+    return library
+
+
+def build_runtime(folder: pathlib.Path) -> pathlib.Path:
+    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-isystem", str(cuda_include())])
+
+
+def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib.Path:
+    import pybind11
+
+    includes = [f"-I{CSRC}", f"-I{HERE}"]
+    for system in (sysconfig.get_paths()["include"], pybind11.get_include(), str(cuda_include())):
+        includes += ["-isystem", system]
+    return compile_host(HERE / source, folder / f"{pathlib.Path(source).stem}_bindings.o", includes)
+
+
+def build_kernels(folder: pathlib.Path) -> None:
+    objects = [compile_kernels(CSRC / "cuda" / unit, folder) for unit in UNITS]
+    link([*objects, build_runtime(folder), build_bindings(folder)], folder / "emulated_kernels.so")
+
+
+def build_broken(folder: pathlib.Path) -> None:
+    objects = [compile_kernels(HERE / "broken.cu", folder), build_runtime(folder)]
+    link([*objects, build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
+
+
+def build_ops(folder: pathlib.Path) -> None:
+    """`_C_cuda.so`'s host code on CPU tensors and emulated kernels, with the schemas: a `_C.so` for tests."""
+    torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
+    includes = [f"-I{CSRC}", "-isystem", f"{torch}/include"]
+    includes += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
+    gpu = ["-DIJCKD_CUDA", "-include", str(HERE / "host_on_cpu.h")]
+    objects = [compile_kernels(CSRC / "cuda" / unit, folder) for unit in UNITS]
+    for source in CSRC.glob("*.cpp"):
+        objects.append(compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]))
+    torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))
+    link([*objects, build_runtime(folder)], folder / "_C.so", torch_libraries)
+
+
+BUILDERS = {"kernels": build_kernels, "broken": build_broken, "ops": build_ops}
+
+
+def built(what: str) -> pathlib.Path:
+    """Folder of the finished build of BUILDERS[what], made anew if anything that goes into it has changed."""
+    digest = hashlib.sha256(f"{sys.version} {compiler()} {cuda_include()}".encode())
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
+    digest.update(version)
+    sources = [p for folder in (CSRC, HERE) for p in folder.rglob("*") if p.suffix in {".h", ".cuh", ".cu", ".cpp"}]
+    for source in sorted([*sources, HERE / "build.py"]):
+        digest.update(source.read_bytes())
+    parent = ROOT / "build" / "emulator"
+    folder = parent / f"{what}-{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        for old in parent.glob(f"{what}-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=parent) as temporary:
+            unfinished = pathlib.Path(temporary) / what
+            unfinished.mkdir()
+            BUILDERS[what](unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
+    return folder
+
+
+def load(library: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,428 @@
+"""Every kernel at sizes that hurt, against numpy in float64. A case is a function of the module of launchers; it raises
+AssertionError where an output differs from the oracle, and returns its outputs for comparison between schedules.
+
+Outputs go in full of NaN (integers: of -7), so what a kernel leaves out shows; the emulator watches every address itself.
+Needs neither torch nor pytest: mutate.py starts it hundreds of times.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Case = Callable[[ModuleType], list[Array]]
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type T of csrc/dtype.h and its accumulator A, with the rounding error a result in each may have."""
+
+    name: str
+    storage: type  # numpy's; bfloat16 as its bits
+    accumulator: type
+    rounding: float  # relative, of one store as T
+    smallest: float  # absolute, of one store as T below T's normal numbers
+    error: float  # relative to the largest value, of a result summed in A
+
+    def encode(self, x: Array) -> Array:
+        if self.name != "bf16":
+            return x.astype(self.storage)
+        bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # to nearest, ties to even
+
+    def decode(self, x: Array) -> Array:
+        if self.name == "bf16":
+            return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return x.astype(np.float64)
+
+
+F32 = DType("f32", np.float32, np.float32, 0, 0, 4e-6)
+F64 = DType("f64", np.float64, np.float64, 0, 0, 1e-13)
+BF16 = DType("bf16", np.uint16, np.float32, 2**-8, 0, 4e-6)
+F16 = DType("f16", np.float16, np.float32, 2**-11, 2**-25, 4e-6)
+DTYPES = (F32, F64, BF16, F16)
+ACCUMULATORS = (F32, F64)
+
+
+def close(what: str, got: Array, want: Array | float, t: DType, *, stored: bool = False, scale: float = 1) -> None:
+    """got equals want to t's precision; `stored`: got was rounded to T, else it is in A. NaN equals NaN only.
+
+    scale   size of the terms whose difference the result is, where that is beyond 1
+    """
+    want = np.broadcast_to(np.asarray(want, np.float64), got.shape)
+    value = t.decode(got) if stored else got.astype(np.float64)
+    finite = want[np.isfinite(want)]
+    allowed = t.error * (scale + abs(want)) if not stored else t.error * scale * abs(finite).max(initial=0)
+    if stored:
+        allowed = allowed + t.rounding * abs(want) + t.smallest
+    with np.errstate(invalid="ignore"):
+        wrong = ~((abs(value - want) <= allowed) | (np.isnan(value) & np.isnan(want)))
+    if wrong.any():
+        i = tuple(int(v) for v in np.argwhere(wrong)[0])
+        raise AssertionError(
+            f"{what}{list(i)} is {value[i]!r}, wanted {want[i]!r}; {wrong.sum()} of {wrong.size} differ"
+        )
+
+
+class Data:
+    """Random inputs of one case: T's as stored and as float64."""
+
+    def __init__(self, t: DType, seed: str) -> None:
+        self.t = t
+        self.random = np.random.default_rng(zlib.crc32(seed.encode()))
+
+    def normal(self, *shape: int, scale: float = 1, shift: float = 0) -> tuple[Array, Array]:
+        stored = self.t.encode(self.random.standard_normal(shape) * scale + shift)
+        return stored, self.t.decode(stored)
+
+    def normal_acc(self, *shape: int, scale: float = 1) -> tuple[Array, Array]:
+        stored = (self.random.standard_normal(shape) * scale).astype(self.t.accumulator)
+        return stored, stored.astype(np.float64)
+
+    def labels(self, B: int, K: int) -> Array:
+        return self.random.integers(0, K, B)
+
+    def out(self, *shape: int) -> Array:
+        return np.full(shape, np.nan, self.t.accumulator)
+
+    def out_stored(self, *shape: int) -> Array:
+        return self.t.encode(np.full(shape, np.nan))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def feature_diff(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
+    data = Data(t, f"feature_diff {B} {Ct}")
+    (z, z64), (pooled_t, pooled64) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
+    d, rows = data.out(B, Ct), data.out(B)
+    kernels.feature_diff(dtype=t.name, z=z, pooled_t=pooled_t, d=d, square_rows=rows, B=B, Ct=Ct)
+    close("d", d, z64 - pooled64, t)
+    close("square_rows", rows, np.square(z64 - pooled64).sum(1), t)
+    return [d, rows]
+
+
+def column_sum(kernels: ModuleType, t: DType, rows: int, cols: int, scale: float) -> list[Array]:
+    data = Data(t, f"column_sum {rows} {cols}")
+    (x, x64), out = data.normal_acc(rows, cols), data.out(cols)
+    kernels.column_sum(dtype=t.name, x=x, out=out, rows=rows, cols=cols, scale=scale)
+    close("out", out, scale * x64.sum(0), t)
+    return [out]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# connector_match
+
+
+def channel_stats(kernels: ModuleType, t: DType, N: int, Ct: int, shift: float) -> list[Array]:
+    data = Data(t, f"channel_stats {N} {Ct}")
+    (y, y64), mean, var = data.normal(N, Ct, shift=shift), data.out(Ct), data.out(Ct)
+    kernels.channel_stats(dtype=t.name, y=y, mean=mean, var=var, N=N, Ct=Ct)
+    close("mean", mean, y64.mean(0), t)
+    if shift and t.accumulator is np.float32:  # the mean's own rounding, squared, is what two passes cannot avoid
+        t = DType(t.name, t.storage, t.accumulator, t.rounding, t.smallest, 1e-3)
+    close("var", var, y64.var(0), t)
+    return [mean, var]
+
+
+AFFINES = ("none", "bias", "norm")
+
+
+def affine(data: Data, Ct: int, kind: str) -> tuple[dict[str, Any], Array, Array, Array, Array]:
+    """Keywords of csrc's Affine, and mean, 1 / standard deviation, gamma, beta in float64."""
+    arrays: dict[str, Any] = {"mean": None, "var": None, "gamma": None, "beta": None, "eps": 1e-3}
+    mean, inv_std, gamma, beta = np.zeros(Ct), np.ones(Ct), np.ones(Ct), np.zeros(Ct)
+    if kind != "none":
+        arrays["beta"], beta = data.normal_acc(Ct, scale=0.3)
+    if kind == "norm":
+        arrays["mean"], mean = data.normal_acc(Ct, scale=0.3)
+        arrays["gamma"], gamma = data.normal_acc(Ct)
+        arrays["var"] = (data.random.random(Ct) + 0.5).astype(data.t.accumulator)
+        inv_std = 1 / np.sqrt(arrays["var"].astype(np.float64) + 1e-3)
+    return arrays, mean, inv_std, gamma, beta
+
+
+def match_forward(
+    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, kind: str, match: bool, relu: bool
+) -> list[Array]:
+    data = Data(t, f"match_forward {B} {P} {Ct}")
+    (y, y64), (map_t, map64) = data.normal(B, P, Ct), data.normal(B, P, Ct)
+    y[..., ::5] = y64[..., ::5] = 0  # where there is no BatchNorm, on the ReLU's edge: closed
+    arrays, mean, inv_std, gamma, beta = affine(data, Ct, kind)
+    outs = {k: data.out(B, Ct) for k in ("z", "count", "yhat", "square", "res", "res_yhat")}
+    if not match:
+        outs |= dict.fromkeys(("square", "res", "res_yhat"))
+    kernels.match_forward(
+        dtype=t.name, y=y, map_t=map_t if match else None, **arrays, **outs, B=B, P=P, Ct=Ct, relu=relu
+    )
+    h = (y64 - mean) * inv_std
+    pre = gamma * h + beta
+    on = (pre > 0) | (not relu)
+    Z = np.where(on, pre, 0)
+    wanted = {"z": Z.mean(1), "count": on.sum(1), "yhat": (h * on).sum(1)}
+    if match:
+        r = Z - map64
+        wanted |= {"square": np.square(r).sum(1), "res": (r * on).sum(1), "res_yhat": (r * h * on).sum(1)}
+    for name, want in wanted.items():
+        close(name, outs[name], want, t)
+    return [outs[name] for name in wanted]
+
+
+def channel_grads(kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None) -> list[Array]:
+    data = Data(t, f"channel_grads {B} {P} {Ct}")
+    names = ("grad_z", "z", "pooled_t", "count", "yhat")
+    stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
+    arrays: dict[str, Any] = dict(zip(names, stored, strict=True))
+    grad_z, z, pooled_t, count, yhat = wide
+    (arrays["grad_fm"], grad_fm), (res, res64), (res_yhat, res_yhat64) = (
+        data.normal_acc(),
+        data.normal_acc(Ct),
+        data.normal_acc(Ct),
+    )
+    arrays["grad_fm"] = np.asarray(arrays["grad_fm"])
+    arrays |= {"res": res, "res_yhat": res_yhat} if match == "map" else {"res": None, "res_yhat": None}
+    if match != "pooled":
+        arrays["pooled_t"] = None
+    outs = {"grad_out": data.out(B, Ct), "d_gamma": data.out(Ct), "d_beta": data.out(Ct)}
+    kernels.channel_grads(dtype=t.name, **arrays, **outs, B=B, P=P, Ct=Ct)
+    g = grad_z + (2 * grad_fm / (B * Ct) * (z - pooled_t) if match == "pooled" else 0)
+    c = 2 * grad_fm / (B * P * Ct) if match == "map" else 0
+    close("grad_out", outs["grad_out"], g, t)
+    close("d_beta", outs["d_beta"], (g * count).sum(0) / P + c * res64, t)
+    close("d_gamma", outs["d_gamma"], (g * yhat).sum(0) / P + c * res_yhat64, t)
+    return list(outs.values())
+
+
+def match_backward(
+    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, kind: str, match: bool, relu: bool, stats: bool
+) -> list[Array]:
+    data = Data(t, f"match_backward {B} {P} {Ct}")
+    (y, y64), (map_t, map64) = data.normal(B, P, Ct), data.normal(B, P, Ct)
+    y[..., ::5] = y64[..., ::5] = 0  # where there is no BatchNorm, on the ReLU's edge: closed
+    arrays, mean, inv_std, gamma, beta = affine(data, Ct, kind)
+    (grad_z, grad_z64), (grad_fm, grad_fm64) = data.normal_acc(B, Ct), data.normal_acc()
+    (d_gamma, d_gamma64), (d_beta, d_beta64) = data.normal_acc(Ct), data.normal_acc(Ct)
+    n_stats = 1.5 * B * P + 1
+    dy = data.out_stored(B, P, Ct)
+    kernels.match_backward(
+        dtype=t.name, y=y, map_t=map_t if match else None, **arrays, grad_z=grad_z, grad_fm=np.asarray(grad_fm),
+        d_gamma=d_gamma if stats else None, d_beta=d_beta if stats else None, dy=dy, B=B, P=P, Ct=Ct, n_stats=n_stats, relu=relu,
+    )  # fmt: skip
+    h = (y64 - mean) * inv_std
+    pre = gamma * h + beta
+    d_pre = grad_z64[:, None] / P + (2 * grad_fm64 / (B * P * Ct) * (pre - map64) if match else 0)
+    d_pre = np.where((pre > 0) | (not relu), d_pre, 0)
+    if stats:
+        d_pre = d_pre - (d_beta64 + h * d_gamma64) / n_stats
+    close("dy", dy, gamma * inv_std * d_pre, t, stored=True)
+    return [dy]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# classifier_loss
+
+WEIGHTS = {"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0, "label_smoothing": 0.1}
+# Weights and inputs where they are other than: everything on, with bias, delta and two labels.
+ROW_LOSSES: dict[str, dict[str, Any]] = {
+    "all": {},
+    "weights of one": {"ce": 1, "sr": 1, "kl": 1},
+    "teacher's logits": {"teacher": "logits_t"},
+    "teacher's logits, no bias": {"teacher": "logits_t", "bias": False},
+    "plain": {"sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None, "two_labels": False, "bias": False},
+    "smoothing": {"sr": 0, "kl": 0, "label_smoothing": 0.3, "teacher": None, "two_labels": False},
+    "smoothing only": {"sr": 0, "kl": 0, "label_smoothing": 1, "teacher": None},
+    "mixup": {"sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None},
+    "sr": {"ce": 0, "kl": 0, "two_labels": False},
+    "kl": {"ce": 0, "sr": 0, "temperature": 0.5, "two_labels": False},
+    "nothing": {"ce": 0, "sr": 0, "kl": 0, "teacher": None},
+    "forward only": {"grad": False},
+}
+
+
+def log_softmax(x: Array) -> Array:
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def row_loss(
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    K: int,
+    *,
+    teacher: str | None = "delta",
+    two_labels: bool = True,
+    bias: bool = True,
+    grad: bool = True,
+    edit: str = "",
+    **changed: float,
+) -> list[Array]:
+    data = Data(t, f"row_loss {B} {K} {edit}")
+    w = WEIGHTS | changed
+    logits, logits64 = data.normal(B, K, scale=2)
+    labels, labels_b = data.labels(B, K), data.labels(B, K)
+    if edit == "large":  # +-1e3: an exponential without its maximum subtracted would overflow
+        logits, logits64 = data.normal(B, K, scale=400)
+    elif edit == "ties":  # the largest logit three times in a row; the first one counts, whichever thread finds it
+        logits64[:, [0, 3, K - 1]] = 60
+        logits64[1::2, 0] = 0
+        logits = t.encode(logits64)
+        labels[:] = np.where(np.arange(B) % 2, 3, 0)
+        labels[-1] = K - 1
+    elif edit == "nan":
+        logits64[0, K // 2] = np.nan
+        logits = t.encode(logits64)
+    elif edit == "labels":  # what no check on the host can catch without waiting for the GPU
+        labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
+        labels_b[4:6] = [K, -1]
+    b, b64 = data.normal_acc(K)
+    x = logits64 + (b64 if bias and edit != "ties" else 0)
+    delta, delta64 = data.normal(B, K, scale=0.5)
+    logits_t, logits_t64 = data.normal(B, K, scale=2)
+    mix = data.random.random(B).astype(t.accumulator)
+    d = delta64 if teacher == "delta" else x - logits_t64 if teacher == "logits_t" else np.zeros((B, K))
+    parts, top1 = data.out(4, B), np.full(B, -7)
+    arrays = {
+        "bias": b if bias and edit != "ties" else None,
+        "delta": delta if teacher == "delta" else None,
+        "logits_t": logits_t if teacher is not None else None,  # not read where there is a delta
+        "labels": labels,
+        "labels_b": labels_b if two_labels else None,
+        "mix": mix if two_labels else None,
+    }
+    kernels.row_loss(dtype=t.name, logits=logits, **arrays, part_rows=parts, top1_rows=top1, B=B, K=K, grad=grad, **w)
+
+    T, smoothing = w["temperature"], w["label_smoothing"]
+    valid = (labels >= 0) & (labels < K)
+    if two_labels:
+        valid &= (labels_b >= 0) & (labels_b < K)
+    share = mix.astype(np.float64) if two_labels else np.ones(B)
+    q = np.full((B, K), smoothing / K)
+    rows = np.flatnonzero(valid)
+    q[rows, labels[rows]] += (1 - smoothing) * share[rows]
+    q[rows, labels_b[rows]] += (1 - smoothing) * (1 - share[rows])
+    q[~valid] = np.nan
+    with np.errstate(invalid="ignore"):
+        p, p_s, p_t = log_softmax(x), log_softmax(x / T), log_softmax((x - d) / T)
+        ce = -(q * p).sum(1)
+        kl = T * T * (np.exp(p_t) * (p_t - p_s)).sum(1)
+        g = np.zeros((B, K))
+        if w["ce"]:
+            g += w["ce"] / B * (np.exp(p) - q)
+        if w["sr"]:
+            g += 2 * w["sr"] / (B * K) * d
+        if w["kl"]:
+            g += w["kl"] * T / B * (np.exp(p_s) - np.exp(p_t))
+        hits = np.nanargmax(x, 1) == labels
+    size = max(1, np.nanmax(abs(x)))
+    close("ce", parts[0], ce if w["ce"] else 0, t)
+    close("sr", parts[1], np.square(d).sum(1) if w["sr"] else 0, t)
+    close("the pooled match's rows", parts[2], np.nan, t)  # another kernel's
+    close("kl", parts[3], kl if w["kl"] else 0, t, scale=T * size)
+    if grad:
+        close("dloss/dlogits", logits, g, t, stored=True, scale=max(1, size / 8))
+    else:
+        close("logits", logits, logits64, t, stored=True)
+    if edit != "nan":
+        np.testing.assert_array_equal(top1, hits)
+    return [parts, top1, logits]
+
+
+def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Array]:
+    data = Data(t, f"loss_sum {B}")
+    w, K, Ct = WEIGHTS | changed, 21, 5
+    rows, rows64 = data.normal_acc(4, B)
+    for i, name in enumerate(("ce", "sr", "fm", "kl")):
+        if not w[name]:
+            rows[i], rows64[i] = np.nan, 0  # a part without weight has rows that nobody wrote
+    top1_rows = data.random.integers(0, 2, B)
+    loss, parts, top1 = data.out(), data.out(4), np.full((), -7)
+    kernels.loss_sum(
+        dtype=t.name, part_rows=rows, top1_rows=top1_rows, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct, **w
+    )
+    wanted = rows64.mean(1) * [1, 1 / K, 1 / Ct, 1]
+    close("parts", parts, wanted, t)
+    close("loss", loss, wanted @ [w["ce"], w["sr"], w["fm"], w["kl"]], t)
+    assert top1 == top1_rows.sum(), f"top1 is {top1}, wanted {top1_rows.sum()}"
+    return [loss, parts, top1]
+
+
+def feature_grad(kernels: ModuleType, t: DType, B: int, Ct: int, pooled: bool) -> list[Array]:
+    data = Data(t, f"feature_grad {B} {Ct}")
+    (dz_w, dz_w64), (d, d64), dz = data.normal(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
+    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, fm=0.3)
+    close("dz", dz, dz_w64 + (2 * 0.3 / (B * Ct) * d64 if pooled else 0), t)
+    return [dz]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def all_cases() -> dict[str, Case]:
+    cases: dict[str, Case] = {}
+
+    def add(kernel: Callable[..., list[Array]], t: DType, *sizes: Any, **options: Any) -> None:
+        named = " ".join(f"{k}={v}" for k, v in options.items() if k != "edit" or v)
+        label = " ".join(filter(None, [kernel.__name__, t.name, *map(str, sizes), named]))
+        cases[label] = functools.partial(kernel, t=t, **_named(kernel, sizes), **options)
+
+    for t in ACCUMULATORS:
+        for B, Ct in ((1, 1), (3, 255), (2, 256), (1, 257), (2, 700)):
+            add(feature_diff, t, B, Ct)
+        for rows, cols in ((1, 1), (5, 1), (3, 255), (1, 256), (4, 300)):
+            add(column_sum, t, rows, cols, 0.25)
+        for B, P, Ct in ((1, 1, 1), (3, 49, 127), (2, 64, 128), (4, 1, 129)):
+            for match in ("map", "pooled", None):
+                add(channel_grads, t, B, P, Ct, match)
+        for B in (1, 255, 256, 300):
+            add(loss_sum, t, B)
+        for part in ("ce", "sr", "fm", "kl"):
+            add(loss_sum, t, 5, **{part: 0})
+        add(loss_sum, t, 5, ce=1, sr=1, fm=1, kl=1)
+    for t in DTYPES:
+        for N, Ct, shift in ((1, 1, 0), (2, 33, 0), (7, 31, 0), (9, 32, 0), (147, 65, 0), (64, 3, 300)):
+            add(channel_stats, t, N, Ct, shift)
+        for B, P, Ct in ((1, 1, 1), (2, 49, 130), (3, 64, 127), (2, 1, 129)):
+            for kind in AFFINES:
+                add(match_forward, t, B, P, Ct, kind, True, True)
+                add(match_backward, t, B, P, Ct, kind, True, True, kind == "norm")
+            for match, relu in ((False, True), (True, False), (False, False)):
+                add(match_forward, t, B, P, Ct, "norm", match, relu)
+                add(match_backward, t, B, P, Ct, "norm", match, relu, True)
+            add(match_forward, t, B, P, Ct, "none", False, True)
+        for B, K in ((1, 1), (3, 2), (2, 255), (2, 256), (3, 257), (2, 1000)):
+            for options in ROW_LOSSES.values():
+                add(row_loss, t, B, K, **options)
+        add(row_loss, t, 2, 21841)
+        add(row_loss, t, 1, 21841, teacher="logits_t")
+        add(row_loss, t, 4, 300, edit="large")
+        add(row_loss, t, 5, 600, edit="ties")
+        add(row_loss, t, 3, 300, edit="nan")
+        add(row_loss, t, 7, 40, edit="labels")
+        for B, Ct in ((1, 1), (3, 85), (2, 128), (1, 257)):
+            for pooled in (True, False):
+                add(feature_grad, t, B, Ct, pooled)
+    return cases
+
+
+def _named(kernel: Callable[..., list[Array]], sizes: tuple[Any, ...]) -> dict[str, Any]:
+    names = kernel.__code__.co_varnames[2 : 2 + len(sizes)]
+    return dict(zip(names, sizes, strict=True))
+
+
+CASES = all_cases()
+LARGE_GRIDS: dict[str, Case] = {  # more images than a grid's second dimension holds
+    "match_forward": functools.partial(match_forward, t=F32, B=65536, P=1, Ct=1, kind="norm", match=True, relu=True),
+    "match_backward": functools.partial(
+        match_backward, t=F32, B=65536, P=1, Ct=1, kind="norm", match=True, relu=True, stats=True
+    ),
+}

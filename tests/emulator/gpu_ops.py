@@ -1,0 +1,51 @@
+"""Run by test_emulator.py beside test_ops.py, on emulated CUDA kernels: what the CPU's ops refuse and the GPU's take."""
+
+import pytest
+import torch
+from test_ops import assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
+from torch import Tensor
+
+from ijckd_fast import ops, reference
+
+
+def wide(x):
+    return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("match", ["map", "pooled"])
+def test_connector_match_float16_no_worse_than_eager(match):
+    leaves, keywords = connector_inputs((16, 48, 7, 7), 80, match=match, dtype=torch.float16, channels_last=True)
+    oracle = run_connector(
+        reference.connector_match,
+        {k: wide(v) for k, v in leaves.items()},
+        {k: wide(v) for k, v in keywords.items()},
+    )
+    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
+    for f, e, o in zip(fused, eager, oracle, strict=True):
+        assert_no_worse_than_eager(f, e, o)
+
+
+def test_classifier_loss_float16_no_worse_than_eager():
+    """Over eight seeds together: the error of one mean loss is a matter of luck."""
+    errors = torch.zeros(2, 3, dtype=torch.float64)  # of fused, eager; in loss, parts, dz
+    for seed in range(8):
+        z, weight, bias, *rest = loss_inputs(64, 96, 203, torch.float16, seed=seed)
+        oracle = run_loss(reference.classifier_loss, *map(wide, (z, weight, bias, *rest)))
+        fused = run_loss(ops.classifier_loss, z, weight, bias, *rest)
+        eager = run_loss(reference.classifier_loss, z, weight, bias.half(), *rest)
+        for i, got in enumerate((fused, eager)):
+            errors[i] += torch.stack([(got[j].double() - oracle[j]).abs().max() ** 2 for j in (0, 1, 3)])
+    assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()
+
+
+@pytest.mark.parametrize("label", [9, -1])
+def test_label_out_of_range_makes_its_row_nan(label):
+    z, weight, bias, labels, *_ = loss_inputs(B=5, K=9)
+    labels[2] = label
+    z.requires_grad_()
+    loss, _, top1 = ops.classifier_loss(z, weight, bias, labels)
+    loss.backward()
+    assert loss.isnan()
+    assert z.grad.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert z.grad[[0, 1, 3, 4]].isfinite().all()
+    assert top1 == (torch.nn.functional.linear(z, weight, bias).argmax(1) == labels).sum()

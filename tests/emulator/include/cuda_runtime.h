@@ -1,0 +1,37 @@
+#pragma once
+// Stands in for the toolkit's cuda_runtime.h when g++ compiles csrc/cuda/*.cu for the CPU: the real types, and in place of the
+// language extensions and the launch those of the emulator. `__shared__` declarations are rewritten by build.py.
+#include <cuda_runtime_api.h>
+
+#include <tuple>
+#include <utility>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#include "emulator.h"
+
+#define threadIdx (emulator::thread_index())
+#define blockIdx (emulator::block_index())
+#define blockDim (emulator::block_dim())
+#define gridDim (emulator::grid_dim())
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { emulator::barrier(file, line); }
+
+template <typename... Params, typename... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  struct Started {
+    void (*kernel)(Params...);
+    std::tuple<Params...> params;
+  } started{kernel, {std::forward<Args>(args)...}};
+  const auto thread = [](void* s) { std::apply(static_cast<Started*>(s)->kernel, static_cast<Started*>(s)->params); };
+  return emulator::launch(*config, thread, &started, sizeof started);
+}

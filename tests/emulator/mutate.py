@@ -1,0 +1,235 @@
+"""Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a change that no
+case notices is a hole in the tests, unless it changes nothing that can be seen.
+
+    python tests/emulator/mutate.py              all mutants, two at a time; rewrites mutants.csv (some minutes)
+    python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases; updates mutants.csv
+    python tests/emulator/mutate.py --only STR   those of which file or code holds STR; prints, writes nothing
+
+mutants.csv has one row per mutant: what was changed and what noticed. `explanation` is written by hand for survivors, and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from emulator import build, cases
+
+TABLE = build.HERE / "mutants.csv"
+KEY = ("file", "code", "column", "was", "became")
+COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
+SURVIVED, NOT_COMPILED = "survived", "does not compile"
+TIME_LIMIT = 30  # seconds
+
+# Which kernels a changed file can break.
+UNIT_KERNELS = {
+    "rows.cu": ("feature_diff", "column_sum"),
+    "connector_match.cu": ("channel_stats", "match_forward", "channel_grads", "match_backward"),
+    "classifier_loss.cu": ("row_loss", "loss_sum", "feature_grad"),
+}
+FILES = {
+    **{f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS},
+    "cuda/device.cuh": tuple(UNIT_KERNELS),
+    "row_math.h": ("connector_match.cu", "classifier_loss.cu"),
+    "connector_match.h": ("connector_match.cu",),
+}
+
+SWAPS = {
+    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " && ": " || ", " || ": " && ",
+    " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " % ": " / ", " += ": " -= ", " *= ": " /= ", " /= ": " *= ",
+    " ? ": " && false ? ", "-INFINITY": "INFINITY", "NAN": "0", "(!": "(", "threadIdx.x": "(threadIdx.x + 1)",
+    "threadIdx.y": "(threadIdx.y + 1)", "blockIdx.x": "(blockIdx.x + 1)", "__syncthreads();": ";",
+}  # fmt: skip
+PATTERN = re.compile("|".join(map(re.escape, sorted(SWAPS, key=len, reverse=True))))
+NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")  # shifted by one
+CONDITION = re.compile(r"\bif \((.*)\) (?=[^()]*;$)|\bif \((.*)\)(?: \{)?$")  # made true
+# Of a line without what stands in brackets; a declaration has two words before its =.
+STATEMENT = re.compile(r"[^ ]+ [-+*/]?= .*;")
+BRACKETS = re.compile(r"\[[^\[\]]*\]|<[^<> ]*>")
+NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert|namespace|struct|enum|$)")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str  # under csrc/
+    line: int
+    code: str  # the line, without indentation
+    column: int  # in `code`
+    was: str
+    became: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Names the mutant also after lines above it have moved."""
+        return (self.file, self.code, str(self.column), self.was, self.became)
+
+    def apply(self, source: str) -> str:
+        lines = source.split("\n")
+        line = lines[self.line - 1]
+        at = len(line) - len(line.lstrip()) + self.column
+        assert line[at:].startswith(self.was)
+        lines[self.line - 1] = line[:at] + self.became + line[at + len(self.was) :]
+        return "\n".join(lines)
+
+
+def mutants_of(file: str) -> Iterator[Mutant]:
+    lines = (build.CSRC / file).read_text().split("\n")
+    in_code = not file.endswith(".h") or file == "row_math.h"
+    for number, whole in enumerate(lines, 1):
+        if file == "connector_match.h":  # its only code; the rest declares structs
+            in_code = in_code or "IJCKD_HD Channel<A> channel(" in whole
+            if whole == "}":
+                in_code = False
+        code = whole.split("//")[0].rstrip()
+        if not in_code or NOT_CODE.match(code):
+            continue
+        indent = len(code) - len(code.lstrip())
+
+        def mutant(at: int, was: str, became: str, number=number, code=code, indent=indent) -> Mutant:
+            return Mutant(file, number, code.strip(), at - indent, was, became)
+
+        for m in PATTERN.finditer(code):
+            yield mutant(m.start(), m[0], SWAPS[m[0]])
+        for m in NUMBER.finditer(code):
+            yield mutant(m.start(), m[0], str(int(m[0]) + 1))
+        if (m := CONDITION.search(code)) and (group := 1 if m[1] is not None else 2):
+            yield mutant(m.start(group), m[group], "true")
+            if code.endswith("return;"):
+                yield mutant(m.start(), code[m.start() :], ";")
+        if STATEMENT.fullmatch(BRACKETS.sub("", code.strip())):
+            yield mutant(indent, code.strip(), ";")
+
+
+def all_mutants() -> list[Mutant]:
+    return [m for file in FILES for m in mutants_of(file)]
+
+
+class Workshop:
+    """What mutants have in common, compiled once."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.objects = [pathlib.Path(shutil.copy(p, folder)) for p in build.built("kernels").glob("*.o")]
+
+    def judge(self, mutant: Mutant) -> tuple[str, str]:
+        """(what noticed the mutant or SURVIVED, in which case)"""
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            work = pathlib.Path(temporary)
+            csrc, out = work / "csrc", work / "out"
+            shutil.copytree(build.CSRC, csrc, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+            out.mkdir()
+            changed = csrc / mutant.file
+            changed.write_text(mutant.apply(changed.read_text()))
+            units = FILES[mutant.file]
+            try:
+                fresh = [build.compile_kernels(csrc / "cuda" / unit, out, csrc) for unit in units]
+            except RuntimeError:
+                return NOT_COMPILED, ""
+            kept = [p for p in self.objects if p.name not in {f.name for f in fresh}]
+            library = build.link([*fresh, *kept], out / "emulated_kernels.so")
+            names = [kernel for unit in units for kernel in UNIT_KERNELS[unit]]
+            command = [sys.executable, __file__, "--run", str(library), *names]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+            except subprocess.TimeoutExpired:
+                return "time limit", ""
+            if done.returncode:
+                return "crash", str(done.returncode)
+            verdict, _, case = done.stdout.strip().partition("\t")
+            return verdict, case
+
+
+def run_cases(library: str, names: list[str]) -> tuple[str, str]:
+    kernels = build.load(pathlib.Path(library))
+    before = {}
+    for schedule in kernels.Schedule.__members__.values():
+        kernels.set_schedule(schedule)
+        for name, case in cases.CASES.items():
+            if name.split()[0] not in names:
+                continue
+            try:
+                outputs = [out.tobytes() for out in case(kernels)]
+            except AssertionError:
+                return "wrong result", name
+            except RuntimeError as error:
+                return str(error).split(":")[0], name
+            if before.setdefault(name, outputs) != outputs:
+                return f"other bits, {schedule.name}", name
+    for name, case in cases.LARGE_GRIDS.items():
+        if name in names:
+            try:
+                case(kernels)
+            except (AssertionError, RuntimeError) as error:
+                return str(error).split(":")[0], f"{name} large grid"
+    return SURVIVED, ""
+
+
+def judge_all(mutants: list[Mutant], workers: int = 2) -> Iterator[tuple[Mutant, str, str]]:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        workshop = Workshop(pathlib.Path(folder))
+        for mutant, (verdict, case) in zip(mutants, pool.map(workshop.judge, mutants), strict=True):
+            yield mutant, verdict, case
+
+
+def read_table() -> list[dict[str, str]]:
+    if not TABLE.exists():
+        return []
+    with TABLE.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def key(row: dict[str, str]) -> tuple[str, ...]:
+    """A row's Mutant.key."""
+    return tuple(row[c] for c in KEY)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutants of which file or code holds this")
+    parser.add_argument("--survivors", action="store_true", help="mutants that survived last time")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # library, kernels: one mutant's own process
+    args = parser.parse_args()
+    if args.run:
+        print(*run_cases(args.run[0], args.run[1:]), sep="\t")
+        return
+    if (reason := build.why_not()) is not None:
+        raise SystemExit(f"mutate.py: {reason}")
+    before = {key(row): row for row in read_table()}
+    mutants = all_mutants()
+    chosen = [m for m in mutants if args.only in m.file or args.only in m.code]
+    if args.survivors:
+        chosen = [m for m in chosen if before.get(m.key, {}).get("verdict", SURVIVED) == SURVIVED]
+    after = dict(before) if args.survivors else {}
+    for mutant, verdict, case in judge_all(chosen, args.workers):
+        explanation = before.get(mutant.key, {}).get("explanation", "") if verdict == SURVIVED else ""
+        values = (mutant.file, mutant.line, *mutant.key[1:], verdict, case, explanation)
+        after[mutant.key] = dict(zip(COLUMNS, map(str, values), strict=True))
+        if verdict == SURVIVED and not explanation:
+            print(
+                f"survived: {mutant.file}:{mutant.line}: {mutant.code} : {mutant.was.strip()} -> {mutant.became.strip()}"
+            )
+    rows = [after[m.key] for m in mutants if m.key in after]
+    if not args.only:
+        with TABLE.open("w", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    counts = collections.Counter("survived, explained" if row["explanation"] else row["verdict"] for row in rows)
+    print(f"{len(rows)} mutants:", ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main()

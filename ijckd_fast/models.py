@@ -385,43 +385,47 @@ def create_model(
 
 def is_model_name(name: str) -> bool:
     """Whether `create_model` knows a model of this name."""
+    return _library_of(name) is not None
+
+
+def _library_of(name: str) -> str | None:
+    """'own', 'torchvision' or 'timm', in that order of preference; None for no model's name."""
     if _SMALL_RESNET.fullmatch(name) or name in ("mobilenet_v1", "mobilenetv1"):
-        return True
-    import timm
-    import torchvision
-
-    library, _, short = name.rpartition("/")
-    return (library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models)) or (
-        library in ("", "timm") and timm.is_model(short)
-    )
-
-
-def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
-    own = _SMALL_RESNET.fullmatch(name)
-    if own or name in ("mobilenet_v1", "mobilenetv1"):
-        if pretrained:
-            raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
-        if own is None:
-            return MobileNetV1(num_classes)
-        width = float(own[2] or 1)
-        if width == 0:
-            raise UserError(f"model {name!r}: the width after 'x' must be greater than 0, e.g. 'resnet{own[1]}x0.5'")
-        return SmallResNet(int(own[1]), width, num_classes)
-
+        return "own"
     # Imported only here: our own nets need neither library, which together take seconds to import.
     import timm
     import torchvision
 
-    torchvision_names = torchvision.models.list_models(module=torchvision.models)
     library, _, short = name.rpartition("/")
-    if library not in ("", "torchvision") or short not in torchvision_names:
-        if library not in ("", "timm") or not timm.is_model(short):
-            raise _unknown(name, {*_OWN_NAMES, *torchvision_names, *timm.list_models()})
+    if library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models):
+        return "torchvision"
+    return "timm" if library in ("", "timm") and timm.is_model(short) else None
+
+
+def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    library, short = _library_of(name), name.rpartition("/")[2]
+    if library is None:
+        raise _unknown(name)
+    if library == "torchvision":
+        return _build_torchvision(short, num_classes, pretrained, image_size)
+    if library == "timm":
         return _build_timm(short, num_classes, pretrained, image_size)
-    return _build_torchvision(short, num_classes, pretrained, image_size)
+    if pretrained:
+        raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
+    own = _SMALL_RESNET.fullmatch(name)
+    if own is None:
+        return MobileNetV1(num_classes)
+    width = float(own[2] or 1)
+    if width == 0:
+        raise UserError(f"model {name!r}: the width after 'x' must be greater than 0, e.g. 'resnet{own[1]}x0.5'")
+    return SmallResNet(int(own[1]), width, num_classes)
 
 
-def _unknown(name: str, known: set[str]) -> UserError:
+def _unknown(name: str) -> UserError:
+    import timm
+    import torchvision
+
+    known = {*_OWN_NAMES, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     if Path(name).is_file():
         return UserError(f"{name!r} is a file, wanted a model's name: give the file as the model's checkpoint")
     return UserError(

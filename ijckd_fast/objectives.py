@@ -74,9 +74,10 @@ class Objective:
         return min(progress / self.dkd_warmup, 1.0) if self.dkd_warmup > 0 else 1.0
 
 
-# Sources (method.md): ijckd 1.3 and simkd 3.1 are the authors' scripts; srrl 2.1 the authors' ImageNet code; kd's
-# weights 1 and 1 at T = 4 the SimKD toolbox's (3.2); dkd's alpha, beta, T and warm-up 1.5; ijckd-pooled is ours: same
-# terms as ijckd, but of the teacher it needs only the pooled vector, which can be cached.
+# Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the ImageNet
+# ones); kd's weights 1 and 1 at T = 4 are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up stand in IJCKD's released
+# settings. ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be
+# cached.
 PRESETS: dict[str, Objective] = {
     o.name: o
     for o in (

@@ -12,7 +12,7 @@ from ijckd_fast.models import count_macs, count_parameters
 HEADS = ("fused", "reference")
 
 
-# method.md 1.4, BatchNorm's affine parameters included
+# The connectors' published sizes, BatchNorm's affine parameters included
 @pytest.mark.parametrize(
     ("channels", "counts"),
     [

@@ -21,7 +21,7 @@ K = 7
 T = 4.0
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
-# The table of design.md section 2, typed again: weights, the head of each term, connector, match, inference head.
+# README's table of objectives, typed again: weights, the head of each term, connector, match, inference head.
 TABLE = {
     "ijckd": {"ce_t": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", "infer": "teacher"},
     "ijckd-pooled": {"ce_t": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1", "infer": "teacher"},

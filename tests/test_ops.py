@@ -396,7 +396,7 @@ def test_classifier_loss_no_worse_than_eager(dtype, teacher):
 
 
 def test_logit_match_keeps_small_differences_in_bfloat16():
-    """Late in training z is close to pooled_t; the difference of two bf16 logits would be rounding noise (kernel note 2.1)."""
+    """Late in training z is close to pooled_t; the difference of two bf16 logits would be rounding noise."""
     z, weight, bias, labels, *_ = loss_inputs(32, 64, 101, torch.bfloat16)
     pooled_t = z * (1 + 0.002 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
     wanted = reference.classifier_loss(

@@ -484,7 +484,7 @@ def test_presets():
 
 
 def test_published_pairs_deploy_what_they_are_said_to(data, tmp_path):
-    """Backbone + connector + teacher's classifier at 1000 classes, method.md's table; no weights are needed to count."""
+    """Backbone + connector + teacher's classifier at 1000 classes, the published sizes; no weights are needed to count."""
     costs = {}
     for pair in ("r34_r18", "r50_mobilenetv1"):
         values = {

@@ -29,6 +29,10 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass.
   m.def(
       "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
-      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad) -> "
+      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad, "
+      "Tensor? gram) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
+
+  // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
+  m.def("limit_stage(int most) -> int");
 }

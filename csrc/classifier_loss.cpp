@@ -9,7 +9,10 @@
 #include "op.h"
 #include "rows.h"
 
-#ifndef IJCKD_CUDA
+#ifdef IJCKD_CUDA
+#include "cuda/stage.h"
+#include "cuda/tiled_loss.h"
+#else
 #include "cpu/class_chunks.h"
 #include "cpu/gemm.h"
 #endif
@@ -129,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                                                            const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
                                                            const OptTensor& pooled_t, const OptTensor& logits_t,
                                                            double label_smoothing, double ce, double sr, double fm, double kl,
-                                                           double temperature, bool grad) {
+                                                           double temperature, bool grad, const OptTensor& gram) {
   check(z.dim() == 2, kOp, ": z must be [B, Ct], got ", shape(z));
   check(weight.dim() == 2 && weight.size(1) == z.size(1), kOp, ": weight must be [K, Ct] with Ct = ", z.size(1), " like z, got ",
         shape(weight));
@@ -148,8 +151,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check_shape(mix, {B}, kOp, "mix", "[B]");
   check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct] like z");
   check_shape(logits_t, {B, K}, kOp, "logits_t", "[B, K]");
-  for (const auto& [x, arg] :
-       {std::pair{OptTensor(weight), "weight"}, {bias, "bias"}, {mix, "mix"}, {pooled_t, "pooled_t"}, {logits_t, "logits_t"}})
+  for (const auto& [x, arg] : {std::pair{OptTensor(weight), "weight"},
+                               {bias, "bias"},
+                               {mix, "mix"},
+                               {pooled_t, "pooled_t"},
+                               {logits_t, "logits_t"},
+                               {gram, "gram"}})
     check_device(x, kOp, arg);
   check(fm == 0 || pooled_t, kOp, ": fm = ", fm, " needs pooled_t");
   check((sr == 0 && kl == 0) || pooled_t || logits_t, kOp, ": sr = ", sr, " and kl = ", kl, " need pooled_t or logits_t");
@@ -162,7 +169,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
   const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),
                top1 = torch::stable::new_empty(z, {}, ScalarType::Long);
+  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
   Launch launch(z);
+
+#ifdef IJCKD_CUDA
+  if (gram) check_shape(gram, {2, Ct, Ct}, kOp, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
+  const TiledLoss tiled{z_acc, w,    bias_acc, labels_row, labels_b_row, mix_acc, pooled_acc,
+                        gram,  loss, parts,    top1,       dz,           weights, grad};
+  if (stage_limit() >= 1 && in_tiles(tiled)) {
+    tiled_loss(tiled, launch);
+    return {loss, parts, top1, dz};
+  }
+#endif
 
   OptTensor d;
   if (pooled_t) {
@@ -172,7 +190,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                           launch.stream),
              "classifier_loss's feature match");
   }
-  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
   all_rows({z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad}, launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},

@@ -323,6 +323,7 @@ def classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's frozen classifier on the student's features, and every loss on its logits.
 
@@ -342,6 +343,8 @@ def classifier_loss(
     pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
     logits_t  [B, K], any floating dtype
     temperature  > 0, of the KL term only
+    gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It must belong to
+              this weight, which is not looked at. The CPU keeps its own and needs none
 
     returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 [] int64, the number
               of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts are float32 (float64 for float64)
@@ -354,13 +357,27 @@ def classifier_loss(
         weight = weight.to(amp)
     grad = torch.is_grad_enabled() and z.requires_grad
     loss, parts, top1, _ = _ops.classifier_loss(
-        z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad
+        z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad, gram
     )
     return loss, parts, top1
 
 
+@torch.no_grad()
+def classifier_gram(weight: Tensor) -> Tensor:
+    """G = weight^T weight of a frozen classifier, as `classifier_loss` wants it on a GPU: |W d|^2 = d^T G d.
+
+    weight    [K, Ct], any floating dtype; summed in float64, 4096 classes at a time
+    returns   [2, Ct, Ct] bfloat16: G rounded, and what the rounding left out
+    """
+    g = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.detach().split(4096):  # [<= 4096, Ct]
+        g.addmm_(rows.double().T, rows.double())
+    high = g.bfloat16()
+    return torch.stack([high, (g - high.double()).bfloat16()])
+
+
 @torch.library.register_fake("ijckd::classifier_loss")
-def _(z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad):
+def _(z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad, gram):
     acc = _acc_dtype(z.dtype)
     dz = z.new_empty(z.shape[0] if grad else 0, z.shape[1], dtype=acc)
     return z.new_empty((), dtype=acc), z.new_empty(4, dtype=acc), z.new_empty((), dtype=torch.int64), dz
@@ -384,7 +401,7 @@ def _loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("classifier_loss")
     (dz,) = ctx.saved_tensors
     # scaled on the device: asking whether grad_loss is 1 would make the host wait
-    return ((dz * grad_loss).to(ctx.dtype), *[None] * 14)
+    return ((dz * grad_loss).to(ctx.dtype), *[None] * 15)
 
 
 torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)

@@ -29,11 +29,19 @@ int dispatch(DType t, const F& body) {
 
 // Every kernel starts here, through a plain function of the runtime, so that tests/emulator can put its own in place.
 template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
-  const cudaLaunchConfig_t config{grid, block, 0, static_cast<cudaStream_t>(stream), nullptr, 0};
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // more than every GPU has must be asked for
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaLaunchConfig_t config{grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), nullptr, 0};
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   cudaGetLastError();  // the caller gets it from here: torch must not find it again after a launch of its own
   return static_cast<int>(error);
+}
+
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+  return launch_sharing(0, kernel, grid, block, stream, args...);
 }
 
 __host__ __device__ constexpr int ceil_div(int64_t n, int64_t d) { return static_cast<int>((n + d - 1) / d); }
@@ -57,6 +65,18 @@ __device__ __forceinline__ void store(A* p, int64_t i, A v) {
 }
 __device__ __forceinline__ void store(__nv_bfloat16* p, int64_t i, float v) { p[i] = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void store(__half* p, int64_t i, float v) { p[i] = __float2half_rn(v); }
+
+// Two neighbouring elements, 4 bytes of a half type; the address is a multiple of their size.
+__device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpret_cast<const float2*>(p); }
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+}
+__device__ __forceinline__ float2 load_pair(const __half* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
+__device__ __forceinline__ void store_pair(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
+__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
+}
+__device__ __forceinline__ void store_pair(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y); }
 
 // Sum over the kThreads threads of a block, given to every thread; a binary tree in shared memory, so equal inputs give equal
 // bits. Ends with a barrier before `slots` may be written again.

@@ -732,6 +732,17 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches return theirs
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrComputeCapabilityMajor) return cudaErrorInvalidValue;
+  *value = 8;  // what the emulated instructions need
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorString(cudaError_t code) {
   switch (code) {
     case cudaErrorInvalidConfiguration:

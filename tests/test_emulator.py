@@ -81,7 +81,7 @@ FAULTS = {
     "null_pointer": r"memcheck: .* stores 4 bytes outside every array, in broken.cu:\d+",
     "load_unwritten_shared": "initcheck: thread .0, 0, 0. .* loads element 0 of shared array 0, which nobody has stored to",
     "load_unwritten_output": "initcheck: .* loads element .* of out, which nobody has stored to",
-    "two_barriers": r"synccheck: .* is at the barrier in broken.cu:\d+, others are at that in broken.cu:\d+",
+    "two_barriers": r"synccheck: .* is at the barrier in broken.cu:\d+, others are at the barrier in broken.cu:\d+",
     "return_before_barrier": r"synccheck: .* (returned while others wait|threads of the block have returned)",
     "too_much_shared": "memcheck: .* more than 48 KiB of static shared memory",
     "too_many_threads": "launch failed: 9",
@@ -93,7 +93,7 @@ FAULTS = {
 @pytest.mark.parametrize("schedule", range(5))
 def test_the_emulator_finds_every_fault(broken, schedule):
     assert set(broken.names()) == {"sound", *FAULTS}
-    broken.set_schedule(schedule)
+    broken.set_schedule(broken.Schedule(schedule))
     x = np.arange(128, dtype=np.float32)
     for name, text in FAULTS.items():
         with pytest.raises(RuntimeError, match=text):

@@ -4,31 +4,54 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "emulator.h"
+#include "controls.h"
 
 namespace py = pybind11;
 
+namespace {
+
+template <typename Entry>
+py::list names(const Entry* entries, int count) {
+  py::list names;
+  for (int i = 0; i < count; ++i) names.append(entries[i].name);
+  return names;
+}
+
+template <typename Entry, typename... Args>
+void run(const Entry* entries, int count, const std::string& name, Args... args) {
+  const Entry* entry = std::find_if(entries, entries + count, [&](const Entry& e) { return name == e.name; });
+  if (entry == entries + count) throw py::key_error(name);
+  const int code = entry->run(args...);
+  if (code) throw std::runtime_error("launch failed: " + std::to_string(code));
+}
+
+void add(emulator::Arrays& arrays, const char* name, const py::array& a, emulator::Access access) {
+  arrays.add(name, a.data(), a.nbytes(), a.itemsize(), access);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(emulated_broken, module) {
-  using emulator::Schedule;
-  module.def("names", [] {
-    py::list names;
-    for (int i = 0; i < broken::kCount; ++i) names.append(broken::kKernels[i].name);
-    return names;
-  });
-  module.def("set_schedule", [](int schedule) { emulator::set_schedule(static_cast<Schedule>(schedule), 1); });
+  using emulator::Access;
+  bind_controls(module);
+  module.def("names", [] { return names(broken::kKernels, broken::kCount); });
   module.def("run", [](const std::string& name, const py::array_t<float>& in, py::array_t<float>& out) {
     emulator::Arrays arrays;
-    arrays.add("in", in.data(), in.nbytes(), sizeof(float), emulator::Access::in);
-    arrays.add("out", out.data(), out.nbytes(), sizeof(float), emulator::Access::out);
-    for (int i = 0; i < broken::kCount; ++i) {
-      if (name != broken::kKernels[i].name) continue;
-      const int code = broken::kKernels[i].run(in.data(), out.mutable_data());
-      if (code) throw std::runtime_error("launch failed: " + std::to_string(code));
-      return;
-    }
-    throw py::key_error(name);
+    add(arrays, "in", in, Access::in);
+    add(arrays, "out", out, Access::out);
+    run(broken::kKernels, broken::kCount, name, in.data(), out.mutable_data());
+  });
+  module.def("tile_names", [] { return names(broken::kTiles, broken::kTileCount); });
+  module.def("run_tile", [](const std::string& name, const py::array& a, const py::array& b, py::array_t<float>& out) {
+    emulator::Arrays arrays;
+    add(arrays, "a", a, Access::in);
+    add(arrays, "b", b, Access::in);
+    add(arrays, "out", out, Access::out);
+    const auto size = [](const py::array& of, int dimension) { return static_cast<int>(of.shape(dimension)); };
+    run(broken::kTiles, broken::kTileCount, name, a.data(), b.data(), out.mutable_data(), size(out, 0), size(out, 1), size(a, 1));
   });
 }

@@ -11,4 +11,12 @@ struct Kernel {
 extern const Kernel kKernels[];
 extern const int kCount;
 
+// out [M, N] = a [M, K] b, with b [N, K] or, where the name says "transposed", [K, N]; bf16 unless the name says f16.
+struct Tile {
+  const char* name;
+  int (*run)(const void* a, const void* b, float* out, int M, int N, int K);
+};
+extern const Tile kTiles[];
+extern const int kTileCount;
+
 }  // namespace broken

@@ -25,7 +25,9 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
 # that a forgotten initialisation shows.
-KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"]
+KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
+KERNEL_FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
+KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # #pragma unroll
 HOST_FLAGS = ["-std=c++20", "-O1"]
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 
@@ -53,10 +55,13 @@ def compiler() -> str:
 
 
 def translate(source: str) -> str:
-    """The one thing that a macro cannot do: a __shared__ array is the emulator's, with guards around and poison inside."""
-    return re.sub(
-        r"__shared__\s+([^;]+?)\s+(\w+)((?:\[[^\]]*\])*);", r"auto& \2 = emulator::shared<\1\3>([] {});", source
+    """The one thing that a macro cannot do: shared memory is the emulator's, with guards around and poison inside."""
+    dynamic = r"extern __shared__\s+(?:__align__\((\d+)\)\s+)?([^;]+?)\s+(\w+)\[\];"
+    static = r"__shared__\s+(?:__align__\(\d+\)\s+)?([^;]+?)\s+(\w+)((?:\[[^\]]*\])*);"
+    source = re.sub(
+        dynamic, lambda m: f"auto* {m[3]} = static_cast<{m[2]}*>(emulator::dynamic_shared({m[1] or 16}));", source
     )
+    return re.sub(static, r"auto& \2 = emulator::shared<\1\3>([] {});", source)
 
 
 def run(command: list[str | pathlib.Path]) -> None:
@@ -68,7 +73,10 @@ def run(command: list[str | pathlib.Path]) -> None:
 def compile_kernels(source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC) -> pathlib.Path:
     """Object file of one .cu file; headers beside it come before those in `include`."""
     translated, compiled = folder / source.name, folder / f"{source.stem}.o"
+    replaced = {p.name for p in (HERE / "include").iterdir()}
     for header in source.parent.glob("*.cuh"):
+        if header.name in replaced:
+            continue
         (folder / header.name).write_text(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
     translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
     cuda = cuda_include()
@@ -88,7 +96,7 @@ def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, .
 
 
 def build_runtime(folder: pathlib.Path) -> pathlib.Path:
-    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-isystem", str(cuda_include())])
+    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-O3", "-isystem", str(cuda_include())])
 
 
 def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib.Path:
@@ -106,8 +114,8 @@ def build_kernels(folder: pathlib.Path) -> None:
 
 
 def build_broken(folder: pathlib.Path) -> None:
-    objects = [compile_kernels(HERE / "broken.cu", folder), build_runtime(folder)]
-    link([*objects, build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
+    objects = [compile_kernels(HERE / unit, folder) for unit in ("broken.cu", "broken_tile.cu")]
+    link([*objects, build_runtime(folder), build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
 
 
 def build_ops(folder: pathlib.Path) -> None:

@@ -1,20 +1,21 @@
 #pragma once
 // Runs CUDA kernels on the CPU from their own source and watches every memory access they make.
 //
-// Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers only;
-// blocks run one after another. The kernels are compiled with -fsanitize=thread but linked without its library: the calls that
-// the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on a GPU:
-//   memcheck   an address that is neither the thread's own stack, nor a live __shared__ array, nor one of the call's arrays;
-//              a store to an array that the call only reads
+// Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers and
+// warp-wide instructions only; blocks run one after another. The kernels are compiled with -fsanitize=thread but linked without
+// its library: the calls that the compiler puts before each load and store arrive in emulator.cpp, which checks them as
+// compute-sanitizer would on a GPU:
+//   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays; a store
+//   to
+//              an array that the call only reads; an address not aligned to what is read or written there
 //   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between
-//   initcheck  a load of a __shared__ or output element that nobody has stored to
-//   synccheck  threads of a block at different barriers, or at a barrier that others have left by returning
+//              (within a warp __syncwarp is one); an element of shared memory into which an asynchronous copy is under way
+//   initcheck  a load of a shared or output element that nobody has stored to
+//   synccheck  threads of a block at different barriers, lanes of a warp at different warp-wide instructions, either at one that
+//              others have left by returning; a thread that returns with copies under way
 // Shared memory is filled with NaN before every block. The first violation ends the launch with a std::runtime_error.
 //
-// What it cannot see: memory fences, register pressure, the GPU's own exp and log, speed.
-//
-// To add warp-wide instructions (shuffles, ldmatrix, mma.sync): a Meeting over the lanes of the mask, as `barrier` is one over
-// the block. To add cp.async: a queue per Thread, landed at the wait or, to be nasty, at once.
+// What it cannot see: memory fences, register pressure, the GPU's own exp and log, in which order tensor cores add, speed.
 
 #include <cuda_runtime_api.h>
 
@@ -29,6 +30,22 @@ enum class Schedule { forward, reverse, greedy, greedy_reverse, random };
 
 void set_schedule(Schedule schedule, unsigned seed);
 
+// When an asynchronous copy's bytes move: as late as they may, in the wait for it, or as early, at its start.
+enum class Async { lazy, eager };
+
+void set_async(Async async);
+
+// What kernels have done since the last clear_counts().
+struct Counts {
+  uint64_t copies = 0;          // asynchronous
+  uint64_t load_matrix = 0;     // warp-wide instructions
+  uint64_t multiply_add = 0;    // warp-wide instructions
+  uint64_t bank_conflicts = 0;  // of load_matrix: accesses beyond one for each 8 rows of 16 bytes
+};
+
+const Counts& counts();
+void clear_counts();
+
 // The arrays that one call of a launcher may touch. While none is named (the whole-op tests, where torch owns the memory),
 // accesses to global memory are checked for nothing.
 enum class Access { in, out, inout };
@@ -40,15 +57,25 @@ class Arrays {
   void add(const char* name, const void* data, size_t bytes, size_t element, Access access);
 };
 
+// Of an instruction in the kernel's source.
+struct Place {
+  const char* file;
+  int line;
+};
+
 uint3 thread_index();
 uint3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
-void barrier(const char* file, int line);
+void barrier(Place place);
 
-// Runs `body(started)` as every thread; `started` holds the kernel's parameters. What the CUDA runtime refuses is refused with
-// its error code.
-cudaError_t launch(const cudaLaunchConfig_t& config, void (*body)(void*), void* started, size_t started_bytes);
+// Runs `body(started)` as every thread of `kernel`; `started` holds the kernel's parameters. What the CUDA runtime refuses is
+// refused with its error code.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* started,
+                   size_t started_bytes);
+
+// The launch's dynamic shared memory, for a kernel that declares it aligned to `align`.
+void* dynamic_shared(size_t align);
 
 // The block's array declared at one place of a kernel.
 void* shared(const void* site, size_t bytes, size_t element, size_t align);
@@ -59,5 +86,17 @@ Array& shared(Site) {
   static const char site = 0;  // its address: one per place and per instantiation of the kernel around it
   return *static_cast<Array*>(shared(&site, sizeof(Array), sizeof(Element), alignof(Array)));
 }
+
+// What instructions.cuh and __syncwarp do; all but the copies are warp-wide.
+enum class Half { bf16, f16 };
+
+uint32_t shared_address(const void* p);
+void sync_warp(Place place);
+uint32_t shuffle_xor(uint32_t bits, int mask, Place place);
+void load_matrix_x4(uint32_t* r, const void* row, bool transposed, Place place);
+void multiply_add_16x8x16(float* d, const uint32_t* a, const uint32_t* b, Half type, Place place);
+void copy_async16(void* to, const void* from, int bytes, Place place);
+void copy_async_commit();
+void copy_async_wait(int pending);
 
 }  // namespace emulator

@@ -8,7 +8,7 @@
 
 #include "classifier_loss.h"
 #include "connector_match.h"
-#include "emulator.h"
+#include "controls.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -65,15 +65,7 @@ class Call {
 
 // Members are taken in the order of the braces, which C++ evaluates from left to right.
 PYBIND11_MODULE(emulated_kernels, module) {
-  using emulator::Schedule;
-  py::enum_<Schedule>(module, "Schedule")
-      .value("forward", Schedule::forward)
-      .value("reverse", Schedule::reverse)
-      .value("greedy", Schedule::greedy)
-      .value("greedy_reverse", Schedule::greedy_reverse)
-      .value("random", Schedule::random);
-  module.def("set_schedule", &emulator::set_schedule, py::arg("schedule"), py::arg("seed") = 1);
-
+  bind_controls(module);
   const auto def = [&](const char* name, auto body) {
     module.def(name, [body](const py::kwargs& arguments) {
       Call c(arguments);

@@ -2,7 +2,9 @@
 // Stands in for the toolkit's cuda_runtime.h when g++ compiles csrc/cuda/*.cu for the CPU: the real types, and in place of the
 // language extensions and the launch those of the emulator. `__shared__` declarations are rewritten by build.py.
 #include <cuda_runtime_api.h>
+#include <vector_functions.h>
 
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -11,11 +13,13 @@
 #undef __host__
 #undef __forceinline__
 #undef __launch_bounds__
+#undef __grid_constant__
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #include "emulator.h"
 
@@ -24,7 +28,18 @@
 #define blockDim (emulator::block_dim())
 #define gridDim (emulator::grid_dim())
 
-inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { emulator::barrier(file, line); }
+inline void __syncthreads(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::barrier(place); }
+inline void __syncwarp(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::sync_warp(place); }
+
+template <typename T>
+T __ldg(const T* p) {
+  return *p;
+}
+
+template <typename T>
+cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
 
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
@@ -33,5 +48,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<Params...> params;
   } started{kernel, {std::forward<Args>(args)...}};
   const auto thread = [](void* s) { std::apply(static_cast<Started*>(s)->kernel, static_cast<Started*>(s)->params); };
-  return emulator::launch(*config, thread, &started, sizeof started);
+  return emulator::launch(*config, reinterpret_cast<const void*>(kernel), thread, &started, sizeof started);
 }

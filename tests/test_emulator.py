@@ -11,11 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from emulator import build, cases
+from emulator import build, cases, schedules
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 ROOT = pathlib.Path(__file__).parent.parent
+SCHEDULES = ("forward", "reverse", "greedy", "greedy_reverse", "random")
 
 
 @pytest.fixture(scope="module")
@@ -30,20 +31,19 @@ def broken():
 
 @pytest.mark.parametrize(("kernel", "dtype"), sorted({tuple(name.split()[:2]) for name in cases.CASES}))
 def test_kernel_equals_numpy(kernels, kernel, dtype):
-    """Right under every schedule, and the same bits."""
+    """Right in every order of threads and copies, and the same bits."""
     for name, case in cases.CASES.items():
         if name.split()[:2] != [kernel, dtype]:
             continue
         first = None
-        for schedule in kernels.Schedule.__members__.values():
-            kernels.set_schedule(schedule)
+        for order in schedules.orders(kernels):
             try:
                 outputs = [out.tobytes() for out in case(kernels)]
             except (AssertionError, RuntimeError) as error:
-                pytest.fail(f"{name}, {schedule.name}: {error}")
-            assert first is None or outputs == first, f"{name}: {schedule.name} gives other bits"
+                pytest.fail(f"{name}, {order}: {error}")
+            assert first is None or outputs == first, f"{name}: {order} gives other bits"
             first = outputs
-    kernels.set_schedule(kernels.Schedule.forward)
+    schedules.set_order(kernels, "forward")
 
 
 def test_more_images_than_a_grid_has_rows(kernels):
@@ -87,20 +87,125 @@ FAULTS = {
     "too_many_threads": "launch failed: 9",
     "too_many_rows": "launch failed: 9",
     "no_blocks": "launch failed: 9",
+    "no_syncwarp": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
+    "no_syncwarp_before_store": r"racecheck: .* element \d+ of shared array 0, which .* (loaded|stored to) with no barrier",
+    "syncwarp_between_warps": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
+    "shuffle_for_syncwarp": r"racecheck: .* loads element \d+ of shared array 0, which thread .* stored to with no barrier",
+    "divergent_shuffle": r"synccheck: .* is at shuffle_xor in broken.cu:\d+, others of its warp are at shuffle_xor in broken.cu:",
+    "shuffle_with_two_masks": "synccheck: .* is at shuffle_xor in .*, others of its warp are at shuffle_xor in",
+    "shuffle_mask_too_large": "memcheck: .* shuffles with lane mask 32",
+    "shuffle_after_return": "synccheck: .* (threads of its warp have returned|returned while others of its warp wait at shuffle_xor)",
+    "shuffle_or_barrier": "synccheck: .* others of its warp are at (shuffle_xor|the barrier) in broken.cu",
+    "shuffle_in_part_of_a_warp": "synccheck: .* at shuffle_xor in .*, but its warp has 16 threads",
+    "load_matrix_from_global": "memcheck: .* loads a matrix row outside shared memory",
+    "copy_seen_by_others_without_barrier": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
+    "copy_waited_for_by_another": r"racecheck: .* into which a copy started by thread .* in broken.cu:\d+ is under way",
+    "load_under_way": r"racecheck: .* loads element \d+ of shared array 0, into which a copy .* is under way, in broken.cu",
+    "store_under_way": r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under way, in broken.cu",
+    "copy_twice_into_one_place": r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under way",
+    "return_with_copies_under_way": r"synccheck: .* returned before the copy it started in broken.cu:\d+ had landed",
+    "copy_to_misaligned": "memcheck: .* copies to an address that is not 16-byte aligned",
+    "copy_from_misaligned": "memcheck: .* copies from an address that is not 16-byte aligned",
+    "copy_of_20_bytes": "memcheck: .* copies 20 bytes of 16",
+    "copy_of_minus_1_bytes": "memcheck: .* copies -1 bytes of 16",
+    "copy_past_shared": "memcheck: .* stores 16 bytes outside every array, at byte 1024 of the 1024 of shared array 0",
+    "copy_past_input": "memcheck: .* copies from outside every array",
+    "copy_of_nothing_from_nowhere": "memcheck: .* copies from outside every array",
+    "copy_to_global": "memcheck: .* copies to outside shared memory",
+    "copy_from_shared": "memcheck: .* copies from shared memory",
+    "past_dynamic_shared": "memcheck: .* outside every array, at byte 256 of the 256 of dynamic shared memory",
+    "no_dynamic_shared": "memcheck: .* declares dynamic shared memory, launched without any",
+    "misaligned_vector": r"memcheck: .* not aligned to the type there, in broken.cu:\d+",
+    "misaligned_shared_vector": r"memcheck: .* not aligned to the type there, in broken.cu:\d+",
+    "more_than_48_KiB_not_asked_for": "launch failed: 1$",
+    "more_than_asked_for": "launch failed: 1$",
+    "more_than_there_is": "launch failed: 1$",
+    "static_and_dynamic_more_than_there_is": "memcheck: .* has more shared memory, static and dynamic, than 227 KiB",
+}
+SOUND = ("sound", "sound_shuffle", "sound_syncwarp", "sound_copy", "sound_intrinsics")
+
+# Of a product in tiles.
+TILE_FAULTS = {
+    "no_wait": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is under way",
+    "wait_one_too_few": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is under way",
+    "wait_without_commit": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy .* is under way",
+    "no_barrier_after_wait": r"(racecheck|initcheck): .* element \d+ of dynamic shared memory, (into )?which",
+    "prefetch_before_barrier": r"racecheck: .* stores to element \d+ of dynamic shared memory, which .* loaded with no barrier",
+    "prefetch_past_the_end": r"synccheck: .* returned before the copy it started in broken_tile.cu:\d+ had landed",
+    "rows_unchecked": "memcheck: .* copies from outside every array, in broken_tile.cu",
+    "columns_unchecked": "memcheck: .* copies from outside every array, in broken_tile.cu",
+    "stage_never_filled": r"(racecheck|initcheck): .* loads element \d+ of dynamic shared memory, (into )?which",
+    "divergent_load_matrix": "synccheck: .* is at load_matrix_x4 in .*, others of its warp are at load_matrix_x4 in",
+    "misaligned_row": "memcheck: .* loads a matrix row that is not 16-byte aligned, in broken_tile.cu",
+    "past_the_last_stage": "memcheck: .* loads 16 bytes outside every array",
+    "too_little_shared": "memcheck: .* at byte 65520 of the 65520 of dynamic shared memory, in broken_tile.cu",
+    "large_shared_not_asked_for": "launch failed: 1$",
 }
 
 
-@pytest.mark.parametrize("schedule", range(5))
-def test_the_emulator_finds_every_fault(broken, schedule):
-    assert set(broken.names()) == {"sound", *FAULTS}
-    broken.set_schedule(broken.Schedule(schedule))
+ALL_ORDERS = [(schedule, when) for schedule in SCHEDULES for when in ("lazy", "eager")]
+
+
+@pytest.mark.parametrize(("schedule", "when"), ALL_ORDERS)
+def test_the_emulator_finds_every_fault(broken, schedule, when):
+    assert set(broken.names()) == {*SOUND, *FAULTS, "source_overwritten"}
+    schedules.set_order(broken, schedule, when)
     x = np.arange(128, dtype=np.float32)
     for name, text in FAULTS.items():
         with pytest.raises(RuntimeError, match=text):
             broken.run(name, x, np.full(128, np.nan, np.float32))
-    out = np.full(128, np.nan, np.float32)
-    broken.run("sound", x, out)
-    np.testing.assert_array_equal(out, x.reshape(2, 64)[:, ::-1].ravel())
+    for name in SOUND:
+        out = np.full(128, np.nan, np.float32)
+        broken.run(name, x, out)
+        np.testing.assert_array_equal(out, x.reshape(2, 64)[:, ::-1].ravel(), name)
+
+
+def test_a_copy_whose_source_changes_gives_other_bits_early_than_late(broken):
+    x = np.arange(128, dtype=np.float32)
+    outs = {}
+    for when in ("lazy", "eager"):
+        schedules.set_order(broken, "forward", when)
+        outs[when] = np.full(128, np.nan, np.float32)
+        broken.run("source_overwritten", x, outs[when])
+    np.testing.assert_array_equal(outs["eager"], x)
+    np.testing.assert_array_equal(outs["lazy"], np.where(np.arange(128) % 4, x, -1))
+
+
+def tile_product(broken, name, M=70, N=72, K=330):
+    """(result, what numpy says)"""
+    t = cases.F16 if "f16" in name.split() else cases.BF16
+    data = cases.Data(t, "tile")
+    K = K // 8 * 8
+    (a, a64), (b, b64) = data.normal(M, K), data.normal(*((K, N) if "transposed" in name else (N, K)))
+    out = data.out(M, N)
+    broken.run_tile(name, a, b, out)
+    return out, a64 @ (b64 if "transposed" in name else b64.T)
+
+
+@pytest.mark.parametrize(("schedule", "when"), ALL_ORDERS)
+def test_the_emulator_finds_every_fault_of_a_pipeline(broken, schedule, when):
+    sound = [name for name in broken.tile_names() if name.startswith("sound")]
+    assert set(broken.tile_names()) == {*sound, *TILE_FAULTS, "no_swizzle"}
+    schedules.set_order(broken, schedule, when)
+    for name, text in TILE_FAULTS.items():
+        with pytest.raises(RuntimeError, match=text):
+            tile_product(broken, name)
+    assert len(sound) == 4
+    for name in sound:
+        got, want = tile_product(broken, name)
+        np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max(), err_msg=name)
+
+
+def test_bank_conflicts_are_counted(broken):
+    """A swizzle that is forgotten gives the right product, eight times as slowly."""
+    schedules.set_order(broken, "forward")
+    for name in (*(n for n in broken.tile_names() if n.startswith("sound")), "no_swizzle"):
+        broken.clear_counts()
+        got, want = tile_product(broken, name)
+        np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max(), err_msg=name)
+        counts = broken.counts()
+        assert counts.load_matrix > 0
+        assert counts.bank_conflicts == (4 * 7 * counts.load_matrix if name == "no_swizzle" else 0), name
 
 
 def test_half_types_round_as_the_oracles_expect():

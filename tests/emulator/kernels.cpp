@@ -11,7 +11,6 @@
 #include "controls.h"
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
-#include "emulator.h"
 #include "rows.h"
 
 namespace py = pybind11;

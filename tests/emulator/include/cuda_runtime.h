@@ -5,6 +5,7 @@
 #include <vector_functions.h>
 
 #include <cmath>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -30,6 +31,17 @@
 
 inline void __syncthreads(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::barrier(place); }
 inline void __syncwarp(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::sync_warp(place); }
+
+inline float __uint_as_float(unsigned bits) {
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
 
 template <typename T>
 T __ldg(const T* p) {

@@ -24,7 +24,7 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
   check_shape(labels, {B}, kOp, arg, "[B]");
   check_device(labels, kOp, arg);
   check(labels->scalar_type() == ScalarType::Long, kOp, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
-#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN
+#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN and the row is counted
   const int64_t* l = labels->const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b)
     check(l[b] >= 0 && l[b] < K, kOp, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
@@ -75,10 +75,12 @@ void whole_rows(const Rows& r, const Launch& launch) {
     else
       teacher = as(*r.logits_t, t);
   }
+  int64_t* counts = nullptr;
+  launched(device_counts(&counts), "the search for classifier_loss's counters");
   const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes dloss/dlogits in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
-                     B, K, r.weights, r.grad},
+                     counts, B, K, r.weights, r.grad},
                     launch.stream),
            "classifier_loss's row pass");
   if (!r.grad) return;

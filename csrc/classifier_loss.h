@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "counts.h"
 #include "dtype.h"
 
 namespace ijckd {
@@ -30,6 +31,7 @@ struct RowLoss {
   const void* mix;          // [B] A: share of `labels` in the target, with labels_b
   void* part_rows;          // [kParts, B] A  out: unweighted row losses; row kPartFm is rows.h:feature_diff's
   int64_t* top1_rows;       // [B]  out: 1 where the largest logit (the first, on a tie) is labels[b]
+  int64_t* counts;          // [kCounts] in and out: device_counts
   int64_t B, K;
   LossWeights weights;
   bool grad;

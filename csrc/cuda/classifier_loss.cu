@@ -23,7 +23,8 @@ struct Better {
 };
 
 // One block per sample: up to four passes over the row (maximum; sums; teacher's sums and KL; gradient in place), which stays in
-// L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss.
+// L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss
+// and is counted.
 template <typename T, typename A>
 __global__ void row_loss_kernel(RowLoss r) {
   __shared__ A slots[kThreads];
@@ -91,6 +92,7 @@ __global__ void row_loss_kernel(RowLoss r) {
     rows[kPartSr * r.B + b] = sr;
     rows[kPartKl * r.B + b] = kl;
     r.top1_rows[b] = best.index == label_a;
+    if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
   }
   if (!r.grad) return;
   __syncthreads();  // thread 0 may read the labels' logits in `ce` until here: below they are overwritten

@@ -56,9 +56,12 @@ constexpr size_t kSharedArena = 2 * kSharedLimit;
 constexpr size_t kGuard = 256;          // bytes between shared arrays, owned by nobody
 constexpr uint32_t kMany = UINT32_MAX;  // more than one thread, or block
 
+enum class Kind { load, store, atomic };
+
 // Who touched one element last. Blocks are numbered through all launches from 1, so that 0 is nobody.
 struct Touch {
   uint32_t block = 0, thread = 0, epoch = 0;
+  bool atomic = false;
 };
 struct Cell {
   Touch store, load;
@@ -211,9 +214,10 @@ void run_block() {
   }
 }
 
-// One load or store of `bytes` bytes at `address`, made by the code before `code`.
-void check(const void* pointer, size_t bytes, bool store, const void* code) {
+// One access to `bytes` bytes at `address`, made by the code before `code`.
+void check(const void* pointer, size_t bytes, Kind kind, const void* code) {
   if (m.running < 0) return;
+  const bool store = kind != Kind::load;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer), stack = m.threads[m.running].stack;
   if (address >= stack && address + bytes <= stack + kStack) return;
 
@@ -237,7 +241,7 @@ void check(const void* pointer, size_t bytes, bool store, const void* code) {
   if (store && r->access == Access::in) violate("memcheck", "stores to the input ", r->name, ", in ", where(code));
   if (r->cells.empty()) return;
 
-  const Touch now{m.block_number, static_cast<uint32_t>(m.running), m.epoch};
+  const Touch now{m.block_number, static_cast<uint32_t>(m.running), m.epoch, kind == Kind::atomic};
   const auto conflicts = [&](const Touch& t) {
     if (t.block < m.first_block) return false;  // an earlier launch's
     return t.block != now.block || (t.thread != now.thread && t.epoch == now.epoch);
@@ -245,7 +249,7 @@ void check(const void* pointer, size_t bytes, bool store, const void* code) {
   const size_t first = (address - r->begin) / r->element, last = (address + bytes - 1 - r->begin) / r->element;
   for (size_t i = first; i <= last; ++i) {
     Cell& c = r->cells[i];
-    const bool after_store = conflicts(c.store);
+    const bool after_store = conflicts(c.store) && !(now.atomic && c.store.atomic);
     if (after_store || (store && conflicts(c.load))) {
       const Touch& other = after_store ? c.store : c.load;
       violate("racecheck", store ? "stores to" : "loads", " element ", i, " of ", r->name, ", which ",
@@ -254,11 +258,14 @@ void check(const void* pointer, size_t bytes, bool store, const void* code) {
                                        : name(other.thread),
               after_store ? " stored to" : " loaded", " with no barrier between, in ", where(code));
     }
+    if (kind != Kind::store && c.store.block == 0 && r->access == Access::out)
+      violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(code));
     if (store) {
-      c.store = now;
+      if (now.atomic && conflicts(c.store))  // the other one was atomic too
+        (c.store.block != now.block ? c.store.block : c.store.thread) = kMany;
+      else
+        c.store = now;
     } else {
-      if (c.store.block == 0 && r->access == Access::out)
-        violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(code));
       if (c.load.block >= m.first_block && c.load.block != now.block)
         c.load.block = kMany;
       else if (c.load.block == now.block && c.load.epoch == now.epoch && c.load.thread != now.thread)
@@ -390,25 +397,39 @@ cudaError_t launch(const cudaLaunchConfig_t& config, void (*body)(void*), void* 
 
 }  // namespace emulator
 
+// The functions of include/cuda_runtime.h: threads never run at the same time, so plain operations are atomic.
+#define EMULATOR_ATOMIC(name, T, operation)                                             \
+  T name(T* p, T v) {                                                                   \
+    emulator::check(p, sizeof *p, emulator::Kind::atomic, __builtin_return_address(0)); \
+    const T old = *p;                                                                   \
+    *p operation v;                                                                     \
+    return old;                                                                         \
+  }
+EMULATOR_ATOMIC(atomicAdd, int, +=)
+EMULATOR_ATOMIC(atomicAdd, unsigned long long, +=)
+EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
+#undef EMULATOR_ATOMIC
+
 // What -fsanitize=thread calls; the names are the compiler's.
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define EMULATOR_ACCESS(n)                                                                              \
-  void __tsan_read##n(void* p) { emulator::check(p, n, false, __builtin_return_address(0)); }           \
-  void __tsan_write##n(void* p) { emulator::check(p, n, true, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_read##n(void* p) { emulator::check(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { emulator::check(p, n, true, __builtin_return_address(0)); }
+#define EMULATOR_ACCESS(n)                                                                                             \
+  void __tsan_read##n(void* p) { emulator::check(p, n, emulator::Kind::load, __builtin_return_address(0)); }           \
+  void __tsan_write##n(void* p) { emulator::check(p, n, emulator::Kind::store, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_read##n(void* p) { emulator::check(p, n, emulator::Kind::load, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##n(void* p) { emulator::check(p, n, emulator::Kind::store, __builtin_return_address(0)); }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)
 EMULATOR_ACCESS(4)
 EMULATOR_ACCESS(8)
 EMULATOR_ACCESS(16)
 #undef EMULATOR_ACCESS
-void __tsan_read_range(void* p, size_t n) { emulator::check(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { emulator::check(p, n, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) { emulator::check(p, n, emulator::Kind::load, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { emulator::check(p, n, emulator::Kind::store, __builtin_return_address(0)); }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches return theirs
 const char* cudaGetErrorString(cudaError_t code) {
   switch (code) {

@@ -6,7 +6,8 @@
 // the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on a GPU:
 //   memcheck   an address that is neither the thread's own stack, nor a live __shared__ array, nor one of the call's arrays;
 //              a store to an array that the call only reads
-//   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between
+//   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between;
+//              an atomic operation is a store, but no two of them conflict
 //   initcheck  a load of a __shared__ or output element that nobody has stored to
 //   synccheck  threads of a block at different barriers, or at a barrier that others have left by returning
 // Shared memory is filled with NaN before every block. The first violation ends the launch with a std::runtime_error.

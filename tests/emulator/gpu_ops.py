@@ -43,9 +43,24 @@ def test_label_out_of_range_makes_its_row_nan(label):
     z, weight, bias, labels, *_ = loss_inputs(B=5, K=9)
     labels[2] = label
     z.requires_grad_()
+    ops.take_bad_rows("cpu")
     loss, _, top1 = ops.classifier_loss(z, weight, bias, labels)
     loss.backward()
     assert loss.isnan()
     assert z.grad.isnan().all(1).tolist() == [False, False, True, False, False]
     assert z.grad[[0, 1, 3, 4]].isfinite().all()
     assert top1 == (torch.nn.functional.linear(z, weight, bias).argmax(1) == labels).sum()
+    assert ops.take_bad_rows("cpu") == (1, 0)
+    assert ops.take_bad_rows("cpu") == (0, 0)
+
+
+def test_bad_labels_out_of_range_are_counted_once_a_row():
+    """Whatever is wrong with the row, over all calls since the last look, and where only top-1 needs the label."""
+    z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs(B=5, K=9)
+    ops.take_bad_rows("cpu")
+    labels[1:3], labels_b[2:4] = 9, -1
+    ops.classifier_loss(z, weight, bias, labels, labels_b=labels_b, mix=mix)
+    assert ops.take_bad_rows("cpu") == (3, 0)
+    for _ in range(2):
+        ops.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, ce=0.0, sr=1.0)
+    assert ops.take_bad_rows("cpu") == (4, 0)

@@ -8,6 +8,7 @@
 
 #include "classifier_loss.h"
 #include "connector_match.h"
+#include "counts.h"
 #include "emulator.h"
 #include "rows.h"
 
@@ -109,11 +110,14 @@ PYBIND11_MODULE(emulated_kernels, module) {
         nullptr);
   });
   def("row_loss", [](Call& c) {
-    return row_loss(
-        {c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"), static_cast<const int64_t*>(c.in("labels")),
-         static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"), c.out("part_rows"),
-         static_cast<int64_t*>(c.out("top1_rows")), c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
-        nullptr);
+    return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
+                     static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"),
+                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), static_cast<int64_t*>(c.inout("counts")),
+                     c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
+                    nullptr);
+  });
+  def("take_counts", [](Call& c) {
+    return take_counts({static_cast<int64_t*>(c.inout("counts")), static_cast<int64_t*>(c.out("out"))}, nullptr);
   });
   def("loss_sum", [](Call& c) {
     return loss_sum({c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),

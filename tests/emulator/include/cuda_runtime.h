@@ -26,6 +26,17 @@
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { emulator::barrier(file, line); }
 
+// Defined in emulator.cpp, where the compiler adds no checks of its own.
+int atomicAdd(int* p, int v);
+unsigned long long atomicAdd(unsigned long long* p, unsigned long long v);
+unsigned long long atomicExch(unsigned long long* p, unsigned long long v);
+
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, const T& symbol) {
+  *address = const_cast<T*>(&symbol);
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   struct Started {

@@ -318,11 +318,11 @@ def row_loss(
         kl = T * T * (np.exp(p_t) * (p_t - p_s)).sum(1)
         g = np.zeros((B, K))
         if w["ce"]:
-            g += w["ce"] / B * (np.exp(p) - q)
+            g += w["ce"] * (np.exp(p) - q)
         if w["sr"]:
-            g += 2 * w["sr"] / (B * K) * d
+            g += 2 * w["sr"] / K * d
         if w["kl"]:
-            g += w["kl"] * T / B * (np.exp(p_s) - np.exp(p_t))
+            g += w["kl"] * T * (np.exp(p_s) - np.exp(p_t))
         hits = np.nanargmax(x, 1) == labels
     size = max(1, np.nanmax(abs(x)))
     close("ce", parts[0], ce if w["ce"] else 0, t)
@@ -369,8 +369,8 @@ def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Ar
 def feature_grad(kernels: ModuleType, t: DType, B: int, Ct: int, pooled: bool) -> list[Array]:
     data = Data(t, f"feature_grad {B} {Ct}")
     (dz_w, dz_w64), (d, d64), dz = data.normal(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
-    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, fm=0.3)
-    close("dz", dz, dz_w64 + (2 * 0.3 / (B * Ct) * d64 if pooled else 0), t)
+    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, batch=B + 2, fm=0.3)
+    close("dz", dz, (dz_w64 + (2 * 0.3 / Ct * d64 if pooled else 0)) / (B + 2), t)
     return [dz]
 
 

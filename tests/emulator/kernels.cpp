@@ -125,8 +125,9 @@ PYBIND11_MODULE(emulated_kernels, module) {
                     nullptr);
   });
   def("feature_grad", [](Call& c) {
-    return feature_grad({c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.real("fm")},
-                        nullptr);
+    return feature_grad(
+        {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},
+        nullptr);
   });
 }
 

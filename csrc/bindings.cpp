@@ -1,5 +1,5 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in _C and for
-// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops are functional.
+// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops but take_counts are functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
@@ -35,4 +35,6 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
   m.def("limit_stage(int most) -> int");
+  // The counters of counts.h on the device of `like`, [2] int64, which begin anew at 0. Zeros on the CPU.
+  m.def("take_counts(Tensor like) -> Tensor");
 }

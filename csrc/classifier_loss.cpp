@@ -27,7 +27,7 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
   check_shape(labels, {B}, kOp, arg, "[B]");
   check_device(labels, kOp, arg);
   check(labels->scalar_type() == ScalarType::Long, kOp, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
-#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN
+#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN and the row is counted
   const int64_t* l = labels->const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b)
     check(l[b] >= 0 && l[b] < K, kOp, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
@@ -49,6 +49,7 @@ struct Rows {
   Tensor dz;                // [B, Ct] A      out, if `grad`
   LossWeights weights;
   bool grad;
+  int64_t batch;  // samples over which the loss is a mean
 };
 
 const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
@@ -78,17 +79,19 @@ void whole_rows(const Rows& r, const Launch& launch) {
     else
       teacher = as(*r.logits_t, t);
   }
-  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes dloss/dlogits in place
+  int64_t* counts = nullptr;
+  launched(device_counts(&counts), "the search for classifier_loss's counters");
+  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes its gradient in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
-                     B, K, r.weights, r.grad},
+                     counts, B, K, r.weights, r.grad},
                     launch.stream),
            "classifier_loss's row pass");
   if (!r.grad) return;
   const Tensor dz_w = times_weight(logits, r.weight, r.dz);  // [B, Ct]
-  launched(feature_grad(
-               {t, dz_w.const_data_ptr(), r.weights.fm != 0 ? data(r.d) : nullptr, r.dz.mutable_data_ptr(), B, Ct, r.weights.fm},
-               launch.stream),
+  launched(feature_grad({t, dz_w.const_data_ptr(), r.weights.fm != 0 ? data(r.d) : nullptr, r.dz.mutable_data_ptr(), B, Ct,
+                         r.batch, r.weights.fm},
+                        launch.stream),
            "classifier_loss's gradient");
 }
 
@@ -116,9 +119,6 @@ void all_rows(const Rows& r, const Launch& launch) {
     some.top1_rows = rows_of(r.top1_rows, first, n);
     if (r.grad) some.dz = rows_of(r.dz, first, n);
     some.part_rows = empty(r.z, {kParts, n}, dtype(r.z, kOp, "z"));
-    // whole_rows divides by its own n
-    for (double* weight : {&some.weights.ce, &some.weights.sr, &some.weights.fm, &some.weights.kl})
-      *weight *= double(n) / double(B);
     whole_rows(some, launch);
     const int64_t bytes = int64_t(r.part_rows.element_size());
     for (const int part : {kPartCe, kPartSr, kPartKl})
@@ -190,7 +190,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                           launch.stream),
              "classifier_loss's feature match");
   }
-  all_rows({z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad}, launch);
+  all_rows({z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad, B},
+           launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},
                     launch.stream),

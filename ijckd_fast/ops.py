@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -350,7 +351,8 @@ def classifier_loss(
               of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts are float32 (float64 for float64)
     autocast  z, pooled_t and weight are cast to the autocast dtype for the matrix products; differences and losses stay in float32
     raises    RuntimeError naming argument, wanted and found (a label out of range: on the CPU; on a GPU its row's loss is NaN,
-              since looking would make the host wait); where anything but z requires grad; on double backward
+              since looking would make the host wait, and `take_bad_rows` tells of it); where anything but z requires grad; on double
+              backward
     """
     _check_library(z, "classifier_loss")
     if (amp := _autocast_dtype(z)) is not None:
@@ -405,3 +407,31 @@ def _loss_backward(ctx, grad_loss, *_):
 
 
 torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)
+
+
+class BadRows(NamedTuple):
+    """How many rows `classifier_loss` could not serve as asked.
+
+    labels     with a label outside [0, K): their loss is NaN
+    saturated  with a logit so far above the label's that the softmax left the range of its format: their loss and gradient are finite,
+               but too small
+    """
+
+    labels: int
+    saturated: int
+
+
+def take_bad_rows(device: torch.device | str | int) -> BadRows:
+    """Rows that `classifier_loss` could not serve on `device` since the last call; the count begins anew.
+
+    Waits for the device: call it where the program waits anyway, such as where it logs. On a CPU all are 0: there a label out of
+    range is an error at once, and no softmax saturates.
+    """
+    like = torch.empty(0, device=device)
+    _check_library(like, "take_bad_rows")
+    return BadRows(*_ops.take_counts(like).tolist())
+
+
+@torch.library.register_fake("ijckd::take_counts")
+def _(like):
+    return like.new_empty(len(BadRows._fields), dtype=torch.int64)

@@ -414,6 +414,15 @@ def test_classifier_loss_under_autocast():
     assert got[0].dtype == got[3].dtype == torch.float32
 
 
+def test_no_bad_rows_on_a_cpu():
+    """There labels are checked at once, and no softmax saturates."""
+    z, weight, bias, labels, *_ = loss_inputs(scale=1e3)
+    ops.classifier_loss(z, weight, bias, labels)
+    bad = ijckd_fast.take_bad_rows("cpu")
+    assert (bad.labels, bad.saturated) == (0, 0)
+    assert all(type(count) is int for count in bad)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # both: torch's own checks, compilation, refusals
 
@@ -455,6 +464,7 @@ def op_samples():
             None,
         ),
     )
+    yield "take_counts", torch.ops.ijckd.take_counts.default, (torch.empty(0),)
     u = torch.randn(3, 4, 6, dtype=F64)
     weight = torch.randn(5, 6, dtype=F64)
     yield "connector_project", torch.ops.ijckd.connector_project.default, (u, weight)

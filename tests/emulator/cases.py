@@ -290,7 +290,7 @@ def row_loss(
     logits_t, logits_t64 = data.normal(B, K, scale=2)
     mix = data.random.random(B).astype(t.accumulator)
     d = delta64 if teacher == "delta" else x - logits_t64 if teacher == "logits_t" else np.zeros((B, K))
-    parts, top1 = data.out(4, B), np.full(B, -7)
+    parts, top1, counts = data.out(4, B), np.full(B, -7), np.array([3, 5])
     arrays = {
         "bias": b if bias and edit != "ties" else None,
         "delta": delta if teacher == "delta" else None,
@@ -299,7 +299,8 @@ def row_loss(
         "labels_b": labels_b if two_labels else None,
         "mix": mix if two_labels else None,
     }
-    kernels.row_loss(dtype=t.name, logits=logits, **arrays, part_rows=parts, top1_rows=top1, B=B, K=K, grad=grad, **w)
+    outs = {"part_rows": parts, "top1_rows": top1, "counts": counts}
+    kernels.row_loss(dtype=t.name, logits=logits, **arrays, **outs, B=B, K=K, grad=grad, **w)
 
     T, smoothing = w["temperature"], w["label_smoothing"]
     valid = (labels >= 0) & (labels < K)
@@ -317,11 +318,11 @@ def row_loss(
         kl = T * T * (np.exp(p_t) * (p_t - p_s)).sum(1)
         g = np.zeros((B, K))
         if w["ce"]:
-            g += w["ce"] / B * (np.exp(p) - q)
+            g += w["ce"] * (np.exp(p) - q)
         if w["sr"]:
-            g += 2 * w["sr"] / (B * K) * d
+            g += 2 * w["sr"] / K * d
         if w["kl"]:
-            g += w["kl"] * T / B * (np.exp(p_s) - np.exp(p_t))
+            g += w["kl"] * T * (np.exp(p_s) - np.exp(p_t))
         hits = np.nanargmax(x, 1) == labels
     size = max(1, np.nanmax(abs(x)))
     close("ce", parts[0], ce if w["ce"] else 0, t)
@@ -334,7 +335,16 @@ def row_loss(
         close("logits", logits, logits64, t, stored=True)
     if edit != "nan":
         np.testing.assert_array_equal(top1, hits)
-    return [parts, top1, logits]
+    np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+    return [parts, top1, logits, counts]
+
+
+def take_counts(kernels: ModuleType, t: DType, first: int) -> list[Array]:
+    counts, out = np.array([first, 2**40]), np.full(2, -7)
+    kernels.take_counts(counts=counts, out=out)
+    np.testing.assert_array_equal(out, [first, 2**40])
+    np.testing.assert_array_equal(counts, [0, 0])
+    return [counts, out]
 
 
 def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Array]:
@@ -359,8 +369,8 @@ def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Ar
 def feature_grad(kernels: ModuleType, t: DType, B: int, Ct: int, pooled: bool) -> list[Array]:
     data = Data(t, f"feature_grad {B} {Ct}")
     (dz_w, dz_w64), (d, d64), dz = data.normal(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
-    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, fm=0.3)
-    close("dz", dz, dz_w64 + (2 * 0.3 / (B * Ct) * d64 if pooled else 0), t)
+    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, batch=B + 2, fm=0.3)
+    close("dz", dz, (dz_w64 + (2 * 0.3 / Ct * d64 if pooled else 0)) / (B + 2), t)
     return [dz]
 
 
@@ -385,6 +395,7 @@ def all_cases() -> dict[str, Case]:
                 add(channel_grads, t, B, P, Ct, match)
         for B in (1, 255, 256, 300):
             add(loss_sum, t, B)
+        add(take_counts, t, 7)
         for part in ("ce", "sr", "fm", "kl"):
             add(loss_sum, t, 5, **{part: 0})
         add(loss_sum, t, 5, ce=1, sr=1, fm=1, kl=1)

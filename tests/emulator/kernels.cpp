@@ -9,6 +9,7 @@
 #include "classifier_loss.h"
 #include "connector_match.h"
 #include "controls.h"
+#include "counts.h"
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
 #include "rows.h"
@@ -121,11 +122,14 @@ PYBIND11_MODULE(emulated_kernels, module) {
         nullptr);
   });
   def("row_loss", [](Call& c) {
-    return row_loss(
-        {c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"), static_cast<const int64_t*>(c.in("labels")),
-         static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"), c.out("part_rows"),
-         static_cast<int64_t*>(c.out("top1_rows")), c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
-        nullptr);
+    return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
+                     static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"),
+                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), static_cast<int64_t*>(c.inout("counts")),
+                     c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
+                    nullptr);
+  });
+  def("take_counts", [](Call& c) {
+    return take_counts({static_cast<int64_t*>(c.inout("counts")), static_cast<int64_t*>(c.out("out"))}, nullptr);
   });
   def("loss_sum", [](Call& c) {
     return loss_sum({c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
@@ -185,8 +189,9 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);
   def("feature_grad", [](Call& c) {
-    return feature_grad({c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.real("fm")},
-                        nullptr);
+    return feature_grad(
+        {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},
+        nullptr);
   });
 }
 

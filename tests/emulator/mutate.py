@@ -38,6 +38,7 @@ UNIT_KERNELS = {
     "rows.cu": ("feature_diff", "column_sum"),
     "connector_match.cu": ("channel_stats", "match_forward", "channel_grads", "match_backward"),
     "classifier_loss.cu": ("row_loss", "loss_sum", "feature_grad"),
+    "counts.cu": ("take_counts",),
 }
 FILES = {
     **{f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS},

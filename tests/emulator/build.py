@@ -26,6 +26,7 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
 # that a forgotten initialisation shows.
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fsanitize=thread", "-ftrivial-auto-var-init=pattern"]
+KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # unroll is nvcc's
 HOST_FLAGS = ["-std=c++20", "-O1"]
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 

@@ -44,12 +44,18 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   const Tensor y = torch::stable::contiguous(matmul_nt(rows, weight));  // [N, Ct]
   Projected out{torch::stable::view(y, {B, P, Ct}), none(u, acc), none(u, acc)};
   if (statistics) {
+    const int64_t parts = stat_parts(N, kStatRows);
+    const Tensor part_mean = empty(u, {parts, Ct}, acc), part_m2 = empty(u, {parts, Ct}, acc);
     out.mean = empty(u, {Ct}, acc);
     out.var = empty(u, {Ct}, acc);
     Launch launch(u);
     launched(
-        channel_stats({t, y.const_data_ptr(), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct}, launch.stream),
+        channel_stats({t, y.const_data_ptr(), part_mean.mutable_data_ptr(), part_m2.mutable_data_ptr(), N, Ct}, launch.stream),
         "connector_match's channel statistics");
+    launched(combine_stats({acc, part_mean.const_data_ptr(), part_m2.const_data_ptr(), out.mean.mutable_data_ptr(),
+                            out.var.mutable_data_ptr(), N, Ct, kStatRows},
+                           launch.stream),
+             "connector_match's channel statistics");
   }
   return out;
 }
@@ -85,25 +91,26 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
                      out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
                     launch.stream),
       "connector_match's forward pass");
-  const auto sum = [&](const Tensor& x, const Tensor& to, int64_t rows, int64_t cols, double scale) {
-    launched(column_sum({acc, x.const_data_ptr(), to.mutable_data_ptr(), rows, cols, scale}, launch.stream),
-             "connector_match's sums");
+  const auto to_fm = [&](const Tensor& x, int64_t n, double scale) {
+    launched(column_sum({acc, x.const_data_ptr(), out.fm.mutable_data_ptr(), n, 1, scale}, launch.stream),
+             "connector_match's feature loss");
   };
   if (map_t) {
     out.res = empty(y, {Ct}, acc);
     out.res_yhat = empty(y, {Ct}, acc);
     const Tensor per_channel = empty(y, {Ct}, acc);
-    sum(*res, out.res, B, Ct, 1);
-    sum(*res_yhat, out.res_yhat, B, Ct, 1);
-    sum(*square, per_channel, B, Ct, 1);
-    sum(per_channel, out.fm, Ct, 1, 1 / (double(B) * double(P) * double(Ct)));
+    launched(match_sums({acc, data(square), data(res), data(res_yhat), per_channel.mutable_data_ptr(), out.res.mutable_data_ptr(),
+                         out.res_yhat.mutable_data_ptr(), B, Ct},
+                        launch.stream),
+             "connector_match's sums");
+    to_fm(per_channel, Ct, 1 / (double(B) * double(P) * double(Ct)));
   } else if (pooled_t) {
     const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
     launched(feature_diff(
                  {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
                  launch.stream),
              "connector_match's pooled match");
-    sum(rows, out.fm, B, 1, 1 / (double(B) * double(Ct)));
+    to_fm(rows, B, 1 / (double(B) * double(Ct)));
   } else {
     torch::stable::zero_(out.fm);
   }

@@ -101,13 +101,23 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return column_sum({c.dtype(), c.in("x"), c.out("out"), c.integer("rows"), c.integer("cols"), c.real("scale")}, nullptr);
   });
   def("channel_stats", [](Call& c) {
-    return channel_stats({c.dtype(), c.in("y"), c.out("mean"), c.out("var"), c.integer("N"), c.integer("Ct")}, nullptr);
+    return channel_stats({c.dtype(), c.in("y"), c.out("part_mean"), c.out("part_m2"), c.integer("N"), c.integer("Ct")}, nullptr);
+  });
+  def("combine_stats", [](Call& c) {
+    return combine_stats({c.dtype(), c.in("part_mean"), c.in("part_m2"), c.out("mean"), c.out("var"), c.integer("N"),
+                          c.integer("Ct"), c.integer("rows_per_part")},
+                         nullptr);
   });
   def("match_forward", [](Call& c) {
     return match_forward(
         {c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.out("z"), c.out("count"), c.out("yhat"), c.out("square"),
          c.out("res"), c.out("res_yhat"), c.integer("B"), c.integer("P"), c.integer("Ct"), c.flag("relu")},
         nullptr);
+  });
+  def("match_sums", [](Call& c) {
+    return match_sums({c.dtype(), c.in("square"), c.in("res"), c.in("res_yhat"), c.out("square_sum"), c.out("res_sum"),
+                       c.out("res_yhat_sum"), c.integer("B"), c.integer("Ct")},
+                      nullptr);
   });
   def("channel_grads", [](Call& c) {
     return channel_grads(

@@ -36,7 +36,14 @@ TIME_LIMIT = 30  # seconds
 # Which kernels a changed file can break.
 UNIT_KERNELS = {
     "rows.cu": ("feature_diff", "column_sum"),
-    "connector_match.cu": ("channel_stats", "match_forward", "channel_grads", "match_backward"),
+    "connector_match.cu": (
+        "channel_stats",
+        "combine_stats",
+        "match_forward",
+        "match_sums",
+        "channel_grads",
+        "match_backward",
+    ),
     "classifier_loss.cu": ("row_loss", "loss_sum", "feature_grad"),
     "counts.cu": ("take_counts",),
 }

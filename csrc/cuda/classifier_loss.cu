@@ -1,5 +1,6 @@
 // Kernels of classifier_loss around the library's GEMMs: any shape, any dtype; the GPU's oracle for faster ones.
 #include "classifier_loss.h"
+#include "cuda/classifier_tiles.h"
 #include "device.cuh"
 #include "row_math.h"
 
@@ -25,12 +26,13 @@ struct Better {
 // One block per sample: up to four passes over the row (maximum; sums; teacher's sums and KL; gradient in place), which stays in
 // L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss
 // and is counted.
-template <typename T, typename A>
-__global__ void row_loss_kernel(RowLoss r) {
+// The gradient's rows, of type G, are `stride` apart and 0 past the classes.
+template <typename T, typename A, typename G>
+__global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
   __shared__ A slots[kThreads];
   __shared__ Best<A> best_slots[kThreads];
   const int64_t b = blockIdx.x, K = r.K;
-  T* logits = static_cast<T*>(r.logits) + b * K;
+  const T* logits = static_cast<const T*>(r.logits) + b * K;
   const A* bias = static_cast<const A*>(r.bias);
   const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
   const T* logits_t = r.logits_t ? static_cast<const T*>(r.logits_t) + b * K : nullptr;
@@ -103,8 +105,9 @@ __global__ void row_loss_kernel(RowLoss r) {
     if (w.ce != 0) g += A(w.ce) * (valid ? exp(l - lse) - q.prob(k) : ce);
     if (w.sr != 0) g += c_sr * d;
     if (w.kl != 0) g += c_kl * (exp(l / temp - lse_s) - exp((l - d) / temp - lse_t));
-    store(logits, k, g);
+    store(gradient + b * stride, k, g);
   }
+  for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));
 }
 
 // One block: means over B by a fixed tree, the weighted sum, the hits.
@@ -145,8 +148,20 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 }  // namespace
 
 int row_loss(const RowLoss& r, void* stream) {
-  return dispatch(r.dtype,
-                  [&](auto t, auto a) { return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r); });
+  return dispatch(r.dtype, [&](auto t, auto a) {
+    using T = decltype(t);
+    return launch(row_loss_kernel<T, decltype(a), T>, r.B, kThreads, stream, r, static_cast<T*>(r.logits), r.K);
+  });
+}
+
+int row_loss_apart(const RowLossApart& r, void* stream) {
+  return dispatch(r.dtype, [&](auto t, auto) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == 2)
+      return launch(row_loss_kernel<float, float, T>, r.rows.B, kThreads, stream, r.rows, static_cast<T*>(r.gradient), r.stride);
+    else
+      return static_cast<int>(cudaErrorInvalidValue);  // in place, by row_loss
+  });
 }
 
 int loss_sum(const LossSum& s, void* stream) {

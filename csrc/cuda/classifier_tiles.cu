@@ -1,16 +1,11 @@
 // Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next launch, in
 // tile order, so equal inputs give equal bits.
+#include "counts.h"
 #include "cuda/classifier_tiles.h"
 #include "device.cuh"
 #include "tile.cuh"
 
 namespace ijckd {
-
-bool has_tensor_cores() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8;
-}
 
 namespace {
 
@@ -18,6 +13,8 @@ using bf16 = __nv_bfloat16;
 
 constexpr int kRowThreads = 128;
 constexpr float kLog2e = 1.44269504f;
+
+__device__ void count_row(int64_t* counts, int what) { atomicAdd(reinterpret_cast<unsigned long long*>(counts + what), 1ull); }
 
 // --------------------------------------------------------------------------------------------------------------------
 // anchor_rows
@@ -53,11 +50,13 @@ __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRo
   const auto sum = [&](float v) { return block_reduce<kRowThreads>(v, slots, Sum{}); };
   dot_a = sum(dot_a), dot_b = sum(dot_b), square = sum(square);
   if (threadIdx.x != 0) return;
+  if (p.pooled_t) p.fm_rows[b] = square;
+  if (!p.anchor) return;
   if (p.bias && valid(label) && valid(label_b)) dot_a += p.bias[label], dot_b += p.bias[label_b];
   // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
   p.anchor[b] = valid(label) && valid(label_b) && fabsf(dot_a) < INFINITY ? dot_a : NAN;
   p.logit_b[b] = dot_b;
-  if (p.pooled_t) p.fm_rows[b] = square;
+  if (!valid(label) || !valid(label_b)) count_row(p.counts, kBadLabels);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -231,7 +230,8 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
     hits += top.index == p.labels[b];
     if (w.ce != 0) {
       const float s = row_others(p, b), above = top.value - p.anchor[b];
-      float row = above > kSaturation ? above : log1pf(s);
+      float row = log1pf(s);
+      if (above > kSaturation) row = above, count_row(p.counts, kSaturated);
       if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (p.anchor[b] - p.logit_b[b]);
       if (eps != 0) row += eps * (p.anchor[b] - logits / float(p.K));
       ce += row;
@@ -357,6 +357,39 @@ __global__ void __launch_bounds__(Shape::kThreads) grad_rows_tile_kernel(const G
     }
 }
 
+// --------------------------------------------------------------------------------------------------------------------
+// times_classifier
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads) times_classifier_tile_kernel(const TimesClassifier p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
+  const Matrix<T> g{static_cast<const T*>(p.gradient), int(p.B), int(p.stride), p.stride};
+  const Matrix<T> w{static_cast<const T*>(p.weight), int(p.K), int(p.Ct), p.Ct};
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), [&](T* stage_a, T* stage_b, int step) {
+    copy_panel<Shape::kM, Shape::kThreads>(stage_a, g, m0, step * kDepth);
+    copy_b<Shape, B::kByDepth>(stage_b, w, n0, step * kDepth);
+  });
+  const float share = 1 / float(p.B), c = float(2 * p.fm / (double(p.B) * double(p.Ct)));
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int b = m0 + tile_row<Shape>(i, half), n = n0 + tile_column<Shape>(j);
+        if (b >= p.B || n >= p.Ct) continue;
+        const int64_t at = b * p.Ct + n;
+        float2 v{share * acc[i][j][2 * half], share * acc[i][j][2 * half + 1]};
+        if (p.fm != 0) {
+          const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+          v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
+        }
+        store_pair(p.dz + at, v);
+      }
+}
+
 }  // namespace
 
 int class_tile(int64_t B, int64_t classes) {
@@ -384,6 +417,18 @@ int grad_rows(const GradRows& g, void* stream) {
     const auto kernel = g.weights.ce != 0 && g.weights.label_smoothing != 0 ? grad_rows_tile_kernel<Shape, true>
                                                                             : grad_rows_tile_kernel<Shape, false>;
     return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g);
+  });
+}
+
+int times_classifier(const TimesClassifier& t, void* stream) {
+  return with_tile(t.B, t.Ct, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN);
+    const auto start = [&](auto kernel) {
+      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, t);
+    };
+    return t.dtype == DType::bf16 ? start(times_classifier_tile_kernel<__nv_bfloat16, Shape>)
+                                  : start(times_classifier_tile_kernel<__half, Shape>);
   });
 }
 

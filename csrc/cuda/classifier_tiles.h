@@ -1,6 +1,11 @@
 #pragma once
 // classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu, in the order of use.
 //
+// Two ways. The anchored one, for bfloat16: anchor_rows, then for every chunk of classes logits_exp and grad_rows. Where the loss
+// needs what only whole rows of logits can give (temperature KL, a teacher's logits) or float16's range is too small for
+// exponentials that are not yet probabilities: anchor_rows for its rounding alone, connector_tiles.h:project_tiles,
+// row_loss_apart, times_classifier, classifier_loss.h:loss_sum.
+//
 // Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said otherwise
 // arrays are float. Every function returns 0 or a CUDA error code.
 //
@@ -24,9 +29,6 @@ namespace ijckd {
 
 constexpr float kSaturation = 76;  // nats: exp(76) times 2^17 classes is still a float
 
-// Whether the current GPU runs these kernels.
-bool has_tensor_cores();
-
 // What each row needs before the GEMMs.
 struct AnchorRows {
   DType dtype;              // T: bfloat16 or float16
@@ -39,9 +41,10 @@ struct AnchorRows {
   void* z_t;                // [B, Ct] T  out: z rounded
   void* d_t;                // [B, Ct] T  out, or null: d = z - pooled_t, formed in float, rounded
   void* d_split;            // [2, B, Ct] bfloat16  out, or null: d's high and low parts
-  float* anchor;            // [B]  out: the label's logit of the rounded z; NaN where it is not finite
-  float* logit_b;           // [B]  out: labels_b's logit
+  float* anchor;            // [B]  out, or null: the label's logit of the rounded z; NaN where it is not finite
+  float* logit_b;           // [B]  out, with anchor: labels_b's logit
   float* fm_rows;           // [B]  out, with pooled_t: sum over Ct of d^2
+  int64_t* counts;          // [kCounts] in and out, with anchor: counts.h
   int64_t B, K, Ct;
 };
 int anchor_rows(const AnchorRows& a, void* stream);
@@ -100,9 +103,32 @@ struct GradRows {
   float* loss;                              // []  out
   float* parts;                             // [kParts]  out
   int64_t* top1;                            // []  out
+  int64_t* counts;                          // [kCounts] in and out: counts.h
   int64_t B, K, Ct;
   LossWeights weights;
 };
 int grad_rows(const GradRows& g, void* stream);
+
+// classifier_loss.h:row_loss with float logits and delta, and the gradient kept apart from them in T.
+struct RowLossApart {
+  RowLoss rows;    // its dtype is float, its gradient not in place
+  DType dtype;     // T: bfloat16 or float16
+  void* gradient;  // [B, stride] T  out, with rows.grad; columns past K are 0
+  int64_t stride;  // K rounded up to a multiple of 8
+};
+int row_loss_apart(const RowLossApart& r, void* stream);
+
+// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B.
+struct TimesClassifier {
+  DType dtype;            // T
+  const void* gradient;   // [B, stride] T
+  const void* weight;     // [K, Ct] T
+  const float* z;         // [B, Ct]
+  const float* pooled_t;  // [B, Ct], or null where fm is 0
+  float* dz;              // [B, Ct]  out
+  int64_t B, K, Ct, stride;
+  double fm;
+};
+int times_classifier(const TimesClassifier& t, void* stream);
 
 }  // namespace ijckd

@@ -52,8 +52,14 @@ __global__ void __launch_bounds__(Shape::kThreads) project_tile_kernel(const Pro
       for (int half = 0; half < 2; ++half) {
         const int64_t row = m0 + tile_row<Shape>(i, half);
         const int c = n0 + tile_column<Shape>(j);
-        if (row < p.N && c < p.Ct)
+        if (row >= p.N || c >= p.Ct) continue;
+        if (p.wide) {  // rows of an odd number of floats are not aligned to pairs
+          float* y = static_cast<float*>(p.y) + row * p.Ct + c;
+          y[0] = acc[i][j][2 * half];
+          if (c + 1 < p.Ct) y[1] = acc[i][j][2 * half + 1];
+        } else {
           store_pair(static_cast<T*>(p.y) + row * p.Ct + c, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
+        }
       }
   if (!p.mean) return;
 

@@ -1,8 +1,17 @@
-// Kernels of rows.h, and the text of a launch error.
+// Kernels of rows.h, and what the host asks of the CUDA runtime.
+#include "cuda/stage.h"
 #include "device.cuh"
 #include "rows.h"
 
 namespace ijckd {
+
+int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
 
 const char* launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 

@@ -10,4 +10,7 @@ constexpr int64_t kStages = 2;
 
 int64_t stage_limit();
 
+// Of the current GPU, ten times its major version plus the minor; 0 if there is none. Tensor-core tiles need 80.
+int compute_capability();
+
 }  // namespace ijckd

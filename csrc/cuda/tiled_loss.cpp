@@ -2,7 +2,10 @@
 
 #include <algorithm>
 
+#include "counts.h"
 #include "cuda/classifier_tiles.h"
+#include "cuda/connector_tiles.h"
+#include "cuda/stage.h"
 
 namespace ijckd {
 namespace {
@@ -14,6 +17,7 @@ constexpr int64_t kWhole = 1 << 24;      // exponentials up to which all classes
 constexpr int64_t kChunk = 1 << 23;      // exponentials in a chunk: with their rows of W they stay in L2 between the two GEMMs
 constexpr int64_t kLeastClasses = 1024;  // in a chunk
 #endif
+constexpr int64_t kMostLogits = 1 << 23;  // float logits that are kept where whole rows of them are needed: 32 MiB
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -29,15 +33,8 @@ const T* in(const OptTensor& t) {
   return static_cast<const T*>(data(t));
 }
 
-}  // namespace
-
-bool in_tiles(const TiledLoss& t) {
-  return t.weight.scalar_type() == ScalarType::BFloat16 && t.weights.kl == 0 && (t.weights.sr == 0 || (t.gram && t.pooled_t)) &&
-         t.z.size(1) % 8 == 0 && t.weight.size(0) <= INT32_MAX && aligned(t.weight, 16) && aligned(t.gram, 16) &&
-         aligned(t.z, 8) && aligned(t.pooled_t, 8) && has_tensor_cores();
-}
-
-void tiled_loss(const TiledLoss& t, const Launch& launch) {
+// The anchored way (classifier_tiles.h).
+void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
   const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
   const bool match = t.weights.sr != 0, smoothing = t.weights.ce != 0 && t.weights.label_smoothing != 0;
   const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
@@ -74,7 +71,7 @@ void tiled_loss(const TiledLoss& t, const Launch& launch) {
   const int64_t* labels = in<int64_t>(t.labels);
   const int64_t* labels_b = in<int64_t>(t.labels_b);
   launched(anchor_rows({DType::bf16, in<float>(t.z), in<float>(t.pooled_t), data(t.weight), in<float>(t.bias), labels, labels_b,
-                        z_t.mutable_data_ptr(), nullptr, out<void>(d_split), anchor, logit_b, fm_rows, B, K, Ct},
+                        z_t.mutable_data_ptr(), nullptr, out<void>(d_split), anchor, logit_b, fm_rows, counts, B, K, Ct},
                        launch.stream),
            "classifier_loss's anchors");
   int tile = 0;
@@ -128,6 +125,7 @@ void tiled_loss(const TiledLoss& t, const Launch& launch) {
                         .loss = out<float>(t.loss),
                         .parts = out<float>(t.parts),
                         .top1 = out<int64_t>(t.top1),
+                        .counts = counts,
                         .B = B,
                         .K = K,
                         .Ct = Ct,
@@ -135,6 +133,110 @@ void tiled_loss(const TiledLoss& t, const Launch& launch) {
                        launch.stream),
              "classifier_loss's gradient");
   }
+}
+
+// That with whole rows of logits, in float.
+void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
+  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
+  const DType type = dtype(t.weight, "classifier_loss", "weight");
+  const bool match = t.weights.sr != 0 || t.weights.kl != 0, features = match && t.pooled_t;
+  const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
+  const Tensor rows = empty(t.z, {stacked, Ct}, type), logits = empty(t.z, {stacked, K}, DType::f32);
+  const Tensor parts = empty(t.z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(t.z, {B}, ScalarType::Long);
+  const OptTensor logits_t = match && !features ? OptTensor(as(*t.logits_t, DType::f32)) : OptTensor();
+  char* z_t = static_cast<char*>(rows.mutable_data_ptr());
+  float* l = logits.mutable_data_ptr<float>();
+  float* part_rows = parts.mutable_data_ptr<float>();
+  launched(anchor_rows({.dtype = type,
+                        .z = in<float>(t.z),
+                        .pooled_t = in<float>(t.pooled_t),
+                        .weight = data(t.weight),
+                        .bias = nullptr,
+                        .labels = in<int64_t>(t.labels),
+                        .labels_b = nullptr,
+                        .z_t = z_t,
+                        .d_t = features ? z_t + B * Ct * 2 : nullptr,
+                        .d_split = nullptr,
+                        .anchor = nullptr,
+                        .logit_b = nullptr,
+                        .fm_rows = t.pooled_t ? part_rows + kPartFm * B : nullptr,
+                        .counts = nullptr,
+                        .B = B,
+                        .K = K,
+                        .Ct = Ct},
+                       launch.stream),
+           "classifier_loss's rounding");
+  launched(project_tiles({.dtype = type,
+                          .u = z_t,
+                          .weight = data(t.weight),
+                          .y = l,
+                          .wide = true,
+                          .mean = nullptr,
+                          .m2 = nullptr,
+                          .N = stacked,
+                          .Cs = Ct,
+                          .Ct = K},
+                         launch.stream),
+           "classifier_loss's logits");
+  OptTensor gradient;
+  if (t.grad) gradient = empty(t.z, {B, stride}, type);
+  launched(row_loss_apart({.rows = {.dtype = DType::f32,
+                                    .logits = l,
+                                    .bias = data(t.bias),
+                                    .delta = features ? l + B * K : nullptr,
+                                    .logits_t = data(logits_t),
+                                    .labels = in<int64_t>(t.labels),
+                                    .labels_b = in<int64_t>(t.labels_b),
+                                    .mix = data(t.mix),
+                                    .part_rows = part_rows,
+                                    .top1_rows = out<int64_t>(hits),
+                                    .counts = counts,
+                                    .B = B,
+                                    .K = K,
+                                    .weights = t.weights,
+                                    .grad = t.grad},
+                           .dtype = type,
+                           .gradient = out<void>(gradient),
+                           .stride = stride},
+                          launch.stream),
+           "classifier_loss's row pass");
+  launched(loss_sum({DType::f32, part_rows, in<int64_t>(hits), out<void>(t.loss), out<void>(t.parts), out<int64_t>(t.top1), B, K,
+                     Ct, t.weights},
+                    launch.stream),
+           "classifier_loss's sum");
+  if (!t.grad) return;
+  launched(times_classifier({.dtype = type,
+                             .gradient = data(gradient),
+                             .weight = data(t.weight),
+                             .z = in<float>(t.z),
+                             .pooled_t = in<float>(t.pooled_t),
+                             .dz = out<float>(t.dz),
+                             .B = B,
+                             .K = K,
+                             .Ct = Ct,
+                             .stride = stride,
+                             .fm = t.weights.fm},
+                            launch.stream),
+           "classifier_loss's gradient");
+}
+
+}  // namespace
+
+bool tiled_loss(const TiledLoss& t, const Launch& launch) {
+  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
+  const bool bf16 = t.weight.scalar_type() == ScalarType::BFloat16, half = bf16 || t.weight.scalar_type() == ScalarType::Half;
+  if (!half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
+      !aligned(t.pooled_t, 8) || compute_capability() < 80)
+    return false;
+  const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;
+  // Without the logits' own difference G costs three products of Ct columns, with it one of K.
+  const bool by_gram = t.gram && t.pooled_t && (3 * Ct < K || !few);
+  const bool by_anchor = bf16 && t.weights.kl == 0 && (!match || by_gram);
+  if (!by_anchor && !few) return false;
+  int64_t* counts = nullptr;
+  launched(device_counts(&counts), "the search for classifier_loss's counters");
+  by_anchor ? anchored(t, counts, launch) : whole_rows(t, counts, launch);
+  return true;
 }
 
 }  // namespace ijckd

@@ -759,8 +759,9 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrComputeCapabilityMajor) return cudaErrorInvalidValue;
-  *value = 8;  // what the emulated instructions need
+  if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor)
+    return cudaErrorInvalidValue;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;  // what the emulated instructions need
   return cudaSuccess;
 }
 

@@ -224,3 +224,53 @@ def test_gram_of_another_size_is_refused():
         RuntimeError, match=r"gram must be what classifier_gram makes of this weight, \[2, Ct, Ct\] = \[2, 24, 24\]"
     ):
         ops.classifier_loss(z, weight, bias, labels, gram=ops.classifier_gram(weight[:, :16]), **keywords)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["train", "eval", "bias"])
+@pytest.mark.parametrize("shape", [(1, 8, 7, 7), (5, 24, 3, 5), (67, 72)])
+def test_connector_match_in_tiles_no_worse_than_eager(shape, norm, dtype, stage):
+    leaves, keywords = connector_inputs(shape, 136, norm=norm, match="map", dtype=dtype, channels_last=len(shape) == 4)
+    oracle = run_connector(
+        reference.connector_match,
+        {k: wide(v) for k, v in leaves.items()},
+        {k: wide(v) for k, v in keywords.items()},
+    )
+    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
+    for f, e, o in zip(fused, eager, oracle, strict=True):
+        assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
+
+
+ALL_BUT_FM = {"kl": 0.9, "sr": 0.5, "mixed": True, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", ["pooled_t", "logits_t"])
+@pytest.mark.parametrize("terms", [{"kl": 0.9}, {"sr": 2.0}, ALL_BUT_FM, ALL_BUT_FM | {"fm": 0.3}])
+def test_whole_rows_of_logits_no_worse_than_eager(terms, teacher, dtype, stage):
+    z, weight, bias, labels, keywords = tiled_inputs(66, 72, 203, **terms)
+    weight = weight.to(dtype)
+    if teacher == "logits_t":
+        keywords["logits_t"] = torch.nn.functional.linear(keywords["pooled_t"], weight.float(), bias)
+        if "fm" not in terms:  # where the features are given they serve
+            del keywords["pooled_t"]
+    oracle = loss_and_grad(
+        reference, *map(wide, (z, weight, bias, labels)), **{k: wide(v) for k, v in keywords.items()}
+    )
+    fused = loss_and_grad(ops, z, weight, bias, labels, **keywords)
+    eager = loss_and_grad(reference, z, weight, bias.to(dtype), labels, **keywords)
+    for name, f, e, o in zip(("loss", "parts", "dz"), fused, eager, oracle, strict=False):
+        floor = 1e-5 * (name != "dz") + 1e-7 + torch.finfo(dtype).eps * o.abs().max().item()
+        assert_no_worse_than_eager(f, e, o, floor=floor)
+
+
+def test_a_float16_loss_and_a_kl_loss_are_in_tiles_too():
+    for dtype, kl in ((torch.float16, 0.0), (torch.bfloat16, 1.0)):
+        z, weight, bias, labels, keywords = tiled_inputs(6, 64, 90, kl=kl)
+        results = []
+        for most in (0, 1):
+            before = torch.ops.ijckd.limit_stage(most)
+            results.append(loss_and_grad(ops, z, weight.to(dtype), bias, labels, **keywords))
+            torch.ops.ijckd.limit_stage(before)
+        assert not torch.equal(results[0][2], results[1][2])
+        torch.testing.assert_close(results[0][2], results[1][2], rtol=0.02, atol=2e-4)

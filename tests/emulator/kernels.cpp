@@ -44,6 +44,10 @@ class Call {
   T* out(const char* name) {
     return static_cast<T*>(out(name));
   }
+  template <typename T>
+  T* inout(const char* name) {
+    return static_cast<T*>(inout(name));
+  }
   const void* in(const char* name) { return array(name, emulator::Access::in); }
   void* out(const char* name) { return array(name, emulator::Access::out); }
   void* inout(const char* name) { return array(name, emulator::Access::inout); }
@@ -134,13 +138,12 @@ PYBIND11_MODULE(emulated_kernels, module) {
   def("row_loss", [](Call& c) {
     return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
                      static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"),
-                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), static_cast<int64_t*>(c.inout("counts")),
-                     c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
+                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), c.inout<int64_t>("counts"), c.integer("B"),
+                     c.integer("K"), c.weights(), c.flag("grad")},
                     nullptr);
   });
-  def("take_counts", [](Call& c) {
-    return take_counts({static_cast<int64_t*>(c.inout("counts")), static_cast<int64_t*>(c.out("out"))}, nullptr);
-  });
+  def("take_counts",
+      [](Call& c) { return take_counts({c.inout<int64_t>("counts"), static_cast<int64_t*>(c.out("out"))}, nullptr); });
   def("loss_sum", [](Call& c) {
     return loss_sum({c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
                      static_cast<int64_t*>(c.out("top1")), c.integer("B"), c.integer("K"), c.integer("Ct"), c.weights()},
@@ -150,7 +153,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return anchor_rows(
         {c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.in("weight"), c.in<float>("bias"), c.in<int64_t>("labels"),
          c.in<int64_t>("labels_b"), c.out("z_t"), c.out("d_t"), c.out("d_split"), c.out<float>("anchor"), c.out<float>("logit_b"),
-         c.out<float>("fm_rows"), c.integer("B"), c.integer("K"), c.integer("Ct")},
+         c.out<float>("fm_rows"), c.inout<int64_t>("counts"), c.integer("B"), c.integer("K"), c.integer("Ct")},
         nullptr);
   });
   def("logits_exp", [](Call& c) {
@@ -169,7 +172,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.flag("first"),
                       c.flag("last"),
                       c.flag("grad"),
-                      static_cast<float*>(c.inout("dz")),
+                      c.inout<float>("dz"),
                       c.in<float>("weight_sums_in"),
                       c.out<float>("weight_sums_out"),
                       c.sums(emulator::Access::in),
@@ -185,6 +188,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.out<float>("loss"),
                       c.out<float>("parts"),
                       c.out<int64_t>("top1"),
+                      c.inout<int64_t>("counts"),
                       c.integer("B"),
                       c.integer("K"),
                       c.integer("Ct"),
@@ -192,9 +196,37 @@ PYBIND11_MODULE(emulated_kernels, module) {
                      nullptr);
   });
   def("project_tiles", [](Call& c) {
-    return project_tiles({c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.out<float>("mean"), c.out<float>("m2"),
-                          c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+    return project_tiles({c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.flag("wide"), c.out<float>("mean"),
+                          c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
                          nullptr);
+  });
+  def("row_loss_apart", [](Call& c) {
+    RowLossApart r;
+    r.dtype = c.dtype();
+    r.rows = {DType::f32,
+              c.inout("logits"),
+              c.in("bias"),
+              c.in("delta"),
+              c.in("logits_t"),
+              c.in<int64_t>("labels"),
+              c.in<int64_t>("labels_b"),
+              c.in("mix"),
+              c.out("part_rows"),
+              c.out<int64_t>("top1_rows"),
+              c.inout<int64_t>("counts"),
+              c.integer("B"),
+              c.integer("K"),
+              c.weights(),
+              c.flag("grad")};
+    r.gradient = c.out("gradient");
+    r.stride = c.integer("stride");
+    return row_loss_apart(r, nullptr);
+  });
+  def("times_classifier", [](Call& c) {
+    return times_classifier(
+        {c.dtype(), c.in("gradient"), c.in("weight"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("dz"),
+         c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
+        nullptr);
   });
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);

@@ -32,6 +32,7 @@ def anchor_rows(
     teacher: str | None = "split",
     two_labels: bool = True,
     bias: bool = True,
+    anchors: bool = True,
     edit: str = "",
 ) -> list[Array]:
     data = Data(t, f"anchor_rows {B} {K} {Ct}")
@@ -47,11 +48,12 @@ def anchor_rows(
         z[1, 0] = np.nan
         z64[:2, 0] = z[:2, 0]
     z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
-    anchor, logit_b, fm_rows = data.out(B), data.out(B), data.out(B)
+    anchor, logit_b, fm_rows, counts = data.out(B), data.out(B), data.out(B), np.array([3, 5])
     kernels.anchor_rows(
         dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, weight=weight, bias=b if bias else None, labels=labels,
         labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
-        d_split=d_split if teacher == "split" else None, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if teacher else None,
+        d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
+        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None, counts=counts if anchors else None,
         B=B, K=K, Ct=Ct,
     )  # fmt: skip
     np.testing.assert_array_equal(t.decode(z_t), t.decode(t.encode(z)))
@@ -64,8 +66,10 @@ def anchor_rows(
         wanted = np.full(B, np.nan)
         wanted[rows] = logits[rows, labels[rows]]
         wanted[~np.isfinite(wanted)] = np.nan
-    close("anchor", anchor, wanted, t, scale=Ct**0.5)
-    if two_labels and not edit:
+    if anchors:
+        close("anchor", anchor, wanted, t, scale=Ct**0.5)
+        np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+    if anchors and two_labels and not edit:
         close("logit_b", logit_b, logits[np.arange(B), labels_b], t, scale=Ct**0.5)
     if teacher:
         d = (z - pooled_t).astype(np.float32)
@@ -231,7 +235,7 @@ def grad_rows(
     elif edit == "nan":
         anchor[B // 2] = anchor64[B // 2] = np.nan
         labels[B // 2] = K
-    loss, parts, top1 = data.out(), data.out(4), np.full((), -7)
+    loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
         e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
@@ -240,7 +244,7 @@ def grad_rows(
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
         gram_tiles=gram_tiles if gram else 0, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, labels=labels,
         labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
-        gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct,
+        gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
         **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
     )  # fmt: skip
     fm_weight, sr_weight = w["fm"] if pooled else 0, w["sr"] if gram else 0
@@ -273,6 +277,7 @@ def grad_rows(
         scale=scale,
     )
     assert top1 == (top == labels).sum(), f"top1 is {top1}, wanted {(top == labels).sum()}"
+    np.testing.assert_array_equal(counts, [3, 5 + saturated.sum()])
     if not grad:
         return [loss, parts]
     c, total = w["ce"] / B, 1 + s
@@ -292,8 +297,44 @@ def grad_rows(
     return [loss, parts, dz]
 
 
+def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any) -> list[Array]:
+    """cases.py:row_loss with its logits in float and its gradient taken from another array."""
+    stride = -(-K // 8) * 8
+    gradient = t.encode(np.full((B, stride), np.nan))
+
+    class Apart:
+        @staticmethod
+        def row_loss(dtype: str, logits: Array, grad: bool, **rest: Any) -> None:
+            kernels.row_loss_apart(
+                dtype=t.name, logits=logits, grad=grad, gradient=gradient if grad else None, stride=stride, **rest
+            )
+            if grad:
+                np.testing.assert_array_equal(t.decode(gradient[:, K:]), 0)
+                logits[:] = t.decode(gradient[:, :K])
+
+    stored = DType("f32", np.float32, np.float32, t.rounding, t.smallest, F32.error)
+    return [*cases.row_loss(Apart, stored, B, K, **options), gradient]
+
+
+def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool) -> list[Array]:
+    data = Data(t, f"times_classifier {B} {K} {Ct}")
+    stride = -(-K // 8) * 8
+    wide = np.zeros((B, stride))
+    wide[:, :K] = data.random.standard_normal((B, K))
+    gradient = t.encode(wide)
+    weight, weight64 = data.normal(K, Ct)
+    (z, z64), (pooled_t, pooled64), dz = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
+    kernels.times_classifier(
+        dtype=t.name, gradient=gradient, weight=weight, z=z, pooled_t=pooled_t if pooled else None, dz=dz, B=B, K=K,
+        Ct=Ct, stride=stride, fm=0.3 if pooled else 0.0,
+    )  # fmt: skip
+    want = t.decode(gradient)[:, :K] @ weight64 / B + (2 * 0.3 / (B * Ct) * (z64 - pooled64) if pooled else 0)
+    close("dz", dz, want, t, scale=K**0.5)
+    return [dz]
+
+
 def project_tiles(
-    kernels: ModuleType, t: DType, N: int, Cs: int, Ct: int, stats: bool, shift: float = 0
+    kernels: ModuleType, t: DType, N: int, Cs: int, Ct: int, stats: bool, shift: float = 0, wide: bool = False
 ) -> list[Array]:
     data = Data(t, f"project_tiles {N} {Cs} {Ct}")
     (u, u64), (weight, weight64) = (
@@ -302,11 +343,20 @@ def project_tiles(
     )
     rows = kernels.project_rows(N, Ct)
     parts = -(-N // rows)
-    y, mean, m2 = data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
+    y, mean, m2 = data.out(N, Ct) if wide else data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
     kernels.project_tiles(
-        dtype=t.name, u=u, weight=weight, y=y, mean=mean if stats else None, m2=m2 if stats else None, N=N, Cs=Cs, Ct=Ct
+        dtype=t.name,
+        u=u,
+        weight=weight,
+        y=y,
+        wide=wide,
+        mean=mean if stats else None,
+        m2=m2 if stats else None,
+        N=N,
+        Cs=Cs,
+        Ct=Ct,
     )
-    close("y", y, u64 @ weight64.T, t, stored=True, scale=4)
+    close("y", y, u64 @ weight64.T, t, stored=not wide, scale=4)
     if stats:
         y64 = t.decode(y)
         for i in range(parts):
@@ -329,6 +379,17 @@ def all_cases() -> dict[str, Case]:
             add(anchor_rows, t, B, K, Ct)
         add(anchor_rows, t, 2, 5, 136, teacher="rounded", two_labels=False)
         add(anchor_rows, t, 2, 5, 136, teacher=None, bias=False)
+        add(anchor_rows, t, 2, 5, 136, teacher="rounded", anchors=False)
+        for B, K in ((1, 1), (3, 2), (2, 257), (2, 1000)):
+            for options in cases.ROW_LOSSES.values():
+                add(row_loss_apart, t, B, K, **options)
+        for edit in ("large", "ties", "labels"):
+            add(row_loss_apart, t, 7, 300, edit=edit)
+        for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
+            add(times_classifier, t, B, K, Ct, True)
+        add(times_classifier, t, 5, 90, 72, False)
+        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
+            add(project_tiles, t, N, Cs, Ct, False, wide=True)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
         for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):

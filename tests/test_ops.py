@@ -436,7 +436,24 @@ def op_samples():
     yield (
         "classifier_loss",
         torch.ops.ijckd.classifier_loss.default,
-        (z.requires_grad_(), weight, bias, labels, labels_b, mix, pooled_t, None, 0.1, 0.7, 0.5, 0.3, 0.9, 3.0, True),
+        (
+            z.requires_grad_(),
+            weight,
+            bias,
+            labels,
+            labels_b,
+            mix,
+            pooled_t,
+            None,
+            0.1,
+            0.7,
+            0.5,
+            0.3,
+            0.9,
+            3.0,
+            True,
+            None,
+        ),
     )
     u = torch.randn(3, 4, 6, dtype=F64)
     weight = torch.randn(5, 6, dtype=F64)

@@ -140,7 +140,8 @@ class Chunks {
   void run() {
     anchor();
     const int64_t most = std::min(K, std::max(kChunk / B, kLeastClasses)), chunks = (K + most - 1) / most;
-    const int64_t size = std::min(K, ((K + chunks - 1) / chunks + kHashedRows - 1) / kHashedRows * kHashedRows);  // nearly equal
+    // nearly equal, of whole groups of hashed rows
+    const int64_t size = std::min(K, ((K + chunks - 1) / chunks + kHashedRows - 1) / kHashedRows * kHashedRows);
     const Tensor logits = empty(z, {B * size}, t);
     if (match) hashes.resize((K + kHashedRows - 1) / kHashedRows);
     {

@@ -26,11 +26,12 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "eps, "
       "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
 
-  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass.
+  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass. The matrix products are in `dtype`, or in
+  // the weight's own without it.
   m.def(
       "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
       "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad, "
-      "Tensor? gram) -> "
+      "ScalarType? dtype, Tensor? gram) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.

@@ -1,7 +1,7 @@
 #pragma once
 // classifier_loss without torch: pointers, sizes, a stream; loops in cpu/classifier_loss.cpp, kernels in cuda/classifier_loss.cu.
 //
-// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the classifier's), A its accumulator (dtype.h) and z's type.
+// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the products'), A its accumulator (dtype.h) and z's type.
 // Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
 
 #include <cstdint>

@@ -355,11 +355,26 @@ def classifier_loss(
               backward
     """
     _check_library(z, "classifier_loss")
-    if (amp := _autocast_dtype(z)) is not None:
-        weight = weight.to(amp)
+    dtype = _autocast_dtype(z)  # the op casts, because it knows how much of the classifier it needs at a time
     grad = torch.is_grad_enabled() and z.requires_grad
     loss, parts, top1, _ = _ops.classifier_loss(
-        z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad, gram
+        z,
+        weight,
+        bias,
+        labels,
+        labels_b,
+        mix,
+        pooled_t,
+        logits_t,
+        label_smoothing,
+        ce,
+        sr,
+        fm,
+        kl,
+        temperature,
+        grad,
+        dtype,
+        gram,
     )
     return loss, parts, top1
 
@@ -379,7 +394,25 @@ def classifier_gram(weight: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("ijckd::classifier_loss")
-def _(z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad, gram):
+def _(
+    z,
+    weight,
+    bias,
+    labels,
+    labels_b,
+    mix,
+    pooled_t,
+    logits_t,
+    label_smoothing,
+    ce,
+    sr,
+    fm,
+    kl,
+    temperature,
+    grad,
+    dtype,
+    gram,
+):
     acc = _acc_dtype(z.dtype)
     dz = z.new_empty(z.shape[0] if grad else 0, z.shape[1], dtype=acc)
     return z.new_empty((), dtype=acc), z.new_empty(4, dtype=acc), z.new_empty((), dtype=torch.int64), dz
@@ -403,7 +436,7 @@ def _loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("classifier_loss")
     (dz,) = ctx.saved_tensors
     # scaled on the device: asking whether grad_loss is 1 would make the host wait
-    return ((dz * grad_loss).to(ctx.dtype), *[None] * 15)
+    return ((dz * grad_loss).to(ctx.dtype), *[None] * 16)
 
 
 torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)

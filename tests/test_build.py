@@ -14,13 +14,13 @@ import ijckd_fast
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _nvcc() -> str | None:
+def nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     return next((f"{h}/bin/nvcc" for h in homes if h and pathlib.Path(h, "bin/nvcc").exists()), shutil.which("nvcc"))
 
 
 def test_cuda_library_is_built_where_nvcc_is():
-    if _nvcc() is None:
+    if nvcc() is None:
         pytest.skip("no nvcc on this machine: only the CPU library is built")
     assert ijckd_fast.HAS_CUDA_LIBRARY
 

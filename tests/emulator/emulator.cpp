@@ -299,8 +299,13 @@ void run_block() {
   while (m.returned < n) {
     if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
     const int group = greedy() ? kWarp : n;
+    bool ran = false;
     for (int first = 0; first < n; first += group)
-      while (turn(first, std::min(n, first + group)) && greedy());
+      while (turn(first, std::min(n, first + group))) {
+        ran = true;
+        if (!greedy()) break;
+      }
+    if (!ran) throw std::runtime_error("synccheck: all threads of a block wait");
   }
 }
 

@@ -29,8 +29,9 @@ void run(const Entry* entries, int count, const std::string& name, Args... args)
   if (code) throw std::runtime_error("launch failed: " + std::to_string(code));
 }
 
-void add(emulator::Arrays& arrays, const char* name, const py::array& a, emulator::Access access) {
-  arrays.add(name, a.data(), a.nbytes(), a.itemsize(), access);
+template <typename T = void>
+T* add(emulator::Arrays& arrays, const char* name, const py::array& a, emulator::Access access) {
+  return static_cast<T*>(arrays.add(name, a.data(), a.nbytes(), a.itemsize(), access));
 }
 
 }  // namespace
@@ -41,17 +42,15 @@ PYBIND11_MODULE(emulated_broken, module) {
   module.def("names", [] { return names(broken::kKernels, broken::kCount); });
   module.def("run", [](const std::string& name, const py::array_t<float>& in, py::array_t<float>& out) {
     emulator::Arrays arrays;
-    add(arrays, "in", in, Access::in);
-    add(arrays, "out", out, Access::out);
-    run(broken::kKernels, broken::kCount, name, in.data(), out.mutable_data());
+    const float* from = add<float>(arrays, "in", in, Access::in);
+    run(broken::kKernels, broken::kCount, name, from, add<float>(arrays, "out", out, Access::out));
   });
   module.def("tile_names", [] { return names(broken::kTiles, broken::kTileCount); });
   module.def("run_tile", [](const std::string& name, const py::array& a, const py::array& b, py::array_t<float>& out) {
     emulator::Arrays arrays;
-    add(arrays, "a", a, Access::in);
-    add(arrays, "b", b, Access::in);
-    add(arrays, "out", out, Access::out);
+    const void *from_a = add(arrays, "a", a, Access::in), *from_b = add(arrays, "b", b, Access::in);
     const auto size = [](const py::array& of, int dimension) { return static_cast<int>(of.shape(dimension)); };
-    run(broken::kTiles, broken::kTileCount, name, a.data(), b.data(), out.mutable_data(), size(out, 0), size(out, 1), size(a, 1));
+    run(broken::kTiles, broken::kTileCount, name, from_a, from_b, add<float>(arrays, "out", out, Access::out), size(out, 0),
+        size(out, 1), size(a, 1));
   });
 }

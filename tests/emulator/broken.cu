@@ -34,13 +34,13 @@ __global__ void no_barrier(const float* in, float* out) {
   out[i] = slots[kThreads - 1 - threadIdx.x];
 }
 
-// Each thread loads what the next one then overwrites.
+// Each thread loads what the next one, having loaded it too, then overwrites.
 __global__ void no_barrier_before_store(const float* in, float* out) {
   __shared__ float slots[kThreads];
   const int i = blockIdx.x * kThreads + threadIdx.x;
   slots[threadIdx.x] = in[i];
   __syncthreads();
-  const float v = slots[(threadIdx.x + 1) % kThreads];
+  const float v = slots[(threadIdx.x + 1) % kThreads] + slots[threadIdx.x];
   slots[threadIdx.x] = 0;
   out[i] = v;
 }
@@ -181,8 +181,20 @@ __global__ void no_syncwarp_before_store(const float* in, float* out) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
   slots[threadIdx.x] = in[i];
   __syncwarp();
-  const float v = slots[threadIdx.x ^ 1] + slots[threadIdx.x ^ 2];
+  const float v = slots[threadIdx.x ^ 1] + slots[threadIdx.x];
   slots[threadIdx.x] = 0;
+  out[i] = v;
+}
+
+// The second warp overwrites what the first one loads.
+__global__ void syncwarp_in_one_warp(const float* in, float* out) {
+  __shared__ float slots[kThreads];
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  slots[threadIdx.x] = in[i];
+  __syncthreads();
+  if (threadIdx.x >= 32) __syncwarp();
+  const float v = slots[threadIdx.x ^ 32] + slots[threadIdx.x];
+  if (threadIdx.x >= 32) slots[threadIdx.x] = 0;
   out[i] = v;
 }
 
@@ -223,7 +235,7 @@ __global__ void shuffle_mask_too_large(const float* in, float* out) {
 
 __global__ void shuffle_after_return(const float* in, float* out) {
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (threadIdx.x == 40) return;
+  if (threadIdx.x == 63) return;
   out[i] = shuffle_xor(in[i], 1);
 }
 
@@ -453,6 +465,7 @@ const Kernel kKernels[] = {
     {"sound_syncwarp", run<sound_syncwarp>},
     {"no_syncwarp", run<no_syncwarp>},
     {"no_syncwarp_before_store", run<no_syncwarp_before_store>},
+    {"syncwarp_in_one_warp", run<syncwarp_in_one_warp>},
     {"syncwarp_between_warps", run<syncwarp_between_warps>},
     {"shuffle_for_syncwarp", run<shuffle_for_syncwarp>},
     {"divergent_shuffle", run<divergent_shuffle>},

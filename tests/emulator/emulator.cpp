@@ -55,6 +55,7 @@ constexpr size_t kStack = 64 << 10;
 constexpr size_t kSharedLimit = 48 << 10;        // of shared memory for a kernel that asked for no more, as on every GPU
 constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the largest GPUs
 constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
+constexpr size_t kDistance = 1 << 20;            // at least, between the call's arrays
 constexpr size_t kDynamicAlign = 1024;
 constexpr size_t kDynamicOffset = 2 * kSharedLimit + kDynamicAlign;  // in the arena; static arrays lie before it
 constexpr size_t kSharedArena = kDynamicOffset + kLargeSharedLimit + 4096;
@@ -302,8 +303,13 @@ void run_block() {
   while (m.returned < n) {
     if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
     const int group = greedy() ? kWarp : n;
+    bool ran = false;
     for (int first = 0; first < n; first += group)
-      while (turn(first, std::min(n, first + group)) && greedy());
+      while (turn(first, std::min(n, first + group))) {
+        ran = true;
+        if (!greedy()) break;
+      }
+    if (!ran) throw std::runtime_error("synccheck: all threads of a block wait");
   }
 }
 
@@ -460,20 +466,30 @@ const Counts& counts() { return m.counts; }
 void clear_counts() { m.counts = {}; }
 
 Arrays::~Arrays() {
+  for (const Copy& c : copies_) {
+    if (c.to) memcpy(c.to, c.data, c.bytes);
+    free(c.block);
+  }
   m.arrays.clear();
   m.arrays_named = false;
 }
 
-void Arrays::add(const char* name, const void* data, size_t bytes, size_t element, Access access) {
+void* Arrays::add(const char* name, const void* data, size_t bytes, size_t element, Access access) {
+  char* block = static_cast<char*>(aligned_alloc(kDistance, (bytes + 4 * kDistance - 1) / kDistance * kDistance));
+  if (!block) throw std::bad_alloc();
+  void* copy = block + kDistance + reinterpret_cast<uintptr_t>(data) % kCopy;  // no better aligned than the caller's
+  memcpy(copy, data, bytes);
+  copies_.push_back({block, copy, access == Access::in ? nullptr : const_cast<void*>(data), bytes});
   Region r;
   r.name = name;
-  r.begin = reinterpret_cast<uintptr_t>(data);
+  r.begin = reinterpret_cast<uintptr_t>(copy);
   r.end = r.begin + bytes;
   r.element = element;
   r.access = access;
   if (access != Access::in) r.cells.resize(bytes / element);  // nothing can be wrong with a load of an input
   m.arrays.push_back(std::move(r));
   m.arrays_named = true;
+  return copy;
 }
 
 uint3 thread_index() { return m.threads[m.running].index; }

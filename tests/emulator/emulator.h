@@ -23,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 namespace emulator {
 
@@ -47,7 +48,8 @@ struct Counts {
 const Counts& counts();
 void clear_counts();
 
-// The arrays that one call of a launcher may touch. While none is named (the whole-op tests, where torch owns the memory),
+// The arrays that one call of a launcher may touch: copies of the caller's, far from one another, so that what lies before or
+// after one is never another; outputs go back at the end. While none is named (the whole-op tests, where torch owns the memory),
 // accesses to global memory are checked for nothing.
 enum class Access { in, out, inout };
 class Arrays {
@@ -55,7 +57,16 @@ class Arrays {
   Arrays() = default;
   Arrays(const Arrays&) = delete;
   ~Arrays();
-  void add(const char* name, const void* data, size_t bytes, size_t element, Access access);
+  void* add(const char* name, const void* data, size_t bytes, size_t element, Access access);  // the copy
+
+ private:
+  struct Copy {
+    void* block;
+    void* data;
+    void* to;  // null: of an input
+    size_t bytes;
+  };
+  std::vector<Copy> copies_;
 };
 
 // Of an instruction in the kernel's source.

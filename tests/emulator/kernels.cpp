@@ -79,9 +79,7 @@ class Call {
     if (value.is_none()) return nullptr;
     const auto a = value.cast<py::array>();
     if (!(a.flags() & py::array::c_style)) throw py::value_error(std::string(name) + " must be contiguous");
-    void* data = const_cast<void*>(a.data());
-    arrays_.add(name, data, a.nbytes(), a.itemsize(), access);
-    return data;
+    return arrays_.add(name, a.data(), a.nbytes(), a.itemsize(), access);
   }
 
   py::dict arguments_;

@@ -162,22 +162,23 @@ class Workshop:
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     kernels = build.load(pathlib.Path(library))
     chosen = {name: case for name, case in cases.CASES.items() if name.split()[0] in names}
-    runs = {name: schedules.orders(kernels) for name in chosen}
     before: dict[str, list[bytes]] = {}
-    while runs:  # all cases in their first order, all in their second, ...: most mutants fall in the first
-        for name, orders in list(runs.items()):
-            order = next(orders, None)
-            if order is None:
-                del runs[name]
-                continue
-            try:
-                outputs = [out.tobytes() for out in chosen[name](kernels)]
-            except AssertionError:
-                return "wrong result", name
-            except RuntimeError as error:
-                return str(error).split(":")[0], name
-            if before.setdefault(name, outputs) != outputs:
-                return f"other bits, {order}", name
+    runs = collections.deque((name, schedules.FIRST) for name in chosen)  # most mutants fall in the first order
+    while runs:
+        name, order = runs.popleft()
+        schedules.set_order(kernels, order)
+        try:
+            outputs = [out.tobytes() for out in chosen[name](kernels)]
+        except AssertionError:
+            return "wrong result", name
+        except RuntimeError as error:
+            return str(error).split(":")[0], name
+        if before.setdefault(name, outputs) != outputs:
+            return f"other bits, {' '.join(order)}", name
+        if kernels.counts().bank_conflicts:
+            return "bank conflicts", name
+        if order == schedules.FIRST:
+            runs.extend((name, other) for other in schedules.others(kernels))
     for name, case in cases.LARGE_GRIDS.items():
         if name in names:
             try:

@@ -11,11 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from emulator import build, cases, schedules
+from emulator import build, cases, schedules, tile_cases
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 ROOT = pathlib.Path(__file__).parent.parent
+CASES = cases.CASES | tile_cases.CASES
 SCHEDULES = ("forward", "reverse", "greedy", "greedy_reverse", "random")
 
 
@@ -29,10 +30,10 @@ def broken():
     return build.load(build.built("broken") / "emulated_broken.so")
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), sorted({tuple(name.split()[:2]) for name in cases.CASES}))
+@pytest.mark.parametrize(("kernel", "dtype"), sorted({tuple(name.split()[:2]) for name in CASES}))
 def test_kernel_equals_numpy(kernels, kernel, dtype):
     """Right in every order of threads and copies, and the same bits; matrices are loaded without bank conflicts."""
-    for name, case in cases.CASES.items():
+    for name, case in CASES.items():
         if name.split()[:2] != [kernel, dtype]:
             continue
         first = None
@@ -52,12 +53,20 @@ def test_more_images_than_a_grid_has_rows(kernels):
         case(kernels)
 
 
+HEADERS = (
+    "rows.h",
+    "connector_match.h",
+    "classifier_loss.h",
+    "counts.h",
+    "cuda/classifier_tiles.h",
+    "cuda/connector_tiles.h",
+)
+
+
 def test_every_launcher_has_cases():
-    headers = "".join(
-        (ROOT / "csrc" / name).read_text() for name in ("rows.h", "connector_match.h", "classifier_loss.h", "counts.h")
-    )
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in HEADERS)
     launchers = set(re.findall(r"^int (\w+)\(", headers, re.M))
-    assert launchers - {"device_counts"} == {name.split()[0] for name in cases.CASES}
+    assert launchers - {"device_counts", "class_tile"} == {name.split()[0] for name in CASES}
 
 
 def test_a_refused_launch_is_an_error(kernels):
@@ -236,7 +245,7 @@ def test_ops_on_emulated_kernels_equal_reference(tmp_path):
         shutil.copy(ROOT / "tests" / source, tests)
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
-        "or small_differences or dwarfs or float16 or out_of_range"
+        "or small_differences or dwarfs or float16 or out_of_range or tiles or gram"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "test_ops.py", "gpu_ops.py"],

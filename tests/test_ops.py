@@ -462,6 +462,7 @@ def op_samples():
             3.0,
             True,
             None,
+            None,
         ),
     )
     yield "take_counts", torch.ops.ijckd.take_counts.default, (torch.empty(0),)

@@ -192,7 +192,7 @@ __device__ void gram_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile
 
 // Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from memory.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) logits_exp_tile_kernel(const LogitsExp p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) logits_exp_tile_kernel(const LogitsExp p) {
   extern __shared__ __align__(1024) unsigned char stages[];
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
@@ -274,9 +274,10 @@ __device__ RowScale row_scale(const GradRows& p, int64_t b) {
   return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share)};
 }
 
-// With the last classes block 0 takes the losses, the others a tile of dz each.
+// With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
+// for one large block to a multiprocessor only.
 template <typename Shape, bool kSums>
-__global__ void __launch_bounds__(Shape::kThreads) grad_rows_tile_kernel(const GradRows p) {
+__global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile_kernel(const GradRows p) {
   extern __shared__ __align__(1024) unsigned char stages[];
   if (p.last && blockIdx.x == 0) return mean_losses<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
   bf16* shared = reinterpret_cast<bf16*>(stages);
@@ -361,7 +362,7 @@ __global__ void __launch_bounds__(Shape::kThreads) grad_rows_tile_kernel(const G
 // times_classifier
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) times_classifier_tile_kernel(const TimesClassifier p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) times_classifier_tile_kernel(const TimesClassifier p) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
   const Matrix<T> g{static_cast<const T*>(p.gradient), int(p.B), int(p.stride), p.stride};

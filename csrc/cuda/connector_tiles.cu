@@ -32,7 +32,7 @@ __device__ __forceinline__ void column_sums(float* warps, const Value& value) {
 
 // Blocks go through the channels' tiles first: those in flight together share their rows of u.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) project_tile_kernel(const ProjectTiles p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2) project_tile_kernel(const ProjectTiles p) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const Matrix<T> u{static_cast<const T*>(p.u), int(p.N), int(p.Cs), p.Cs};
   const Matrix<T> w{static_cast<const T*>(p.weight), int(p.Ct), int(p.Cs), p.Cs};

@@ -143,7 +143,8 @@ void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
   const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
   const Tensor rows = empty(t.z, {stacked, Ct}, type), logits = empty(t.z, {stacked, K}, DType::f32);
   const Tensor parts = empty(t.z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(t.z, {B}, ScalarType::Long);
-  const OptTensor logits_t = match && !features ? OptTensor(as(*t.logits_t, DType::f32)) : OptTensor();
+  OptTensor logits_t;
+  if (match && !features) logits_t = as(*t.logits_t, DType::f32);
   char* z_t = static_cast<char*>(rows.mutable_data_ptr());
   float* l = logits.mutable_data_ptr<float>();
   float* part_rows = parts.mutable_data_ptr<float>();

@@ -18,7 +18,8 @@ SATURATION = 76.0  # csrc/cuda/classifier_tiles.h:kSaturation
 def _split(x: Array) -> tuple[Array, Array]:
     """bfloat16 bits [2, ...] of x: rounded, and what the rounding left out; and the sum of both in float64."""
     high = BF16.encode(x)
-    low = BF16.encode(x - BF16.decode(high))
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        low = BF16.encode(x - BF16.decode(high))
     return np.stack([high, low]), BF16.decode(high) + BF16.decode(low)
 
 

@@ -423,6 +423,17 @@ def test_no_bad_rows_on_a_cpu():
     assert all(type(count) is int for count in bad)
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_classifier_gram_is_weight_times_weight_in_two_parts(dtype):
+    weight = torch.randn(5000, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gram = ops.classifier_gram(weight)
+    wanted = weight.double().T @ weight.double()
+    assert gram.shape == (2, 12, 12)
+    assert gram.dtype == torch.bfloat16
+    assert torch.equal(gram[0], wanted.bfloat16())
+    torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-16 * wanted.abs().max().item())
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # both: torch's own checks, compilation, refusals
 

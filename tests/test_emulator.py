@@ -230,6 +230,41 @@ def test_half_types_round_as_the_oracles_expect():
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# within a thread: locals, arithmetic
+
+SANITIZED_CASES = """
+import ctypes, re, sys
+from emulator import build, cases
+library, fault = sys.argv[1:]
+assert ctypes.CDLL(library).broken_locals(int(fault)) == 0
+kernels = build.load(build.pathlib.Path(library))
+small = [case for name, case in cases.CASES.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]
+for case in small:
+    case(kernels)
+print(len(small), "cases")
+"""
+
+
+@pytest.mark.slow
+def test_kernels_under_address_and_undefined_behaviour_sanitizers():
+    library = build.built("sanitized") / "emulated_kernels.so"
+    environment = os.environ | build.sanitizer_environment() | {"PYTHONPATH": str(ROOT / "tests")}
+
+    def run(fault):
+        command = [sys.executable, "-c", SANITIZED_CASES, str(library), str(fault)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    faults = ("out of bounds", "stack-buffer-overflow", "signed integer overflow", "shift exponent 32 is too large")
+    for fault, text in enumerate(faults, 1):
+        done = run(fault)
+        assert done.returncode != 0, text
+        assert text in done.stderr
+    done = run(0)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert int(done.stdout.split()[0]) > 0.9 * len(cases.CASES)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # whole ops: host code, kernels, autograd
 
 

@@ -26,8 +26,10 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
 # that a forgotten initialisation shows.
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
-KERNEL_FLAGS += ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
 KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # #pragma unroll
+WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
+# The other build, with the runtimes of two sanitizers, which see what stays within a thread's stack, and overflows.
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 HOST_FLAGS = ["-std=c++20", "-O1"]
 COMMON_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 
@@ -70,7 +72,9 @@ def run(command: list[str | pathlib.Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
-def compile_kernels(source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC) -> pathlib.Path:
+def compile_kernels(
+    source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC, sanitizer: list[str] = WATCHED
+) -> pathlib.Path:
     """Object file of one .cu file; headers beside it come before those in `include`."""
     translated, compiled = folder / source.name, folder / f"{source.stem}.o"
     replaced = {p.name for p in (HERE / "include").iterdir()}
@@ -81,7 +85,7 @@ def compile_kernels(source: pathlib.Path, folder: pathlib.Path, include: pathlib
     translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
     cuda = cuda_include()
     includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{include}", "-isystem", cuda, "-isystem", f"{cuda}/cccl"]
-    run([compiler(), *KERNEL_FLAGS, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
+    run([compiler(), *KERNEL_FLAGS, *sanitizer, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
     return compiled
 
 
@@ -95,8 +99,8 @@ def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, .
     return library
 
 
-def build_runtime(folder: pathlib.Path) -> pathlib.Path:
-    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-O3", "-isystem", str(cuda_include())])
+def build_runtime(folder: pathlib.Path, *flags: str) -> pathlib.Path:
+    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-O3", *flags, "-isystem", str(cuda_include())])
 
 
 def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib.Path:
@@ -118,6 +122,19 @@ def build_broken(folder: pathlib.Path) -> None:
     link([*objects, build_runtime(folder), build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
 
 
+def build_sanitized(folder: pathlib.Path) -> None:
+    sources = [*(CSRC / "cuda" / unit for unit in UNITS), HERE / "broken_locals.cu"]
+    objects = [compile_kernels(source, folder, sanitizer=SANITIZED) for source in sources]
+    objects += [build_runtime(folder, *SANITIZED), built("kernels") / "kernels_bindings.o"]
+    link(objects, folder / "emulated_kernels.so", tuple(SANITIZED))
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """In which a process that was not built so can load build_sanitized's library."""
+    found = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+
+
 def build_ops(folder: pathlib.Path) -> None:
     """`_C_cuda.so`'s host code on CPU tensors and emulated kernels, with the schemas: a `_C.so` for tests."""
     torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
@@ -131,7 +148,7 @@ def build_ops(folder: pathlib.Path) -> None:
     link([*objects, build_runtime(folder)], folder / "_C.so", torch_libraries)
 
 
-BUILDERS = {"kernels": build_kernels, "broken": build_broken, "ops": build_ops}
+BUILDERS = {"kernels": build_kernels, "broken": build_broken, "sanitized": build_sanitized, "ops": build_ops}
 
 
 def built(what: str) -> pathlib.Path:

@@ -16,6 +16,10 @@
 #include <utility>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #ifndef __x86_64__
 #error "the emulator changes stacks by x86-64 instructions"
 #endif
@@ -260,6 +264,9 @@ void start_block() {
     t.state = Thread::ready;
     t.copies.clear();
     t.groups = 0;
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack), kStack);  // of frames that were left without returning
+#endif
     // what emulator_switch pops: six registers, then the address to return to; aligned as after a call
     void** top = reinterpret_cast<void**>(t.stack + kStack) - 1;
     *--top = reinterpret_cast<void*>(&thread_main);
@@ -753,12 +760,14 @@ EMULATOR_ACCESS(16)
 void __tsan_read_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }
 
+#ifndef __SANITIZE_ADDRESS__  // which brings its own
 // What -fsanitize=alignment calls for an address that its type does not allow.
 void __ubsan_handle_type_mismatch_v1(const emulator::Place* place, uintptr_t address) {
   if (emulator::m.running >= 0)
     emulator::violate("memcheck", "uses address ", address, ", which is not aligned to the type there, in ",
                       emulator::where(*place));
 }
+#endif
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;  // here, not by CUDA

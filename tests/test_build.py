@@ -40,6 +40,7 @@ def test_cuda_library_holds_code_for_every_architecture():
         done = subprocess.run([cuobjdump, kind, PACKAGE / "_C_cuda.so"], capture_output=True, text=True, check=True)
         return done.stdout
 
+    assert ".sm_75." in listing("--list-elf")
     assert ".sm_80." in listing("--list-elf")
     assert ".sm_90a." in listing("--list-elf")
     assert ".sm_90." in listing("--list-ptx")  # newer GPUs compile it when they load the library

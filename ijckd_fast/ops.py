@@ -396,6 +396,33 @@ def classifier_gram(weight: Tensor) -> Tensor:
     return torch.stack([high, (g - high.double()).bfloat16()])
 
 
+class FrozenClassifier:
+    """What `classifier_loss` can use of a frozen classifier on a GPU besides its weight, made once and again whenever that changes."""
+
+    def __init__(self) -> None:
+        self._made_from: tuple[object, ...] = ()
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
+
+    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
+        """(weight in autocast's dtype, its gram or None) for `classifier_loss`.
+
+        Autocast itself would cast a frozen weight anew in every step: it keeps casts of what is trained only.
+
+        weight  [K, Ct], no gradient
+        match   whether the loss has a logit match, for which the gram is made where it is the cheaper way (bfloat16, 3 Ct < K)
+        """
+        device = weight.device.type
+        amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if amp else weight.dtype
+        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
+        if self._prepared is None or made_from != self._made_from:
+            rounded = weight.detach().to(dtype)
+            wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
+            self._prepared = rounded, classifier_gram(rounded) if wanted else None
+            self._made_from = made_from
+        return self._prepared
+
+
 @torch.library.register_fake("ijckd::classifier_loss")
 def _(
     z,

@@ -551,6 +551,28 @@ def test_classifier_gram_is_weight_times_weight_in_two_parts(dtype):
     torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-16 * wanted.abs().max().item())
 
 
+def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    frozen = ops.FrozenClassifier()
+    plain, gram = frozen.prepared(weight, match=True)
+    assert torch.equal(plain, weight)
+    assert gram is None  # float32 goes another way
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, gram = frozen.prepared(weight, match=True)
+        assert torch.equal(rounded, weight.bfloat16())
+        wanted = rounded.double().T @ rounded.double()
+        torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-15 * wanted.abs().max().item())
+        assert frozen.prepared(weight, match=True)[1] is gram
+        assert frozen.prepared(weight, match=False)[1] is None
+        weight.mul_(2)
+        again, doubled = frozen.prepared(weight, match=True)
+        assert torch.equal(again, 2 * rounded)
+        torch.testing.assert_close(doubled, 4 * gram)
+        wide = torch.randn(24, 8)
+        assert frozen.prepared(wide, match=True)[1] is None  # K = 3 Ct: W d is as cheap
+    assert frozen.prepared(weight.double(), match=True)[0].dtype == torch.float64
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # both: torch's own checks, compilation, refusals
 

@@ -30,7 +30,7 @@ from emulator import build, cases, schedules
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "column", "was", "became")
 COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
-SURVIVED, NOT_COMPILED = "survived", "does not compile"
+SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
 TIME_LIMIT = 120  # seconds
 FLAGS = [*build.WATCHED, "-Wno-empty-body"]  # of a statement removed after an `if`
 
@@ -196,7 +196,7 @@ class Workshop:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
             except subprocess.TimeoutExpired:
-                return "time limit", ""
+                return TIMED_OUT, ""
             if done.returncode:
                 return "crash", str(done.returncode)
             verdict, _, case = done.stdout.strip().partition("\t")

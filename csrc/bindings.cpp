@@ -1,5 +1,5 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in _C and for
-// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops are functional.
+// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops but take_counts are functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
@@ -26,9 +26,16 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "eps, "
       "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
 
-  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass.
+  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass. The matrix products are in `dtype`, or in
+  // the weight's own without it.
   m.def(
       "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
-      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad) -> "
+      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad, "
+      "ScalarType? dtype, Tensor? gram) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
+
+  // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
+  m.def("limit_stage(int most) -> int");
+  // The counters of counts.h on the device of `like`, [2] int64, which begin anew at 0. Zeros on the CPU.
+  m.def("take_counts(Tensor like) -> Tensor");
 }

@@ -9,7 +9,10 @@
 #include "op.h"
 #include "rows.h"
 
-#ifndef IJCKD_CUDA
+#ifdef IJCKD_CUDA
+#include "cuda/stage.h"
+#include "cuda/tiled_loss.h"
+#else
 #include "cpu/class_chunks.h"
 #include "cpu/gemm.h"
 #endif
@@ -24,7 +27,7 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
   check_shape(labels, {B}, kOp, arg, "[B]");
   check_device(labels, kOp, arg);
   check(labels->scalar_type() == ScalarType::Long, kOp, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
-#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN
+#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN and the row is counted
   const int64_t* l = labels->const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b)
     check(l[b] >= 0 && l[b] < K, kOp, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
@@ -35,7 +38,8 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
 
 // The checked arguments, and where the results go.
 struct Rows {
-  Tensor z, weight;         // [B, Ct] A, [K, Ct] T
+  DType dtype;              // T
+  Tensor z, weight;         // [B, Ct] A, [K, Ct] as `classifier` below gives it
   OptTensor bias;           // [K] A
   OptTensor logits_t;       // [B, K], any dtype
   Tensor labels;            // [B]
@@ -46,6 +50,7 @@ struct Rows {
   Tensor dz;                // [B, Ct] A      out, if `grad`
   LossWeights weights;
   bool grad;
+  int64_t batch;  // samples over which the loss is a mean
 };
 
 const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
@@ -65,7 +70,7 @@ Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& d
 
 // Logits of all rows at once, the row losses on them, and dz.
 void whole_rows(const Rows& r, const Launch& launch) {
-  const DType t = dtype(r.weight, kOp, "weight");
+  const DType t = r.dtype;
   const int64_t B = r.z.size(0), Ct = r.z.size(1), K = r.weight.size(0);
   // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
   OptTensor delta, teacher;
@@ -75,34 +80,46 @@ void whole_rows(const Rows& r, const Launch& launch) {
     else
       teacher = as(*r.logits_t, t);
   }
-  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes dloss/dlogits in place
+  int64_t* counts = nullptr;
+  launched(device_counts(&counts), "the search for classifier_loss's counters");
+  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes its gradient in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
-                     B, K, r.weights, r.grad},
+                     counts, B, K, r.weights, r.grad},
                     launch.stream),
            "classifier_loss's row pass");
   if (!r.grad) return;
   const Tensor dz_w = times_weight(logits, r.weight, r.dz);  // [B, Ct]
-  launched(feature_grad(
-               {t, dz_w.const_data_ptr(), r.weights.fm != 0 ? data(r.d) : nullptr, r.dz.mutable_data_ptr(), B, Ct, r.weights.fm},
-               launch.stream),
+  launched(feature_grad({t, dz_w.const_data_ptr(), r.weights.fm != 0 ? data(r.d) : nullptr, r.dz.mutable_data_ptr(), B, Ct,
+                         r.batch, r.weights.fm},
+                        launch.stream),
            "classifier_loss's gradient");
 }
 
 #ifdef IJCKD_CUDA
+Tensor classifier(const Tensor& weight, DType t) { return as(weight, t); }
+
 void all_rows(const Rows& r, const Launch& launch) { whole_rows(r, launch); }
 #else
 OptTensor maybe_rows_of(const OptTensor& t, int64_t first, int64_t n) {
   return t ? OptTensor(rows_of(*t, first, n)) : OptTensor();
 }
 
+// A float32 classifier stays as it is for bfloat16 products: class chunks round it piece by piece, and no copy of the whole
+// exists.
+Tensor classifier(const Tensor& weight, DType t) {
+  const bool by_pieces = t == DType::bf16 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous();
+  return by_pieces ? weight : as(weight, t);
+}
+
 // By class chunks where they serve; else some rows after others, so that never more than a few megabytes of logits exist.
-void all_rows(const Rows& r, const Launch& launch) {
+void all_rows(Rows r, const Launch& launch) {
   const int64_t B = r.z.size(0), K = r.weight.size(0);
-  if (in_class_chunks(r.weights, r.d.has_value(), dtype(r.weight, kOp, "weight"), B, K, r.z.size(1)))
-    return chunked_loss({r.z, r.weight, r.bias, labels_of(r.labels), labels_of(r.labels_b), data(r.mix), r.d,
+  if (in_class_chunks(r.weights, r.d.has_value(), r.dtype, B, K, r.z.size(1)))
+    return chunked_loss({r.dtype, r.z, r.weight, r.bias, labels_of(r.labels), labels_of(r.labels_b), data(r.mix), r.d,
                          r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(), r.dz, r.weights, r.grad});
   const int64_t most = rows_at_once(B, K);
+  r.weight = as(r.weight, r.dtype);
   if (most == B) return whole_rows(r, launch);
   for (int64_t first = 0; first < B; first += most) {
     const int64_t n = std::min(most, B - first);
@@ -113,9 +130,6 @@ void all_rows(const Rows& r, const Launch& launch) {
     some.top1_rows = rows_of(r.top1_rows, first, n);
     if (r.grad) some.dz = rows_of(r.dz, first, n);
     some.part_rows = empty(r.z, {kParts, n}, dtype(r.z, kOp, "z"));
-    // whole_rows divides by its own n
-    for (double* weight : {&some.weights.ce, &some.weights.sr, &some.weights.fm, &some.weights.kl})
-      *weight *= double(n) / double(B);
     whole_rows(some, launch);
     const int64_t bytes = int64_t(r.part_rows.element_size());
     for (const int part : {kPartCe, kPartSr, kPartKl})
@@ -129,14 +143,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                                                            const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
                                                            const OptTensor& pooled_t, const OptTensor& logits_t,
                                                            double label_smoothing, double ce, double sr, double fm, double kl,
-                                                           double temperature, bool grad) {
+                                                           double temperature, bool grad, std::optional<ScalarType> product,
+                                                           const OptTensor& gram) {
   check(z.dim() == 2, kOp, ": z must be [B, Ct], got ", shape(z));
   check(weight.dim() == 2 && weight.size(1) == z.size(1), kOp, ": weight must be [K, Ct] with Ct = ", z.size(1), " like z, got ",
         shape(weight));
   check(on_device(z), kOp, ": z must be on ", kDevice);
   const int64_t B = z.size(0), Ct = z.size(1), K = weight.size(0);
   check(B > 0 && Ct > 0 && K > 0, kOp, ": z and weight must not be empty, got ", shape(z), " and ", shape(weight));
-  const DType t = dtype(weight, kOp, "weight"), acc = accumulator(t);
+  const DType own = dtype(weight, kOp, "weight"), t = product ? dtype(*product, kOp, "dtype") : own, acc = accumulator(t);
   check(accumulator(dtype(z, kOp, "z")) == acc, kOp, ": z and weight must both be float64 or neither, got ",
         name(z.scalar_type()), " and ", name(weight.scalar_type()));
   const Tensor labels_row = torch::stable::contiguous(labels);
@@ -148,8 +163,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check_shape(mix, {B}, kOp, "mix", "[B]");
   check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct] like z");
   check_shape(logits_t, {B, K}, kOp, "logits_t", "[B, K]");
-  for (const auto& [x, arg] :
-       {std::pair{OptTensor(weight), "weight"}, {bias, "bias"}, {mix, "mix"}, {pooled_t, "pooled_t"}, {logits_t, "logits_t"}})
+  for (const auto& [x, arg] : {std::pair{OptTensor(weight), "weight"},
+                               {bias, "bias"},
+                               {mix, "mix"},
+                               {pooled_t, "pooled_t"},
+                               {logits_t, "logits_t"},
+                               {gram, "gram"}})
     check_device(x, kOp, arg);
   check(fm == 0 || pooled_t, kOp, ": fm = ", fm, " needs pooled_t");
   check((sr == 0 && kl == 0) || pooled_t || logits_t, kOp, ": sr = ", sr, " and kl = ", kl, " need pooled_t or logits_t");
@@ -157,12 +176,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check(label_smoothing >= 0 && label_smoothing <= 1, kOp, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
 
   const LossWeights weights{ce, sr, fm, kl, temperature, label_smoothing};
-  const Tensor w = torch::stable::contiguous(weight), z_acc = as(z, acc);
+  const Tensor w = classifier(weight, t), z_acc = as(z, acc);
   const OptTensor bias_acc = as(bias, acc), mix_acc = as(mix, acc), pooled_acc = as(pooled_t, acc);
   const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
   const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),
                top1 = torch::stable::new_empty(z, {}, ScalarType::Long);
+  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
   Launch launch(z);
+
+#ifdef IJCKD_CUDA
+  if (gram) check_shape(gram, {2, Ct, Ct}, kOp, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
+  const TiledLoss tiled{z_acc, w,    bias_acc, labels_row, labels_b_row, mix_acc, pooled_acc, logits_t,
+                        gram,  loss, parts,    top1,       dz,           weights, grad};
+  if (stage_limit() >= 1 && tiled_loss(tiled, launch)) return {loss, parts, top1, dz};
+#endif
 
   OptTensor d;
   if (pooled_t) {
@@ -172,8 +199,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                           launch.stream),
              "classifier_loss's feature match");
   }
-  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
-  all_rows({z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad}, launch);
+  all_rows({t, z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad, B},
+           launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},
                     launch.stream),

@@ -1,11 +1,12 @@
 #pragma once
 // classifier_loss without torch: pointers, sizes, a stream; loops in cpu/classifier_loss.cpp, kernels in cuda/classifier_loss.cu.
 //
-// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the classifier's), A its accumulator (dtype.h) and z's type.
+// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the products'), A its accumulator (dtype.h) and z's type.
 // Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
 
 #include <cstdint>
 
+#include "counts.h"
 #include "dtype.h"
 
 namespace ijckd {
@@ -18,10 +19,11 @@ struct LossWeights {
   double label_smoothing;
 };
 
-// Per row: cross-entropy, logit match, temperature KL, top-1, and dL/dlogits in place of the logits.
+// Per row: cross-entropy, logit match, temperature KL, top-1, and in place of the logits the gradient of the row's own weighted
+// loss: 1/B, the mean's share, would push small probabilities below float16's range.
 struct RowLoss {
   DType dtype;
-  void* logits;             // [B, K] T  in: z W^T without bias; out: dL/dlogits if `grad`
+  void* logits;             // [B, K] T  in: z W^T without bias; out: the gradient if `grad`
   const void* bias;         // [K] A, or null
   const void* delta;        // [B, K] T: W d = logits - logits_t, or null
   const void* logits_t;     // [B, K] T, or null; read only where delta is null
@@ -30,6 +32,7 @@ struct RowLoss {
   const void* mix;          // [B] A: share of `labels` in the target, with labels_b
   void* part_rows;          // [kParts, B] A  out: unweighted row losses; row kPartFm is rows.h:feature_diff's
   int64_t* top1_rows;       // [B]  out: 1 where the largest logit (the first, on a tie) is labels[b]
+  int64_t* counts;          // [kCounts] in and out: device_counts
   int64_t B, K;
   LossWeights weights;
   bool grad;
@@ -49,13 +52,14 @@ struct LossSum {
 };
 int loss_sum(const LossSum& s, void* stream);
 
-// dz = dlogits W (given in T) + 2 fm d / (B Ct), in A.
+// dz = (dz_w + 2 fm d / Ct) / batch, in A.
 struct FeatureGrad {
   DType dtype;       // T
-  const void* dz_w;  // [B, Ct] T: dlogits W
+  const void* dz_w;  // [B, Ct] T: row_loss's gradient times W
   const void* d;     // [B, Ct] A, or null without pooled match
   void* dz;          // [B, Ct] A  out
   int64_t B, Ct;
+  int64_t batch;  // samples over which the loss is a mean, of which B are here
   double fm;
 };
 int feature_grad(const FeatureGrad& f, void* stream);

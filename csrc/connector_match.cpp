@@ -6,6 +6,11 @@
 #include "op.h"
 #include "rows.h"
 
+#ifdef IJCKD_CUDA
+#include "cuda/connector_tiles.h"
+#include "cuda/stage.h"
+#endif
+
 namespace ijckd {
 namespace {
 
@@ -29,6 +34,21 @@ struct Projected {
   Tensor y, mean, var;  // [B, P, Ct] T, [Ct] A, [Ct] A (statistics empty unless asked for)
 };
 
+#ifdef IJCKD_CUDA
+// Up to this depth of the product the tiles' statistics, which save a pass over y, outweigh the library's faster Hopper GEMM: by
+// arithmetic, not yet measured. On earlier GPUs both use the same instructions.
+constexpr int64_t kTileDepth = 320;
+
+bool in_tiles(const Tensor& u, const Tensor& weight) {
+  const bool half = u.scalar_type() == ScalarType::BFloat16 || u.scalar_type() == ScalarType::Half;
+  const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
+  if (!half || stage_limit() < 1 || weight.size(1) % 8 != 0 || weight.size(0) % 2 != 0 || !aligned(u) || !aligned(weight))
+    return false;
+  const int capability = compute_capability();
+  return capability >= 80 && (capability < 90 || weight.size(1) <= kTileDepth);
+}
+#endif
+
 Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check(u.dim() == 3, kOp, ": u must be rows [B, P, Cs], got ", shape(u));
   check(weight.dim() == 2 && weight.size(1) == u.size(2), kOp, ": weight must be [Ct, Cs] with Cs = ", u.size(2), " like u, got ",
@@ -38,18 +58,55 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   check(weight.scalar_type() == u.scalar_type(), kOp, ": weight must have u's dtype ", name(u.scalar_type()), ", got ",
         name(weight.scalar_type()));
-  const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), N = B * P;
+  const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
   check(N > 0 && Ct > 0, kOp, ": u and weight must not be empty, got ", shape(u), " and ", shape(weight));
-  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, u.size(2)});
-  const Tensor y = torch::stable::contiguous(matmul_nt(rows, weight));  // [N, Ct]
-  Projected out{torch::stable::view(y, {B, P, Ct}), none(u, acc), none(u, acc)};
+  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
+  Projected out{none(u, t), none(u, acc), none(u, acc)};
+  int64_t rows_per_part = kStatRows;
+  bool parts_done = false;
+  OptTensor part_mean, part_m2;  // [parts, Ct] A
+  const auto make_parts = [&] {
+    part_mean = empty(u, {stat_parts(N, rows_per_part), Ct}, acc);
+    part_m2 = empty(u, {stat_parts(N, rows_per_part), Ct}, acc);
+  };
+  Launch launch(u);
+#ifdef IJCKD_CUDA
+  const Tensor w = torch::stable::contiguous(weight);
+  if (in_tiles(rows, w)) {
+    out.y = empty(u, {B, P, Ct}, t);
+    rows_per_part = project_rows(N, Ct);
+    if (statistics) make_parts();
+    launched(project_tiles({.dtype = t,
+                            .u = rows.const_data_ptr(),
+                            .weight = w.const_data_ptr(),
+                            .y = out.y.mutable_data_ptr(),
+                            .wide = false,
+                            .mean = statistics ? part_mean->mutable_data_ptr<float>() : nullptr,
+                            .m2 = statistics ? part_m2->mutable_data_ptr<float>() : nullptr,
+                            .N = N,
+                            .Cs = Cs,
+                            .Ct = Ct},
+                           launch.stream),
+             "connector_match's projection");
+    parts_done = true;
+  }
+#endif
+  if (!parts_done) {
+    out.y = torch::stable::view(torch::stable::contiguous(matmul_nt(rows, weight)), {B, P, Ct});
+    if (statistics) {
+      make_parts();
+      launched(channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
+                             launch.stream),
+               "connector_match's channel statistics");
+    }
+  }
   if (statistics) {
     out.mean = empty(u, {Ct}, acc);
     out.var = empty(u, {Ct}, acc);
-    Launch launch(u);
-    launched(
-        channel_stats({t, y.const_data_ptr(), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct}, launch.stream),
-        "connector_match's channel statistics");
+    launched(combine_stats({acc, data(part_mean), data(part_m2), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct,
+                            rows_per_part},
+                           launch.stream),
+             "connector_match's channel statistics");
   }
   return out;
 }
@@ -85,25 +142,26 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
                      out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
                     launch.stream),
       "connector_match's forward pass");
-  const auto sum = [&](const Tensor& x, const Tensor& to, int64_t rows, int64_t cols, double scale) {
-    launched(column_sum({acc, x.const_data_ptr(), to.mutable_data_ptr(), rows, cols, scale}, launch.stream),
-             "connector_match's sums");
+  const auto to_fm = [&](const Tensor& x, int64_t n, double scale) {
+    launched(column_sum({acc, x.const_data_ptr(), out.fm.mutable_data_ptr(), n, 1, scale}, launch.stream),
+             "connector_match's feature loss");
   };
   if (map_t) {
     out.res = empty(y, {Ct}, acc);
     out.res_yhat = empty(y, {Ct}, acc);
     const Tensor per_channel = empty(y, {Ct}, acc);
-    sum(*res, out.res, B, Ct, 1);
-    sum(*res_yhat, out.res_yhat, B, Ct, 1);
-    sum(*square, per_channel, B, Ct, 1);
-    sum(per_channel, out.fm, Ct, 1, 1 / (double(B) * double(P) * double(Ct)));
+    launched(match_sums({acc, data(square), data(res), data(res_yhat), per_channel.mutable_data_ptr(), out.res.mutable_data_ptr(),
+                         out.res_yhat.mutable_data_ptr(), B, Ct},
+                        launch.stream),
+             "connector_match's sums");
+    to_fm(per_channel, Ct, 1 / (double(B) * double(P) * double(Ct)));
   } else if (pooled_t) {
     const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
     launched(feature_diff(
                  {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
                  launch.stream),
              "connector_match's pooled match");
-    sum(rows, out.fm, B, 1, 1 / (double(B) * double(Ct)));
+    to_fm(rows, B, 1 / (double(B) * double(Ct)));
   } else {
     torch::stable::zero_(out.fm);
   }

@@ -30,15 +30,36 @@ IJCKD_HD Channel<A> channel(const Affine& f, int64_t c) {
   return {mean ? mean[c] : A(0), var ? A(1) / A(sqrt(var[c] + A(f.eps))) : A(1), gamma ? gamma[c] : A(1), beta ? beta[c] : A(0)};
 }
 
-// Biased mean and variance of each channel over all N rows.
+// Batch statistics are made in two steps. First y's rows are cut into parts of `rows_per_part` neighbouring rows, the last part
+// with what is left (at least one row); for part i and channel c over the rows r in [i * rows_per_part, min(N, (i + 1) *
+// rows_per_part)):
+//   part_mean[i, c] = mean of y[r, c],   part_m2[i, c] = sum of (y[r, c] - part_mean[i, c])^2,   both summed in A.
+// Then combine_stats makes mean and variance of all rows from them. Whoever writes y may fill the parts on the way instead of
+// channel_stats, with a rows_per_part of its own, from the values it stores as T (so that the statistics are of the map that
+// match_forward reads); combine_stats takes any. A sum of squares minus the square of a sum is no substitute: it cancels.
+constexpr int64_t kStatRows = 128;  // channel_stats' rows_per_part
+
+IJCKD_HD int64_t stat_parts(int64_t N, int64_t rows_per_part) { return (N + rows_per_part - 1) / rows_per_part; }
+
 struct ChannelStats {
   DType dtype;
-  const void* y;  // [N, Ct] T
-  void* mean;     // [Ct]    A  out
-  void* var;      // [Ct]    A  out
+  const void* y;    // [N, Ct] T
+  void* part_mean;  // [stat_parts(N, kStatRows), Ct] A  out
+  void* part_m2;    // [stat_parts(N, kStatRows), Ct] A  out
   int64_t N, Ct;
 };
 int channel_stats(const ChannelStats& s, void* stream);
+
+// Biased mean and variance of each channel over all N rows, parts in a fixed order.
+struct CombineStats {
+  DType dtype;            // A
+  const void* part_mean;  // [stat_parts(N, rows_per_part), Ct] A
+  const void* part_m2;    // [stat_parts(N, rows_per_part), Ct] A
+  void* mean;             // [Ct] A  out
+  void* var;              // [Ct] A  out
+  int64_t N, Ct, rows_per_part;
+};
+int combine_stats(const CombineStats& s, void* stream);
 
 // BatchNorm-apply, ReLU, match against the teacher's map and pooling in one pass over (y, map_t).
 struct MatchForward {
@@ -56,6 +77,19 @@ struct MatchForward {
   bool relu;
 };
 int match_forward(const MatchForward& m, void* stream);
+
+// Sums of match_forward's outputs over the images.
+struct MatchSums {
+  DType dtype;           // A
+  const void* square;    // [B, Ct] A
+  const void* res;       // [B, Ct] A
+  const void* res_yhat;  // [B, Ct] A
+  void* square_sum;      // [Ct] A  out
+  void* res_sum;         // [Ct] A  out
+  void* res_yhat_sum;    // [Ct] A  out
+  int64_t B, Ct;
+};
+int match_sums(const MatchSums& s, void* stream);
 
 // g = grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with pooled match) goes to grad_out; then, with c = 2 grad_fm / (B P Ct),
 // d_beta[ch] = sum_b g count / P + c res[ch];  d_gamma[ch] = sum_b g yhat / P + c res_yhat[ch].

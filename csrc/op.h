@@ -67,8 +67,8 @@ inline const char* name(ScalarType t) {
   }
 }
 
-inline DType dtype(const Tensor& t, const char* op, const char* arg) {
-  switch (t.scalar_type()) {
+inline DType dtype(ScalarType t, const char* op, const char* arg) {
+  switch (t) {
     case ScalarType::Float:
       return DType::f32;
     case ScalarType::Double:
@@ -78,10 +78,11 @@ inline DType dtype(const Tensor& t, const char* op, const char* arg) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      fail(op, ": ", arg, " must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got ",
-           name(t.scalar_type()));
+      fail(op, ": ", arg, " must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got ", name(t));
   }
 }
+
+inline DType dtype(const Tensor& t, const char* op, const char* arg) { return dtype(t.scalar_type(), op, arg); }
 
 inline ScalarType scalar(DType t) {
   switch (t) {

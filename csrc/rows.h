@@ -20,7 +20,7 @@ struct FeatureDiff {
 };
 int feature_diff(const FeatureDiff& f, void* stream);
 
-// out[c] = scale * sum over rows of x[r, c], rows in index order: equal inputs give equal bits.
+// out[c] = scale * sum over rows of x[r, c], in an order that the sizes alone decide: equal inputs give equal bits.
 struct ColumnSum {
   DType dtype;
   const void* x;  // [rows, cols] A

@@ -88,6 +88,33 @@ class Learner(nn.Module):
         return z, fm, logits_s
 
 
+class FrozenClassifier:
+    """What a GPU wants of a frozen classifier besides its weight, made at the first step and whenever the weight has changed."""
+
+    def __init__(self) -> None:
+        self._made_from: tuple[object, ...] = ()
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
+
+    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
+        """(weight in autocast's dtype, its gram or None) for `ops.classifier_loss`.
+
+        Autocast itself would cast a frozen weight anew in every step: it keeps casts of what is trained only.
+
+        weight  [K, Ct], no gradient
+        match   whether the loss has a logit match, for which the gram is made where it is the cheaper way (bfloat16, 3 Ct < K)
+        """
+        device = weight.device.type
+        amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if amp else weight.dtype
+        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
+        if self._prepared is None or made_from != self._made_from:
+            rounded = weight.detach().to(dtype)
+            wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
+            self._prepared = rounded, ops.classifier_gram(rounded) if wanted else None
+            self._made_from = made_from
+        return self._prepared
+
+
 def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
     return map_ if tuple(map_.shape[2:]) == size else F.adaptive_avg_pool2d(map_, size)
 
@@ -139,6 +166,7 @@ class Distiller:
         self.learner = Learner(student, objective, teacher.channels if teacher else None, head)
         self.trained: nn.Module = self.learner
         self._map_sizes_t: dict[torch.Size, tuple[int, int]] = {}  # image size -> teacher's map size
+        self._frozen = FrozenClassifier()
 
     def train(self) -> Distiller:
         """Learner to training mode; the teacher stays in eval mode."""
@@ -219,10 +247,13 @@ class Distiller:
         ce = o.ce if o.ce_head == "teacher" else 0.0
         kl = o.kl if o.kl_head == "teacher" else 0.0
         classifier = self._classifier
+        weight, gram = classifier.weight, None
         classifier_loss = ops.classifier_loss if self.head == "fused" else reference.classifier_loss
+        if self.head == "fused" and weight.is_cuda:  # the CPU's op rounds the classifier and keeps its gram itself
+            weight, gram = self._frozen.prepared(weight, match=o.sr > 0 and kl == 0)
         loss, terms, correct = classifier_loss(
             z if o.uses_teacher_head else z.detach(),  # without a loss term only the count is wanted
-            classifier.weight,
+            weight,
             classifier.bias,
             labels,
             labels_b=labels_b,
@@ -233,6 +264,7 @@ class Distiller:
             ce=ce,
             sr=o.sr,
             kl=kl,
+            gram=gram,
         )
         named = (("ce", ce, 0), ("sr", o.sr, 1), ("kl", kl, 3))
         return loss, {name: terms[column] for name, weight, column in named if weight > 0}, correct

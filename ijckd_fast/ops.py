@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -323,6 +324,7 @@ def classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's frozen classifier on the student's features, and every loss on its logits.
 
@@ -342,25 +344,75 @@ def classifier_loss(
     pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
     logits_t  [B, K], any floating dtype
     temperature  > 0, of the KL term only
+    gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It must belong to
+              this weight, which is not looked at. The CPU keeps its own and needs none
 
     returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 [] int64, the number
               of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts are float32 (float64 for float64)
     autocast  z, pooled_t and weight are cast to the autocast dtype for the matrix products; differences and losses stay in float32
     raises    RuntimeError naming argument, wanted and found (a label out of range: on the CPU; on a GPU its row's loss is NaN,
-              since looking would make the host wait); where anything but z requires grad; on double backward
+              since looking would make the host wait, and `take_bad_rows` tells of it); where anything but z requires grad; on double
+              backward
     """
     _check_library(z, "classifier_loss")
-    if (amp := _autocast_dtype(z)) is not None:
-        weight = weight.to(amp)
+    dtype = _autocast_dtype(z)  # the op casts, because it knows how much of the classifier it needs at a time
     grad = torch.is_grad_enabled() and z.requires_grad
     loss, parts, top1, _ = _ops.classifier_loss(
-        z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad
+        z,
+        weight,
+        bias,
+        labels,
+        labels_b,
+        mix,
+        pooled_t,
+        logits_t,
+        label_smoothing,
+        ce,
+        sr,
+        fm,
+        kl,
+        temperature,
+        grad,
+        dtype,
+        gram,
     )
     return loss, parts, top1
 
 
+@torch.no_grad()
+def classifier_gram(weight: Tensor) -> Tensor:
+    """G = weight^T weight of a frozen classifier, as `classifier_loss` wants it on a GPU: |W d|^2 = d^T G d.
+
+    weight    [K, Ct], any floating dtype; summed in float64, 4096 classes at a time
+    returns   [2, Ct, Ct] bfloat16: G rounded, and what the rounding left out
+    """
+    g = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.detach().split(4096):  # [<= 4096, Ct]
+        g.addmm_(rows.double().T, rows.double())
+    high = g.bfloat16()
+    return torch.stack([high, (g - high.double()).bfloat16()])
+
+
 @torch.library.register_fake("ijckd::classifier_loss")
-def _(z, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature, grad):
+def _(
+    z,
+    weight,
+    bias,
+    labels,
+    labels_b,
+    mix,
+    pooled_t,
+    logits_t,
+    label_smoothing,
+    ce,
+    sr,
+    fm,
+    kl,
+    temperature,
+    grad,
+    dtype,
+    gram,
+):
     acc = _acc_dtype(z.dtype)
     dz = z.new_empty(z.shape[0] if grad else 0, z.shape[1], dtype=acc)
     return z.new_empty((), dtype=acc), z.new_empty(4, dtype=acc), z.new_empty((), dtype=torch.int64), dz
@@ -384,7 +436,35 @@ def _loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("classifier_loss")
     (dz,) = ctx.saved_tensors
     # scaled on the device: asking whether grad_loss is 1 would make the host wait
-    return ((dz * grad_loss).to(ctx.dtype), *[None] * 14)
+    return ((dz * grad_loss).to(ctx.dtype), *[None] * 16)
 
 
 torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)
+
+
+class BadRows(NamedTuple):
+    """How many rows `classifier_loss` could not serve as asked.
+
+    labels     with a label outside [0, K): their loss is NaN
+    saturated  with a logit so far above the label's that the softmax left the range of its format: their loss and gradient are finite,
+               but too small
+    """
+
+    labels: int
+    saturated: int
+
+
+def take_bad_rows(device: torch.device | str | int) -> BadRows:
+    """Rows that `classifier_loss` could not serve on `device` since the last call; the count begins anew.
+
+    Waits for the device: call it where the program waits anyway, such as where it logs. On a CPU all are 0: there a label out of
+    range is an error at once, and no softmax saturates.
+    """
+    like = torch.empty(0, device=device)
+    _check_library(like, "take_bad_rows")
+    return BadRows(*_ops.take_counts(like).tolist())
+
+
+@torch.library.register_fake("ijckd::take_counts")
+def _(like):
+    return like.new_empty(len(BadRows._fields), dtype=torch.int64)

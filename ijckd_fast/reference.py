@@ -89,8 +89,12 @@ def classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract: `ijckd_fast.ops.classifier_loss`. Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL."""
+    """Contract: `ijckd_fast.ops.classifier_loss`. Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL.
+
+    `gram` is a short cut, and not taken here.
+    """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
     if logits_t is None and pooled_t is not None:

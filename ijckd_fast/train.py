@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ijckd_fast import checkpoint, report, run_folder
+from ijckd_fast import checkpoint, ops, report, run_folder
 from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
 from ijckd_fast.data import Augment, EvalPlan, Index, Loader, TrainPlan, build_index, make_loader
 from ijckd_fast.distiller import Distiller
@@ -202,6 +202,8 @@ def train(
                 )
             )
         )
+        if config.head == "fused":
+            ops.take_bad_rows(device)  # what this process did before is not this run's
         stop = closing.enter_context(stop_signal())
         closing.enter_context(show)
         distiller.train()
@@ -265,6 +267,15 @@ def train(
                     show.say(
                         f"skipped {bad} of the last steps: loss or gradient was NaN or infinite ({skipped} so far)"
                     )
+                if config.head == "fused":
+                    bad_rows = ops.take_bad_rows(device)
+                    if bad_rows.labels:
+                        raise UserError(_bad_labels(config, bad_rows.labels, step, train_index.num_classes))
+                    if bad_rows.saturated:
+                        show.say(
+                            f"warning: {bad_rows.saturated} images of the last steps had a logit so far above their label's that the "
+                            "softmax saturated: their part of loss and gradient is too small"
+                        )
                 if skipped > config.nonfinite_limit:
                     raise UserError(_too_many_skipped(folder, skipped, step))
 
@@ -516,6 +527,14 @@ def _too_many_skipped(folder: Path, skipped: int, step: int) -> str:
     return (
         f"stopped at step {step}: {skipped} steps had a NaN or infinite loss or gradient and were skipped, more than "
         f"--nonfinite-limit allows; {good}. A smaller --lr, a longer --warmup-epochs or --amp-dtype float32 usually helps"
+    )
+
+
+def _bad_labels(config: TrainConfig, count: int, step: int, num_classes: int) -> str:
+    return (
+        f"stopped at step {step}: {count} images of the last steps had a label outside [0, K) = [0, {num_classes}), the classes of "
+        f"teacher {config.teacher}, and no loss: the index or its class list does not fit the teacher's K. Build the index of "
+        f"{config.data_dir} anew with ijckd-fast index, and give a teacher with weights for these {num_classes} classes"
     )
 
 

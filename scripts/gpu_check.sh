@@ -123,6 +123,7 @@ fi
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     device=cuda
     unset IJCKD_GPU_TESTS_ON
+    tests instructions 60 tests/gpu/test_instructions.py
     cases=tests/gpu/test_ops_cuda.py
     tests "ops float64" 60 $cases -k "float64 and not repeats"
     tests "ops float32" 60 $cases -k "no_worse and float32"

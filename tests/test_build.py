@@ -1,6 +1,5 @@
-"""What the build must leave behind: both libraries where nvcc is, code for the named GPUs, one wheel for every Python."""
+"""What the build must leave behind: both libraries where nvcc is, one wheel for every Python. test_sass.py looks into the kernels."""
 
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -13,36 +12,17 @@ import pytest
 import ijckd_fast
 
 ROOT = pathlib.Path(__file__).parent.parent
-PACKAGE = pathlib.Path(ijckd_fast.__file__).parent
 
 
-def _nvcc() -> str | None:
+def nvcc() -> str | None:
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     return next((f"{h}/bin/nvcc" for h in homes if h and pathlib.Path(h, "bin/nvcc").exists()), shutil.which("nvcc"))
 
 
 def test_cuda_library_is_built_where_nvcc_is():
-    if _nvcc() is None:
+    if nvcc() is None:
         pytest.skip("no nvcc on this machine: only the CPU library is built")
     assert ijckd_fast.HAS_CUDA_LIBRARY
-
-
-def test_cuda_library_holds_code_for_every_architecture():
-    if not ijckd_fast.HAS_CUDA_LIBRARY:
-        pytest.skip("no CUDA library on this machine")
-    found = [
-        pathlib.Path(p, "cu13", "bin", "cuobjdump")
-        for p in importlib.util.find_spec("nvidia").submodule_search_locations
-    ]
-    cuobjdump = next(p for p in found if p.exists())
-
-    def listing(kind):
-        done = subprocess.run([cuobjdump, kind, PACKAGE / "_C_cuda.so"], capture_output=True, text=True, check=True)
-        return done.stdout
-
-    assert ".sm_80." in listing("--list-elf")
-    assert ".sm_90a." in listing("--list-elf")
-    assert ".sm_90." in listing("--list-ptx")  # newer GPUs compile it when they load the library
 
 
 @pytest.mark.slow

@@ -11,11 +11,12 @@ import sys
 
 import numpy as np
 import pytest
-from emulator import build, cases, schedules
+from emulator import build, cases, schedules, tile_cases
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 ROOT = pathlib.Path(__file__).parent.parent
+CASES = cases.CASES | tile_cases.CASES
 SCHEDULES = ("forward", "reverse", "greedy", "greedy_reverse", "random")
 
 
@@ -29,10 +30,10 @@ def broken():
     return build.load(build.built("broken") / "emulated_broken.so")
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), sorted({tuple(name.split()[:2]) for name in cases.CASES}))
+@pytest.mark.parametrize(("kernel", "dtype"), sorted({tuple(name.split()[:2]) for name in CASES}))
 def test_kernel_equals_numpy(kernels, kernel, dtype):
     """Right in every order of threads and copies, and the same bits; matrices are loaded without bank conflicts."""
-    for name, case in cases.CASES.items():
+    for name, case in CASES.items():
         if name.split()[:2] != [kernel, dtype]:
             continue
         first = None
@@ -52,10 +53,20 @@ def test_more_images_than_a_grid_has_rows(kernels):
         case(kernels)
 
 
+HEADERS = (
+    "rows.h",
+    "connector_match.h",
+    "classifier_loss.h",
+    "counts.h",
+    "cuda/classifier_tiles.h",
+    "cuda/connector_tiles.h",
+)
+
+
 def test_every_launcher_has_cases():
-    headers = "".join(path.read_text() for path in (ROOT / "csrc").glob("*.h"))
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in HEADERS)
     launchers = set(re.findall(r"^int (\w+)\(", headers, re.M))
-    assert launchers == {name.split()[0] for name in cases.CASES}
+    assert launchers - {"device_counts", "class_tile"} == {name.split()[0] for name in CASES}
 
 
 def test_a_refused_launch_is_an_error(kernels):
@@ -80,6 +91,10 @@ FAULTS = {
     "null_pointer": r"memcheck: .* stores 4 bytes outside every array, in broken.cu:\d+",
     "load_unwritten_shared": "initcheck: thread .0, 0, 0. .* loads element 0 of shared array 0, which nobody has stored to",
     "load_unwritten_output": "initcheck: .* loads element .* of out, which nobody has stored to",
+    "atomic_past_output": "memcheck: .* stores 4 bytes outside every array, .*at byte 512 of the 512 of out, in broken.cu:",
+    "atomic_on_unwritten_output": "initcheck: .* loads element 0 of out, which nobody has stored to, in broken.cu:",
+    "atomic_beside_store": r"racecheck: .* stores to element \d+ of out, which thread \(\d+, 0, 0\) stored to with no barrier",
+    "load_beside_atomic": r"racecheck: .* (loads|stores to) element 0 of shared array 0, which .* with no barrier between",
     "two_barriers": r"synccheck: .* is at the barrier in broken.cu:\d+, others are at the barrier in broken.cu:\d+",
     "return_before_barrier": r"synccheck: .* (returned while others wait|threads of the block have returned)",
     "too_much_shared": "memcheck: .* more than 48 KiB of static shared memory",
@@ -219,11 +234,12 @@ def test_half_types_round_as_the_oracles_expect():
 
 SANITIZED_CASES = """
 import ctypes, re, sys
-from emulator import build, cases
+from emulator import build, cases, tile_cases
 library, fault = sys.argv[1:]
 assert ctypes.CDLL(library).broken_locals(int(fault)) == 0
 kernels = build.load(build.pathlib.Path(library))
-small = [case for name, case in cases.CASES.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]
+everything = cases.CASES | tile_cases.CASES
+small = [case for name, case in everything.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]
 for case in small:
     case(kernels)
 print(len(small), "cases")
@@ -246,7 +262,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers():
         assert text in done.stderr
     done = run(0)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[0]) > 0.9 * len(cases.CASES)
+    assert int(done.stdout.split()[0]) > 0.9 * len(CASES)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,7 +281,7 @@ def test_ops_on_emulated_kernels_equal_reference(tmp_path):
         shutil.copy(ROOT / "tests" / source, tests)
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
-        "or small_differences or dwarfs or float16 or out_of_range"
+        "or small_differences or dwarfs or float16 or out_of_range or tiles or gram"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "test_ops.py", "gpu_ops.py"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 
 import pytest
@@ -11,9 +12,10 @@ from rich.console import Console
 from tiny_run import config, distilled, write_teacher, write_tree
 from torch import nn
 
-from ijckd_fast import checkpoint, run_folder
+from ijckd_fast import checkpoint, ops, run_folder
 from ijckd_fast.data import build_index
 from ijckd_fast.distiller import Distiller
+from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate
 from ijckd_fast.models import Tapped
 from ijckd_fast.train import build_distiller, build_indexes, build_val_loader, resolve
@@ -155,3 +157,39 @@ def test_subset_and_label_noise_reach_the_index(data, tmp_path, monkeypatch):
         assert hashes[-1] == index.hash
         assert sorted(labels) == sorted(index.labels.tolist())
     assert hashes[0] != hashes[1]
+
+
+def _count_bad_rows(monkeypatch, answers):
+    """What the device would have counted, one answer per reading, the first of them from before the run; returns the readings."""
+    left, readings = [ops.BadRows(*a) for a in answers], []
+
+    def take(device):
+        readings.append(device)
+        return left.pop(0)
+
+    monkeypatch.setattr(ops, "take_bad_rows", take)
+    return readings
+
+
+def test_labels_that_the_device_could_not_use_stop_the_run(data, teacher, tmp_path, monkeypatch):
+    """Read with the log, every fourth step; what was counted before the run is not held against it."""
+    readings = _count_bad_rows(monkeypatch, [(7, 7), (0, 0), (5, 0)])
+    wanted = r"stopped at step 8: 5 images .* outside \[0, K\) = \[0, 3\), the classes of teacher resnet8x0\.5.*ijckd-fast index"
+    with pytest.raises(UserError, match=wanted):
+        train(config(data, tmp_path, **distilled(teacher)))
+    assert readings == [torch.device("cpu")] * 3
+    assert [row["step"] for row in run_folder.read_log(tmp_path) if row["kind"] == "train"] == [4, 8]
+
+
+def test_saturated_rows_are_a_warning(data, teacher, tmp_path, monkeypatch):
+    _count_bad_rows(monkeypatch, [(0, 0), (0, 3), (0, 0), (0, 2)])
+    said = io.StringIO()
+    loud_train(config(data, tmp_path, max_steps=12, **distilled(teacher)), console=Console(file=said, width=300))
+    lines = [line for line in said.getvalue().splitlines() if "softmax saturated" in line]
+    assert [line.split(" images")[0] for line in lines] == ["warning: 3", "warning: 2"]
+
+
+def test_the_reference_head_counts_no_bad_rows(data, teacher, tmp_path, monkeypatch):
+    """Its kernels are torch's, which stop the process."""
+    assert _count_bad_rows(monkeypatch, []) == []
+    train(config(data, tmp_path, max_steps=4, head="reference", **distilled(teacher)))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "gemm.h"
@@ -103,6 +104,10 @@ IJCKD_CLONES void add(double* to, double scale, double factor, const double* fro
   add_body(to, scale, factor, from, n);
 }
 
+IJCKD_CLONES void round_to(c10::BFloat16* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(to, i, from[i]);
+}
+
 // columns [Ct] += sum over the rows of w [n, Ct]
 template <typename T, typename A>
 void add_column_sums(const T* w, A* columns, int64_t n, int64_t Ct) {
@@ -115,15 +120,17 @@ void add_column_sums(const T* w, A* columns, int64_t n, int64_t Ct) {
 template <typename T, typename A>
 class Chunks {
  public:
-  Chunks(const ChunkedLoss& loss, DType t)
+  explicit Chunks(const ChunkedLoss& loss)
       : c(loss),
-        t(t),
+        t(loss.dtype),
         acc(accumulator(t)),
         B(loss.z.size(0)),
         K(loss.weight.size(0)),
         Ct(loss.z.size(1)),
         z(as(loss.z, t)),
-        w(static_cast<const T*>(loss.weight.const_data_ptr())),
+        wide(dtype(loss.weight, "classifier_loss", "weight") != t),
+        match(loss.weights.sr != 0),
+        w(loss.weight.const_data_ptr()),
         dz(static_cast<A*>(loss.dz.mutable_data_ptr())),
         bias(static_cast<const A*>(data(loss.bias))),
         mix(static_cast<const A*>(loss.mix)),
@@ -133,21 +140,54 @@ class Chunks {
   void run() {
     anchor();
     const int64_t most = std::min(K, std::max(kChunk / B, kLeastClasses)), chunks = (K + most - 1) / most;
-    const int64_t size = std::min(K, ((K + chunks - 1) / chunks + 63) / 64 * 64);  // chunks of nearly equal size
+    // nearly equal, of whole groups of hashed rows
+    const int64_t size = std::min(K, ((K + chunks - 1) / chunks + kHashedRows - 1) / kHashedRows * kHashedRows);
     const Tensor logits = empty(z, {B * size}, t);
+    if (match) hashes.resize((K + kHashedRows - 1) / kHashedRows);
     {
-      const OptTensor product = c.grad ? OptTensor(empty(z, {B, Ct}, t)) : OptTensor();
+      const Tensor rounded = empty(z, {wide ? size : 0, Ct}, t), product = empty(z, {c.grad ? B : 0, Ct}, t);
       if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
-      for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), logits, product);
+      for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), rounded, logits, product);
     }
     finish();
   }
 
  private:
+  // Elements [first, first + n) of a wide W in T.
+  void round_elements(int64_t first, int64_t n, T* to) const {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) round_to(to, static_cast<const float*>(w) + first, n);
+  }
+
+  // Row k of W in T; `scratch` is for the rounded one.
+  const T* weight_row(int64_t k, std::vector<T>& scratch) const {
+    if (!wide) return static_cast<const T*>(w) + k * Ct;
+    scratch.resize(Ct);
+    round_elements(k * Ct, Ct, scratch.data());
+    return scratch.data();
+  }
+
+  // Rows [k, k + n) of W in T, and their hashes on the way: what is read from memory here lies in a cache for the GEMMs.
+  Tensor weight_rows(int64_t k, int64_t n, const Tensor& rounded) {
+    const Tensor rows = wide ? rows_of(rounded, 0, n) : rows_of(c.weight, k, n);
+    if (!wide && !match) return rows;
+    const T* data = static_cast<const T*>(rows.const_data_ptr());
+    parallel_for((n + kHashedRows - 1) / kHashedRows, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t from = i * kHashedRows * Ct, elements = std::min(kHashedRows, n - i * kHashedRows) * Ct;
+        if (wide) round_elements(k * Ct + from, elements, static_cast<T*>(rounded.mutable_data_ptr()) + from);
+        if (match) hashes[k / kHashedRows + i] = content_hash(data + from, elements * int64_t(sizeof(T)));
+      }
+    });
+    return rows;
+  }
+
   void anchor() {
     const T* features = static_cast<const T*>(z.const_data_ptr());
-    const auto logit = [&](int64_t b, int64_t k) { return dot(features + b * Ct, w + k * Ct, Ct) + (bias ? bias[k] : A(0)); };
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      std::vector<T> scratch;
+      const auto logit = [&](int64_t b, int64_t k) {
+        return dot(features + b * Ct, weight_row(k, scratch), Ct) + (bias ? bias[k] : A(0));
+      };
       for (int64_t b = first; b < last; ++b) {
         Row<A>& row = rows[b];
         row.anchor = row.label_logit = logit(b, c.labels[b]);
@@ -160,8 +200,8 @@ class Chunks {
   }
 
   // Classes [k, k + n): logits, their exponentials in place, and what these add to the rows and to dz.
-  void chunk(int64_t k, int64_t n, const Tensor& buffer, const OptTensor& product) {
-    const Tensor w_chunk = rows_of(c.weight, k, n), logits = torch::stable::view(rows_of(buffer, 0, B * n), {B, n});
+  void chunk(int64_t k, int64_t n, const Tensor& rounded, const Tensor& buffer, const Tensor& product) {
+    const Tensor w_chunk = weight_rows(k, n, rounded), logits = torch::stable::view(rows_of(buffer, 0, B * n), {B, n});
     matmul_out(z, torch::stable::transpose(w_chunk, 0, 1), logits);
     T* l = static_cast<T*>(logits.mutable_data_ptr());
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
@@ -170,28 +210,28 @@ class Chunks {
         chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, c.labels[b], smoothing != 0, rows[b]);
     });
     if (!c.grad) return;
-    matmul_out(logits, w_chunk, *product);
-    const T* p = static_cast<const T*>(product->const_data_ptr());
+    matmul_out(logits, w_chunk, product);
+    const T* p = static_cast<const T*>(product.const_data_ptr());
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) add(dz + b * Ct, rows[b].rescale, A(1), p + b * Ct, Ct);
     });
-    if (smoothing != 0) add_column_sums(w + k * Ct, columns.data(), n, Ct);
+    if (smoothing != 0) add_column_sums(static_cast<const T*>(w_chunk.const_data_ptr()), columns.data(), n, Ct);
   }
 
   void finish() {
     const LossWeights& weights = c.weights;
     const A ce_weight = A(weights.ce) / A(B), q = A(1) - smoothing;
-    const bool match = weights.sr != 0;
     const A c_sr = A(2 * weights.sr / (double(B) * double(K))), c_fm = A(2 * weights.fm / (double(B) * double(Ct)));
     const A* d = static_cast<const A*>(data(c.d));
     OptTensor matched;
     if (match) {
       matched = empty(z, {B, Ct}, acc);
-      matmul_out(*c.d, gram(c.weight), *matched);
+      matmul_out(*c.d, gram(c.weight, t, hashes), *matched);
     }
     const A* gd = static_cast<const A*>(data(matched));  // [B, Ct] G d
     A* parts = static_cast<A*>(c.part_rows);
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
+      std::vector<T> scratch;
       for (int64_t b = first; b < last; ++b) {
         const Row<A>& row = rows[b];
         const int64_t a = c.labels[b];
@@ -214,8 +254,8 @@ class Chunks {
         A* out = dz + b * Ct;
         if (weights.ce != 0) {
           // p_a - q_a = (1 - share of a in the target) - s / sum: a confident sample's gradient keeps its digits
-          add(out, ce_weight / sum, ce_weight * ((A(1) - q * share) - row.others / sum), w + a * Ct, Ct);
-          if (c.labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), w + c.labels_b[b] * Ct, Ct);
+          add(out, ce_weight / sum, ce_weight * ((A(1) - q * share) - row.others / sum), weight_row(a, scratch), Ct);
+          if (c.labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), weight_row(c.labels_b[b], scratch), Ct);
           if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), columns.data(), Ct);
         } else {
           std::fill_n(out, Ct, A(0));
@@ -229,14 +269,17 @@ class Chunks {
   const ChunkedLoss& c;
   const DType t, acc;
   const int64_t B, K, Ct;
-  const Tensor z;  // [B, Ct] T
-  const T* w;      // [K, Ct]
-  A* dz;           // [B, Ct]: the exponentials' part until finish
-  const A* bias;   // [K] or null
-  const A* mix;    // [B] or null
+  const Tensor z;   // [B, Ct] T
+  const bool wide;  // W is float32, T bfloat16
+  const bool match;
+  const void* w;  // [K, Ct] T, or float32 where `wide`
+  A* dz;          // [B, Ct]: the exponentials' part until finish
+  const A* bias;  // [K] or null
+  const A* mix;   // [B] or null
   const A smoothing;
   std::vector<Row<A>> rows;  // [B]
   std::vector<A> columns;    // [Ct] column sums of W, for label smoothing
+  std::vector<Hash> hashes;  // of W's rows, for the match
 };
 
 }  // namespace
@@ -250,8 +293,7 @@ bool in_class_chunks(const LossWeights& weights, bool pooled_t, DType t, int64_t
 }
 
 void chunked_loss(const ChunkedLoss& c) {
-  const DType t = dtype(c.weight, "classifier_loss", "weight");
-  dispatch(t, [&](auto element, auto a) { Chunks<decltype(element), decltype(a)>(c, t).run(); });
+  dispatch(c.dtype, [&](auto element, auto a) { Chunks<decltype(element), decltype(a)>(c).run(); });
 }
 
 int64_t rows_at_once(int64_t B, int64_t K) {

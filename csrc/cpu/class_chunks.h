@@ -1,6 +1,7 @@
 #pragma once
 // classifier_loss on the CPU for many classes: chunk after chunk of the classifier's rows, so that logits exist for one chunk
-// only and W is read once for both GEMMs. Anchored softmax: with l_a the label's logit, known before any GEMM,
+// only and W is read once for both GEMMs; a float32 W is rounded to bfloat16 by the chunk, too. Anchored softmax: with l_a the
+// label's logit, known before any GEMM,
 //   s = sum over k != a of exp(l_k - l_a),  cross-entropy = log1p(s),  dCE/dz = (sum over k != a of exp(l_k - l_a) w_k - s w_a) /
 //   (1 + s),
 // so no chunk needs another, and the loss of a confident sample keeps its digits where lse - l_a would cancel.
@@ -11,8 +12,9 @@
 namespace ijckd {
 
 struct ChunkedLoss {
+  DType dtype;              // T
   Tensor z;                 // [B, Ct] A
-  Tensor weight;            // [K, Ct] T
+  Tensor weight;            // [K, Ct] T, or float32 where T is bfloat16; contiguous
   OptTensor bias;           // [K] A
   const int64_t* labels;    // [B], in [0, K)
   const int64_t* labels_b;  // [B], or null

@@ -28,7 +28,6 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   T* logits = static_cast<T*>(r.logits) + b * K;
   A *l = scratch, *g = l + K, *x = g + K, *diff = x + K;  // [K] each
   const A* bias = static_cast<const A*>(r.bias);
-  const A inv_b = A(1) / A(B);
   const auto total = [&](const A* v) __attribute__((always_inline)) {
     return lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return v[k]; });
   };
@@ -59,7 +58,7 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     for (int64_t k = 0; k < K; ++k) g[k] = exponential(l[k] - top);
     g[best] = 0;
     const A others = valid && std::abs(top) < std::numeric_limits<A>::infinity() ? total(g) : std::numeric_limits<A>::quiet_NaN();
-    const A sum = A(1) + others, scale = A(w.ce) * inv_b / sum, uniform = A(w.ce) * inv_b * eps / A(K);
+    const A sum = A(1) + others, scale = A(w.ce) / sum, uniform = A(w.ce) * eps / A(K);
     ce = others;
     if (valid) {
       ce = (top - l[label_a]) + std::log1p(others);
@@ -82,13 +81,13 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   A sr = 0;
   if (w.sr != 0) {
     sr = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return diff[k] * diff[k]; });
-    const A c = A(2 * w.sr) * inv_b / A(K);
+    const A c = A(2 * w.sr) / A(K);
     for (int64_t k = 0; k < K; ++k) g[k] += c * diff[k];
   }
 
   A kl = 0;
   if (w.kl != 0) {
-    const A temperature = A(w.temperature), cold = A(1) / temperature, c = A(w.kl) * temperature * inv_b;
+    const A temperature = A(w.temperature), cold = A(1) / temperature, c = A(w.kl) * temperature;
     const A sum_s = exponentials(l, top, cold, K, x), lse_s = top * cold + std::log(sum_s);
     for (int64_t k = 0; k < K; ++k) {
       g[k] += c / sum_s * x[k];
@@ -126,11 +125,11 @@ IJCKD_INLINE void add_feature_grad(const FeatureGrad& f, int64_t first, int64_t 
   const T* dz_w = static_cast<const T*>(f.dz_w);
   const A* d = static_cast<const A*>(f.d);
   A* dz = static_cast<A*>(f.dz);
-  const A c = A(2 * f.fm / (double(f.B) * double(f.Ct)));
+  const A share = A(1 / double(f.batch)), c = A(2 * f.fm / (double(f.batch) * double(f.Ct)));
   if (d)
-    for (int64_t i = first; i < last; ++i) dz[i] = load(dz_w, i) + c * d[i];
+    for (int64_t i = first; i < last; ++i) dz[i] = share * load(dz_w, i) + c * d[i];
   else
-    for (int64_t i = first; i < last; ++i) dz[i] = load(dz_w, i);
+    for (int64_t i = first; i < last; ++i) dz[i] = share * load(dz_w, i);
 }
 IJCKD_CLONES void add_feature_grad_f32(const FeatureGrad& f, int64_t first, int64_t last) {
   add_feature_grad<float, float>(f, first, last);

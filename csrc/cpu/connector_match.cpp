@@ -2,15 +2,14 @@
 #include "connector_match.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "loops.h"
+#include "rows.h"
 #include "vectorise.h"
 
 namespace ijckd {
 namespace {
 
-constexpr int64_t kStatRows = 64;     // rows per partial: fixed, so that the sum does not depend on the number of threads
 constexpr int64_t kChannelTile = 64;  // six float accumulators of 64 channels stay in L1 beside the rows
 
 // Mean and sum of squared deviations of each channel over rows [rows, Ct].
@@ -165,29 +164,15 @@ IJCKD_CLONES void grad_image_f32(const MatchBackward& m, int64_t b) { grad_image
 IJCKD_CLONES void grad_image_f64(const MatchBackward& m, int64_t b) { grad_image<double, double>(m, b); }
 IJCKD_CLONES void grad_image_bf16(const MatchBackward& m, int64_t b) { grad_image<c10::BFloat16, float>(m, b); }
 
-// Blocks of kStatRows rows in parallel, joined in order.
+// Parts in parallel: their size is fixed, so that the statistics do not depend on the number of threads.
 template <typename T, typename A, typename Block>
 void stats(const ChannelStats& s, const Block& block) {
   const T* y = static_cast<const T*>(s.y);
-  const int64_t N = s.N, Ct = s.Ct, blocks = (N + kStatRows - 1) / kStatRows;
-  std::vector<A> means(blocks * Ct), m2s(blocks * Ct);  // [blocks, Ct]
-  parallel_for(blocks, 1, [&](int64_t first, int64_t last) {
+  A *mean = static_cast<A*>(s.part_mean), *m2 = static_cast<A*>(s.part_m2);
+  parallel_for(stat_parts(s.N, kStatRows), 1, [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k)
-      block(y + k * kStatRows * Ct, std::min(N - k * kStatRows, kStatRows), Ct, &means[k * Ct], &m2s[k * Ct]);
+      block(y + k * kStatRows * s.Ct, std::min(s.N - k * kStatRows, kStatRows), s.Ct, mean + k * s.Ct, m2 + k * s.Ct);
   });
-  A *mean = static_cast<A*>(s.mean), *var = static_cast<A*>(s.var);
-  std::copy_n(means.begin(), Ct, mean);
-  std::copy_n(m2s.begin(), Ct, var);
-  for (int64_t k = 1; k < blocks; ++k) {  // Chan's update: exact where sum of squares minus square of sum cancels
-    const A n = A(k * kStatRows), m = A(std::min(N, (k + 1) * kStatRows) - k * kStatRows);
-    const A to_mean = m / (n + m), to_var = n * m / (n + m);
-    for (int64_t c = 0; c < Ct; ++c) {
-      const A d = means[k * Ct + c] - mean[c];
-      mean[c] += d * to_mean;
-      var[c] += m2s[k * Ct + c] + d * d * to_var;
-    }
-  }
-  for (int64_t c = 0; c < Ct; ++c) var[c] /= A(N);
 }
 
 }  // namespace
@@ -199,6 +184,27 @@ int channel_stats(const ChannelStats& s, void*) {
   return 0;
 }
 
+int combine_stats(const CombineStats& s, void*) {
+  dispatch(s.dtype, [&](auto, auto a) {
+    using A = decltype(a);
+    const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
+    A *mean = static_cast<A*>(s.mean), *var = static_cast<A*>(s.var);
+    std::copy_n(part_mean, s.Ct, mean);
+    std::copy_n(part_m2, s.Ct, var);
+    for (int64_t k = 1; k < stat_parts(s.N, s.rows_per_part); ++k) {  // Chan's update
+      const A n = A(k * s.rows_per_part), m = A(std::min(s.N - k * s.rows_per_part, s.rows_per_part));
+      const A to_mean = m / (n + m), to_var = n * m / (n + m);
+      for (int64_t c = 0; c < s.Ct; ++c) {
+        const A d = part_mean[k * s.Ct + c] - mean[c];
+        mean[c] += d * to_mean;
+        var[c] += part_m2[k * s.Ct + c] + d * d * to_var;
+      }
+    }
+    for (int64_t c = 0; c < s.Ct; ++c) var[c] /= A(s.N);
+  });
+  return 0;
+}
+
 int match_forward(const MatchForward& m, void*) {
   const auto run = [&](auto image) {
     parallel_for(m.B, 1, [&](int64_t first, int64_t last) {
@@ -207,6 +213,12 @@ int match_forward(const MatchForward& m, void*) {
   };
   by_dtype(m.dtype, [&] { run(pool_image_f32); }, [&] { run(pool_image_f64); }, [&] { run(pool_image_bf16); });
   return 0;
+}
+
+int match_sums(const MatchSums& s, void* stream) {
+  column_sum({s.dtype, s.square, s.square_sum, s.B, s.Ct, 1}, stream);
+  column_sum({s.dtype, s.res, s.res_sum, s.B, s.Ct, 1}, stream);
+  return column_sum({s.dtype, s.res_yhat, s.res_yhat_sum, s.B, s.Ct, 1}, stream);
 }
 
 int channel_grads(const ChannelGrads& g, void*) {

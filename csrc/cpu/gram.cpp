@@ -15,14 +15,8 @@ namespace {
 
 constexpr size_t kGrams = 4;
 constexpr int64_t kHalf = 2048;                // words in half a hashed block of 16 KiB
-constexpr int64_t kBlocks = 64;                // blocks per task
 constexpr uint64_t kPrime = (1ull << 61) - 1;  // of the polynomial that joins the blocks
 constexpr int64_t kGramRows = 1024;            // classes converted to the accumulator's type at a time
-
-struct Hash {
-  uint64_t a = 0, b = 0;
-  bool operator==(const Hash&) const = default;
-};
 
 // Pseudo-random words, the same in every process.
 struct Keys {
@@ -61,38 +55,12 @@ uint64_t join(uint64_t hash, uint64_t point, uint64_t value) {
   return hash;
 }
 
-Hash content_hash(const Tensor& t) {
-  static const Keys keys;
-  const int64_t bytes = t.numel() * int64_t(t.element_size()), block = 2 * kHalf * 4, n = (bytes + block - 1) / block;
-  const int64_t tasks = (n + kBlocks - 1) / kBlocks;
-  const char* data = static_cast<const char*>(t.const_data_ptr());
-  std::vector<Hash> parts(tasks);
-  parallel_for(tasks, 1, [&](int64_t first, int64_t last) {
-    std::vector<uint32_t> words(2 * kHalf);
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t k = i * kBlocks; k < std::min(n, (i + 1) * kBlocks); ++k) {
-        const int64_t length = std::min(block, bytes - k * block);
-        const char* from = data + k * block;
-        if (length < block || reinterpret_cast<uintptr_t>(from) % alignof(uint32_t) != 0) {
-          std::fill(words.begin(), words.end(), 0);
-          std::memcpy(words.data(), from, length);
-          from = reinterpret_cast<const char*>(words.data());
-        }
-        uint64_t h[2];
-        hash_block(reinterpret_cast<const uint32_t*>(from), keys.words, h);
-        parts[i] = {join(parts[i].a, keys.points[0], h[0]), join(parts[i].b, keys.points[1], h[1])};
-      }
-  });
-  Hash out;
-  for (const Hash& p : parts) out = {join(out.a, keys.points[0], p.a), join(out.b, keys.points[1], p.b)};
-  return out;
-}
-
 // In chunks of classes, each by the library's GEMM; added in order.
-Tensor make_gram(const Tensor& weight, DType acc) {
+Tensor make_gram(const Tensor& weight, DType t) {
   const int64_t K = weight.size(0), Ct = weight.size(1);
+  const DType acc = accumulator(t);
   const Tensor g = empty(weight, {Ct, Ct}, acc);
-  if (weight.scalar_type() == scalar(acc)) {
+  if (t == acc) {
     matmul_out(torch::stable::transpose(weight, 0, 1), weight, g);
     return g;
   }
@@ -100,7 +68,7 @@ Tensor make_gram(const Tensor& weight, DType acc) {
   torch::stable::zero_(sum);
   const Tensor product = empty(weight, {Ct, Ct}, acc);
   for (int64_t k = 0; k < K; k += kGramRows) {
-    const Tensor w = as(rows_of(weight, k, std::min(kGramRows, K - k)), acc);
+    const Tensor w = as(as(rows_of(weight, k, std::min(kGramRows, K - k)), t), acc);
     matmul_out(torch::stable::transpose(w, 0, 1), w, product);
     float* to = g.mutable_data_ptr<float>();
     const float* from = product.const_data_ptr<float>();
@@ -112,7 +80,7 @@ Tensor make_gram(const Tensor& weight, DType acc) {
 }
 
 struct Kept {
-  ScalarType dtype;
+  DType dtype;
   int64_t K, Ct;
   Hash hash;
   Tensor g;
@@ -120,22 +88,42 @@ struct Kept {
 
 }  // namespace
 
-Tensor gram(const Tensor& weight) {
+Hash content_hash(const void* data, int64_t bytes) {
+  constexpr int64_t kBlock = 2 * kHalf * 4;
+  static const Keys keys;
+  std::vector<uint32_t> words;  // of a block that is too short or lies askew
+  Hash out;
+  for (int64_t at = 0; at < bytes; at += kBlock) {
+    const int64_t length = std::min(kBlock, bytes - at);
+    const char* from = static_cast<const char*>(data) + at;
+    if (length < kBlock || reinterpret_cast<uintptr_t>(from) % alignof(uint32_t) != 0) {
+      words.assign(2 * kHalf, 0);
+      std::memcpy(words.data(), from, length);
+      from = reinterpret_cast<const char*>(words.data());
+    }
+    uint64_t h[2];
+    hash_block(reinterpret_cast<const uint32_t*>(from), keys.words, h);
+    out = {join(out.a, keys.points[0], h[0]), join(out.b, keys.points[1], h[1])};
+  }
+  return out;
+}
+
+Tensor gram(const Tensor& weight, DType t, const std::vector<Hash>& rows) {
   // Never destroyed: torch may be gone by the time that static objects are.
   static auto* mutex = new std::mutex;
   static auto* kept = new std::list<Kept>;  // the last used first
-  const Hash hash = content_hash(weight);
+  const Hash hash = content_hash(rows.data(), int64_t(rows.size() * sizeof(Hash)));
   {
     const std::lock_guard lock(*mutex);
     for (auto i = kept->begin(); i != kept->end(); ++i)
-      if (i->dtype == weight.scalar_type() && i->K == weight.size(0) && i->Ct == weight.size(1) && i->hash == hash) {
+      if (i->dtype == t && i->K == weight.size(0) && i->Ct == weight.size(1) && i->hash == hash) {
         kept->splice(kept->begin(), *kept, i);
         return i->g;
       }
   }
-  const Tensor g = make_gram(weight, accumulator(dtype(weight, "classifier_loss", "weight")));
+  const Tensor g = make_gram(weight, t);
   const std::lock_guard lock(*mutex);
-  kept->push_front({weight.scalar_type(), weight.size(0), weight.size(1), hash, g});
+  kept->push_front({t, weight.size(0), weight.size(1), hash, g});
   if (kept->size() > kGrams) kept->pop_back();
   return g;
 }

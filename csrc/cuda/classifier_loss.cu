@@ -1,5 +1,6 @@
 // Kernels of classifier_loss around the library's GEMMs: any shape, any dtype; the GPU's oracle for faster ones.
 #include "classifier_loss.h"
+#include "cuda/classifier_tiles.h"
 #include "device.cuh"
 #include "row_math.h"
 
@@ -23,18 +24,20 @@ struct Better {
 };
 
 // One block per sample: up to four passes over the row (maximum; sums; teacher's sums and KL; gradient in place), which stays in
-// L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss.
-template <typename T, typename A>
-__global__ void row_loss_kernel(RowLoss r) {
+// L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss
+// and is counted.
+// The gradient's rows, of type G, are `stride` apart and 0 past the classes.
+template <typename T, typename A, typename G>
+__global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
   __shared__ A slots[kThreads];
   __shared__ Best<A> best_slots[kThreads];
   const int64_t b = blockIdx.x, K = r.K;
-  T* logits = static_cast<T*>(r.logits) + b * K;
+  const T* logits = static_cast<const T*>(r.logits) + b * K;
   const A* bias = static_cast<const A*>(r.bias);
   const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
   const T* logits_t = r.logits_t ? static_cast<const T*>(r.logits_t) + b * K : nullptr;
   const LossWeights& w = r.weights;
-  const A temp = A(w.temperature), inv_b = A(1) / A(r.B), ninf = -INFINITY;
+  const A temp = A(w.temperature), ninf = -INFINITY;
 
   const auto logit = [&](int64_t k) { return load<A>(logits, k) + (bias ? bias[k] : A(0)); };
   const auto diff = [&](int64_t k) { return delta ? load<A>(delta, k) : logit(k) - load<A>(logits_t, k); };
@@ -91,18 +94,20 @@ __global__ void row_loss_kernel(RowLoss r) {
     rows[kPartSr * r.B + b] = sr;
     rows[kPartKl * r.B + b] = kl;
     r.top1_rows[b] = best.index == label_a;
+    if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
   }
   if (!r.grad) return;
   __syncthreads();  // thread 0 may read the labels' logits in `ce` until here: below they are overwritten
-  const A c_sr = A(2 * w.sr) * inv_b / A(K), c_kl = A(w.kl) * temp * inv_b;
+  const A c_sr = A(2 * w.sr) / A(K), c_kl = A(w.kl) * temp;
   for (int64_t k = threadIdx.x; k < K; k += kThreads) {
     const A l = logit(k), d = w.sr != 0 || w.kl != 0 ? diff(k) : A(0);
     A g = 0;
-    if (w.ce != 0) g += A(w.ce) * inv_b * (valid ? exp(l - lse) - q.prob(k) : ce);
+    if (w.ce != 0) g += A(w.ce) * (valid ? exp(l - lse) - q.prob(k) : ce);
     if (w.sr != 0) g += c_sr * d;
     if (w.kl != 0) g += c_kl * (exp(l / temp - lse_s) - exp((l - d) / temp - lse_t));
-    store(logits, k, g);
+    store(gradient + b * stride, k, g);
   }
+  for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));
 }
 
 // One block: means over B by a fixed tree, the weighted sum, the hits.
@@ -130,21 +135,33 @@ __global__ void loss_sum_kernel(LossSum s) {
   }
 }
 
-// One thread per element: dz = dlogits W + c d.
+// One thread per element: dz = share dz_w + c d.
 template <typename T, typename A>
 __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
                                     const A* d,     // [B, Ct] or null
                                     A* dz,          // [B, Ct] out
-                                    int64_t n, A c) {
+                                    int64_t n, A share, A c) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < n) dz[i] = load<A>(dz_w, i) + (d ? c * d[i] : A(0));
+  if (i < n) dz[i] = share * load<A>(dz_w, i) + (d ? c * d[i] : A(0));
 }
 
 }  // namespace
 
 int row_loss(const RowLoss& r, void* stream) {
-  return dispatch(r.dtype,
-                  [&](auto t, auto a) { return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r); });
+  return dispatch(r.dtype, [&](auto t, auto a) {
+    using T = decltype(t);
+    return launch(row_loss_kernel<T, decltype(a), T>, r.B, kThreads, stream, r, static_cast<T*>(r.logits), r.K);
+  });
+}
+
+int row_loss_apart(const RowLossApart& r, void* stream) {
+  return dispatch(r.dtype, [&](auto t, auto) {
+    using T = decltype(t);
+    if constexpr (sizeof(T) == 2)
+      return launch(row_loss_kernel<float, float, T>, r.rows.B, kThreads, stream, r.rows, static_cast<T*>(r.gradient), r.stride);
+    else
+      return static_cast<int>(cudaErrorInvalidValue);  // in place, by row_loss
+  });
 }
 
 int loss_sum(const LossSum& s, void* stream) {
@@ -157,7 +174,8 @@ int feature_grad(const FeatureGrad& f, void* stream) {
     using A = decltype(a);
     const int64_t n = f.B * f.Ct;
     return launch(feature_grad_kernel<T, A>, ceil_div(n, kThreads), kThreads, stream, static_cast<const T*>(f.dz_w),
-                  static_cast<const A*>(f.d), static_cast<A*>(f.dz), n, A(2 * f.fm / (double(f.B) * double(f.Ct))));
+                  static_cast<const A*>(f.d), static_cast<A*>(f.dz), n, A(1 / double(f.batch)),
+                  A(2 * f.fm / (double(f.batch) * double(f.Ct))));
   });
 }
 

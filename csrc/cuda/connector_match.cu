@@ -1,135 +1,278 @@
 // Kernels of connector_match around the library's GEMMs: any shape, any dtype; the GPU's oracle for faster ones.
-// Maps are [N, Ct] with channels contiguous, so a warp's 32 threads take 32 neighbouring channels and every access is coalesced.
+// Maps are [N, Ct] with channels contiguous, so a warp's 32 threads take neighbouring channels and every access is coalesced:
+// two channels each of a half type, where Ct and the pointers allow it, else one. What matters is bytes under way: every pass
+// over a map loads several rows per thread before it uses the first.
+#include <type_traits>
+
 #include "connector_match.h"
 #include "device.cuh"
 
 namespace ijckd {
 namespace {
 
-constexpr int kChannels = 32;  // channels a block owns: one warp's width
-constexpr int kRows = 8;       // row lanes per channel in the statistics
-constexpr int kThreads = 128;  // one thread per channel elsewhere
+constexpr int kThreads = 128;   // passes over maps
+constexpr int kBatch = 7;       // positions that a thread loads at once: 7 x 7 is the usual map
+constexpr int kStatLanes = 8;   // row lanes of a part
+constexpr int kSumLanes = 32;   // image or part lanes of sums over [B, Ct] or [parts, Ct]
+constexpr int kGradLanes = 16;  // image lanes of the channels' gradients, which need more registers
+constexpr int kImages = 8;      // images that such a lane loads at once
+constexpr int kStatThreads = kColumns * kStatLanes, kSumThreads = kColumns * kSumLanes, kGradThreads = kColumns * kGradLanes;
 
-// Biased mean and variance of one channel per threadIdx.x; grid = Ct / 32. Two passes over y (the second from L2 where it fits):
-// the sum of squares minus the square of the sum would cancel. Row lanes are added in index order: deterministic.
-template <typename T, typename A>
-__global__ void channel_stats_kernel(const T* y,  // [N, Ct]
-                                     A* mean,     // [Ct] out
-                                     A* var,      // [Ct] out
-                                     int64_t N, int64_t Ct) {
-  __shared__ A slots[kRows][kChannels];
-  const int lane = threadIdx.y;
-  const int64_t c = int64_t(blockIdx.x) * kChannels + threadIdx.x;
-  const bool inside = c < Ct;
+// Calls `run` with the number of channels a thread takes: two of a half type if `pairs`, else one.
+template <typename T, typename F>
+int by_width(bool pairs, const F& run) {
+  if constexpr (sizeof(T) == 2)
+    if (pairs) return run(std::integral_constant<int, 2>{});
+  return run(std::integral_constant<int, 1>{});
+}
 
-  A s = 0;
-  if (inside)
-    for (int64_t r = lane; r < N; r += kRows) s += load<A>(y, r * Ct + c);
-  slots[lane][threadIdx.x] = s;
-  __syncthreads();
-  A m = 0;
-  for (int i = 0; i < kRows; ++i) m += slots[i][threadIdx.x];
-  m /= A(N);
-  __syncthreads();  // every lane has read the sums before the squares overwrite them
+// One part of V channels per thread column; blocks go through the channels of a part, then to the next part. A thread keeps its
+// rows in registers, so that the second pass, over the distances from the mean, reads nothing.
+template <typename T, typename A, int V>
+__global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStats s) {
+  constexpr int kRows = kStatRows / kStatLanes;  // of a thread
+  __shared__ A slots[V][kStatLanes][kColumns];
+  const unsigned per_part = ceil_div(s.Ct, kColumns * V);
+  const int64_t part = blockIdx.x / per_part, c = (int64_t(blockIdx.x % per_part) * kColumns + threadIdx.x) * V;
+  const int64_t left = s.N - part * kStatRows, rows = left < kStatRows ? left : kStatRows;
+  const bool inside = c < s.Ct;
+  const T* y = static_cast<const T*>(s.y) + (part * kStatRows + threadIdx.y) * s.Ct + c;
 
-  s = 0;
-  if (inside)
-    for (int64_t r = lane; r < N; r += kRows) {
-      const A d = load<A>(y, r * Ct + c) - m;
-      s += d * d;
-    }
-  slots[lane][threadIdx.x] = s;
-  __syncthreads();
-  if (inside && lane == 0) {
-    A v = 0;
-    for (int i = 0; i < kRows; ++i) v += slots[i][threadIdx.x];
-    mean[c] = m;
-    var[c] = v / A(N);
+  typename Together<T, V>::type loaded[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if (inside && int(threadIdx.y) + i * kStatLanes < rows) loaded[i] = load_together<V>(y, i * kStatLanes * s.Ct);
+  const auto for_rows = [&](const auto& use) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (inside && int(threadIdx.y) + i * kStatLanes < rows) {
+        A x[V];
+        take_apart<T, V>(loaded[i], x);
+        for (int v = 0; v < V; ++v) use(v, x[v]);
+      }
+  };
+
+  A mean[V] = {}, m2[V] = {};
+  for_rows([&](int v, A x) { mean[v] += x; });
+  sum_lanes(mean, slots);
+  for (int v = 0; v < V; ++v) mean[v] /= A(rows);
+  for_rows([&](int v, A x) { m2[v] += (x - mean[v]) * (x - mean[v]); });
+  sum_lanes(m2, slots);
+  if (!inside || threadIdx.y != 0) return;
+  for (int v = 0; v < V; ++v) {
+    static_cast<A*>(s.part_mean)[part * s.Ct + c + v] = mean[v];
+    static_cast<A*>(s.part_m2)[part * s.Ct + c + v] = m2[v];
   }
 }
 
-// The image and channel of a thread that owns one channel of one image; c >= Ct for the last threads of an image. Blocks go
-// through the channels of an image, then to the next image, in one dimension: a grid's second one ends at 65,535.
+// A block per kColumns channels. With all parts at hand, Chan's formula for two of them becomes: the mean of the means, then the
+// sum of m2 and of the means' squared distances from it; nothing cancels, and lanes work side by side.
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats s) {
+  __shared__ A slots[1][kSumLanes][kColumns];
+  const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
+  const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x, parts = stat_parts(s.N, s.rows_per_part);
+  const bool inside = c < s.Ct;
+  const auto rows = [&](int64_t i) {
+    const int64_t left = s.N - i * s.rows_per_part;
+    return A(left < s.rows_per_part ? left : s.rows_per_part);
+  };
+  A mean[1] = {0}, m2[1] = {0};
+  if (inside) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.y; i < parts; i += kSumLanes) mean[0] += rows(i) * part_mean[i * s.Ct + c];
+  }
+  sum_lanes(mean, slots);
+  mean[0] /= A(s.N);
+  if (inside) {
+#pragma unroll 4
+    for (int64_t i = threadIdx.y; i < parts; i += kSumLanes) {
+      const A d = part_mean[i * s.Ct + c] - mean[0];
+      m2[0] += part_m2[i * s.Ct + c] + rows(i) * d * d;
+    }
+  }
+  sum_lanes(m2, slots);
+  if (!inside || threadIdx.y != 0) return;
+  static_cast<A*>(s.mean)[c] = mean[0];
+  static_cast<A*>(s.var)[c] = m2[0] / A(s.N);
+}
+
+// The image and the first channel of a thread that owns V channels of one image; b >= B for threads past the end. In one
+// dimension: a grid's second one ends at 65,535.
 struct Place {
   int64_t b, c;
 };
 
+template <int V>
 __device__ Place place(int64_t Ct) {
-  const unsigned per_image = ceil_div(Ct, kThreads);
-  return {blockIdx.x / per_image, int64_t(blockIdx.x % per_image) * kThreads + threadIdx.x};
+  const int64_t per_image = Ct / V, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  return {i / per_image, i % per_image * V};
 }
 
-unsigned places(int64_t B, int64_t Ct) { return static_cast<unsigned>(B * ceil_div(Ct, kThreads)); }  // blocks
+int places(int64_t B, int64_t Ct, int V) { return ceil_div(B * (Ct / V), kThreads); }  // blocks
 
-// One thread per (image, channel): reads y and map_t once, keeps row_math.h:Pooled in registers.
-template <typename T, typename A>
-__global__ void match_forward_kernel(const T* y,      // [B, P, Ct]
-                                     const T* map_t,  // [B, P, Ct] or null
-                                     Affine affine,   // [Ct] each
-                                     A* z,            // [B, Ct] out, as all below
-                                     A* count, A* yhat, A* square, A* res, A* res_yhat, int64_t P, int64_t Ct, bool relu) {
-  const auto [b, c] = place(Ct);
-  if (c >= Ct) return;
-  const Channel<A> ch = channel<A>(affine, c);
-  Pooled<A> sum;
-  for (int64_t p = 0; p < P; ++p) {
-    const int64_t i = (b * P + p) * Ct + c;
-    if (map_t)
-      sum.add_matched(ch, load<A>(y, i), relu, load<A>(map_t, i));
+// kBatch positions of one image in V channels, as loaded.
+template <typename T, int V, bool kMatched>
+struct Batch {
+  typename Together<T, V>::type y[kBatch], target[kMatched ? kBatch : 1];
+
+  // The next n of them; moves both pointers on.
+  __device__ __forceinline__ void load(const T*& y_row, const T*& target_row, int64_t Ct, int n) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (i < n) {
+        y[i] = load_together<V>(y_row, 0);
+        y_row += Ct;
+        if constexpr (kMatched) {
+          target[i] = load_together<V>(target_row, 0);
+          target_row += Ct;
+        }
+      }
+  }
+};
+
+// Calls use(p, y, target) for every position p, in index order. The next batch is on its way while one is used: the compiler
+// would otherwise load each position just before its use, and wait for every one.
+template <typename T, typename A, int V, bool kMatched, typename F>
+__device__ __forceinline__ void for_positions(const T* y, const T* map_t, int64_t Ct, int P, const F& use) {
+  Batch<T, V, kMatched> now{}, next{};
+  now.load(y, map_t, Ct, P);
+  for (int p = 0; p < P; p += kBatch) {
+    const int left = P - p;
+    if (left >= 2 * kBatch)
+      next.load(y, map_t, Ct, kBatch);
     else
-      sum.add(ch, load<A>(y, i), relu);
-  }
-  const int64_t o = b * Ct + c;
-  z[o] = sum.out / A(P);
-  count[o] = sum.count;
-  yhat[o] = sum.yhat;
-  if (map_t) {
-    square[o] = sum.square;
-    res[o] = sum.res;
-    res_yhat[o] = sum.res_yhat;
+      next.load(y, map_t, Ct, left - kBatch);
+    const auto use_first = [&](int n) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (i < n) {
+          A y_p[V], target[V] = {};
+          take_apart<T, V>(now.y[i], y_p);
+          if constexpr (kMatched) take_apart<T, V>(now.target[i], target);
+          use(p + i, y_p, target);
+        }
+    };
+    if (left >= kBatch)
+      use_first(kBatch);
+    else
+      use_first(left);
+    now = next;
   }
 }
 
-// One thread per channel; images in index order. grad_fm is read from device memory: no host synchronisation.
+// A thread per image and V channels: reads y and map_t once, keeps row_math.h:Pooled in registers.
+template <typename T, typename A, int V, bool kMatched>
+__global__ void __launch_bounds__(kThreads) match_forward_kernel(MatchForward m) {
+  const Place at = place<V>(m.Ct);
+  if (at.b >= m.B) return;
+  Channel<A> ch[V];
+  Pooled<A> sum[V];
+  for (int v = 0; v < V; ++v) ch[v] = channel<A>(m.affine, at.c + v);
+  const int64_t first = at.b * m.P * m.Ct + at.c;
+  const T *y = static_cast<const T*>(m.y) + first, *map_t = static_cast<const T*>(m.map_t);
+  if constexpr (kMatched) map_t += first;
+  for_positions<T, A, V, kMatched>(y, map_t, m.Ct, int(m.P), [&](int, const A(&y_p)[V], const A(&target)[V]) {
+    for (int v = 0; v < V; ++v) {
+      if constexpr (kMatched)
+        sum[v].add_matched(ch[v], y_p[v], m.relu, target[v]);
+      else
+        sum[v].add(ch[v], y_p[v], m.relu);
+    }
+  });
+  const auto out = [&](void* to, auto value) {
+    A x[V];
+    for (int v = 0; v < V; ++v) x[v] = value(sum[v]);
+    store_together(static_cast<A*>(to), at.b * m.Ct + at.c, x);
+  };
+  out(m.z, [&](const Pooled<A>& s) { return s.out / A(m.P); });
+  out(m.count, [](const Pooled<A>& s) { return s.count; });
+  out(m.yhat, [](const Pooled<A>& s) { return s.yhat; });
+  if constexpr (kMatched) {
+    out(m.square, [](const Pooled<A>& s) { return s.square; });
+    out(m.res, [](const Pooled<A>& s) { return s.res; });
+    out(m.res_yhat, [](const Pooled<A>& s) { return s.res_yhat; });
+  }
+}
+
+// A block per kColumns channels of one of the three arrays.
 template <typename A>
-__global__ void channel_grads_kernel(ChannelGrads g) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= g.Ct) return;
-  const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z),
-          *pooled_t = static_cast<const A*>(g.pooled_t);
+__global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
+  __shared__ A slots[1][kSumLanes][kColumns];
+  const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
+  const void* x = blockIdx.y == 0 ? s.square : blockIdx.y == 1 ? s.res : s.res_yhat;
+  void* out = blockIdx.y == 0 ? s.square_sum : blockIdx.y == 1 ? s.res_sum : s.res_yhat_sum;
+  const A total = column_total(static_cast<const A*>(x), s.B, s.Ct, c, slots);
+  if (c < s.Ct && threadIdx.y == 0) static_cast<A*>(out)[c] = total;
+}
+
+// A block per kColumns channels, its lanes through the images, kImages at a time: stores to grad_out keep the compiler from
+// loading ahead. grad_fm is read from device memory: no host synchronisation.
+template <typename A, bool kPooled>
+__global__ void __launch_bounds__(kGradThreads) channel_grads_kernel(ChannelGrads g) {
+  __shared__ A slots[2][kGradLanes][kColumns];
+  const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
+  const bool inside = c < g.Ct;
+  const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
+  const A* pooled_t = static_cast<const A*>(g.pooled_t);
   const A *count = static_cast<const A*>(g.count), *yhat = static_cast<const A*>(g.yhat);
   const A grad_fm = *static_cast<const A*>(g.grad_fm);
-  const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
   const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
-  A d_beta = g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0);
-  A d_gamma = g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0);
-  for (int64_t b = 0; b < g.B; ++b) {
-    const int64_t i = b * g.Ct + c;
-    const A v = grad_z[i] + (pooled_t ? c_pooled * (z[i] - pooled_t[i]) : A(0));
-    static_cast<A*>(g.grad_out)[i] = v;
-    d_beta += v / A(g.P) * count[i];
-    d_gamma += v / A(g.P) * yhat[i];
+  A sums[2] = {0, 0};  // of v * count, v * yhat
+  for (int64_t first = threadIdx.y; inside && first < g.B; first += kImages * kGradLanes) {
+    A v[kImages], n[kImages], h[kImages];
+#pragma unroll
+    for (int k = 0; k < kImages; ++k) {
+      const int64_t b = first + k * kGradLanes, i = b * g.Ct + c;
+      if (b < g.B) {
+        v[k] = grad_z[i];
+        if constexpr (kPooled) v[k] += c_pooled * (z[i] - pooled_t[i]);
+        n[k] = count[i];
+        h[k] = yhat[i];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kImages; ++k) {
+      const int64_t b = first + k * kGradLanes;
+      if (b < g.B) {
+        static_cast<A*>(g.grad_out)[b * g.Ct + c] = v[k];
+        sums[0] += v[k] * n[k];
+        sums[1] += v[k] * h[k];
+      }
+    }
   }
-  static_cast<A*>(g.d_beta)[c] = d_beta;
-  static_cast<A*>(g.d_gamma)[c] = d_gamma;
+  sum_lanes(sums, slots);
+  if (!inside || threadIdx.y != 0) return;
+  const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
+  static_cast<A*>(g.d_beta)[c] = sums[0] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
+  static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
 }
 
-// One thread per (image, channel), positions in a loop: dL/dy, row_math.h:position_grad.
-template <typename T, typename A>
-__global__ void match_backward_kernel(MatchBackward m) {
-  const auto [b, c] = place(m.Ct);
-  if (c >= m.Ct) return;
-  const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
-  const Channel<A> ch = channel<A>(m.affine, c);
-  const A g_pos = static_cast<const A*>(m.grad_z)[b * m.Ct + c] / A(m.P);
-  const A c_fm = map_t ? A(2) * *static_cast<const A*>(m.grad_fm) / A(double(m.B) * double(m.P) * double(m.Ct)) : A(0);
-  const A shift = m.d_beta ? static_cast<const A*>(m.d_beta)[c] / A(m.n_stats) : A(0);
-  const A slope = m.d_gamma ? static_cast<const A*>(m.d_gamma)[c] / A(m.n_stats) : A(0);
-  for (int64_t p = 0; p < m.P; ++p) {
-    const int64_t i = (b * m.P + p) * m.Ct + c;
-    const A target = map_t ? load<A>(map_t, i) : A(0);
-    store(static_cast<T*>(m.dy), i, position_grad(ch, load<A>(y, i), m.relu, g_pos, c_fm, target, shift, slope));
+// A thread per image and V channels, positions in a loop: dL/dy, row_math.h:position_grad.
+template <typename T, typename A, int V, bool kMatched>
+__global__ void __launch_bounds__(kThreads) match_backward_kernel(MatchBackward m) {
+  const Place at = place<V>(m.Ct);
+  if (at.b >= m.B) return;
+  Channel<A> ch[V];
+  A g_pos[V], shift[V], slope[V], c_fm = 0;
+  for (int v = 0; v < V; ++v) {
+    ch[v] = channel<A>(m.affine, at.c + v);
+    g_pos[v] = static_cast<const A*>(m.grad_z)[at.b * m.Ct + at.c + v] / A(m.P);
+    shift[v] = m.d_beta ? static_cast<const A*>(m.d_beta)[at.c + v] / A(m.n_stats) : A(0);
+    slope[v] = m.d_gamma ? static_cast<const A*>(m.d_gamma)[at.c + v] / A(m.n_stats) : A(0);
   }
+  const int64_t first = at.b * m.P * m.Ct + at.c;
+  const T *y = static_cast<const T*>(m.y) + first, *map_t = static_cast<const T*>(m.map_t);
+  T* dy = static_cast<T*>(m.dy) + first;
+  if constexpr (kMatched) {
+    map_t += first;
+    c_fm = A(2) * *static_cast<const A*>(m.grad_fm) / A(double(m.B) * double(m.P) * double(m.Ct));
+  }
+  for_positions<T, A, V, kMatched>(y, map_t, m.Ct, int(m.P), [&](int p, const A(&y_p)[V], const A(&target)[V]) {
+    A d[V];
+    for (int v = 0; v < V; ++v) d[v] = position_grad(ch[v], y_p[v], m.relu, g_pos[v], c_fm, target[v], shift[v], slope[v]);
+    store_together(dy, p * m.Ct, d);
+  });
 }
 
 }  // namespace
@@ -138,8 +281,17 @@ int channel_stats(const ChannelStats& s, void* stream) {
   return dispatch(s.dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    return launch(channel_stats_kernel<T, A>, ceil_div(s.Ct, kChannels), dim3(kChannels, kRows), stream,
-                  static_cast<const T*>(s.y), static_cast<A*>(s.mean), static_cast<A*>(s.var), s.N, s.Ct);
+    return by_width<T>(s.Ct % 2 == 0 && aligned(2 * sizeof(T), {s.y}), [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      const int64_t blocks = stat_parts(s.N, kStatRows) * ceil_div(s.Ct, kColumns * V);
+      return launch(channel_stats_kernel<T, A, V>, static_cast<unsigned>(blocks), dim3(kColumns, kStatLanes), stream, s);
+    });
+  });
+}
+
+int combine_stats(const CombineStats& s, void* stream) {
+  return dispatch(s.dtype, [&](auto, auto a) {
+    return launch(combine_stats_kernel<decltype(a)>, ceil_div(s.Ct, kColumns), dim3(kColumns, kSumLanes), stream, s);
   });
 }
 
@@ -147,22 +299,39 @@ int match_forward(const MatchForward& m, void* stream) {
   return dispatch(m.dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    return launch(match_forward_kernel<T, A>, places(m.B, m.Ct), kThreads, stream, static_cast<const T*>(m.y),
-                  static_cast<const T*>(m.map_t), m.affine, static_cast<A*>(m.z), static_cast<A*>(m.count),
-                  static_cast<A*>(m.yhat), static_cast<A*>(m.square), static_cast<A*>(m.res), static_cast<A*>(m.res_yhat), m.P,
-                  m.Ct, m.relu);
+    const bool pairs = m.Ct % 2 == 0 && aligned(2 * sizeof(T), {m.y, m.map_t}) &&
+                       aligned(2 * sizeof(A), {m.z, m.count, m.yhat, m.square, m.res, m.res_yhat});
+    return by_width<T>(pairs, [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      const auto kernel = m.map_t ? match_forward_kernel<T, A, V, true> : match_forward_kernel<T, A, V, false>;
+      return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m);
+    });
+  });
+}
+
+int match_sums(const MatchSums& s, void* stream) {
+  return dispatch(s.dtype, [&](auto, auto a) {
+    return launch(match_sums_kernel<decltype(a)>, dim3(ceil_div(s.Ct, kColumns), 3), dim3(kColumns, kSumLanes), stream, s);
   });
 }
 
 int channel_grads(const ChannelGrads& g, void* stream) {
   return dispatch(g.dtype, [&](auto, auto a) {
-    return launch(channel_grads_kernel<decltype(a)>, ceil_div(g.Ct, kThreads), kThreads, stream, g);
+    using A = decltype(a);
+    const auto kernel = g.pooled_t ? channel_grads_kernel<A, true> : channel_grads_kernel<A, false>;
+    return launch(kernel, ceil_div(g.Ct, kColumns), dim3(kColumns, kGradLanes), stream, g);
   });
 }
 
 int match_backward(const MatchBackward& m, void* stream) {
   return dispatch(m.dtype, [&](auto t, auto a) {
-    return launch(match_backward_kernel<decltype(t), decltype(a)>, places(m.B, m.Ct), kThreads, stream, m);
+    using T = decltype(t);
+    using A = decltype(a);
+    return by_width<T>(m.Ct % 2 == 0 && aligned(2 * sizeof(T), {m.y, m.map_t, m.dy}), [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      const auto kernel = m.map_t ? match_backward_kernel<T, A, V, true> : match_backward_kernel<T, A, V, false>;
+      return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m);
+    });
   });
 }
 

@@ -5,7 +5,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <initializer_list>
 
 #include "dtype.h"
 
@@ -29,11 +32,19 @@ int dispatch(DType t, const F& body) {
 
 // Every kernel starts here, through a plain function of the runtime, so that tests/emulator can put its own in place.
 template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
-  const cudaLaunchConfig_t config{grid, block, 0, static_cast<cudaStream_t>(stream), nullptr, 0};
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // more than every GPU has must be asked for
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaLaunchConfig_t config{grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), nullptr, 0};
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   cudaGetLastError();  // the caller gets it from here: torch must not find it again after a launch of its own
   return static_cast<int>(error);
+}
+
+template <typename... Params, typename... Args>
+int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+  return launch_sharing(0, kernel, grid, block, stream, args...);
 }
 
 __host__ __device__ constexpr int ceil_div(int64_t n, int64_t d) { return static_cast<int>((n + d - 1) / d); }
@@ -58,6 +69,63 @@ __device__ __forceinline__ void store(A* p, int64_t i, A v) {
 __device__ __forceinline__ void store(__nv_bfloat16* p, int64_t i, float v) { p[i] = __float2bfloat16_rn(v); }
 __device__ __forceinline__ void store(__half* p, int64_t i, float v) { p[i] = __float2half_rn(v); }
 
+// Two neighbouring elements, 4 bytes of a half type; the address is a multiple of their size.
+__device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpret_cast<const float2*>(p); }
+__device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
+}
+__device__ __forceinline__ float2 load_pair(const __half* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
+__device__ __forceinline__ void store_pair(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
+__device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
+  *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
+}
+__device__ __forceinline__ void store_pair(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y); }
+
+// V neighbouring elements as one access moves them, V = 2 for half types only; the address must be a multiple of their size.
+// Two halves stay one word until they are used: taken apart sooner, they would be waited for sooner.
+template <typename T, int V>
+struct Together {
+  static_assert(V == 1, "more than one element only of half types, two");
+  using type = T;
+};
+template <>
+struct Together<__nv_bfloat16, 2> {
+  using type = uint32_t;
+};
+template <>
+struct Together<__half, 2> {
+  using type = uint32_t;
+};
+
+template <int V, typename T>
+__device__ __forceinline__ typename Together<T, V>::type load_together(const T* p, int64_t i) {
+  return *reinterpret_cast<const typename Together<T, V>::type*>(p + i);
+}
+
+// x[v] = element v of what load_together<V> of T's gave.
+template <typename T, int V, typename A>
+__device__ __forceinline__ void take_apart(typename Together<T, V>::type loaded, A (&x)[V]) {
+  T elements[V];
+  memcpy(static_cast<void*>(elements), &loaded, sizeof loaded);
+  for (int v = 0; v < V; ++v) x[v] = load<A>(elements, v);
+}
+
+template <typename T, typename A>
+__device__ __forceinline__ void store_together(T* p, int64_t i, const A (&x)[1]) {
+  store(p, i, x[0]);
+}
+template <typename T>
+__device__ __forceinline__ void store_together(T* p, int64_t i, const float (&x)[2]) {
+  store_pair(p + i, float2{x[0], x[1]});
+}
+
+// Whether every pointer is a multiple of `bytes`; null is.
+inline bool aligned(size_t bytes, std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) return false;
+  return true;
+}
+
 // Sum over the kThreads threads of a block, given to every thread; a binary tree in shared memory, so equal inputs give equal
 // bits. Ends with a barrier before `slots` may be written again.
 template <int kThreads, typename A, typename Op>
@@ -72,6 +140,38 @@ __device__ A block_reduce(A v, A* slots, Op op) {
   const A out = slots[0];
   __syncthreads();
   return out;
+}
+
+// A block whose threads stand in lanes (threadIdx.y) of kColumns columns (threadIdx.x): one warp's width of coalesced loads.
+constexpr int kColumns = 32;
+
+// Adds each of V values up over the kLanes lanes, per column, and gives every thread its column's sums; a binary tree, so equal
+// inputs give equal bits. Ends with a barrier before `slots` may be written again.
+template <int kLanes, int V, typename A>
+__device__ void sum_lanes(A (&v)[V], A (&slots)[V][kLanes][kColumns]) {
+  static_assert((kLanes & (kLanes - 1)) == 0, "the tree halves the lanes");
+  const unsigned lane = threadIdx.y, column = threadIdx.x;
+  for (int k = 0; k < V; ++k) slots[k][lane][column] = v[k];
+  __syncthreads();
+  for (unsigned half = kLanes / 2; half > 0; half /= 2) {
+    if (lane < half)
+      for (int k = 0; k < V; ++k) slots[k][lane][column] += slots[k][lane + half][column];
+    __syncthreads();
+  }
+  for (int k = 0; k < V; ++k) v[k] = slots[k][0][column];
+  __syncthreads();
+}
+
+// Sum over the rows of column c of x [rows, cols], by the block's lanes; 0 where c lies past the last column.
+template <int kLanes, typename A>
+__device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, A (&slots)[1][kLanes][kColumns]) {
+  A s[1] = {0};
+  if (c < cols) {
+#pragma unroll 8
+    for (int64_t r = threadIdx.y; r < rows; r += kLanes) s[0] += x[r * cols + c];
+  }
+  sum_lanes(s, slots);
+  return s[0];
 }
 
 struct Sum {

@@ -1,14 +1,25 @@
-// Kernels of rows.h, and the text of a launch error.
+// Kernels of rows.h, and what the host asks of the CUDA runtime.
+#include "cuda/stage.h"
 #include "device.cuh"
 #include "rows.h"
 
 namespace ijckd {
+
+int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
 
 const char* launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kLanes = 32;  // row lanes per column
+constexpr int kSumThreads = kColumns * kLanes;
 
 // One block per row b: d = z - pooled_t and its sum of squares. Reads z and pooled_t once.
 template <typename A>
@@ -29,16 +40,28 @@ __global__ void feature_diff_kernel(const A* z,         // [B, Ct]
   if (threadIdx.x == 0) square_rows[blockIdx.x] = s;
 }
 
-// One thread per column; rows in index order, coalesced across columns.
+// A block per kColumns columns.
 template <typename A>
-__global__ void column_sum_kernel(const A* x,  // [rows, cols]
-                                  A* out,      // [cols] out
-                                  int64_t rows, int64_t cols, A scale) {
-  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (c >= cols) return;
+__global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const A* x,  // [rows, cols]
+                                                                 A* out,      // [cols] out
+                                                                 int64_t rows, int64_t cols, A scale) {
+  __shared__ A slots[1][kLanes][kColumns];
+  const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
+  const A s = column_total(x, rows, cols, c, slots);
+  if (c < cols && threadIdx.y == 0) out[c] = s * scale;
+}
+
+// One column: one block.
+template <typename A>
+__global__ void __launch_bounds__(kSumThreads) array_sum_kernel(const A* x,  // [n]
+                                                                A* out,      // [1] out
+                                                                int64_t n, A scale) {
+  __shared__ A slots[kSumThreads];
   A s = 0;
-  for (int64_t r = 0; r < rows; ++r) s += x[r * cols + c];
-  out[c] = s * scale;
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < n; i += kSumThreads) s += x[i];
+  s = block_reduce<kSumThreads>(s, slots, Sum{});
+  if (threadIdx.x == 0) *out = s * scale;
 }
 
 }  // namespace
@@ -54,8 +77,11 @@ int feature_diff(const FeatureDiff& f, void* stream) {
 int column_sum(const ColumnSum& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
     using A = decltype(a);
-    return launch(column_sum_kernel<A>, ceil_div(s.cols, kThreads), kThreads, stream, static_cast<const A*>(s.x),
-                  static_cast<A*>(s.out), s.rows, s.cols, A(s.scale));
+    const A* x = static_cast<const A*>(s.x);
+    A* out = static_cast<A*>(s.out);
+    if (s.cols == 1) return launch(array_sum_kernel<A>, 1, kSumThreads, stream, x, out, s.rows, A(s.scale));
+    return launch(column_sum_kernel<A>, ceil_div(s.cols, kColumns), dim3(kColumns, kLanes), stream, x, out, s.rows, s.cols,
+                  A(s.scale));
   });
 }
 

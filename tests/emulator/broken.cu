@@ -17,10 +17,14 @@ constexpr int kCopies = kThreads / 4;  // of 4 elements each
 
 __global__ void sound(const float* in, float* out) {
   __shared__ float slots[kThreads];
+  __shared__ int arrived;
   const int i = blockIdx.x * kThreads + threadIdx.x;
-  slots[threadIdx.x] = in[i];
+  if (threadIdx.x == 0) arrived = 0;
   __syncthreads();
-  out[i] = slots[kThreads - 1 - threadIdx.x];
+  slots[threadIdx.x] = in[i];
+  atomicAdd(&arrived, 1);
+  __syncthreads();
+  if (arrived == kThreads) out[i] = slots[kThreads - 1 - threadIdx.x];
 }
 
 __global__ void no_barrier(const float* in, float* out) {
@@ -103,6 +107,32 @@ __global__ void return_before_barrier(const float* in, float* out) {
   if (threadIdx.x == 40) return;
   __syncthreads();
   out[i] = in[i];
+}
+
+__global__ void atomic_past_output(const float*, float* out) {
+  if (threadIdx.x == 0) atomicAdd(reinterpret_cast<int*>(out + 2 * kThreads), 1);
+}
+
+__global__ void atomic_on_unwritten_output(const float*, float* out) { atomicAdd(reinterpret_cast<int*>(out), 1); }
+
+__global__ void atomic_beside_store(const float* in, float* out) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  out[i] = in[i];
+  __syncthreads();
+  if (threadIdx.x % 2 == 0)
+    out[i] = 0;
+  else
+    atomicAdd(reinterpret_cast<int*>(out + i - 1), 1);
+}
+
+// The thread that loads may be the last to add, or not.
+__global__ void load_beside_atomic(const float*, float* out) {
+  __shared__ int slot;
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (threadIdx.x == 0) slot = 0;
+  __syncthreads();
+  atomicAdd(&slot, 1);
+  if (threadIdx.x == 62) out[i] = slot;
 }
 
 __global__ void too_much_shared(const float* in, float* out) {
@@ -423,6 +453,10 @@ const Kernel kKernels[] = {
     {"load_unwritten_output", run<load_unwritten_output>},
     {"two_barriers", run<two_barriers>},
     {"return_before_barrier", run<return_before_barrier>},
+    {"atomic_past_output", run<atomic_past_output>},
+    {"atomic_on_unwritten_output", run<atomic_on_unwritten_output>},
+    {"atomic_beside_store", run<atomic_beside_store>},
+    {"load_beside_atomic", run<load_beside_atomic>},
     {"too_much_shared", run<too_much_shared>},
     {"too_many_threads", run<sound, 2, 1025>},
     {"too_many_rows", run<sound, 2, kThreads, 65536>},

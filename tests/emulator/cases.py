@@ -7,6 +7,7 @@ Needs neither torch nor pytest: mutate.py starts it hundreds of times.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import zlib
 from collections.abc import Callable
@@ -97,6 +98,15 @@ class Data:
         return self.t.encode(np.full(shape, np.nan))
 
 
+def at_odd_address(x: Array) -> Array:
+    """A copy of x at an address that only one element divides: no two may be loaded together."""
+    whole = np.empty(x.size + 2, x.dtype)
+    first = 1 if whole.ctypes.data % (2 * x.itemsize) == 0 else 0
+    copy = whole[first : first + x.size].reshape(x.shape)
+    copy[...] = x
+    return copy
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # rows
 
@@ -123,14 +133,42 @@ def column_sum(kernels: ModuleType, t: DType, rows: int, cols: int, scale: float
 # connector_match
 
 
-def channel_stats(kernels: ModuleType, t: DType, N: int, Ct: int, shift: float) -> list[Array]:
+STAT_ROWS = 128  # connector_match.h:kStatRows
+
+
+def parts_of(y: Array, rows_per_part: int) -> tuple[Array, Array]:
+    """Mean and sum of squared deviations of y [N, Ct] in parts of rows: [parts, Ct] each."""
+    parts = [y[first : first + rows_per_part] for first in range(0, len(y), rows_per_part)]
+    return np.stack([p.mean(0) for p in parts]), np.stack([np.square(p - p.mean(0)).sum(0) for p in parts])
+
+
+def channel_stats(kernels: ModuleType, t: DType, N: int, Ct: int, shift: float, odd: bool) -> list[Array]:
+    """odd: y lies at an address that only one element divides."""
     data = Data(t, f"channel_stats {N} {Ct}")
-    (y, y64), mean, var = data.normal(N, Ct, shift=shift), data.out(Ct), data.out(Ct)
-    kernels.channel_stats(dtype=t.name, y=y, mean=mean, var=var, N=N, Ct=Ct)
-    close("mean", mean, y64.mean(0), t)
+    y, y64 = data.normal(N, Ct, shift=shift)
+    part_mean64, part_m264 = parts_of(y64, STAT_ROWS)
+    part_mean, part_m2 = data.out(*part_mean64.shape), data.out(*part_m264.shape)
+    y = at_odd_address(y) if odd else y
+    kernels.channel_stats(dtype=t.name, y=y, part_mean=part_mean, part_m2=part_m2, N=N, Ct=Ct)
+    close("part_mean", part_mean, part_mean64, t)
     if shift and t.accumulator is np.float32:  # the mean's own rounding, squared, is what two passes cannot avoid
-        t = DType(t.name, t.storage, t.accumulator, t.rounding, t.smallest, 1e-3)
-    close("var", var, y64.var(0), t)
+        t = dataclasses.replace(t, error=1e-3)
+    close("part_m2", part_m2, part_m264, t)
+    return [part_mean, part_m2]
+
+
+def combine_stats(kernels: ModuleType, t: DType, N: int, Ct: int, rows_per_part: int, shift: float) -> list[Array]:
+    data = Data(t, f"combine_stats {N} {Ct}")
+    y = data.random.standard_normal((N, Ct)) + shift + np.arange(N)[:, None] / N  # parts' means differ
+    part_mean, part_m2 = (np.ascontiguousarray(p, t.accumulator) for p in parts_of(y, rows_per_part))
+    mean, var = data.out(Ct), data.out(Ct)
+    kernels.combine_stats(
+        dtype=t.name, part_mean=part_mean, part_m2=part_m2, mean=mean, var=var, N=N, Ct=Ct, rows_per_part=rows_per_part
+    )
+    close("mean", mean, y.mean(0), t)
+    if shift and t.accumulator is np.float32:
+        t = dataclasses.replace(t, error=1e-3)
+    close("var", var, y.var(0), t)
     return [mean, var]
 
 
@@ -152,8 +190,9 @@ def affine(data: Data, Ct: int, kind: str) -> tuple[dict[str, Any], Array, Array
 
 
 def match_forward(
-    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, kind: str, match: bool, relu: bool
+    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, kind: str, match: bool, relu: bool, odd: str = ""
 ) -> list[Array]:
+    """odd: the array that lies at an odd address."""
     data = Data(t, f"match_forward {B} {P} {Ct}")
     (y, y64), (map_t, map64) = data.normal(B, P, Ct), data.normal(B, P, Ct)
     y[..., ::5] = y64[..., ::5] = 0  # where there is no BatchNorm, on the ReLU's edge: closed
@@ -161,9 +200,11 @@ def match_forward(
     outs = {k: data.out(B, Ct) for k in ("z", "count", "yhat", "square", "res", "res_yhat")}
     if not match:
         outs |= dict.fromkeys(("square", "res", "res_yhat"))
-    kernels.match_forward(
-        dtype=t.name, y=y, map_t=map_t if match else None, **arrays, **outs, B=B, P=P, Ct=Ct, relu=relu
-    )
+    maps = {"y": y, "map_t": map_t if match else None}
+    for some in (maps, outs):
+        if odd in some:
+            some[odd] = at_odd_address(some[odd])
+    kernels.match_forward(dtype=t.name, **maps, **arrays, **outs, B=B, P=P, Ct=Ct, relu=relu)
     h = (y64 - mean) * inv_std
     pre = gamma * h + beta
     on = (pre > 0) | (not relu)
@@ -175,6 +216,17 @@ def match_forward(
     for name, want in wanted.items():
         close(name, outs[name], want, t)
     return [outs[name] for name in wanted]
+
+
+def match_sums(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
+    data = Data(t, f"match_sums {B} {Ct}")
+    names = ("square", "res", "res_yhat")
+    stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
+    outs = {f"{name}_sum": data.out(Ct) for name in names}
+    kernels.match_sums(dtype=t.name, **dict(zip(names, stored, strict=True)), **outs, B=B, Ct=Ct)
+    for (name, out), want in zip(outs.items(), wide, strict=True):
+        close(name, out, want.sum(0), t, scale=B**0.5)
+    return list(outs.values())
 
 
 def channel_grads(kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None) -> list[Array]:
@@ -203,8 +255,18 @@ def channel_grads(kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match:
 
 
 def match_backward(
-    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, kind: str, match: bool, relu: bool, stats: bool
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    P: int,
+    Ct: int,
+    kind: str,
+    match: bool,
+    relu: bool,
+    stats: bool,
+    odd: str = "",
 ) -> list[Array]:
+    """odd: the array that lies at an odd address."""
     data = Data(t, f"match_backward {B} {P} {Ct}")
     (y, y64), (map_t, map64) = data.normal(B, P, Ct), data.normal(B, P, Ct)
     y[..., ::5] = y64[..., ::5] = 0  # where there is no BatchNorm, on the ReLU's edge: closed
@@ -212,10 +274,12 @@ def match_backward(
     (grad_z, grad_z64), (grad_fm, grad_fm64) = data.normal_acc(B, Ct), data.normal_acc()
     (d_gamma, d_gamma64), (d_beta, d_beta64) = data.normal_acc(Ct), data.normal_acc(Ct)
     n_stats = 1.5 * B * P + 1
-    dy = data.out_stored(B, P, Ct)
+    maps = {"y": y, "map_t": map_t if match else None, "dy": data.out_stored(B, P, Ct)}
+    if odd:
+        maps[odd] = at_odd_address(maps[odd])
     kernels.match_backward(
-        dtype=t.name, y=y, map_t=map_t if match else None, **arrays, grad_z=grad_z, grad_fm=np.asarray(grad_fm),
-        d_gamma=d_gamma if stats else None, d_beta=d_beta if stats else None, dy=dy, B=B, P=P, Ct=Ct, n_stats=n_stats, relu=relu,
+        dtype=t.name, **maps, **arrays, grad_z=grad_z, grad_fm=np.asarray(grad_fm),
+        d_gamma=d_gamma if stats else None, d_beta=d_beta if stats else None, B=B, P=P, Ct=Ct, n_stats=n_stats, relu=relu,
     )  # fmt: skip
     h = (y64 - mean) * inv_std
     pre = gamma * h + beta
@@ -223,8 +287,8 @@ def match_backward(
     d_pre = np.where((pre > 0) | (not relu), d_pre, 0)
     if stats:
         d_pre = d_pre - (d_beta64 + h * d_gamma64) / n_stats
-    close("dy", dy, gamma * inv_std * d_pre, t, stored=True)
-    return [dy]
+    close("dy", maps["dy"], gamma * inv_std * d_pre, t, stored=True)
+    return [maps["dy"]]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -290,7 +354,7 @@ def row_loss(
     logits_t, logits_t64 = data.normal(B, K, scale=2)
     mix = data.random.random(B).astype(t.accumulator)
     d = delta64 if teacher == "delta" else x - logits_t64 if teacher == "logits_t" else np.zeros((B, K))
-    parts, top1 = data.out(4, B), np.full(B, -7)
+    parts, top1, counts = data.out(4, B), np.full(B, -7), np.array([3, 5])
     arrays = {
         "bias": b if bias and edit != "ties" else None,
         "delta": delta if teacher == "delta" else None,
@@ -299,7 +363,8 @@ def row_loss(
         "labels_b": labels_b if two_labels else None,
         "mix": mix if two_labels else None,
     }
-    kernels.row_loss(dtype=t.name, logits=logits, **arrays, part_rows=parts, top1_rows=top1, B=B, K=K, grad=grad, **w)
+    outs = {"part_rows": parts, "top1_rows": top1, "counts": counts}
+    kernels.row_loss(dtype=t.name, logits=logits, **arrays, **outs, B=B, K=K, grad=grad, **w)
 
     T, smoothing = w["temperature"], w["label_smoothing"]
     valid = (labels >= 0) & (labels < K)
@@ -317,11 +382,11 @@ def row_loss(
         kl = T * T * (np.exp(p_t) * (p_t - p_s)).sum(1)
         g = np.zeros((B, K))
         if w["ce"]:
-            g += w["ce"] / B * (np.exp(p) - q)
+            g += w["ce"] * (np.exp(p) - q)
         if w["sr"]:
-            g += 2 * w["sr"] / (B * K) * d
+            g += 2 * w["sr"] / K * d
         if w["kl"]:
-            g += w["kl"] * T / B * (np.exp(p_s) - np.exp(p_t))
+            g += w["kl"] * T * (np.exp(p_s) - np.exp(p_t))
         hits = np.nanargmax(x, 1) == labels
     size = max(1, np.nanmax(abs(x)))
     close("ce", parts[0], ce if w["ce"] else 0, t)
@@ -334,7 +399,16 @@ def row_loss(
         close("logits", logits, logits64, t, stored=True)
     if edit != "nan":
         np.testing.assert_array_equal(top1, hits)
-    return [parts, top1, logits]
+    np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+    return [parts, top1, logits, counts]
+
+
+def take_counts(kernels: ModuleType, t: DType, first: int) -> list[Array]:
+    counts, out = np.array([first, 2**40]), np.full(2, -7)
+    kernels.take_counts(counts=counts, out=out)
+    np.testing.assert_array_equal(out, [first, 2**40])
+    np.testing.assert_array_equal(counts, [0, 0])
+    return [counts, out]
 
 
 def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Array]:
@@ -359,8 +433,8 @@ def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Ar
 def feature_grad(kernels: ModuleType, t: DType, B: int, Ct: int, pooled: bool) -> list[Array]:
     data = Data(t, f"feature_grad {B} {Ct}")
     (dz_w, dz_w64), (d, d64), dz = data.normal(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
-    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, fm=0.3)
-    close("dz", dz, dz_w64 + (2 * 0.3 / (B * Ct) * d64 if pooled else 0), t)
+    kernels.feature_grad(dtype=t.name, dz_w=dz_w, d=d if pooled else None, dz=dz, B=B, Ct=Ct, batch=B + 2, fm=0.3)
+    close("dz", dz, (dz_w64 + (2 * 0.3 / Ct * d64 if pooled else 0)) / (B + 2), t)
     return [dz]
 
 
@@ -378,20 +452,39 @@ def all_cases() -> dict[str, Case]:
     for t in ACCUMULATORS:
         for B, Ct in ((1, 1), (3, 255), (2, 256), (1, 257), (2, 700)):
             add(feature_diff, t, B, Ct)
-        for rows, cols in ((1, 1), (5, 1), (3, 255), (1, 256), (4, 300)):
+        for rows, cols in ((1, 1), (5, 1), (1024, 1), (2100, 1), (1, 32), (3, 31), (32, 33), (300, 40), (71, 2)):
             add(column_sum, t, rows, cols, 0.25)
-        for B, P, Ct in ((1, 1, 1), (3, 49, 127), (2, 64, 128), (4, 1, 129)):
+        for N, Ct, rows_per_part in (
+            (1, 1, 128),
+            (7, 33, 2),
+            (128, 31, 128),
+            (129, 32, 128),
+            (500, 40, 7),
+            (300, 5, 64),
+        ):
+            for shift in (0, 300):
+                add(combine_stats, t, N, Ct, rows_per_part, shift)
+        for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40)):
+            add(match_sums, t, B, Ct)
+        for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41)):
             for match in ("map", "pooled", None):
                 add(channel_grads, t, B, P, Ct, match)
         for B in (1, 255, 256, 300):
             add(loss_sum, t, B)
+        add(take_counts, t, 7)
         for part in ("ce", "sr", "fm", "kl"):
             add(loss_sum, t, 5, **{part: 0})
         add(loss_sum, t, 5, ce=1, sr=1, fm=1, kl=1)
     for t in DTYPES:
-        for N, Ct, shift in ((1, 1, 0), (2, 33, 0), (7, 31, 0), (9, 32, 0), (147, 65, 0), (64, 3, 300)):
-            add(channel_stats, t, N, Ct, shift)
-        for B, P, Ct in ((1, 1, 1), (2, 49, 130), (3, 64, 127), (2, 1, 129)):
+        for N, Ct in ((1, 1), (2, 66), (7, 31), (9, 64), (127, 34), (128, 8), (129, 33), (300, 72)):
+            add(channel_stats, t, N, Ct, 0, False)
+        add(channel_stats, t, 133, 4, 300, False)
+        add(channel_stats, t, 130, 6, 0, True)
+        for odd in ("y", "map_t", "z", "count", "yhat", "square", "res", "res_yhat"):
+            add(match_forward, t, 2, 8, 6, "norm", True, True, odd=odd)
+        for odd in ("y", "map_t", "dy"):
+            add(match_backward, t, 2, 8, 6, "norm", True, True, True, odd=odd)
+        for B, P, Ct in ((1, 1, 1), (2, 49, 136), (3, 64, 43), (1, 13, 2), (5, 14, 66), (1, 7, 10), (2, 1, 129)):
             for kind in AFFINES:
                 add(match_forward, t, B, P, Ct, kind, True, True)
                 add(match_backward, t, B, P, Ct, kind, True, True, kind == "norm")

@@ -66,11 +66,14 @@ constexpr size_t kSharedArena = kDynamicOffset + kLargeSharedLimit + 4096;
 constexpr size_t kDynamicElement = 2;
 constexpr size_t kCopy = 16;  // bytes that one asynchronous copy writes
 
+enum class Kind { load, store, atomic };
+
 // Who touched one element last. Blocks are numbered through all launches from 1, so that 0 is nobody.
 struct Touch {
   uint32_t block = 0, epoch = 0, warp_epoch = 0;
   uint16_t thread = 0;     // or kMany, or kWarpOf + warp: several threads of that warp
   bool in_flight = false;  // a store by a copy that has not landed
+  bool atomic = false;
 };
 constexpr uint16_t kMany = UINT16_MAX;  // threads
 constexpr uint16_t kWarpOf = 1 << 15;
@@ -362,12 +365,13 @@ Place copy_into(uintptr_t address, const Touch& store) {
   return {"?", 0};
 }
 
-Touch touch_now() { return {m.block_number, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false}; }
+Touch touch_now() { return {m.block_number, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false}; }
 
 // One load or store of `bytes` bytes at `address`, made at `place`: a Place or the code behind the access. Gives the region, if
 // any is watched there.
 template <typename At>
-Region* check(const void* pointer, size_t bytes, bool store, At place) {
+Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
+  const bool store = kind != Kind::load;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   Region* r = find(address, bytes);
   if (!r) {
@@ -384,7 +388,8 @@ Region* check(const void* pointer, size_t bytes, bool store, At place) {
   if (store && r->access == Access::in) violate("memcheck", "stores to the input ", r->name, ", in ", where(place));
   if (r->cells.empty()) return r;
 
-  const Touch now = touch_now();
+  Touch now = touch_now();
+  now.atomic = kind == Kind::atomic;
   const char* does = store ? "stores to" : "loads";
   const size_t first = (address - r->begin) / r->element, last = (address + bytes - 1 - r->begin) / r->element;
   for (size_t i = first; i <= last; ++i) {
@@ -392,27 +397,29 @@ Region* check(const void* pointer, size_t bytes, bool store, At place) {
     if (c.store.in_flight && c.store.block == now.block)
       violate("racecheck", does, " element ", i, " of ", r->name, ", into which a copy started by ", name(c.store.thread), " in ",
               where(copy_into(r->begin + i * r->element, c.store)), " is under way, in ", where(place));
-    const bool after_store = races(c.store, now, r->shared);
+    const bool two_atomics = now.atomic && c.store.atomic;
+    const bool after_store = races(c.store, now, r->shared) && !two_atomics;
     if (after_store || (store && races(c.load, now, r->shared)))
       violate("racecheck", does, " element ", i, " of ", r->name, ", which ", who(after_store ? c.store : c.load),
               after_store ? " stored to" : " loaded", " with no barrier between, in ", where(place));
-    if (store) {
-      c.store = now;
-    } else {
-      const bool unwritten = r->shared ? c.store.block != now.block : c.store.block == 0;
-      if (unwritten && r->access == Access::out)
-        violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
+    const bool unwritten = r->shared ? c.store.block != now.block : c.store.block == 0;
+    if (kind != Kind::store && unwritten && r->access == Access::out)
+      violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
+    if (!store)
       add_load(c.load, now, r->shared);
-    }
+    else if (!two_atomics || !races(c.store, now, r->shared))
+      c.store = now;
+    else if (c.store.block == now.block)  // else the earlier block's is kept: it races with whatever either may race with
+      c.store.thread = kMany;
   }
   return r;
 }
 
 // From the compiler's call before an access. Most are to the thread's own stack.
-inline void check_access(void* p, size_t bytes, bool store, const void* code) {
+inline void check_access(void* p, size_t bytes, Kind kind, const void* code) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - m.stack;
   if (offset < kStack && bytes <= kStack - offset) return;
-  if (m.running >= 0) check(p, bytes, store, code);
+  if (m.running >= 0) check(p, bytes, kind, code);
 }
 
 void mark_in_flight(Region* r, const char* to, bool in_flight) {
@@ -427,8 +434,8 @@ void move_bytes(const Copy& c) {
 
 void land(const Copy& c) {
   mark_in_flight(find(reinterpret_cast<uintptr_t>(c.to), kCopy), c.to, false);
-  check(c.to, kCopy, true, c.place);
-  if (c.bytes) check(c.from, c.bytes, false, c.place);
+  check(c.to, kCopy, Kind::store, c.place);
+  if (c.bytes) check(c.from, c.bytes, Kind::load, c.place);
   if (m.async == Async::lazy) move_bytes(c);
 }
 
@@ -546,7 +553,7 @@ void load_matrix_x4(uint32_t* r, const void* row, bool transposed, Place place) 
     violate("memcheck", "loads a matrix row that is not 16-byte aligned, in ", where(place));
   if (!in_arena(reinterpret_cast<uintptr_t>(row)))
     violate("memcheck", "loads a matrix row outside shared memory, in ", where(place));
-  check(row, kCopy, false, place);
+  check(row, kCopy, Kind::load, place);
   Lane lane{};
   lane.row = row;
   lane.fragments = r;
@@ -611,8 +618,8 @@ void copy_async16(void* to, const void* from, int bytes, Place place) {
   if (m.arrays_named && !find(source, 1)) refuse("copies from outside every array");
   Thread& t = m.threads[m.running];
   const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), place, t.groups};
-  if (bytes) check(from, bytes, false, place);
-  Region* r = check(to, kCopy, true, place);
+  if (bytes) check(from, bytes, Kind::load, place);
+  Region* r = check(to, kCopy, Kind::store, place);
   mark_in_flight(r, copy.to, true);
   t.copies.push_back(copy);
   ++m.counts.copies;
@@ -721,24 +728,37 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
 
 }  // namespace emulator
 
+// The functions of include/cuda_runtime.h: threads never run at the same time, so plain operations are atomic.
+#define EMULATOR_ATOMIC(name, T, operation)                                             \
+  T name(T* p, T v) {                                                                   \
+    emulator::check(p, sizeof *p, emulator::Kind::atomic, __builtin_return_address(0)); \
+    const T old = *p;                                                                   \
+    *p operation v;                                                                     \
+    return old;                                                                         \
+  }
+EMULATOR_ATOMIC(atomicAdd, int, +=)
+EMULATOR_ATOMIC(atomicAdd, unsigned long long, +=)
+EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
+#undef EMULATOR_ATOMIC
+
 // What -fsanitize=thread calls; the names are the compiler's.
 extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define EMULATOR_ACCESS(n)                                                                                     \
-  void __tsan_read##n(void* p) { emulator::check_access(p, n, false, __builtin_return_address(0)); }           \
-  void __tsan_write##n(void* p) { emulator::check_access(p, n, true, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_read##n(void* p) { emulator::check_access(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { emulator::check_access(p, n, true, __builtin_return_address(0)); }
+#define EMULATOR_ACCESS(n)                                                                                                    \
+  void __tsan_read##n(void* p) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }           \
+  void __tsan_write##n(void* p) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }         \
+  void __tsan_unaligned_read##n(void* p) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##n(void* p) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)
 EMULATOR_ACCESS(4)
 EMULATOR_ACCESS(8)
 EMULATOR_ACCESS(16)
 #undef EMULATOR_ACCESS
-void __tsan_read_range(void* p, size_t n) { emulator::check_access(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { emulator::check_access(p, n, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }
 
 #ifndef __SANITIZE_ADDRESS__  // which brings its own
 // What -fsanitize=alignment calls for an address that its type does not allow.
@@ -756,7 +776,20 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches return theirs
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor)
+    return cudaErrorInvalidValue;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;  // what the emulated instructions need
+  return cudaSuccess;
+}
+
 const char* cudaGetErrorString(cudaError_t code) {
   switch (code) {
     case cudaErrorInvalidConfiguration:

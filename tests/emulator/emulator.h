@@ -9,7 +9,8 @@
 //   to
 //              an array that the call only reads; an address not aligned to what is read or written there
 //   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between
-//              (within a warp __syncwarp is one); an element of shared memory into which an asynchronous copy is under way
+//              (within a warp __syncwarp is one; an atomic operation is a store, but no two of them conflict); an element of
+//              shared memory into which an asynchronous copy is under way
 //   initcheck  a load of a shared or output element that nobody has stored to
 //   synccheck  threads of a block at different barriers, lanes of a warp at different warp-wide instructions, either at one that
 //              others have left by returning; a thread that returns with copies under way

@@ -9,6 +9,9 @@
 #include "classifier_loss.h"
 #include "connector_match.h"
 #include "controls.h"
+#include "counts.h"
+#include "cuda/classifier_tiles.h"
+#include "cuda/connector_tiles.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -33,11 +36,33 @@ class Call {
   double real(const char* name) { return take(name).cast<double>(); }
   bool flag(const char* name) { return take(name).cast<bool>(); }
 
+  template <typename T>
+  const T* in(const char* name) {
+    return static_cast<const T*>(in(name));
+  }
+  template <typename T>
+  T* out(const char* name) {
+    return static_cast<T*>(out(name));
+  }
+  template <typename T>
+  T* inout(const char* name) {
+    return static_cast<T*>(inout(name));
+  }
   const void* in(const char* name) { return array(name, emulator::Access::in); }
   void* out(const char* name) { return array(name, emulator::Access::out); }
   void* inout(const char* name) { return array(name, emulator::Access::inout); }
 
   Affine affine() { return {in("mean"), in("var"), in("gamma"), in("beta"), real("eps")}; }
+  TileSums sums(emulator::Access access) {
+    const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
+    return {floats("others"),
+            floats("logits"),
+            floats("best"),
+            static_cast<int*>(array("best_class", access)),
+            floats("square"),
+            int(integer("class_tiles")),
+            int(integer("gram_tiles"))};
+  }
   LossWeights weights() { return {real("ce"), real("sr"), real("fm"), real("kl"), real("temperature"), real("label_smoothing")}; }
 
   // What a launcher returned, as torch's caller would see it.
@@ -78,13 +103,23 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return column_sum({c.dtype(), c.in("x"), c.out("out"), c.integer("rows"), c.integer("cols"), c.real("scale")}, nullptr);
   });
   def("channel_stats", [](Call& c) {
-    return channel_stats({c.dtype(), c.in("y"), c.out("mean"), c.out("var"), c.integer("N"), c.integer("Ct")}, nullptr);
+    return channel_stats({c.dtype(), c.in("y"), c.out("part_mean"), c.out("part_m2"), c.integer("N"), c.integer("Ct")}, nullptr);
+  });
+  def("combine_stats", [](Call& c) {
+    return combine_stats({c.dtype(), c.in("part_mean"), c.in("part_m2"), c.out("mean"), c.out("var"), c.integer("N"),
+                          c.integer("Ct"), c.integer("rows_per_part")},
+                         nullptr);
   });
   def("match_forward", [](Call& c) {
     return match_forward(
         {c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.out("z"), c.out("count"), c.out("yhat"), c.out("square"),
          c.out("res"), c.out("res_yhat"), c.integer("B"), c.integer("P"), c.integer("Ct"), c.flag("relu")},
         nullptr);
+  });
+  def("match_sums", [](Call& c) {
+    return match_sums({c.dtype(), c.in("square"), c.in("res"), c.in("res_yhat"), c.out("square_sum"), c.out("res_sum"),
+                       c.out("res_yhat_sum"), c.integer("B"), c.integer("Ct")},
+                      nullptr);
   });
   def("channel_grads", [](Call& c) {
     return channel_grads(
@@ -99,20 +134,104 @@ PYBIND11_MODULE(emulated_kernels, module) {
         nullptr);
   });
   def("row_loss", [](Call& c) {
-    return row_loss(
-        {c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"), static_cast<const int64_t*>(c.in("labels")),
-         static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"), c.out("part_rows"),
-         static_cast<int64_t*>(c.out("top1_rows")), c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
-        nullptr);
+    return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
+                     static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"),
+                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), c.inout<int64_t>("counts"), c.integer("B"),
+                     c.integer("K"), c.weights(), c.flag("grad")},
+                    nullptr);
   });
+  def("take_counts",
+      [](Call& c) { return take_counts({c.inout<int64_t>("counts"), static_cast<int64_t*>(c.out("out"))}, nullptr); });
   def("loss_sum", [](Call& c) {
     return loss_sum({c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
                      static_cast<int64_t*>(c.out("top1")), c.integer("B"), c.integer("K"), c.integer("Ct"), c.weights()},
                     nullptr);
   });
+  def("anchor_rows", [](Call& c) {
+    return anchor_rows(
+        {c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.in("weight"), c.in<float>("bias"), c.in<int64_t>("labels"),
+         c.in<int64_t>("labels_b"), c.out("z_t"), c.out("d_t"), c.out("d_split"), c.out<float>("anchor"), c.out<float>("logit_b"),
+         c.out<float>("fm_rows"), c.inout<int64_t>("counts"), c.integer("B"), c.integer("K"), c.integer("Ct")},
+        nullptr);
+  });
+  def("logits_exp", [](Call& c) {
+    return logits_exp({c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.in<float>("anchor"), c.in<int64_t>("labels"),
+                       c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out), int(c.integer("first_tile")),
+                       c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("gram_d"),
+                       c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
+                      nullptr);
+  });
+  def("grad_rows", [](Call& c) {
+    return grad_rows({c.in("e"),
+                      c.in("weight"),
+                      c.integer("stride_e"),
+                      c.integer("first_class"),
+                      c.integer("classes"),
+                      c.flag("first"),
+                      c.flag("last"),
+                      c.flag("grad"),
+                      c.inout<float>("dz"),
+                      c.in<float>("weight_sums_in"),
+                      c.out<float>("weight_sums_out"),
+                      c.sums(emulator::Access::in),
+                      c.in<float>("anchor"),
+                      c.in<float>("logit_b"),
+                      c.in<float>("fm_rows"),
+                      c.in<int64_t>("labels"),
+                      c.in<int64_t>("labels_b"),
+                      c.in<float>("mix"),
+                      c.in<float>("z"),
+                      c.in<float>("pooled_t"),
+                      c.in<float>("gram_d"),
+                      c.out<float>("loss"),
+                      c.out<float>("parts"),
+                      c.out<int64_t>("top1"),
+                      c.inout<int64_t>("counts"),
+                      c.integer("B"),
+                      c.integer("K"),
+                      c.integer("Ct"),
+                      c.weights()},
+                     nullptr);
+  });
+  def("project_tiles", [](Call& c) {
+    return project_tiles({c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.flag("wide"), c.out<float>("mean"),
+                          c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+                         nullptr);
+  });
+  def("row_loss_apart", [](Call& c) {
+    RowLossApart r;
+    r.dtype = c.dtype();
+    r.rows = {DType::f32,
+              c.inout("logits"),
+              c.in("bias"),
+              c.in("delta"),
+              c.in("logits_t"),
+              c.in<int64_t>("labels"),
+              c.in<int64_t>("labels_b"),
+              c.in("mix"),
+              c.out("part_rows"),
+              c.out<int64_t>("top1_rows"),
+              c.inout<int64_t>("counts"),
+              c.integer("B"),
+              c.integer("K"),
+              c.weights(),
+              c.flag("grad")};
+    r.gradient = c.out("gradient");
+    r.stride = c.integer("stride");
+    return row_loss_apart(r, nullptr);
+  });
+  def("times_classifier", [](Call& c) {
+    return times_classifier(
+        {c.dtype(), c.in("gradient"), c.in("weight"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("dz"),
+         c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
+        nullptr);
+  });
+  module.def("class_tile", &class_tile);
+  module.def("project_rows", &project_rows);
   def("feature_grad", [](Call& c) {
-    return feature_grad({c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.real("fm")},
-                        nullptr);
+    return feature_grad(
+        {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},
+        nullptr);
   });
 }
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from emulator import build, cases, schedules
+from emulator import build, cases, schedules, tile_cases
 
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "column", "was", "became")
@@ -132,11 +132,12 @@ def mutants_of(file: str) -> Iterator[Mutant]:
     declares = file.endswith(".h") and file != "row_math.h"  # structs, between a few functions
     in_code = not declares
     for number, whole in enumerate(lines, 1):
-        if declares:
-            in_code = (in_code or whole.startswith("IJCKD_HD ")) and whole != "}"
         code = whole.split("//")[0].rstrip()
-        if not in_code or NOT_CODE.match(code):
+        begins = declares and whole.startswith("IJCKD_HD ")
+        if not (in_code or begins) or NOT_CODE.match(code):
             continue
+        if declares:
+            in_code = not code.endswith("}") if begins else code != "}"
         indent = len(code) - len(code.lstrip())
 
         def mutant(at: int, was: str, became: str, number=number, code=code, indent=indent) -> Mutant:
@@ -205,7 +206,8 @@ class Workshop:
 
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     kernels = build.load(pathlib.Path(library))
-    chosen = {name: case for name, case in cases.CASES.items() if name.split()[0] in names}
+    everything = cases.CASES | tile_cases.CASES
+    chosen = {name: case for name, case in everything.items() if name.split()[0] in names}
     before: dict[str, list[bytes]] = {}
     runs = collections.deque((name, schedules.FIRST) for name in chosen)  # most mutants fall in the first order
     while runs:

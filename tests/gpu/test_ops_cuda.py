@@ -6,6 +6,8 @@ on a machine without a GPU). Oracle: reference.py in float64 on the CPU. Only to
 
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import test_ops as tables
@@ -146,7 +148,29 @@ def test_label_out_of_range_is_nan_on_a_gpu():
         pytest.skip("the CPU refuses it")
     z, weight, bias, labels, *_ = moved(tables.loss_inputs())
     labels[2] = 9
+    ops.take_bad_rows(DEVICE)
     assert ops.classifier_loss(z, weight, bias, labels)[0].isnan()
+    assert ops.take_bad_rows(DEVICE) == (1, 0)
+    assert ops.take_bad_rows(DEVICE) == (0, 0)
+
+
+@gpu_only
+def test_label_out_of_range_is_counted_in_a_graph():
+    """Also where the first call of all is the captured one; every replay counts again."""
+    script = (
+        "import torch; from ijckd_fast import ops\n"
+        "z, weight = torch.randn(5, 8, device='cuda'), torch.randn(9, 8, device='cuda')\n"
+        "labels = torch.tensor([0, 9, 2, -1, 8], device='cuda')\n"
+        "torch.mm(z, weight.T)  # the library's own preparations\n"
+        "graph = torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph):\n"
+        "    ops.classifier_loss(z, weight, None, labels)\n"
+        "assert ops.take_bad_rows('cuda') == (0, 0)\n"
+        "for _ in range(3):\n"
+        "    graph.replay()\n"
+        "assert ops.take_bad_rows('cuda') == (6, 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -53,6 +53,17 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
+// Defined in emulator.cpp, where the compiler adds no checks of its own.
+int atomicAdd(int* p, int v);
+unsigned long long atomicAdd(unsigned long long* p, unsigned long long v);
+unsigned long long atomicExch(unsigned long long* p, unsigned long long v);
+
+template <typename T>
+cudaError_t cudaGetSymbolAddress(void** address, const T& symbol) {
+  *address = const_cast<T*>(&symbol);
+  return cudaSuccess;
+}
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   struct Started {

@@ -1,0 +1,436 @@
+// Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next launch, in
+// tile order, so equal inputs give equal bits.
+#include "counts.h"
+#include "cuda/classifier_tiles.h"
+#include "device.cuh"
+#include "tile.cuh"
+
+namespace ijckd {
+
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+constexpr int kRowThreads = 128;
+constexpr float kLog2e = 1.44269504f;
+
+__device__ void count_row(int64_t* counts, int what) { atomicAdd(reinterpret_cast<unsigned long long*>(counts + what), 1ull); }
+
+// --------------------------------------------------------------------------------------------------------------------
+// anchor_rows
+
+// One block per row, two channels per thread and turn.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRows p) {
+  __shared__ float slots[kRowThreads];
+  const int64_t b = blockIdx.x, row = b * p.Ct;
+  const auto class_row = [&](int64_t k) { return static_cast<const T*>(p.weight) + k * p.Ct; };
+  const auto valid = [&](int64_t k) { return k >= 0 && k < p.K; };
+  const int64_t label = p.labels[b], label_b = p.labels_b ? p.labels_b[b] : label;
+  const T *w_a = class_row(valid(label) ? label : 0), *w_b = class_row(valid(label_b) ? label_b : 0);
+
+  float dot_a = 0, dot_b = 0, square = 0;
+  for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads) {
+    const float2 z = load_pair(p.z + row + c);
+    store_pair(static_cast<T*>(p.z_t) + row + c, z);
+    const float2 zr = load_pair(static_cast<T*>(p.z_t) + row + c), a = load_pair(w_a + c), w = load_pair(w_b + c);
+    dot_a += zr.x * a.x + zr.y * a.y;
+    dot_b += zr.x * w.x + zr.y * w.y;
+    if (!p.pooled_t) continue;
+    const float2 t = load_pair(p.pooled_t + row + c), d{z.x - t.x, z.y - t.y};
+    square += d.x * d.x + d.y * d.y;
+    if (p.d_t) store_pair(static_cast<T*>(p.d_t) + row + c, d);
+    if (p.d_split) {
+      bf16 *high = static_cast<bf16*>(p.d_split) + row + c, *low = high + p.B * p.Ct;
+      store_pair(high, d);
+      const float2 h = load_pair(high);
+      store_pair(low, float2{d.x - h.x, d.y - h.y});
+    }
+  }
+  const auto sum = [&](float v) { return block_reduce<kRowThreads>(v, slots, Sum{}); };
+  dot_a = sum(dot_a), dot_b = sum(dot_b), square = sum(square);
+  if (threadIdx.x != 0) return;
+  if (p.pooled_t) p.fm_rows[b] = square;
+  if (!p.anchor) return;
+  if (p.bias && valid(label) && valid(label_b)) dot_a += p.bias[label], dot_b += p.bias[label_b];
+  // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
+  p.anchor[b] = valid(label) && valid(label_b) && fabsf(dot_a) < INFINITY ? dot_a : NAN;
+  p.logit_b[b] = dot_b;
+  if (!valid(label) || !valid(label_b)) count_row(p.counts, kBadLabels);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// logits_exp
+
+// Largest logit so far and its class; the first class wins a tie.
+struct Top {
+  float value = -INFINITY;
+  int index = INT32_MAX;
+
+  __device__ void meet(float v, int i) {
+    if (v > value || (v == value && i < index)) value = v, index = i;
+  }
+};
+
+// What a row has gathered in one tile: summed over the 4 lanes that share the row, then, through shared memory, over warps.
+struct RowSums {
+  float others = 0, logits = 0;
+  Top top;
+
+  __device__ void add(const RowSums& o) {
+    others += o.others;
+    logits += o.logits;
+    top.meet(o.top.value, o.top.index);
+  }
+};
+
+// e_k and the sums of one tile of classes.
+template <typename Shape>
+__device__ void exp_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_n) {
+  const Matrix<bf16> z{static_cast<const bf16*>(p.z_t), int(p.B), int(p.Ct), p.Ct};
+  const Matrix<bf16> w{static_cast<const bf16*>(p.weight) + p.first_class * p.Ct, int(p.classes), int(p.Ct), p.Ct};
+  const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, lane = threadIdx.x % 32;
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), [&](bf16* stage_a, bf16* stage_b, int step) {
+    copy_panel<Shape::kM, Shape::kThreads>(stage_a, z, m0, step * kDepth);
+    copy_b<Shape, B::kByColumn>(stage_b, w, n0, step * kDepth);
+  });
+
+  __syncthreads();                                     // the last stage has been read: its memory now holds the rows' sums
+  RowSums* rows = reinterpret_cast<RowSums*>(shared);  // [kM, kWarpsN]
+  const float* bias = p.bias ? p.bias + p.first_class : nullptr;
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = tile_row<Shape>(i, half), b = m0 + m;
+      const bool inside = b < p.B;
+      const float anchor = inside ? p.anchor[b] : 0;
+      const int64_t label = inside ? p.labels[b] - p.first_class : -1;
+      RowSums row;
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int k = n0 + tile_column<Shape>(j);
+        float e[2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const bool real = k + n < p.classes;
+          const float x = acc[i][j][2 * half + n] + (bias && real ? bias[k + n] : 0);
+          if (real) row.logits += x, row.top.meet(x, k + n);
+          float above = x - anchor;
+          if (above > kSaturation && above < INFINITY) above = kSaturation;  // NaN and infinity go through to the loss
+          e[n] = real && k + n != label ? exp2f(above * kLog2e) : 0;
+          row.others += e[n];
+        }
+        if (p.e && inside && k < p.stride_e) store_pair(static_cast<bf16*>(p.e) + b * p.stride_e + k, float2{e[0], e[1]});
+      }
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) {
+        RowSums other;
+        other.others = shuffle_xor(row.others, mask);
+        other.logits = shuffle_xor(row.logits, mask);
+        other.top.value = shuffle_xor(row.top.value, mask);
+        other.top.index = shuffle_xor(row.top.index, mask);
+        row.add(other);
+      }
+      if (lane % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = row;
+    }
+  __syncthreads();
+  for (int m = threadIdx.x; m < Shape::kM && m0 + m < p.B; m += Shape::kThreads) {
+    RowSums row = rows[m * Shape::kWarpsN];
+    for (int n = 1; n < Shape::kWarpsN; ++n) row.add(rows[m * Shape::kWarpsN + n]);
+    const int64_t at = (p.first_tile + tile_n) * p.B + m0 + m;
+    p.sums.others[at] = row.others;
+    if (p.sums.logits) p.sums.logits[at] = row.logits;
+    p.sums.best[at] = row.top.value;
+    p.sums.best_class[at] = row.top.index == INT32_MAX ? -1 : int(p.first_class) + row.top.index;
+  }
+}
+
+// G d of one tile of channels, and d . (G d) over them.
+template <typename Shape>
+__device__ void gram_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_n) {
+  const int64_t size_d = p.B * p.Ct, size_g = p.Ct * p.Ct;
+  const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, steps = ceil_div(p.Ct, kDepth), lane = threadIdx.x % 32;
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByColumn>(acc, shared, 3 * steps, [&](bf16* stage_a, bf16* stage_b, int step) {
+    const int product = step / steps, depth = step % steps * kDepth;  // low high, high low, high high: the small ones first
+    const Matrix<bf16> d{static_cast<const bf16*>(p.d_split) + (product == 0 ? size_d : 0), int(p.B), int(p.Ct), p.Ct};
+    const Matrix<bf16> g{static_cast<const bf16*>(p.gram) + (product == 1 ? size_g : 0), int(p.Ct), int(p.Ct), p.Ct};
+    copy_panel<Shape::kM, Shape::kThreads>(stage_a, d, m0, depth);
+    copy_b<Shape, B::kByColumn>(stage_b, g, n0, depth);
+  });
+
+  __syncthreads();                                 // as in exp_tile
+  float* rows = reinterpret_cast<float*>(shared);  // [kM, kWarpsN]
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = tile_row<Shape>(i, half), b = m0 + m;
+      float square = 0;
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int c = n0 + tile_column<Shape>(j);
+        if (b >= p.B || c >= p.Ct) continue;
+        const int64_t at = b * p.Ct + c;
+        const float2 gd{acc[i][j][2 * half], acc[i][j][2 * half + 1]}, z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+        square += gd.x * (z.x - t.x) + gd.y * (z.y - t.y);
+        store_pair(p.gram_d + at, gd);
+      }
+      square += shuffle_xor(square, 1);
+      square += shuffle_xor(square, 2);
+      if (lane % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = square;
+    }
+  __syncthreads();
+  for (int m = threadIdx.x; m < Shape::kM && m0 + m < p.B; m += Shape::kThreads) {
+    float square = 0;
+    for (int n = 0; n < Shape::kWarpsN; ++n) square += rows[m * Shape::kWarpsN + n];
+    p.sums.square[tile_n * p.B + m0 + m] = square;
+  }
+}
+
+// Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from memory.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2) logits_exp_tile_kernel(const LogitsExp p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  bf16* shared = reinterpret_cast<bf16*>(stages);
+  const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
+  const int class_tiles = ceil_div(p.classes, Shape::kN);
+  if (tile_n < class_tiles)
+    exp_tile<Shape>(p, shared, tile_m, tile_n);
+  else
+    gram_tile<Shape>(p, shared, tile_m, tile_n - class_tiles);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// grad_rows
+
+// s of row b; NaN where its anchor is, which a row of one class would not notice.
+__device__ float row_others(const GradRows& p, int64_t b) {
+  float s = 0;
+  for (int t = 0; t < p.sums.class_tiles; ++t) s += p.sums.others[t * p.B + b];
+  return p.anchor[b] == p.anchor[b] ? s : NAN;
+}
+
+// The losses of all rows and their means, by one block; rows are shared out in a fixed way.
+template <int kThreads>
+__device__ void mean_losses(const GradRows& p, double* slots) {
+  const LossWeights& w = p.weights;
+  const float eps = float(w.label_smoothing);
+  double ce = 0, sr = 0, fm = 0, hits = 0;
+  for (int64_t b = threadIdx.x; b < p.B; b += kThreads) {
+    Top top;
+    float logits = 0;
+    for (int t = 0; t < p.sums.class_tiles; ++t) {
+      const int64_t at = t * p.B + b;
+      if (p.sums.best_class[at] >= 0) top.meet(p.sums.best[at], p.sums.best_class[at]);
+      if (p.sums.logits) logits += p.sums.logits[at];
+    }
+    hits += top.index == p.labels[b];
+    if (w.ce != 0) {
+      const float s = row_others(p, b), above = top.value - p.anchor[b];
+      float row = log1pf(s);
+      if (above > kSaturation) row = above, count_row(p.counts, kSaturated);
+      if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (p.anchor[b] - p.logit_b[b]);
+      if (eps != 0) row += eps * (p.anchor[b] - logits / float(p.K));
+      ce += row;
+    }
+    if (w.sr != 0) {
+      float square = 0;
+      for (int t = 0; t < p.sums.gram_tiles; ++t) square += p.sums.square[t * p.B + b];
+      sr += square < 0 ? 0 : square;  // |W d|^2 is not below 0; NaN stays NaN
+    }
+    if (w.fm != 0) fm += p.fm_rows[b];
+  }
+  const auto sum = [&](double v) { return block_reduce<kThreads>(v, slots, Sum{}); };
+  ce = sum(ce) / double(p.B);
+  sr = sum(sr) / (double(p.B) * double(p.K));
+  fm = sum(fm) / (double(p.B) * double(p.Ct));
+  hits = sum(hits);
+  if (threadIdx.x != 0) return;
+  p.parts[kPartCe] = float(ce);
+  p.parts[kPartSr] = float(sr);
+  p.parts[kPartFm] = float(fm);
+  p.parts[kPartKl] = 0;
+  double loss = 0;  // a weight of 0 leaves its part out, even where that is NaN
+  if (w.ce != 0) loss += w.ce * ce;
+  if (w.sr != 0) loss += w.sr * sr;
+  if (w.fm != 0) loss += w.fm * fm;
+  *p.loss = float(loss);
+  *p.top1 = int64_t(hits);
+}
+
+// Coefficients of a row's gradient: of (e W), w_a and w_b.
+struct RowScale {
+  float e, a, b;
+};
+
+__device__ RowScale row_scale(const GradRows& p, int64_t b) {
+  if (p.weights.ce == 0) return {0, 0, 0};
+  const float s = row_others(p, b), total = 1 + s, c = float(p.weights.ce / double(p.B));
+  const float share = p.labels_b ? p.mix[b] : 1, q = 1 - float(p.weights.label_smoothing);
+  // p_a - q_a = (1 - share of a in the target) - s / total: a confident sample's gradient keeps its digits
+  return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share)};
+}
+
+// With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
+// for one large block to a multiprocessor only.
+template <typename Shape, bool kSums>
+__global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile_kernel(const GradRows p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  if (p.last && blockIdx.x == 0) return mean_losses<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
+  bf16* shared = reinterpret_cast<bf16*>(stages);
+  const int block = blockIdx.x - (p.last ? 1 : 0), tiles_m = ceil_div(p.B, Shape::kM);
+  const int m0 = block % tiles_m * Shape::kM, n0 = block / tiles_m * Shape::kN;
+  const bf16* weight = static_cast<const bf16*>(p.weight);
+  const Matrix<bf16> e{static_cast<const bf16*>(p.e), int(p.B), int(p.stride_e), p.stride_e};
+  const Matrix<bf16> w{weight + p.first_class * p.Ct, int(p.classes), int(p.Ct), p.Ct};
+  typename Shape::Accumulators acc = {};
+  float sums[Shape::kBlocksN][4] = {};
+  const int steps = p.weights.ce != 0 ? ceil_div(p.classes, kDepth) : 0;
+  const auto copy = [&](bf16* stage_a, bf16* stage_b, int step) {
+    copy_panel<Shape::kM, Shape::kThreads>(stage_a, e, m0, step * kDepth);
+    copy_b<Shape, B::kByDepth>(stage_b, w, n0, step * kDepth);
+  };
+  multiply<Shape, B::kByDepth>(acc, shared, steps, copy, [&](const uint32_t (&fragments)[Shape::kBlocksN][2]) {
+    if constexpr (kSums)
+      if (threadIdx.x / 32 < Shape::kWarpsN) add_columns<bf16>(sums, fragments);
+  });
+  __syncthreads();  // the last stage has been read: its memory now holds the rows' scales and the columns' sums
+
+  RowScale* rows = reinterpret_cast<RowScale*>(stages);                              // [kM]
+  float* columns = reinterpret_cast<float*>(stages + Shape::kM * sizeof(RowScale));  // [kN]
+  if (p.last)
+    for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) rows[m] = m0 + m < p.B ? row_scale(p, m0 + m) : RowScale{};
+  if constexpr (kSums)
+    if (threadIdx.x < Shape::kWarpsN * 32 && threadIdx.x % 32 < 4)  // every row of `sums` is the same: the first will do
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int n = tile_column<Shape>(j);
+        float2 sum{sums[j][0], sums[j][1]};
+        if (n0 + n < p.Ct) {
+          if (p.weight_sums_in) {
+            const float2 before = load_pair(p.weight_sums_in + n0 + n);
+            sum.x += before.x, sum.y += before.y;
+          }
+          if (p.weight_sums_out && m0 == 0) store_pair(p.weight_sums_out + n0 + n, sum);
+        }
+        store_pair(columns + n, sum);
+      }
+  __syncthreads();
+
+  const LossWeights& lw = p.weights;
+  const float c_sr = p.gram_d ? float(2 * lw.sr / (double(p.B) * double(p.K))) : 0;
+  const float c_fm = lw.fm != 0 ? float(2 * lw.fm / (double(p.B) * double(p.Ct))) : 0;
+  const float c_sum = float(-lw.ce * lw.label_smoothing / (double(p.B) * double(p.K)));
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = tile_row<Shape>(i, half), b = m0 + m;
+      if (b >= p.B) continue;
+      const RowScale scale = p.last ? rows[m] : RowScale{};
+      const auto class_row = [&](int64_t k) { return weight + (k >= 0 && k < p.K ? k : 0) * p.Ct; };  // else the scale is NaN
+      const bf16* w_a = p.last ? class_row(p.labels[b]) : nullptr;
+      const bf16* w_b = p.last && p.labels_b ? class_row(p.labels_b[b]) : nullptr;
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int n = tile_column<Shape>(j), c = n0 + n;
+        if (c >= p.Ct) continue;
+        const int64_t at = b * p.Ct + c;
+        float2 v{acc[i][j][2 * half], acc[i][j][2 * half + 1]};
+        const auto add = [&](float factor, float2 x) { v.x += factor * x.x, v.y += factor * x.y; };
+        if (!p.first) add(1, load_pair(p.dz + at));
+        if (p.last) {
+          v.x *= scale.e, v.y *= scale.e;
+          if (lw.ce != 0) add(scale.a, load_pair(w_a + c));
+          if (lw.ce != 0 && w_b) add(scale.b, load_pair(w_b + c));
+          if constexpr (kSums) add(c_sum, load_pair(columns + n));
+          if (c_sr != 0) add(c_sr, load_pair(p.gram_d + at));
+          if (c_fm != 0) {
+            const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+            add(c_fm, float2{z.x - t.x, z.y - t.y});
+          }
+        }
+        store_pair(p.dz + at, v);
+      }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// times_classifier
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2) times_classifier_tile_kernel(const TimesClassifier p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
+  const Matrix<T> g{static_cast<const T*>(p.gradient), int(p.B), int(p.stride), p.stride};
+  const Matrix<T> w{static_cast<const T*>(p.weight), int(p.K), int(p.Ct), p.Ct};
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), [&](T* stage_a, T* stage_b, int step) {
+    copy_panel<Shape::kM, Shape::kThreads>(stage_a, g, m0, step * kDepth);
+    copy_b<Shape, B::kByDepth>(stage_b, w, n0, step * kDepth);
+  });
+  const float share = 1 / float(p.B), c = float(2 * p.fm / (double(p.B) * double(p.Ct)));
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int b = m0 + tile_row<Shape>(i, half), n = n0 + tile_column<Shape>(j);
+        if (b >= p.B || n >= p.Ct) continue;
+        const int64_t at = b * p.Ct + n;
+        float2 v{share * acc[i][j][2 * half], share * acc[i][j][2 * half + 1]};
+        if (p.fm != 0) {
+          const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+          v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
+        }
+        store_pair(p.dz + at, v);
+      }
+}
+
+}  // namespace
+
+int class_tile(int64_t B, int64_t classes) {
+  return with_tile(B, classes, [](auto shape) { return decltype(shape)::kN; });
+}
+
+int anchor_rows(const AnchorRows& a, void* stream) {
+  if (a.dtype == DType::bf16) return launch(anchor_rows_kernel<__nv_bfloat16>, a.B, kRowThreads, stream, a);
+  return launch(anchor_rows_kernel<__half>, a.B, kRowThreads, stream, a);
+}
+
+int logits_exp(const LogitsExp& l, void* stream) {
+  return with_tile(l.B, l.classes, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
+    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM), Shape::kThreads,
+                          stream, l);
+  });
+}
+
+int grad_rows(const GradRows& g, void* stream) {
+  return with_tile(g.B, g.Ct, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(g.Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
+    const auto kernel = g.weights.ce != 0 && g.weights.label_smoothing != 0 ? grad_rows_tile_kernel<Shape, true>
+                                                                            : grad_rows_tile_kernel<Shape, false>;
+    return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g);
+  });
+}
+
+int times_classifier(const TimesClassifier& t, void* stream) {
+  return with_tile(t.B, t.Ct, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN);
+    const auto start = [&](auto kernel) {
+      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, t);
+    };
+    return t.dtype == DType::bf16 ? start(times_classifier_tile_kernel<__nv_bfloat16, Shape>)
+                                  : start(times_classifier_tile_kernel<__half, Shape>);
+  });
+}
+
+}  // namespace ijckd

@@ -1,0 +1,134 @@
+#pragma once
+// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu, in the order of use.
+//
+// Two ways. The anchored one, for bfloat16: anchor_rows, then for every chunk of classes logits_exp and grad_rows. Where the loss
+// needs what only whole rows of logits can give (temperature KL, a teacher's logits) or float16's range is too small for
+// exponentials that are not yet probabilities: anchor_rows for its rounding alone, connector_tiles.h:project_tiles,
+// row_loss_apart, times_classifier, classifier_loss.h:loss_sum.
+//
+// Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said otherwise
+// arrays are float. Every function returns 0 or a CUDA error code.
+//
+// Anchored softmax. The label's logit l_a is a dot product, known before any GEMM, so exponentials are taken relative to it and
+// no tile of classes needs another:
+//   e_k = exp(l_k - l_a) for k != a, else 0;   s = sum of e_k;   cross-entropy = log1p(s);
+//   dCE/dz = (sum of e_k w_k - s w_a) / (1 + s).
+// The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the anchor. A row whose largest
+// logit lies more than kSaturation nats above the label's is counted as saturated; its loss is then that distance, and the
+// classes above share the gradient equally.
+//
+// Logit match. With G = W^T W, |W d|^2 = d^T G d and its gradient is 2 G d, at a cost that does not grow with K. d and G are each
+// split into two bfloat16 numbers, high + low, and three products of four are summed in float.
+
+#include <cstdint>
+
+#include "classifier_loss.h"
+#include "dtype.h"
+
+namespace ijckd {
+
+constexpr float kSaturation = 76;  // nats: exp(76) times 2^17 classes is still a float
+
+// What each row needs before the GEMMs.
+struct AnchorRows {
+  DType dtype;              // T: bfloat16 or float16
+  const float* z;           // [B, Ct]
+  const float* pooled_t;    // [B, Ct], or null
+  const void* weight;       // [K, Ct] T
+  const float* bias;        // [K], or null
+  const int64_t* labels;    // [B]; one outside [0, K) makes the row's anchor NaN
+  const int64_t* labels_b;  // [B], or null
+  void* z_t;                // [B, Ct] T  out: z rounded
+  void* d_t;                // [B, Ct] T  out, or null: d = z - pooled_t, formed in float, rounded
+  void* d_split;            // [2, B, Ct] bfloat16  out, or null: d's high and low parts
+  float* anchor;            // [B]  out, or null: the label's logit of the rounded z; NaN where it is not finite
+  float* logit_b;           // [B]  out, with anchor: labels_b's logit
+  float* fm_rows;           // [B]  out, with pooled_t: sum over Ct of d^2
+  int64_t* counts;          // [kCounts] in and out, with anchor: counts.h
+  int64_t B, K, Ct;
+};
+int anchor_rows(const AnchorRows& a, void* stream);
+
+// Per tile of classes (of G's columns) and row, written by logits_exp and summed in tile order by grad_rows: [tiles, B] each.
+struct TileSums {
+  float* others;    // sum of e_k
+  float* logits;    // sum of l_k; null without label smoothing
+  float* best;      // largest l_k
+  int* best_class;  // and its class, the first on a tie
+  float* square;    // [gram tiles, B]: d . (G d); null without logit match
+  int class_tiles;  // of all classes
+  int gram_tiles;
+};
+
+// Classes (columns of G) in a tile of logits_exp.
+int class_tile(int64_t B, int64_t classes);
+
+// Classes [first_class, first_class + classes): their e_k, and the tiles' sums. With gram, G d too.
+struct LogitsExp {
+  const void* z_t;      // [B, Ct] bfloat16
+  const void* weight;   // [K, Ct] bfloat16
+  const float* bias;    // [K], or null
+  const float* anchor;  // [B]
+  const int64_t* labels;
+  void* e;              // [B, stride_e] bfloat16  out, or null: not wanted; columns past the classes are 0
+  int64_t stride_e;     // classes rounded up to a multiple of 8
+  TileSums sums;        // out
+  int first_tile;       // of these classes among all tiles
+  const void* gram;     // [2, Ct, Ct] bfloat16: G's high and low parts; null: no logit match, or not in this call
+  const void* d_split;  // [2, B, Ct] bfloat16, with gram
+  const float* z;       // [B, Ct], with gram
+  const float* pooled_t;
+  float* gram_d;  // [B, Ct]  out, with gram: G d
+  int64_t B, Ct, first_class, classes;
+};
+int logits_exp(const LogitsExp& l, void* stream);
+
+// dz += e W over some classes; with the last of them dz becomes dloss/dz, and the losses are written.
+struct GradRows {
+  const void* e;       // [B, stride_e] bfloat16
+  const void* weight;  // [K, Ct] bfloat16
+  int64_t stride_e, first_class, classes;
+  bool first, last;
+  bool grad;                    // false: the losses only
+  float* dz;                    // [B, Ct]  in, out
+  const float* weight_sums_in;  // [Ct], or null with the first classes: columns' sums of W so far, for label smoothing
+  float* weight_sums_out;       // [Ct]  out: these classes included; null with the last, or without smoothing or grad
+  // read with the last classes:
+  TileSums sums;
+  const float *anchor, *logit_b, *fm_rows;  // [B], [B] or null, [B] or null
+  const int64_t *labels, *labels_b;         // [B], [B] or null
+  const float* mix;                         // [B], with labels_b
+  const float *z, *pooled_t;                // [B, Ct], for the feature match
+  const float* gram_d;                      // [B, Ct], or null without logit match
+  float* loss;                              // []  out
+  float* parts;                             // [kParts]  out
+  int64_t* top1;                            // []  out
+  int64_t* counts;                          // [kCounts] in and out: counts.h
+  int64_t B, K, Ct;
+  LossWeights weights;
+};
+int grad_rows(const GradRows& g, void* stream);
+
+// classifier_loss.h:row_loss with float logits and delta, and the gradient kept apart from them in T.
+struct RowLossApart {
+  RowLoss rows;    // its dtype is float, its gradient not in place
+  DType dtype;     // T: bfloat16 or float16
+  void* gradient;  // [B, stride] T  out, with rows.grad; columns past K are 0
+  int64_t stride;  // K rounded up to a multiple of 8
+};
+int row_loss_apart(const RowLossApart& r, void* stream);
+
+// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B.
+struct TimesClassifier {
+  DType dtype;            // T
+  const void* gradient;   // [B, stride] T
+  const void* weight;     // [K, Ct] T
+  const float* z;         // [B, Ct]
+  const float* pooled_t;  // [B, Ct], or null where fm is 0
+  float* dz;              // [B, Ct]  out
+  int64_t B, K, Ct, stride;
+  double fm;
+};
+int times_classifier(const TimesClassifier& t, void* stream);
+
+}  // namespace ijckd

@@ -1,0 +1,107 @@
+// Kernel of connector_tiles.h.
+#include "cuda/connector_tiles.h"
+#include "device.cuh"
+#include "tile.cuh"
+
+namespace ijckd {
+namespace {
+
+// Sum over a tile's rows of value(i, j, half, n), accumulators of which column tile_column(j) + n is meant, for every column:
+// over the thread's rows, the lanes that share its columns, then, through `warps` [kWarpsM, kN], the warps. Every thread of the
+// block calls; afterwards warps[0] holds the sums for all of them.
+template <typename Shape, typename Value>
+__device__ __forceinline__ void column_sums(float* warps, const Value& value) {
+#pragma unroll
+  for (int j = 0; j < Shape::kBlocksN; ++j)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float s = 0;
+#pragma unroll
+      for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) s += value(i, j, half, n);
+#pragma unroll
+      for (int mask = 4; mask < 32; mask *= 2) s += shuffle_xor(s, mask);
+      if (threadIdx.x % 32 < 4) warps[threadIdx.x / 32 / Shape::kWarpsN * Shape::kN + tile_column<Shape>(j) + n] = s;
+    }
+  __syncthreads();
+  for (int n = threadIdx.x; n < Shape::kN; n += Shape::kThreads)
+    for (int m = 1; m < Shape::kWarpsM; ++m) warps[n] += warps[m * Shape::kN + n];
+  __syncthreads();
+}
+
+// Blocks go through the channels' tiles first: those in flight together share their rows of u.
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2) project_tile_kernel(const ProjectTiles p) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  const Matrix<T> u{static_cast<const T*>(p.u), int(p.N), int(p.Cs), p.Cs};
+  const Matrix<T> w{static_cast<const T*>(p.weight), int(p.Ct), int(p.Cs), p.Cs};
+  const int tiles_n = ceil_div(p.Ct, Shape::kN), part = blockIdx.x / tiles_n;
+  const int m0 = part * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), [&](T* a, T* b, int step) {
+    copy_panel<Shape::kM, Shape::kThreads>(a, u, m0, step * kDepth);
+    copy_b<Shape, B::kByColumn>(b, w, n0, step * kDepth);
+  });
+
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int j = 0; j < Shape::kBlocksN; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = m0 + tile_row<Shape>(i, half);
+        const int c = n0 + tile_column<Shape>(j);
+        if (row >= p.N || c >= p.Ct) continue;
+        if (p.wide) {  // rows of an odd number of floats are not aligned to pairs
+          float* y = static_cast<float*>(p.y) + row * p.Ct + c;
+          y[0] = acc[i][j][2 * half];
+          if (c + 1 < p.Ct) y[1] = acc[i][j][2 * half + 1];
+        } else {
+          store_pair(static_cast<T*>(p.y) + row * p.Ct + c, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
+        }
+      }
+  if (!p.mean) return;
+
+  __syncthreads();                                  // the last stage has been read: its memory now holds the columns' sums
+  float* warps = reinterpret_cast<float*>(stages);  // [kWarpsM, kN]
+  const int left = int(p.N) - m0, rows = left < Shape::kM ? left : Shape::kM;
+  const auto stored = [&](int i, int j, int half, int n) {
+    T v;
+    store(&v, 0, acc[i][j][2 * half + n]);
+    return load<float>(&v, 0);
+  };
+  column_sums<Shape>(warps, stored);  // rows past the end are 0
+  float mean[Shape::kBlocksN][2];
+#pragma unroll
+  for (int j = 0; j < Shape::kBlocksN; ++j)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) mean[j][n] = warps[tile_column<Shape>(j) + n] / float(rows);
+  const auto channel_of = [&](int n) { return int64_t(part) * p.Ct + n0 + n; };
+  for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) p.mean[channel_of(n)] = warps[n] / float(rows);
+  __syncthreads();  // everyone has read the sums
+  column_sums<Shape>(warps, [&](int i, int j, int half, int n) {
+    const float d = stored(i, j, half, n) - mean[j][n];
+    return tile_row<Shape>(i, half) < rows ? d * d : 0;
+  });
+  for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) p.m2[channel_of(n)] = warps[n];
+}
+
+}  // namespace
+
+int64_t project_rows(int64_t N, int64_t Ct) {
+  return with_tile(N, Ct, [](auto shape) { return int64_t(decltype(shape)::kM); });
+}
+
+int project_tiles(const ProjectTiles& p, void* stream) {
+  return with_tile(p.N, p.Ct, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
+    const auto start = [&](auto kernel) {
+      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p);
+    };
+    return p.dtype == DType::bf16 ? start(project_tile_kernel<__nv_bfloat16, Shape>) : start(project_tile_kernel<__half, Shape>);
+  });
+}
+
+}  // namespace ijckd

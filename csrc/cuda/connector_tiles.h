@@ -1,0 +1,28 @@
+#pragma once
+// Rows times a weight on tensor cores (sm_80 and newer), without torch: connector_match's projection, and classifier_loss's
+// logits where whole rows of them are kept. Returns 0 or a CUDA error code.
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace ijckd {
+
+// y = u W^T, with the statistics of each channel over every part of the rows as connector_match.h:ChannelStats wants them, so
+// that BatchNorm's statistics cost no pass over y. They are those of y as stored.
+struct ProjectTiles {
+  DType dtype;         // T: bfloat16 or float16
+  const void* u;       // [N, Cs] T, aligned to 16 bytes, Cs a multiple of 8
+  const void* weight;  // [Ct, Cs] T, likewise
+  void* y;             // [N, Ct] T or float  out; Ct is a multiple of 2 where it is T
+  bool wide;           // y is float
+  float* mean;         // [parts, Ct]  out, or null: no statistics; with y of T only
+  float* m2;           // [parts, Ct]  out: sum of squared distances from the part's mean
+  int64_t N, Cs, Ct;
+};
+int project_tiles(const ProjectTiles& p, void* stream);
+
+// Rows in a part.
+int64_t project_rows(int64_t N, int64_t Ct);
+
+}  // namespace ijckd

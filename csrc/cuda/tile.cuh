@@ -1,0 +1,158 @@
+#pragma once
+// One block's tile of a matrix product on tensor cores: a [M, L] times b over a ring of shared-memory stages, half-type operands,
+// float accumulators in registers.
+//
+// A stage holds kDepth steps of the contraction. Rows of 64 elements (128 bytes) lie in panels; the 16-byte chunk c of row r is
+// kept at chunk c ^ (r % 8), so that the 8 rows of a matrix that ldmatrix reads at a time fall on 8 different groups of banks.
+
+#include "instructions.cuh"
+
+namespace ijckd {
+
+constexpr int kDepth = 64;  // contraction steps per stage, and elements in a panel's row
+constexpr int kChunk = 8;   // elements that one asynchronous copy moves
+
+// Where chunk `chunk` of row `row` lies in a panel, in elements.
+__host__ __device__ constexpr int swizzled(int row, int chunk) { return row * kDepth + ((chunk ^ (row % 8)) * kChunk); }
+
+// Rows in global memory, `stride` elements apart. cols and stride are multiples of kChunk and data is aligned to 16 bytes;
+// whatever lies outside [0, rows) x [0, cols) counts as 0.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int rows, cols;
+  int64_t stride;
+};
+
+template <int kM_, int kN_, int kWarpM, int kWarpN, int kStages_>
+struct Tile {
+  static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
+  static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN, kThreads = kWarpsM * kWarpsN * 32;
+  static constexpr int kBlocksM = kWarpM / 16, kBlocksN = kWarpN / 8;  // 16 x 8 accumulators of a warp
+  static constexpr int kStageA = kM * kDepth, kStage = (kM + kN) * kDepth;
+  static constexpr int kSharedBytes = kStages * kStage * 2;
+  using Accumulators = float[kBlocksM][kBlocksN][4];
+
+  static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(kM * kDepth % (kThreads * kChunk) == 0 && kN * kDepth % (kThreads * kChunk) == 0,
+                "threads share the copies evenly");
+};
+
+// Small tiles fill the GPU where there are few of them; large ones read shared memory half as often. With three stages the large
+// one fits the 99 KiB that a block has on the smaller GPUs of these generations.
+using SmallTile = Tile<64, 64, 32, 32, 4>;
+using LargeTile = Tile<128, 128, 64, 32, 3>;
+constexpr int kEnoughTiles = 128;
+
+// Runs `body(Shape{})` for the shape that suits an output of [rows, columns].
+template <typename F>
+auto with_tile(int64_t rows, int64_t columns, const F& body) {
+  const auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+  return up(rows, LargeTile::kM) * up(columns, LargeTile::kN) >= kEnoughTiles ? body(LargeTile{}) : body(SmallTile{});
+}
+
+// Starts the copies of m's rows [row, row + kRows), columns [col, col + kDepth) into a panel.
+template <int kRows, int kThreads, typename T>
+__device__ __forceinline__ void copy_panel(T* panel, const Matrix<T>& m, int row, int col) {
+#pragma unroll
+  for (int i = 0; i < kRows * kDepth / (kThreads * kChunk); ++i) {
+    const int at = i * kThreads + threadIdx.x, r = at / 8, chunk = at % 8;
+    const bool inside = row + r < m.rows && col + chunk * kChunk < m.cols;
+    const T* from = inside ? m.data + (row + r) * m.stride + col + chunk * kChunk : m.data;
+    copy_async16(panel + swizzled(r, chunk), from, inside ? 16 : 0);
+  }
+}
+
+template <typename T>
+constexpr uint32_t kTwoOnes = 0;
+template <>
+constexpr uint32_t kTwoOnes<__nv_bfloat16> = 0x3f803f80;
+template <>
+constexpr uint32_t kTwoOnes<__half> = 0x3c003c00;
+
+// How b lies in its stage: as rows of the output's columns (b [N, L], one panel), or as rows of the contraction (b [L, N], a
+// panel per 64 columns).
+enum class B { kByColumn, kByDepth };
+
+template <typename Shape, B kLayout, typename T>
+__device__ __forceinline__ void copy_b(T* stage, const Matrix<T>& b, int n, int depth) {
+  if constexpr (kLayout == B::kByColumn) {
+    copy_panel<Shape::kN, Shape::kThreads>(stage, b, n, depth);
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < Shape::kN / kDepth; ++panel)
+      copy_panel<kDepth, Shape::kThreads>(stage + panel * kDepth * kDepth, b, depth, n + panel * kDepth);
+  }
+}
+
+// Adds to every row of `sums` the columns' sums of one step's fragments of b: a product with a matrix of ones.
+template <typename T, int kBlocksN>
+__device__ __forceinline__ void add_columns(float (&sums)[kBlocksN][4], const uint32_t (&fragments)[kBlocksN][2]) {
+  const uint32_t ones[4] = {kTwoOnes<T>, kTwoOnes<T>, kTwoOnes<T>, kTwoOnes<T>};
+#pragma unroll
+  for (int j = 0; j < kBlocksN; ++j) multiply_add_16x8x16<T>(sums[j], ones, fragments[j]);
+}
+
+struct Nothing {
+  template <typename Fragments>
+  __device__ void operator()(const Fragments&) const {}
+};
+
+// acc += a b over `steps` stages. `copy(stage_a, stage_b, step)` starts the copies of one stage; `also(fragments of b)` sees
+// every 16 steps of the contraction as they pass. Every thread of the block calls; a barrier must follow before `shared` is used
+// anew.
+template <typename Shape, B kLayout, typename T, typename Copy, typename Also = Nothing>
+__device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, T* shared, int steps, const Copy& copy,
+                                         const Also& also = {}) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / Shape::kWarpsN * Shape::kBlocksM * 16, warp_n = warp % Shape::kWarpsN * Shape::kBlocksN * 8;
+  const auto start = [&](int step) {
+    T* stage = shared + step % Shape::kStages * Shape::kStage;
+    if (step < steps) copy(stage, stage + Shape::kStageA, step);
+    copy_async_commit();  // empty past the end, so that the waits below may count
+  };
+#pragma unroll
+  for (int s = 0; s < Shape::kStages - 1; ++s) start(s);
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<Shape::kStages - 2>();  // this step's copies have landed,
+    __syncthreads();                        // everyone's; and everyone is done with the stage that is filled next
+    start(step + Shape::kStages - 1);
+    const T* a = shared + step % Shape::kStages * Shape::kStage;
+    const T* b = a + Shape::kStageA;
+#pragma unroll
+    for (int k = 0; k < kDepth / 16; ++k) {
+      uint32_t fa[Shape::kBlocksM][4], fb[Shape::kBlocksN][2];
+#pragma unroll
+      for (int i = 0; i < Shape::kBlocksM; ++i)
+        load_matrix_x4(fa[i], a + swizzled(warp_m + i * 16 + lane % 16, k * 2 + lane / 16));
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; j += 2) {
+        uint32_t r[4];
+        if constexpr (kLayout == B::kByColumn) {
+          load_matrix_x4(r, b + swizzled(warp_n + j * 8 + lane % 8 + lane / 16 * 8, k * 2 + lane / 8 % 2));
+        } else {
+          const int n = warp_n + j * 8 + lane / 16 * 8;
+          load_matrix_x4_transposed(r, b + n / kDepth * kDepth * kDepth + swizzled(k * 16 + lane % 16, n % kDepth / 8));
+        }
+        fb[j][0] = r[0], fb[j][1] = r[1], fb[j + 1][0] = r[2], fb[j + 1][1] = r[3];
+      }
+#pragma unroll
+      for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+        for (int j = 0; j < Shape::kBlocksN; ++j) multiply_add_16x8x16<T>(acc[i][j], fa[i], fb[j]);
+      also(fb);
+    }
+  }
+}
+
+// Row and column in the tile of accumulator pair (i, j, half): values [2 half] and [2 half + 1], at `column` and the next.
+template <typename Shape>
+__device__ __forceinline__ int tile_row(int i, int half) {
+  return threadIdx.x / 32 / Shape::kWarpsN * Shape::kBlocksM * 16 + i * 16 + threadIdx.x % 32 / 4 + half * 8;
+}
+template <typename Shape>
+__device__ __forceinline__ int tile_column(int j) {
+  return threadIdx.x / 32 % Shape::kWarpsN * Shape::kBlocksN * 8 + j * 8 + threadIdx.x % 4 * 2;
+}
+
+}  // namespace ijckd

@@ -1,0 +1,243 @@
+#include "cuda/tiled_loss.h"
+
+#include <algorithm>
+
+#include "counts.h"
+#include "cuda/classifier_tiles.h"
+#include "cuda/connector_tiles.h"
+#include "cuda/stage.h"
+
+namespace ijckd {
+namespace {
+
+#ifdef IJCKD_SMALL_CHUNKS  // tests/emulator: several chunks at sizes that a CPU can emulate
+constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72;
+#else
+constexpr int64_t kWhole = 1 << 24;      // exponentials up to which all classes are one chunk: 32 MiB, most of a large GPU's L2
+constexpr int64_t kChunk = 1 << 23;      // exponentials in a chunk: with their rows of W they stay in L2 between the two GEMMs
+constexpr int64_t kLeastClasses = 1024;  // in a chunk
+#endif
+constexpr int64_t kMostLogits = 1 << 23;  // float logits that are kept where whole rows of them are needed: 32 MiB
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+bool aligned(const OptTensor& t, uintptr_t bytes) { return !t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % bytes == 0; }
+
+template <typename T>
+T* out(const OptTensor& t) {
+  return t ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
+}
+
+template <typename T>
+const T* in(const OptTensor& t) {
+  return static_cast<const T*>(data(t));
+}
+
+// The anchored way (classifier_tiles.h).
+void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
+  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
+  const bool match = t.weights.sr != 0, smoothing = t.weights.ce != 0 && t.weights.label_smoothing != 0;
+  const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
+  const int64_t stride_e = round_up(size, 8);
+
+  const Tensor z_t = empty(t.z, {B, Ct}, DType::bf16), rows = empty(t.z, {3, B}, DType::f32);
+  float* anchor = rows.mutable_data_ptr<float>();
+  float *logit_b = anchor + B, *fm_rows = t.pooled_t ? anchor + 2 * B : nullptr;
+  OptTensor d_split, gram_d, e, weight_sums;
+  if (match) d_split = empty(t.z, {2, B, Ct}, DType::bf16), gram_d = empty(t.z, {B, Ct}, DType::f32);
+  if (t.grad) e = empty(t.z, {B, stride_e}, DType::bf16);
+  if (t.grad && smoothing) weight_sums = empty(t.z, {2, Ct}, DType::f32);
+
+  int class_tiles = 0;
+  for (int64_t k = 0; k < K; k += size) {
+    const int64_t n = std::min(size, K - k);
+    class_tiles += static_cast<int>((n + class_tile(B, n) - 1) / class_tile(B, n));
+  }
+  const int64_t first_tile_width = class_tile(B, size);
+  const int gram_tiles = match ? static_cast<int>((Ct + first_tile_width - 1) / first_tile_width) : 0;
+  const Tensor sums = empty(t.z, {3, class_tiles, B}, DType::f32);  // others, logits, best
+  const Tensor classes = torch::stable::new_empty(t.z, {class_tiles, B}, ScalarType::Int);
+  const Tensor square = empty(t.z, {gram_tiles, B}, DType::f32);
+  float* others = sums.mutable_data_ptr<float>();
+  const int64_t of_tiles = class_tiles * B;
+  const TileSums tile_sums{others,
+                           smoothing ? others + of_tiles : nullptr,
+                           others + 2 * of_tiles,
+                           static_cast<int*>(classes.mutable_data_ptr()),
+                           match ? square.mutable_data_ptr<float>() : nullptr,
+                           class_tiles,
+                           gram_tiles};
+
+  const int64_t* labels = in<int64_t>(t.labels);
+  const int64_t* labels_b = in<int64_t>(t.labels_b);
+  launched(anchor_rows({DType::bf16, in<float>(t.z), in<float>(t.pooled_t), data(t.weight), in<float>(t.bias), labels, labels_b,
+                        z_t.mutable_data_ptr(), nullptr, out<void>(d_split), anchor, logit_b, fm_rows, counts, B, K, Ct},
+                       launch.stream),
+           "classifier_loss's anchors");
+  int tile = 0;
+  for (int64_t k = 0, chunk = 0; k < K; k += size, ++chunk) {
+    const int64_t n = std::min(size, K - k);
+    const bool first = k == 0, last = k + n == K, gram_here = match && first;
+    launched(logits_exp({.z_t = z_t.const_data_ptr(),
+                         .weight = data(t.weight),
+                         .bias = in<float>(t.bias),
+                         .anchor = anchor,
+                         .labels = labels,
+                         .e = out<void>(e),
+                         .stride_e = round_up(n, 8),
+                         .sums = tile_sums,
+                         .first_tile = tile,
+                         .gram = gram_here ? data(t.gram) : nullptr,
+                         .d_split = data(d_split),
+                         .z = in<float>(t.z),
+                         .pooled_t = in<float>(t.pooled_t),
+                         .gram_d = out<float>(gram_d),
+                         .B = B,
+                         .Ct = Ct,
+                         .first_class = k,
+                         .classes = n},
+                        launch.stream),
+             "classifier_loss's logits");
+    tile += static_cast<int>((n + class_tile(B, n) - 1) / class_tile(B, n));
+    if (!t.grad && !last) continue;
+    float* so_far = out<float>(weight_sums);  // two rows, written and read in turn
+    launched(grad_rows({.e = data(e),
+                        .weight = data(t.weight),
+                        .stride_e = round_up(n, 8),
+                        .first_class = k,
+                        .classes = n,
+                        .first = first,
+                        .last = last,
+                        .grad = t.grad,
+                        .dz = out<float>(t.dz),
+                        .weight_sums_in = so_far && !first ? so_far + (chunk - 1) % 2 * Ct : nullptr,
+                        .weight_sums_out = so_far && !last ? so_far + chunk % 2 * Ct : nullptr,
+                        .sums = tile_sums,
+                        .anchor = anchor,
+                        .logit_b = logit_b,
+                        .fm_rows = fm_rows,
+                        .labels = labels,
+                        .labels_b = labels_b,
+                        .mix = in<float>(t.mix),
+                        .z = in<float>(t.z),
+                        .pooled_t = in<float>(t.pooled_t),
+                        .gram_d = in<float>(gram_d),
+                        .loss = out<float>(t.loss),
+                        .parts = out<float>(t.parts),
+                        .top1 = out<int64_t>(t.top1),
+                        .counts = counts,
+                        .B = B,
+                        .K = K,
+                        .Ct = Ct,
+                        .weights = t.weights},
+                       launch.stream),
+             "classifier_loss's gradient");
+  }
+}
+
+// That with whole rows of logits, in float.
+void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
+  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
+  const DType type = dtype(t.weight, "classifier_loss", "weight");
+  const bool match = t.weights.sr != 0 || t.weights.kl != 0, features = match && t.pooled_t;
+  const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
+  const Tensor rows = empty(t.z, {stacked, Ct}, type), logits = empty(t.z, {stacked, K}, DType::f32);
+  const Tensor parts = empty(t.z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(t.z, {B}, ScalarType::Long);
+  OptTensor logits_t;
+  if (match && !features) logits_t = as(*t.logits_t, DType::f32);
+  char* z_t = static_cast<char*>(rows.mutable_data_ptr());
+  float* l = logits.mutable_data_ptr<float>();
+  float* part_rows = parts.mutable_data_ptr<float>();
+  launched(anchor_rows({.dtype = type,
+                        .z = in<float>(t.z),
+                        .pooled_t = in<float>(t.pooled_t),
+                        .weight = data(t.weight),
+                        .bias = nullptr,
+                        .labels = in<int64_t>(t.labels),
+                        .labels_b = nullptr,
+                        .z_t = z_t,
+                        .d_t = features ? z_t + B * Ct * 2 : nullptr,
+                        .d_split = nullptr,
+                        .anchor = nullptr,
+                        .logit_b = nullptr,
+                        .fm_rows = t.pooled_t ? part_rows + kPartFm * B : nullptr,
+                        .counts = nullptr,
+                        .B = B,
+                        .K = K,
+                        .Ct = Ct},
+                       launch.stream),
+           "classifier_loss's rounding");
+  launched(project_tiles({.dtype = type,
+                          .u = z_t,
+                          .weight = data(t.weight),
+                          .y = l,
+                          .wide = true,
+                          .mean = nullptr,
+                          .m2 = nullptr,
+                          .N = stacked,
+                          .Cs = Ct,
+                          .Ct = K},
+                         launch.stream),
+           "classifier_loss's logits");
+  OptTensor gradient;
+  if (t.grad) gradient = empty(t.z, {B, stride}, type);
+  launched(row_loss_apart({.rows = {.dtype = DType::f32,
+                                    .logits = l,
+                                    .bias = data(t.bias),
+                                    .delta = features ? l + B * K : nullptr,
+                                    .logits_t = data(logits_t),
+                                    .labels = in<int64_t>(t.labels),
+                                    .labels_b = in<int64_t>(t.labels_b),
+                                    .mix = data(t.mix),
+                                    .part_rows = part_rows,
+                                    .top1_rows = out<int64_t>(hits),
+                                    .counts = counts,
+                                    .B = B,
+                                    .K = K,
+                                    .weights = t.weights,
+                                    .grad = t.grad},
+                           .dtype = type,
+                           .gradient = out<void>(gradient),
+                           .stride = stride},
+                          launch.stream),
+           "classifier_loss's row pass");
+  launched(loss_sum({DType::f32, part_rows, in<int64_t>(hits), out<void>(t.loss), out<void>(t.parts), out<int64_t>(t.top1), B, K,
+                     Ct, t.weights},
+                    launch.stream),
+           "classifier_loss's sum");
+  if (!t.grad) return;
+  launched(times_classifier({.dtype = type,
+                             .gradient = data(gradient),
+                             .weight = data(t.weight),
+                             .z = in<float>(t.z),
+                             .pooled_t = in<float>(t.pooled_t),
+                             .dz = out<float>(t.dz),
+                             .B = B,
+                             .K = K,
+                             .Ct = Ct,
+                             .stride = stride,
+                             .fm = t.weights.fm},
+                            launch.stream),
+           "classifier_loss's gradient");
+}
+
+}  // namespace
+
+bool tiled_loss(const TiledLoss& t, const Launch& launch) {
+  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
+  const bool bf16 = t.weight.scalar_type() == ScalarType::BFloat16, half = bf16 || t.weight.scalar_type() == ScalarType::Half;
+  if (!half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
+      !aligned(t.pooled_t, 8) || compute_capability() < 80)
+    return false;
+  const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;
+  // Without the logits' own difference G costs three products of Ct columns, with it one of K.
+  const bool by_gram = t.gram && t.pooled_t && (3 * Ct < K || !few);
+  const bool by_anchor = bf16 && t.weights.kl == 0 && (!match || by_gram);
+  if (!by_anchor && !few) return false;
+  int64_t* counts = nullptr;
+  launched(device_counts(&counts), "the search for classifier_loss's counters");
+  by_anchor ? anchored(t, counts, launch) : whole_rows(t, counts, launch);
+  return true;
+}
+
+}  // namespace ijckd

@@ -1,0 +1,425 @@
+"""The tensor-core kernels at sizes that hurt, against numpy in float64; what a case is stands in cases.py."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from . import cases
+from .cases import BF16, F16, F32, WEIGHTS, Array, Case, Data, DType, close
+
+SATURATION = 76.0  # csrc/cuda/classifier_tiles.h:kSaturation
+
+
+def _split(x: Array) -> tuple[Array, Array]:
+    """bfloat16 bits [2, ...] of x: rounded, and what the rounding left out; and the sum of both in float64."""
+    high = BF16.encode(x)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        low = BF16.encode(x - BF16.decode(high))
+    return np.stack([high, low]), BF16.decode(high) + BF16.decode(low)
+
+
+def anchor_rows(
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    K: int,
+    Ct: int,
+    *,
+    teacher: str | None = "split",
+    two_labels: bool = True,
+    bias: bool = True,
+    anchors: bool = True,
+    edit: str = "",
+) -> list[Array]:
+    data = Data(t, f"anchor_rows {B} {K} {Ct}")
+    (z, z64), (pooled_t, pooled64) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
+    weight, weight64 = data.normal(K, Ct)
+    b, b64 = data.normal_acc(K)
+    labels, labels_b = data.labels(B, K), data.labels(B, K)
+    if edit == "labels":
+        labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
+        labels_b[4:6] = [K, -1]
+    elif edit == "infinite":
+        z[0, 0] = np.inf
+        z[1, 0] = np.nan
+        z64[:2, 0] = z[:2, 0]
+    z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
+    anchor, logit_b, fm_rows, counts = data.out(B), data.out(B), data.out(B), np.array([3, 5])
+    kernels.anchor_rows(
+        dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, weight=weight, bias=b if bias else None, labels=labels,
+        labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
+        d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
+        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None, counts=counts if anchors else None,
+        B=B, K=K, Ct=Ct,
+    )  # fmt: skip
+    np.testing.assert_array_equal(t.decode(z_t), t.decode(t.encode(z)))
+    valid = (labels >= 0) & (labels < K)
+    if two_labels:
+        valid &= (labels_b >= 0) & (labels_b < K)
+    with np.errstate(invalid="ignore"):
+        logits = t.decode(z_t) @ weight64.T + (b64 if bias else 0)
+        rows = np.flatnonzero(valid)
+        wanted = np.full(B, np.nan)
+        wanted[rows] = logits[rows, labels[rows]]
+        wanted[~np.isfinite(wanted)] = np.nan
+    if anchors:
+        close("anchor", anchor, wanted, t, scale=Ct**0.5)
+        np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+    if anchors and two_labels and not edit:
+        close("logit_b", logit_b, logits[np.arange(B), labels_b], t, scale=Ct**0.5)
+    if teacher:
+        d = (z - pooled_t).astype(np.float32)
+        finite = np.isfinite(z64).all(1)
+        close("fm_rows", fm_rows[finite], np.square(z64 - pooled64).sum(1)[finite], t)
+        assert not np.isfinite(fm_rows[~finite]).any()
+        if teacher == "rounded":
+            np.testing.assert_array_equal(d_t, t.encode(d))
+        else:
+            np.testing.assert_array_equal(d_split[:, finite], _split(d)[0][:, finite])
+    return [z_t, d_t, d_split, anchor, fm_rows]
+
+
+def logits_exp(
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    classes: int,
+    Ct: int,
+    *,
+    first_class: int = 0,
+    gram: bool = False,
+    smoothing: bool = True,
+    bias: bool = True,
+    store: bool = True,
+    edit: str = "",
+) -> list[Array]:
+    data = Data(t, f"logits_exp {B} {classes} {Ct}")
+    K, first_tile = first_class + classes + 3, first_class // 100
+    (z, _), (pooled_t, _) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
+    z_t = t.encode(z)
+    weight, weight64 = data.normal(K, Ct, scale=2 / Ct**0.5)
+    if (
+        edit == "ties"
+    ):  # the largest logit several times in a row, in one tile and across tiles: each tile's first one counts
+        weight64[first_class :: max(1, classes // 4)] = weight64[first_class]
+        weight = t.encode(weight64)
+    b, b64 = data.normal_acc(K)
+    if edit == "ties":
+        b[:] = b64[:] = 1
+    logits = t.decode(z_t) @ weight64.T + (b64 if bias else 0)  # [B, K]
+    labels = data.labels(B, K)
+    anchor = logits[np.arange(B), labels].astype(np.float32)
+    if edit == "far":  # every class above the label by more than float's exponent
+        anchor -= 1000
+    if edit == "nan":
+        anchor[0] = np.nan
+    stride_e = -(-classes // 8) * 8
+    tile = kernels.class_tile(B, classes)
+    tiles, gram_tiles = -(-classes // tile), -(-Ct // tile) if gram else 0
+    every = first_tile + tiles + 1
+    e = t.encode(np.full((B, stride_e), np.nan))
+    others, sums, best = data.out(every, B), data.out(every, B), data.out(every, B)
+    best_class = np.full((every, B), -7, np.int32)
+    square, gram_d = data.out(max(1, gram_tiles), B), data.out(B, Ct)
+    d = (z - pooled_t).astype(np.float32)
+    d_split, d64 = _split(d)
+    g = weight64.T @ weight64
+    g_split, g64 = _split(g)
+    kernels.logits_exp(
+        z_t=z_t, weight=weight, bias=b if bias else None, anchor=anchor, labels=labels, e=e if store else None,
+        stride_e=stride_e, others=others, logits=sums if smoothing else None, best=best, best_class=best_class,
+        square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
+        gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
+        pooled_t=pooled_t if gram else None, gram_d=gram_d if gram else None, B=B, Ct=Ct, first_class=first_class,
+        classes=classes,
+    )  # fmt: skip
+    own = logits[:, first_class : first_class + classes]
+    above = np.minimum(own - anchor.astype(np.float64)[:, None], SATURATION)
+    exponentials = np.exp(above)
+    for row, label in enumerate(labels - first_class):
+        if 0 <= label < classes:
+            exponentials[row, label] = 0
+    t_sum = DType(
+        t.name, t.storage, t.accumulator, t.rounding, t.smallest, 2e-5
+    )  # of sums of exponentials of float logits
+    if store:
+        padded = np.zeros((B, stride_e))
+        padded[:, :classes] = exponentials
+        wide = t.decode(e)
+        with np.errstate(invalid="ignore"):
+            wrong = ~((abs(wide - padded) <= (t.rounding + 2e-5) * padded) | (np.isnan(wide) & np.isnan(padded)))
+        assert not wrong.any(), f"e{list(np.argwhere(wrong)[0])}: {wrong.sum()} differ"
+    edges = [*range(0, classes, tile), classes]
+    for i, (a, z_) in enumerate(itertools.pairwise(edges)):
+        at = first_tile + i
+        part = exponentials[:, a:z_]
+        total = part.sum(1)
+        close(f"others of tile {i}", others[at] / np.where(total > 0, total, 1), np.sign(total), t_sum)
+        if smoothing:
+            close(f"logits of tile {i}", sums[at], own[:, a:z_].sum(1), t, scale=10)
+        close(f"best of tile {i}", best[at], own[:, a:z_].max(1), t, scale=4)
+        if edit == "ties":
+            np.testing.assert_array_equal(best_class[at], first_class + a + own[:, a:z_].argmax(1))
+        else:
+            near = np.take_along_axis(own, np.clip(best_class[at] - first_class, 0, classes - 1)[:, None], 1)[:, 0]
+            assert ((best_class[at] >= first_class + a) & (best_class[at] < first_class + z_)).all()
+            close(f"logit of the best class of tile {i}", near, own[:, a:z_].max(1), F32, scale=4)
+    untouched = [i for i in range(every) if not first_tile <= i < first_tile + tiles]
+    assert np.isnan(others[untouched]).all()
+    if gram:
+        gd = d64 @ g64
+        rough = DType("f32", np.float32, np.float32, 0, 0, 3e-5)  # low times low is left out
+        size = abs(gd).max()
+        close("gram_d", gram_d / size, gd / size, rough)
+        close("square", square.sum(0) / np.square(d64).sum(1), (d64 * gd).sum(1) / np.square(d64).sum(1), rough)
+    return [e, others, best, best_class, square, gram_d]
+
+
+def grad_rows(
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    K: int,
+    Ct: int,
+    *,
+    chunk: str = "only",
+    gram: bool = True,
+    pooled: bool = True,
+    two_labels: bool = True,
+    grad: bool = True,
+    edit: str = "",
+    **changed: float,
+) -> list[Array]:
+    """chunk: which of the launches over the classes: "only" one, "first", "middle" or "last"."""
+    data = Data(t, f"grad_rows {B} {K} {Ct}")
+    w = WEIGHTS | {"kl": 0} | changed
+    first, last = chunk in ("only", "first"), chunk in ("only", "last")
+    first_class = 0 if first else 8
+    classes = K - first_class - (0 if last else 3)
+    stride_e = -(-classes // 8) * 8
+    e64 = np.zeros((B, stride_e))
+    e64[:, :classes] = np.exp(data.random.standard_normal((B, classes)))
+    e = t.encode(e64)
+    e64 = t.decode(e)[:, :classes]
+    weight, weight64 = data.normal(K, Ct)
+    (z, z64), (pooled_t, pooled64), (gram_d, gram_d64) = (data.normal_acc(B, Ct) for _ in range(3))
+    dz_before, before64 = data.normal_acc(B, Ct)
+    dz = data.out(B, Ct) if first else dz_before.copy()
+    sums_in, sums_in64 = data.normal_acc(Ct)
+    sums_out = data.out(Ct)
+    class_tiles, gram_tiles = 3, 2
+    others = np.exp(data.random.standard_normal((class_tiles, B))).astype(np.float32)
+    logits, logits64 = data.normal_acc(class_tiles, B)
+    best, _ = data.normal_acc(class_tiles, B)
+    best_class = np.stack([data.random.integers(i * 100, i * 100 + 100, B) for i in range(class_tiles)]).astype(
+        np.int32
+    )
+    square, square64 = data.normal_acc(gram_tiles, B)
+    (anchor, anchor64), (logit_b, logit_b64), (fm_rows, fm_rows64) = (data.normal_acc(B) for _ in range(3))
+    labels, labels_b = data.labels(B, K), data.labels(B, K)
+    mix = data.random.random(B).astype(np.float32)
+    top = best_class[best.argmax(0), np.arange(B)]
+    saturated = np.zeros(B, bool)
+    if edit == "hits":
+        labels = np.where(np.arange(B) % 3, top, labels) % K
+        best[1, :] = best[0, :]  # a tie between tiles: the lower class
+        top = best_class[best.argmax(0), np.arange(B)]
+    elif edit == "saturated":
+        anchor[0] -= 500
+        anchor64[0] -= 500
+        saturated[0] = True
+    elif edit == "nan":
+        anchor[B // 2] = anchor64[B // 2] = np.nan
+        labels[B // 2] = K
+    loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
+    smoothing = bool(w["ce"] and w["label_smoothing"])
+    kernels.grad_rows(
+        e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
+        dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
+        weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
+        best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
+        gram_tiles=gram_tiles if gram else 0, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, labels=labels,
+        labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
+        gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
+        **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
+    )  # fmt: skip
+    fm_weight, sr_weight = w["fm"] if pooled else 0, w["sr"] if gram else 0
+    product = e64 @ weight64[first_class : first_class + classes] if w["ce"] else np.zeros((B, Ct))
+    raw = product + (0 if first else before64)
+    column_sums = weight64[first_class : first_class + classes].sum(0) + (0 if first else sums_in64)
+    if not last:
+        if grad:
+            close("dz", dz, raw, t, scale=np.abs(raw).max())
+            if smoothing:
+                close("weight_sums_out", sums_out, column_sums, t, scale=K**0.5)
+        return [dz, sums_out]
+    eps, share = w["label_smoothing"], mix.astype(np.float64) if two_labels else np.ones(B)
+    s = others.astype(np.float64).sum(0)
+    s = np.where(np.isnan(anchor64), np.nan, s)
+    ce_rows = np.where(saturated, best.max(0) - anchor64, np.log1p(s))
+    if two_labels:
+        ce_rows = ce_rows + (1 - eps) * (1 - share) * (anchor64 - logit_b64)
+    ce_rows = ce_rows + eps * (anchor64 - logits64.sum(0) / K)
+    ce = ce_rows.mean() if w["ce"] else 0
+    sr = np.maximum(square64.sum(0), 0).mean() / K if sr_weight else 0
+    fm = fm_rows64.mean() / Ct if fm_weight else 0
+    scale = 100 if edit == "saturated" else 4
+    close("parts", parts, np.array([ce, sr, fm, 0]), t, scale=scale)
+    close(
+        "loss",
+        loss,
+        sum(np.array([w["ce"], sr_weight, fm_weight]) * np.array([ce, sr, fm])) if edit != "nan" else np.nan,
+        t,
+        scale=scale,
+    )
+    assert top1 == (top == labels).sum(), f"top1 is {top1}, wanted {(top == labels).sum()}"
+    np.testing.assert_array_equal(counts, [3, 5 + saturated.sum()])
+    if not grad:
+        return [loss, parts]
+    c, total = w["ce"] / B, 1 + s
+    want = np.zeros((B, Ct))
+    if w["ce"]:
+        a, b = weight64[np.clip(labels, 0, K - 1)], weight64[labels_b]
+        want = (c / total)[:, None] * raw + (c * ((1 - (1 - eps) * share) - s / total))[:, None] * a
+        if two_labels:
+            want = want - (c * (1 - eps) * (1 - share))[:, None] * b
+        want = want - c * eps / K * column_sums
+    if sr_weight:
+        want = want + 2 * sr_weight / (B * K) * gram_d64
+    if fm_weight:
+        want = want + 2 * fm_weight / (B * Ct) * (z64 - pooled64)
+    size = np.nanmax(abs(want))
+    close("dz", dz / size, want / size, t, scale=4)
+    return [loss, parts, dz]
+
+
+def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any) -> list[Array]:
+    """cases.py:row_loss with its logits in float and its gradient taken from another array."""
+    stride = -(-K // 8) * 8
+    gradient = t.encode(np.full((B, stride), np.nan))
+
+    class Apart:
+        @staticmethod
+        def row_loss(dtype: str, logits: Array, grad: bool, **rest: Any) -> None:
+            kernels.row_loss_apart(
+                dtype=t.name, logits=logits, grad=grad, gradient=gradient if grad else None, stride=stride, **rest
+            )
+            if grad:
+                np.testing.assert_array_equal(t.decode(gradient[:, K:]), 0)
+                logits[:] = t.decode(gradient[:, :K])
+
+    stored = DType("f32", np.float32, np.float32, t.rounding, t.smallest, F32.error)
+    return [*cases.row_loss(Apart, stored, B, K, **options), gradient]
+
+
+def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool) -> list[Array]:
+    data = Data(t, f"times_classifier {B} {K} {Ct}")
+    stride = -(-K // 8) * 8
+    wide = np.zeros((B, stride))
+    wide[:, :K] = data.random.standard_normal((B, K))
+    gradient = t.encode(wide)
+    weight, weight64 = data.normal(K, Ct)
+    (z, z64), (pooled_t, pooled64), dz = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
+    kernels.times_classifier(
+        dtype=t.name, gradient=gradient, weight=weight, z=z, pooled_t=pooled_t if pooled else None, dz=dz, B=B, K=K,
+        Ct=Ct, stride=stride, fm=0.3 if pooled else 0.0,
+    )  # fmt: skip
+    want = t.decode(gradient)[:, :K] @ weight64 / B + (2 * 0.3 / (B * Ct) * (z64 - pooled64) if pooled else 0)
+    close("dz", dz, want, t, scale=K**0.5)
+    return [dz]
+
+
+def project_tiles(
+    kernels: ModuleType, t: DType, N: int, Cs: int, Ct: int, stats: bool, shift: float = 0, wide: bool = False
+) -> list[Array]:
+    data = Data(t, f"project_tiles {N} {Cs} {Ct}")
+    (u, u64), (weight, weight64) = (
+        data.normal(N, Cs, shift=shift),
+        data.normal(Ct, Cs, scale=1 / Cs**0.5, shift=shift / Cs),
+    )
+    rows = kernels.project_rows(N, Ct)
+    parts = -(-N // rows)
+    y, mean, m2 = data.out(N, Ct) if wide else data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
+    kernels.project_tiles(
+        dtype=t.name,
+        u=u,
+        weight=weight,
+        y=y,
+        wide=wide,
+        mean=mean if stats else None,
+        m2=m2 if stats else None,
+        N=N,
+        Cs=Cs,
+        Ct=Ct,
+    )
+    close("y", y, u64 @ weight64.T, t, stored=not wide, scale=4)
+    if stats:
+        y64 = t.decode(y)
+        for i in range(parts):
+            part = y64[i * rows : (i + 1) * rows]
+            close(f"mean of part {i}", mean[i], part.mean(0), t, scale=1 + abs(shift))
+            close(f"m2 of part {i}", m2[i], len(part) * part.var(0), t, scale=1 + abs(shift))
+    return [y, mean, m2]
+
+
+def all_cases() -> dict[str, Case]:
+    found: dict[str, Case] = {}
+
+    def add(kernel: Any, t: DType, *sizes: Any, **options: Any) -> None:
+        named = " ".join(f"{k}={v}" for k, v in options.items() if k != "edit" or v)
+        label = " ".join(filter(None, [kernel.__name__, t.name, *map(str, sizes), named]))
+        found[label] = functools.partial(kernel, t=t, **cases._named(kernel, sizes), **options)
+
+    for t in (BF16, F16):
+        for B, K, Ct in ((1, 1, 8), (3, 9, 264), (7, 40, 256)):
+            add(anchor_rows, t, B, K, Ct)
+        add(anchor_rows, t, 2, 5, 136, teacher="rounded", two_labels=False)
+        add(anchor_rows, t, 2, 5, 136, teacher=None, bias=False)
+        add(anchor_rows, t, 2, 5, 136, teacher="rounded", anchors=False)
+        for B, K in ((1, 1), (3, 2), (2, 257), (2, 1000)):
+            for options in cases.ROW_LOSSES.values():
+                add(row_loss_apart, t, B, K, **options)
+        for edit in ("large", "ties", "labels"):
+            add(row_loss_apart, t, 7, 300, edit=edit)
+        for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
+            add(times_classifier, t, B, K, Ct, True)
+        add(times_classifier, t, 5, 90, 72, False)
+        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
+            add(project_tiles, t, N, Cs, Ct, False, wide=True)
+        for edit in ("labels", "infinite"):
+            add(anchor_rows, t, 7, 40, 24, edit=edit)
+        for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):
+            add(project_tiles, t, N, Cs, Ct, True)
+        add(project_tiles, t, 65, 72, 24, False)
+        add(project_tiles, t, 130, 64, 16, True, shift=30.0)
+    add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True)  # large tiles
+    for B, classes, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 129, 328)):
+        add(logits_exp, BF16, B, classes, Ct)
+        add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False)
+    add(logits_exp, BF16, 5, 150, 72, first_class=256)
+    add(logits_exp, BF16, 5, 150, 72, store=False)
+    for edit in ("ties", "far", "nan"):
+        add(logits_exp, BF16, 5, 150, 72, edit=edit)
+    add(logits_exp, BF16, 2, 21841, 8)
+    add(logits_exp, BF16, 130, 128 * 63 + 5, 72, gram=True)  # large tiles
+    for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
+        add(grad_rows, BF16, B, K, Ct)
+        add(grad_rows, BF16, B, K, Ct, label_smoothing=0, two_labels=False, gram=False, pooled=False)
+        for chunk in ("first", "middle", "last"):
+            add(grad_rows, BF16, B, K + 8, Ct, chunk=chunk)
+    for chunk in ("first", "last"):
+        add(grad_rows, BF16, 5, 90, 72, chunk=chunk, label_smoothing=0)
+    add(grad_rows, BF16, 5, 90, 72, ce=0)
+    add(grad_rows, BF16, 5, 90, 72, grad=False)
+    for edit in ("hits", "saturated", "nan"):
+        add(grad_rows, BF16, 5, 300, 72, edit=edit)
+    add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8)  # large tiles
+    return found
+
+
+CASES = all_cases()

@@ -234,11 +234,12 @@ def test_half_types_round_as_the_oracles_expect():
 
 SANITIZED_CASES = """
 import ctypes, re, sys
-from emulator import build, cases
+from emulator import build, cases, tile_cases
 library, fault = sys.argv[1:]
 assert ctypes.CDLL(library).broken_locals(int(fault)) == 0
 kernels = build.load(build.pathlib.Path(library))
-small = [case for name, case in cases.CASES.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]
+everything = cases.CASES | tile_cases.CASES
+small = [case for name, case in everything.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]
 for case in small:
     case(kernels)
 print(len(small), "cases")
@@ -261,7 +262,7 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers():
         assert text in done.stderr
     done = run(0)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[0]) > 0.9 * len(cases.CASES)
+    assert int(done.stdout.split()[0]) > 0.9 * len(CASES)
 
 
 # --------------------------------------------------------------------------------------------------------------------

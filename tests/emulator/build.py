@@ -21,6 +21,7 @@ from types import ModuleType
 HERE = pathlib.Path(__file__).parent.resolve()
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
+REPLACED = {p.name for p in (HERE / "include").iterdir()}  # headers of which the emulator has its own
 UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
@@ -73,19 +74,18 @@ def run(command: list[str | pathlib.Path]) -> None:
 
 
 def compile_kernels(
-    source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC, sanitizer: list[str] = WATCHED
+    source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC, flags: list[str] = WATCHED
 ) -> pathlib.Path:
     """Object file of one .cu file; headers beside it come before those in `include`."""
     translated, compiled = folder / source.name, folder / f"{source.stem}.o"
-    replaced = {p.name for p in (HERE / "include").iterdir()}
     for header in source.parent.glob("*.cuh"):
-        if header.name in replaced:
+        if header.name in REPLACED:
             continue
         (folder / header.name).write_text(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
     translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
     cuda = cuda_include()
     includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{include}", "-isystem", cuda, "-isystem", f"{cuda}/cccl"]
-    run([compiler(), *KERNEL_FLAGS, *sanitizer, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
+    run([compiler(), *KERNEL_FLAGS, *flags, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
     return compiled
 
 
@@ -124,7 +124,7 @@ def build_broken(folder: pathlib.Path) -> None:
 
 def build_sanitized(folder: pathlib.Path) -> None:
     sources = [*(CSRC / "cuda" / unit for unit in UNITS), HERE / "broken_locals.cu"]
-    objects = [compile_kernels(source, folder, sanitizer=SANITIZED) for source in sources]
+    objects = [compile_kernels(source, folder, flags=SANITIZED) for source in sources]
     objects += [build_runtime(folder, *SANITIZED), built("kernels") / "kernels_bindings.o"]
     link(objects, folder / "emulated_kernels.so", tuple(SANITIZED))
 

@@ -25,48 +25,78 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from emulator import build, cases, schedules
+from emulator import build, cases, schedules, tile_cases
 
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "column", "was", "became")
 COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
-SURVIVED, NOT_COMPILED = "survived", "does not compile"
-TIME_LIMIT = 30  # seconds
+SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
+TIME_LIMIT = 120  # seconds
+FLAGS = [*build.WATCHED, "-Wno-empty-body"]  # of a statement removed after an `if`
 
-# Which kernels a changed file can break.
-UNIT_KERNELS = {
-    "rows.cu": ("feature_diff", "column_sum"),
-    "connector_match.cu": (
-        "channel_stats",
-        "combine_stats",
-        "match_forward",
-        "match_sums",
-        "channel_grads",
-        "match_backward",
-    ),
-    "classifier_loss.cu": ("row_loss", "loss_sum", "feature_grad"),
-    "counts.cu": ("take_counts",),
-}
-FILES = {
-    **{f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS},
-    "cuda/device.cuh": tuple(UNIT_KERNELS),
-    "row_math.h": ("connector_match.cu", "classifier_loss.cu"),
-    "connector_match.h": ("connector_match.cu",),
-}
+# Which kernels a changed file can break: the launchers that a unit defines, and the units that include a file.
+LAUNCHER = re.compile(r"^int (\w+)\(", re.M)
+INCLUDE = re.compile(r'^#include "([\w./]+)"', re.M)
+UNIT_KERNELS = {unit: tuple(LAUNCHER.findall((build.CSRC / "cuda" / unit).read_text())) for unit in build.UNITS}
+
+
+def included(file: str) -> set[str]:
+    """The files of csrc/, named from there, that `file` includes, and that those do."""
+    found: set[str] = set()
+    for name in INCLUDE.findall((build.CSRC / file).read_text()):
+        beside = pathlib.PurePath(file).parent / name
+        path = str(beside if (build.CSRC / beside).exists() else name)
+        found |= {path, *included(path)}
+    return found
+
+
+def has_code(header: str) -> bool:
+    """For the GPU, and not the emulator's own in its place; csrc/*.h mark theirs."""
+    if header.endswith(".cuh"):
+        return pathlib.PurePath(header).name not in build.REPLACED
+    return "IJCKD_HD" in (build.CSRC / header).read_text()
+
+
+def mutable_files() -> dict[str, tuple[str, ...]]:
+    """The units to compile anew when the file changes."""
+    files = {f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS}
+    for unit in UNIT_KERNELS:
+        for header in sorted(filter(has_code, included(f"cuda/{unit}"))):
+            files[header] = (*files.get(header, ()), unit)
+    return files
+
+
+FILES = mutable_files()
 
 SWAPS = {
     " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " && ": " || ", " || ": " && ",
     " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " % ": " / ", " += ": " -= ", " *= ": " /= ", " /= ": " *= ",
     " ? ": " && false ? ", "-INFINITY": "INFINITY", "NAN": "0", "(!": "(", "threadIdx.x": "(threadIdx.x + 1)",
-    "threadIdx.y": "(threadIdx.y + 1)", "blockIdx.x": "(blockIdx.x + 1)", "__syncthreads();": ";",
+    "threadIdx.y": "(threadIdx.y + 1)", "blockIdx.x": "(blockIdx.x + 1)", " << ": " >> ", " >> ": " << ", " & ": " | ",
+    "__syncthreads();": ";", "__syncwarp();": ";", "copy_async_commit();": ";",
+    "load_matrix_x4(": "load_matrix_x4_transposed(", "load_matrix_x4_transposed(": "load_matrix_x4(",
 }  # fmt: skip
 PATTERN = re.compile("|".join(map(re.escape, sorted(SWAPS, key=len, reverse=True))))
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")  # shifted by one
 CONDITION = re.compile(r"\bif \((.*)\) (?=[^()]*;$)|\bif \((.*)\)(?: \{)?$")  # made true
+WAIT = re.compile(r"copy_async_wait<([^<>]*)>\(\);")  # removed; for one group less
+XOR = re.compile(r" \^ (\([^()]*\)|[\w.]+)")  # removed
+CONJUNCTS = re.compile(r"(?:\bbool \w+ = |\breturn )(.* && .*);$|\bif \((.* && .*)\)[^()]*$")  # each made true
+CALL = re.compile(r"(?:\w+::)*\w+(?:<[^;]*>)?\(.*\);")  # removed
 # Of a line without what stands in brackets; a declaration has two words before its =.
 STATEMENT = re.compile(r"[^ ]+ [-+*/]?= .*;")
 BRACKETS = re.compile(r"\[[^\[\]]*\]|<[^<> ]*>")
 NOT_CODE = re.compile(r"^\s*(//|#|template|static_assert|namespace|struct|enum|$)")
+
+
+def conjuncts(line: str) -> Iterator[tuple[int, str]]:
+    """(column, text) of what && joins in a condition; none where brackets would be torn apart."""
+    if m := CONJUNCTS.search(line):
+        at = m.start(m.lastindex)
+        for part in m[m.lastindex].split(" && "):
+            if part.count("(") == part.count(")"):
+                yield at, part
+            at += len(part) + len(" && ")
 
 
 @dataclass(frozen=True)
@@ -83,6 +113,11 @@ class Mutant:
         """Names the mutant also after lines above it have moved."""
         return (self.file, self.code, str(self.column), self.was, self.became)
 
+    @property
+    def drops_order(self) -> bool:
+        """Whether it takes away a barrier, or a copy's end."""
+        return self.became == ";" and bool(re.match(r"__sync|copy_async", self.was))
+
     def apply(self, source: str) -> str:
         lines = source.split("\n")
         line = lines[self.line - 1]
@@ -94,15 +129,15 @@ class Mutant:
 
 def mutants_of(file: str) -> Iterator[Mutant]:
     lines = (build.CSRC / file).read_text().split("\n")
-    in_code = not file.endswith(".h") or file == "row_math.h"
+    declares = file.endswith(".h") and file != "row_math.h"  # structs, between a few functions
+    in_code = not declares
     for number, whole in enumerate(lines, 1):
-        if file == "connector_match.h":  # its only code; the rest declares structs
-            in_code = in_code or "IJCKD_HD Channel<A> channel(" in whole
-            if whole == "}":
-                in_code = False
         code = whole.split("//")[0].rstrip()
-        if not in_code or NOT_CODE.match(code):
+        begins = declares and whole.startswith("IJCKD_HD ")
+        if not (in_code or begins) or NOT_CODE.match(code):
             continue
+        if declares:
+            in_code = not code.endswith("}") if begins else code != "}"
         indent = len(code) - len(code.lstrip())
 
         def mutant(at: int, was: str, became: str, number=number, code=code, indent=indent) -> Mutant:
@@ -116,6 +151,16 @@ def mutants_of(file: str) -> Iterator[Mutant]:
             yield mutant(m.start(group), m[group], "true")
             if code.endswith("return;"):
                 yield mutant(m.start(), code[m.start() :], ";")
+        for m in WAIT.finditer(code):
+            yield mutant(m.start(), m[0], ";")
+            yield mutant(m.start(), m[0], f"copy_async_wait<{m[1]} + 1>();")
+        for m in XOR.finditer(code):
+            yield mutant(m.start(), m[0], "")
+        for at, condition in conjuncts(code):
+            yield mutant(at, condition, "true")
+        call = CALL.fullmatch(code.strip())
+        if call and call[0].count("(") == call[0].count(")") and not call[0].startswith(("__sync", "copy_async")):
+            yield mutant(indent, call[0], ";")
         if STATEMENT.fullmatch(BRACKETS.sub("", code.strip())):
             yield mutant(indent, code.strip(), ";")
 
@@ -142,7 +187,7 @@ class Workshop:
             changed.write_text(mutant.apply(changed.read_text()))
             units = FILES[mutant.file]
             try:
-                fresh = [build.compile_kernels(csrc / "cuda" / unit, out, csrc) for unit in units]
+                fresh = [build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAGS) for unit in units]
             except RuntimeError:
                 return NOT_COMPILED, ""
             kept = [p for p in self.objects if p.name not in {f.name for f in fresh}]
@@ -152,7 +197,7 @@ class Workshop:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
             except subprocess.TimeoutExpired:
-                return "time limit", ""
+                return TIMED_OUT, ""
             if done.returncode:
                 return "crash", str(done.returncode)
             verdict, _, case = done.stdout.strip().partition("\t")
@@ -161,7 +206,8 @@ class Workshop:
 
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     kernels = build.load(pathlib.Path(library))
-    chosen = {name: case for name, case in cases.CASES.items() if name.split()[0] in names}
+    everything = cases.CASES | tile_cases.CASES
+    chosen = {name: case for name, case in everything.items() if name.split()[0] in names}
     before: dict[str, list[bytes]] = {}
     runs = collections.deque((name, schedules.FIRST) for name in chosen)  # most mutants fall in the first order
     while runs:

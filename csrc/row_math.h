@@ -76,7 +76,15 @@ struct Target {
   long long a, b;
   A mix, eps, uniform;  // uniform = eps / K
 
-  IJCKD_HD A prob(long long k) const { return (A(1) - eps) * ((k == a ? mix : A(0)) + (k == b ? A(1) - mix : A(0))) + uniform; }
+  // Softmax minus q at class k. x = exp(l[k] - l[best]); others: the sum of x over all classes but `best`, whose own is 1 and
+  // left out, because for a confident sample 1 - p[a] would keep no digit.
+  IJCKD_HD A grad(long long k, A x, long long best, A others) const {
+    const A sum = A(1) + others, share_a = (A(1) - eps) * mix, share_b = (A(1) - eps) * (A(1) - mix);
+    A g = k != best ? x : best == a ? (A(1) - share_a) * sum - others : A(1);
+    if (k == a && best != a) g -= share_a * sum;
+    if (k == b) g -= share_b * sum;
+    return g / sum - uniform;
+  }
 };
 
 }  // namespace ijckd

@@ -247,7 +247,16 @@ def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
         steps = [row["step"] for row in csv.DictReader(file)]
     steps = [s for s in steps if s not in ("compute-sanitizer", "memcheck", "racecheck")]
     assert steps == [
-        *("environment", "doctor", "ops float64", "ops float32", "ops bfloat16", "ops float16", "bad labels"),
+        *(
+            "environment",
+            "doctor",
+            "instructions",
+            "ops float64",
+            "ops float32",
+            "ops bfloat16",
+            "ops float16",
+            "bad labels",
+        ),
         *("gradcheck", "opcheck", "bitwise x10", "no host sync", "CUDA graph", "trainer no sync", "benchmark"),
     ]
 

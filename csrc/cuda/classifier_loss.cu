@@ -52,20 +52,24 @@ __global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
   const A smoothing = A(w.label_smoothing);
   const Target<A> q{label_a, label_b, r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1), smoothing, smoothing / A(K)};
 
-  A ce = 0, lse = 0, sr = 0, kl = 0, lse_s = 0, lse_t = 0;
+  A ce = 0, others = 0, sr = 0, kl = 0, top_t = 0, sum_s = 0, sum_t = 0;
   if (w.ce != 0) {
     A s = 0, total = 0;
     for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-      s += exp(logit(k) - best.value);
+      if (k != best.index) s += exp(logit(k) - best.value);
       total += logit(k);
     }
-    lse = best.value + log(sum(s));
+    // relative to the largest logit, without its own exponential: a confident sample keeps its digits, but an infinite logit
+    // would hide itself
+    others = sum(s);
+    if (!valid || !(fabs(best.value) < A(INFINITY))) others = NAN;
     const A mean = sum(total) / A(K);
-    if (valid)
-      ce = (A(1) - smoothing) * (q.mix * (lse - logit(label_a)) + (A(1) - q.mix) * (lse - logit(label_b))) +
-           (smoothing != 0 ? smoothing * (lse - mean) : A(0));
-    else
-      ce = NAN;
+    ce = others;
+    if (valid) {
+      const A l_a = logit(label_a);
+      ce = (best.value - l_a) + log1p(others) + (A(1) - smoothing) * (A(1) - q.mix) * (l_a - logit(label_b));
+      if (smoothing != 0) ce += smoothing * (l_a - mean);
+    }
   }
   if (w.sr != 0) {
     A s = 0;
@@ -73,20 +77,20 @@ __global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
     sr = sum(s);
   }
   if (w.kl != 0) {
-    Best<A> top_t{ninf, K};
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) top_t = Better{}(top_t, Best<A>{logit(k) - diff(k), k});
-    top_t = block_reduce<kThreads>(top_t, best_slots, Better{});
+    Best<A> best_t{ninf, K};
+    for (int64_t k = threadIdx.x; k < K; k += kThreads) best_t = Better{}(best_t, Best<A>{logit(k) - diff(k), k});
+    top_t = block_reduce<kThreads>(best_t, best_slots, Better{}).value;
     A s = 0, s_t = 0;
     for (int64_t k = threadIdx.x; k < K; k += kThreads) {
       s += exp((logit(k) - best.value) / temp);
-      s_t += exp((logit(k) - diff(k) - top_t.value) / temp);
+      s_t += exp((logit(k) - diff(k) - top_t) / temp);
     }
-    lse_s = best.value / temp + log(sum(s));
-    lse_t = top_t.value / temp + log(sum(s_t));
+    sum_s = sum(s);
+    sum_t = sum(s_t);
+    const A shift = (best.value - top_t) / temp + (log(sum_s) - log(sum_t));  // of the logarithms of both sums
     s = 0;
-    for (int64_t k = threadIdx.x; k < K; k += kThreads)
-      s += exp((logit(k) - diff(k)) / temp - lse_t) * ((lse_s - lse_t) - diff(k) / temp);
-    kl = temp * temp * sum(s);
+    for (int64_t k = threadIdx.x; k < K; k += kThreads) s += exp((logit(k) - diff(k) - top_t) / temp) * (shift - diff(k) / temp);
+    kl = temp * temp / sum_t * sum(s);
   }
   if (threadIdx.x == 0) {
     A* rows = static_cast<A*>(r.part_rows);
@@ -102,9 +106,9 @@ __global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
   for (int64_t k = threadIdx.x; k < K; k += kThreads) {
     const A l = logit(k), d = w.sr != 0 || w.kl != 0 ? diff(k) : A(0);
     A g = 0;
-    if (w.ce != 0) g += A(w.ce) * (valid ? exp(l - lse) - q.prob(k) : ce);
+    if (w.ce != 0) g += A(w.ce) * q.grad(k, exp(l - best.value), best.index, others);
     if (w.sr != 0) g += c_sr * d;
-    if (w.kl != 0) g += c_kl * (exp(l / temp - lse_s) - exp((l - d) / temp - lse_t));
+    if (w.kl != 0) g += c_kl * (exp((l - best.value) / temp) / sum_s - exp((l - d - top_t) / temp) / sum_t);
     store(gradient + b * stride, k, g);
   }
   for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));

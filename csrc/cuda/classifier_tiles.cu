@@ -206,6 +206,17 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) logits_exp_tile_kernel(con
 // --------------------------------------------------------------------------------------------------------------------
 // grad_rows
 
+// The largest logit of row b over all tiles.
+__device__ Top row_top(const GradRows& p, int64_t b) {
+  Top top;
+  for (int t = 0; t < p.sums.class_tiles; ++t)
+    if (p.sums.best_class[t * p.B + b] >= 0) top.meet(p.sums.best[t * p.B + b], p.sums.best_class[t * p.B + b]);
+  return top;
+}
+
+// Whether exponentials of row b did not fit their format; not where the anchor is NaN.
+__device__ bool saturated(const GradRows& p, int64_t b, Top top) { return top.value - p.anchor[b] > kSaturation; }
+
 // s of row b; NaN where its anchor is, which a row of one class would not notice.
 __device__ float row_others(const GradRows& p, int64_t b) {
   float s = 0;
@@ -220,18 +231,18 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
   const float eps = float(w.label_smoothing);
   double ce = 0, sr = 0, fm = 0, hits = 0;
   for (int64_t b = threadIdx.x; b < p.B; b += kThreads) {
-    Top top;
-    float logits = 0;
-    for (int t = 0; t < p.sums.class_tiles; ++t) {
-      const int64_t at = t * p.B + b;
-      if (p.sums.best_class[at] >= 0) top.meet(p.sums.best[at], p.sums.best_class[at]);
-      if (p.sums.logits) logits += p.sums.logits[at];
-    }
+    const Top top = row_top(p, b);
     hits += top.index == p.labels[b];
     if (w.ce != 0) {
-      const float s = row_others(p, b), above = top.value - p.anchor[b];
-      float row = log1pf(s);
-      if (above > kSaturation) row = above, count_row(p.counts, kSaturated);
+      float row = log1pf(row_others(p, b)), logits = 0;
+      if (saturated(p, b, top)) {  // of each tile only its largest logit: off by less than log K, of more than kSaturation
+        float sum = 0;
+        for (int t = 0; t < p.sums.class_tiles; ++t) sum += expf(p.sums.best[t * p.B + b] - top.value);
+        row = top.value - p.anchor[b] + logf(sum);
+        count_row(p.counts, kSaturated);
+      }
+      if (p.sums.logits)
+        for (int t = 0; t < p.sums.class_tiles; ++t) logits += p.sums.logits[t * p.B + b];
       if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (p.anchor[b] - p.logit_b[b]);
       if (eps != 0) row += eps * (p.anchor[b] - logits / float(p.K));
       ce += row;
@@ -264,14 +275,63 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
 // Coefficients of a row's gradient: of (e W), w_a and w_b.
 struct RowScale {
   float e, a, b;
+  bool saturated;  // e is 0 then: exact_row adds its part
 };
 
 __device__ RowScale row_scale(const GradRows& p, int64_t b) {
-  if (p.weights.ce == 0) return {0, 0, 0};
+  if (p.weights.ce == 0) return {};
   const float s = row_others(p, b), total = 1 + s, c = float(p.weights.ce / double(p.B));
   const float share = p.labels_b ? p.mix[b] : 1, q = 1 - float(p.weights.label_smoothing);
+  if (saturated(p, b, row_top(p, b))) return {0, -c * q * share, -c * q * (1 - share), true};
   // p_a - q_a = (1 - share of a in the target) - s / total: a confident sample's gradient keeps its digits
-  return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share)};
+  return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share), false};
+}
+
+// dz of row b, columns [n0, n0 + kN), += ce / B sum of p_k w_k, with logits computed anew: a warp takes every kWarps-th class and
+// keeps its softmax relative to the largest logit it has met. Every thread of the block calls.
+template <typename Shape>
+__device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
+  constexpr int kWarps = Shape::kThreads / 32, kColumns = Shape::kN / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bf16 *z = static_cast<const bf16*>(p.z_t) + b * p.Ct, *weight = static_cast<const bf16*>(p.weight);
+  float top = -INFINITY, sum = 0, acc[kColumns] = {};
+  for (int64_t k = warp; k < p.K; k += kWarps) {
+    const bf16* w = weight + k * p.Ct;
+    float logit = 0;
+    for (int c = 2 * lane; c < p.Ct; c += 64) {
+      const float2 x = load_pair(z + c), y = load_pair(w + c);
+      logit += x.x * y.x + x.y * y.y;
+    }
+#pragma unroll
+    for (int mask = 1; mask < 32; mask *= 2) logit += shuffle_xor(logit, mask);
+    if (p.bias) logit += p.bias[k];
+    const float before = logit > top ? expf(top - logit) : 1;
+    top = logit > top ? logit : top;
+    const float e = expf(logit - top);
+    sum = before * sum + e;
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const int c = n0 + lane + 32 * j;
+      if (c < p.Ct) acc[j] = before * acc[j] + e * load<float>(w, c);
+    }
+  }
+  float* of_warp = shared + warp * (Shape::kN + 2);  // its columns, its largest logit, its sum
+  __syncthreads();                                   // whoever read `shared` is done
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) of_warp[lane + 32 * j] = acc[j];
+  if (lane == 0) of_warp[Shape::kN] = top, of_warp[Shape::kN + 1] = sum;
+  __syncthreads();
+  for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) {
+    float best = -INFINITY, total = 0, v = 0;
+    for (int i = 0; i < kWarps; ++i) best = fmaxf(best, shared[i * (Shape::kN + 2) + Shape::kN]);
+    for (int i = 0; i < kWarps; ++i) {
+      const float* from = shared + i * (Shape::kN + 2);
+      const float scale = expf(from[Shape::kN] - best);
+      total += scale * from[Shape::kN + 1];
+      v += scale * from[n];
+    }
+    p.dz[b * p.Ct + n0 + n] += float(p.weights.ce / double(p.B)) * v / total;
+  }
 }
 
 // With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
@@ -343,7 +403,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile
         const auto add = [&](float factor, float2 x) { v.x += factor * x.x, v.y += factor * x.y; };
         if (!p.first) add(1, load_pair(p.dz + at));
         if (p.last) {
-          v.x *= scale.e, v.y *= scale.e;
+          v = scale.saturated ? float2{0, 0} : float2{v.x * scale.e, v.y * scale.e};
           if (lw.ce != 0) add(scale.a, load_pair(w_a + c));
           if (lw.ce != 0 && w_b) add(scale.b, load_pair(w_b + c));
           if constexpr (kSums) add(c_sum, load_pair(columns + n));
@@ -356,6 +416,13 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile
         store_pair(p.dz + at, v);
       }
     }
+  if (!p.last) return;
+  // Which rows are saturated must be known after their scales' memory has been used for the first of them.
+  __shared__ unsigned char again[Shape::kM];
+  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) again[m] = rows[m].saturated;
+  __syncthreads();
+  for (int m = 0; m < Shape::kM; ++m)
+    if (again[m]) exact_row<Shape>(p, m0 + m, n0, reinterpret_cast<float*>(stages));
 }
 
 // --------------------------------------------------------------------------------------------------------------------

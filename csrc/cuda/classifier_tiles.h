@@ -14,8 +14,8 @@
 //   e_k = exp(l_k - l_a) for k != a, else 0;   s = sum of e_k;   cross-entropy = log1p(s);
 //   dCE/dz = (sum of e_k w_k - s w_a) / (1 + s).
 // The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the anchor. A row whose largest
-// logit lies more than kSaturation nats above the label's is counted as saturated; its loss is then that distance, and the
-// classes above share the gradient equally.
+// logit lies more than kSaturation nats above the label's is saturated: it is counted, its loss is taken from the largest logits
+// of the tiles, and its gradient from logits computed anew, which is slow.
 //
 // Logit match. With G = W^T W, |W d|^2 = d^T G d and its gradient is 2 G d, at a cost that does not grow with K. d and G are each
 // split into two bfloat16 numbers, high + low, and three products of four are summed in float.
@@ -95,6 +95,8 @@ struct GradRows {
   float* weight_sums_out;       // [Ct]  out: these classes included; null with the last, or without smoothing or grad
   // read with the last classes:
   TileSums sums;
+  const void* z_t;                          // [B, Ct] bfloat16
+  const float* bias;                        // [K], or null
   const float *anchor, *logit_b, *fm_rows;  // [B], [B] or null, [B] or null
   const int64_t *labels, *labels_b;         // [B], [B] or null
   const float* mix;                         // [B], with labels_b

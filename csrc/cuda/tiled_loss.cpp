@@ -113,6 +113,8 @@ void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
                         .weight_sums_in = so_far && !first ? so_far + (chunk - 1) % 2 * Ct : nullptr,
                         .weight_sums_out = so_far && !last ? so_far + chunk % 2 * Ct : nullptr,
                         .sums = tile_sums,
+                        .z_t = z_t.const_data_ptr(),
+                        .bias = in<float>(t.bias),
                         .anchor = anchor,
                         .logit_b = logit_b,
                         .fm_rows = fm_rows,

@@ -53,15 +53,18 @@ DTYPES = (F32, F64, BF16, F16)
 ACCUMULATORS = (F32, F64)
 
 
-def close(what: str, got: Array, want: Array | float, t: DType, *, stored: bool = False, scale: float = 1) -> None:
+def close(
+    what: str, got: Array, want: Array | float, t: DType, *, stored: bool = False, scale: float = 1, least: float = 0
+) -> None:
     """got equals want to t's precision; `stored`: got was rounded to T, else it is in A. NaN equals NaN only.
 
     scale   size of the terms whose difference the result is, where that is beyond 1
+    least   the same where the result is stored and may be 0 everywhere
     """
     want = np.broadcast_to(np.asarray(want, np.float64), got.shape)
     value = t.decode(got) if stored else got.astype(np.float64)
     finite = want[np.isfinite(want)]
-    allowed = t.error * (scale + abs(want)) if not stored else t.error * scale * abs(finite).max(initial=0)
+    allowed = t.error * (scale + abs(want)) if not stored else t.error * scale * abs(finite).max(initial=least)
     if stored:
         allowed = allowed + t.rounding * abs(want) + t.smallest
     with np.errstate(invalid="ignore"):
@@ -394,7 +397,7 @@ def row_loss(
     close("the pooled match's rows", parts[2], np.nan, t)  # another kernel's
     close("kl", parts[3], kl if w["kl"] else 0, t, scale=T * size)
     if grad:
-        close("dloss/dlogits", logits, g, t, stored=True, scale=max(1, size / 8))
+        close("gradient", logits, g, t, stored=True, scale=max(1, size / 8), least=float(K == 1))
     else:
         close("logits", logits, logits64, t, stored=True)
     if edit != "nan":

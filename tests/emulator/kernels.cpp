@@ -174,6 +174,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.in<float>("weight_sums_in"),
                       c.out<float>("weight_sums_out"),
                       c.sums(emulator::Access::in),
+                      c.in("z_t"),
+                      c.in<float>("bias"),
                       c.in<float>("anchor"),
                       c.in<float>("logit_b"),
                       c.in<float>("fm_rows"),

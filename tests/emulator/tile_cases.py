@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from . import cases
-from .cases import BF16, F16, F32, WEIGHTS, Array, Case, Data, DType, close
+from .cases import BF16, F16, F32, WEIGHTS, Array, Case, Data, DType, close, log_softmax
 
 SATURATION = 76.0  # csrc/cuda/classifier_tiles.h:kSaturation
 
@@ -236,6 +236,7 @@ def grad_rows(
     elif edit == "nan":
         anchor[B // 2] = anchor64[B // 2] = np.nan
         labels[B // 2] = K
+    z_t, (bias, bias64) = t.encode(z), data.normal_acc(K)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
@@ -243,7 +244,8 @@ def grad_rows(
         dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
-        gram_tiles=gram_tiles if gram else 0, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, labels=labels,
+        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=bias, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None,
+        labels=labels,
         labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
         gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
         **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
@@ -261,7 +263,8 @@ def grad_rows(
     eps, share = w["label_smoothing"], mix.astype(np.float64) if two_labels else np.ones(B)
     s = others.astype(np.float64).sum(0)
     s = np.where(np.isnan(anchor64), np.nan, s)
-    ce_rows = np.where(saturated, best.max(0) - anchor64, np.log1p(s))
+    best64 = best.astype(np.float64)
+    ce_rows = np.where(saturated, np.log(np.exp(best64).sum(0)) - anchor64, np.log1p(s))
     if two_labels:
         ce_rows = ce_rows + (1 - eps) * (1 - share) * (anchor64 - logit_b64)
     ce_rows = ce_rows + eps * (anchor64 - logits64.sum(0) / K)
@@ -286,6 +289,8 @@ def grad_rows(
     if w["ce"]:
         a, b = weight64[np.clip(labels, 0, K - 1)], weight64[labels_b]
         want = (c / total)[:, None] * raw + (c * ((1 - (1 - eps) * share) - s / total))[:, None] * a
+        exact = np.exp(log_softmax(t.decode(z_t) @ weight64.T + bias64)) @ weight64
+        want[saturated] = c * (exact - ((1 - eps) * share)[:, None] * a)[saturated]
         if two_labels:
             want = want - (c * (1 - eps) * (1 - share))[:, None] * b
         want = want - c * eps / K * column_sums
@@ -418,6 +423,7 @@ def all_cases() -> dict[str, Case]:
     add(grad_rows, BF16, 5, 90, 72, grad=False)
     for edit in ("hits", "saturated", "nan"):
         add(grad_rows, BF16, 5, 300, 72, edit=edit)
+    add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last")
     add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8)  # large tiles
     return found
 

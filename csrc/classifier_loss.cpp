@@ -82,7 +82,8 @@ void whole_rows(const Rows& r, const Launch& launch) {
   }
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  const Tensor logits = torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes its gradient in place
+  const Tensor logits =
+      torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes the rows' gradient in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
                      counts, B, K, r.weights, r.grad},
@@ -150,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
         shape(weight));
   check(on_device(z), kOp, ": z must be on ", kDevice);
   const int64_t B = z.size(0), Ct = z.size(1), K = weight.size(0);
-  check(B > 0 && Ct > 0 && K > 0, kOp, ": z and weight must not be empty, got ", shape(z), " and ", shape(weight));
+  check(Ct > 0 && K > 0, kOp, ": channels and classes must not be empty, got z ", shape(z), " and weight ", shape(weight));
   const DType own = dtype(weight, kOp, "weight"), t = product ? dtype(*product, kOp, "dtype") : own, acc = accumulator(t);
   check(accumulator(dtype(z, kOp, "z")) == acc, kOp, ": z and weight must both be float64 or neither, got ",
         name(z.scalar_type()), " and ", name(weight.scalar_type()));
@@ -195,12 +196,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   if (pooled_t) {
     d = empty(z, {B, Ct}, acc);
     void* fm_rows = static_cast<char*>(part_rows.mutable_data_ptr()) + kPartFm * B * part_rows.element_size();
-    launched(feature_diff({acc, z_acc.const_data_ptr(), pooled_acc->const_data_ptr(), d->mutable_data_ptr(), fm_rows, B, Ct},
-                          launch.stream),
-             "classifier_loss's feature match");
+    if (B > 0)
+      launched(feature_diff({acc, z_acc.const_data_ptr(), pooled_acc->const_data_ptr(), d->mutable_data_ptr(), fm_rows, B, Ct},
+                            launch.stream),
+               "classifier_loss's feature match");
   }
-  all_rows({t, z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad, B},
-           launch);
+  if (B > 0)
+    all_rows({t, z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad, B},
+             launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},
                     launch.stream),

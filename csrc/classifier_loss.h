@@ -39,7 +39,7 @@ struct RowLoss {
 };
 int row_loss(const RowLoss& r, void* stream);
 
-// Means of the parts over B in index order, their weighted sum, and the top-1 count.
+// Means of the parts over B in index order (NaN where B is 0, as torch's), their weighted sum, and the top-1 count.
 struct LossSum {
   DType dtype;               // A
   const void* part_rows;     // [kParts, B] A

@@ -1,4 +1,5 @@
-// Host side of connector_match: checks, allocation, library GEMMs around the passes of connector_match.h.
+// Host side of connector_match: checks, allocation, library GEMMs around the passes of connector_match.h. A batch may be empty,
+// as in torch: passes over its images are left out, and what sums over them is 0.
 #include "connector_match.h"
 
 #include <tuple>
@@ -59,7 +60,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check(weight.scalar_type() == u.scalar_type(), kOp, ": weight must have u's dtype ", name(u.scalar_type()), ", got ",
         name(weight.scalar_type()));
   const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
-  check(N > 0 && Ct > 0, kOp, ": u and weight must not be empty, got ", shape(u), " and ", shape(weight));
+  check(P > 0 && Ct > 0, kOp, ": positions and channels must not be empty, got u ", shape(u), " and weight ", shape(weight));
   const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
   Projected out{none(u, t), none(u, acc), none(u, acc)};
   int64_t rows_per_part = kStatRows;
@@ -72,7 +73,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   Launch launch(u);
 #ifdef IJCKD_CUDA
   const Tensor w = torch::stable::contiguous(weight);
-  if (in_tiles(rows, w)) {
+  if (B > 0 && in_tiles(rows, w)) {
     out.y = empty(u, {B, P, Ct}, t);
     rows_per_part = project_rows(N, Ct);
     if (statistics) make_parts();
@@ -93,7 +94,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
 #endif
   if (!parts_done) {
     out.y = torch::stable::view(torch::stable::contiguous(matmul_nt(rows, weight)), {B, P, Ct});
-    if (statistics) {
+    if (statistics && B > 0) {
       make_parts();
       launched(channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
                              launch.stream),
@@ -103,6 +104,11 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   if (statistics) {
     out.mean = empty(u, {Ct}, acc);
     out.var = empty(u, {Ct}, acc);
+    if (B == 0) {
+      torch::stable::zero_(out.mean);
+      torch::stable::zero_(out.var);
+      return out;
+    }
     launched(combine_stats({acc, data(part_mean), data(part_m2), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct,
                             rows_per_part},
                            launch.stream),
@@ -137,11 +143,12 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   if (map_t) square = empty(y, {B, Ct}, acc), res = empty(y, {B, Ct}, acc), res_yhat = empty(y, {B, Ct}, acc);
   Launch launch(y);
   const auto out_ptr = [](const OptTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
-  launched(
-      match_forward({t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(), out.count.mutable_data_ptr(),
-                     out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
-                    launch.stream),
-      "connector_match's forward pass");
+  if (B > 0)
+    launched(match_forward(
+                 {t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(), out.count.mutable_data_ptr(),
+                  out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
+                 launch.stream),
+             "connector_match's forward pass");
   const auto to_fm = [&](const Tensor& x, int64_t n, double scale) {
     launched(column_sum({acc, x.const_data_ptr(), out.fm.mutable_data_ptr(), n, 1, scale}, launch.stream),
              "connector_match's feature loss");
@@ -157,10 +164,11 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
     to_fm(per_channel, Ct, 1 / (double(B) * double(P) * double(Ct)));
   } else if (pooled_t) {
     const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
-    launched(feature_diff(
-                 {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
-                 launch.stream),
-             "connector_match's pooled match");
+    if (B > 0)
+      launched(feature_diff(
+                   {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
+                   launch.stream),
+               "connector_match's pooled match");
     to_fm(rows, B, 1 / (double(B) * double(Ct)));
   } else {
     torch::stable::zero_(out.fm);
@@ -203,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z,
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
   const Tensor g_in = as(grad_z, acc), fm_in = as(grad_fm, acc);
   const OptTensor target = as(pooled_t, acc);
-  const Tensor g = empty(z, {B, Ct}, acc), d_gamma = empty(z, {Ct}, acc), d_beta = empty(z, {Ct}, acc);
+  Tensor g = empty(z, {B, Ct}, acc), d_gamma = empty(z, {Ct}, acc), d_beta = empty(z, {Ct}, acc);
+  if (B == 0) return {g, torch::stable::zero_(d_gamma), torch::stable::zero_(d_beta)};
   Launch launch(z);
   launched(channel_grads({acc, g_in.const_data_ptr(), fm_in.const_data_ptr(), z.const_data_ptr(), data(target),
                           count.const_data_ptr(), yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
@@ -225,10 +234,11 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Ten
   const OptTensor target = as(map_t, t);
   const Tensor g = as(grad_z, acc), fm = as(grad_fm, acc), dy = empty(y, {N, Ct}, t);
   Launch launch(y);
-  launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), fm.const_data_ptr(),
-                           data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
-                          launch.stream),
-           "connector_match's backward pass");
+  if (B > 0)
+    launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), fm.const_data_ptr(),
+                             data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
+                            launch.stream),
+             "connector_match's backward pass");
   Tensor du = none(u, t), dweight = none(u, t);
   if (need_du) du = torch::stable::view(torch::stable::contiguous(torch::stable::matmul(dy, weight)), {B, P, Cs});
   if (need_dweight) {

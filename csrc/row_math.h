@@ -21,6 +21,12 @@ struct Channel {
   IJCKD_HD A affine(A yhat) const { return gamma * yhat + beta; }
 };
 
+// Whether the ReLU lets `pre` through. It does NaN, as torch's: `pre > 0` would make it 0 and hide that a step has failed.
+template <typename A>
+IJCKD_HD bool passes(A pre, bool relu) {
+  return !relu || !(pre <= A(0));
+}
+
 // What the forward pass keeps per (image, channel). Every reduction that BatchNorm's backward needs follows from these and
 // the incoming gradient, so backward never sums over the map again. `on` is the set of positions the ReLU lets through.
 template <typename A>
@@ -34,7 +40,7 @@ struct Pooled {
 
   IJCKD_HD void add(const Channel<A>& ch, A y, bool relu) {
     const A h = ch.normalised(y), pre = ch.affine(h);
-    const bool on = !relu || pre > A(0);
+    const bool on = passes(pre, relu);
     out += on ? pre : A(0);
     count += on ? A(1) : A(0);
     yhat += on ? h : A(0);
@@ -42,7 +48,7 @@ struct Pooled {
 
   IJCKD_HD void add_matched(const Channel<A>& ch, A y, bool relu, A target) {
     const A h = ch.normalised(y), pre = ch.affine(h);
-    const bool on = !relu || pre > A(0);
+    const bool on = passes(pre, relu);
     const A Z = on ? pre : A(0), r = Z - target;
     out += Z;
     square += r * r;
@@ -59,7 +65,7 @@ struct Pooled {
 template <typename A>
 IJCKD_HD A position_grad(const Channel<A>& ch, A y, bool relu, A g_pos, A c, A target, A shift, A slope) {
   const A h = ch.normalised(y), pre = ch.affine(h);
-  const bool on = !relu || pre > A(0);
+  const bool on = passes(pre, relu);
   const A d_pre = on ? g_pos + c * (pre - target) : A(0);
   return ch.gamma * ch.inv_std * (d_pre - shift - h * slope);
 }

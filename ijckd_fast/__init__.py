@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["HAS_CUDA_LIBRARY", "classifier_loss", "connector_match", "take_bad_rows"]
+__all__ = [
+    "HAS_CUDA_LIBRARY",
+    "FrozenClassifier",
+    "classifier_gram",
+    "classifier_loss",
+    "connector_match",
+    "take_bad_rows",
+]
 
 if TYPE_CHECKING:
-    from ijckd_fast.ops import classifier_loss, connector_match, take_bad_rows
+    from ijckd_fast.ops import FrozenClassifier, classifier_gram, classifier_loss, connector_match, take_bad_rows
 
     HAS_CUDA_LIBRARY: bool
 

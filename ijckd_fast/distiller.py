@@ -88,33 +88,6 @@ class Learner(nn.Module):
         return z, fm, logits_s
 
 
-class FrozenClassifier:
-    """What a GPU wants of a frozen classifier besides its weight, made at the first step and whenever the weight has changed."""
-
-    def __init__(self) -> None:
-        self._made_from: tuple[object, ...] = ()
-        self._prepared: tuple[Tensor, Tensor | None] | None = None
-
-    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
-        """(weight in autocast's dtype, its gram or None) for `ops.classifier_loss`.
-
-        Autocast itself would cast a frozen weight anew in every step: it keeps casts of what is trained only.
-
-        weight  [K, Ct], no gradient
-        match   whether the loss has a logit match, for which the gram is made where it is the cheaper way (bfloat16, 3 Ct < K)
-        """
-        device = weight.device.type
-        amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
-        dtype = torch.get_autocast_dtype(device) if amp else weight.dtype
-        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
-        if self._prepared is None or made_from != self._made_from:
-            rounded = weight.detach().to(dtype)
-            wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
-            self._prepared = rounded, ops.classifier_gram(rounded) if wanted else None
-            self._made_from = made_from
-        return self._prepared
-
-
 def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
     return map_ if tuple(map_.shape[2:]) == size else F.adaptive_avg_pool2d(map_, size)
 
@@ -166,7 +139,7 @@ class Distiller:
         self.learner = Learner(student, objective, teacher.channels if teacher else None, head)
         self.trained: nn.Module = self.learner
         self._map_sizes_t: dict[torch.Size, tuple[int, int]] = {}  # image size -> teacher's map size
-        self._frozen = FrozenClassifier()
+        self._frozen = ops.FrozenClassifier()
 
     def train(self) -> Distiller:
         """Learner to training mode; the teacher stays in eval mode."""

@@ -113,8 +113,11 @@ def _gpu() -> Finding:
                 f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
             )
             raise RuntimeError(f"none usable; {built}")
+        from ijckd_fast.libraries import kernels_for
+
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}"
+        capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(len(cards))})
+        return "; ".join([f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}", *map(kernels_for, capabilities)])
 
     advice = "training runs on the CPU; for a GPU install NVIDIA's driver and a CUDA build of torch (nvidia-smi shows the driver)"
     return _attempt("GPU", False, look, advice)

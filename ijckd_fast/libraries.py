@@ -33,3 +33,15 @@ def load_libraries() -> bool:
                     f"build it anew with {REBUILD}, with torch >= 2.10"
                 ) from None
     return cuda.exists()
+
+
+def kernels_for(capability: tuple[int, int]) -> str:
+    """Which kernels of _C_cuda.so serve a GPU of this compute capability, as CMakeLists.txt builds it."""
+    name = f"sm_{capability[0]}{capability[1]}"
+    if capability < (7, 5):
+        return f"{name}: none of our kernels, which need sm_75 or newer; train with --head reference or --device cpu"
+    if capability < (8, 0):
+        return f"{name}: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"
+    return (
+        f"{name}: tensor-core kernels (stage 1); library GEMMs and plain kernels (stage 0) for what those do not cover"
+    )

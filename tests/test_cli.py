@@ -202,6 +202,28 @@ def test_doctor(capsys, monkeypatch):
     assert "training cannot run" in out
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "texts"),
+    [
+        ([(7, 0)], ["sm_70: none of our kernels, which need sm_75 or newer"]),
+        ([(7, 5)], ["sm_75: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"]),
+        ([(8, 0)], ["sm_80: tensor-core kernels (stage 1)"]),
+        ([(12, 0)], ["sm_120: tensor-core kernels (stage 1)"]),
+        ([(9, 0), (7, 5), (9, 0)], ["3 x card 0, CUDA", "; sm_75: library GEMMs and plain", "; sm_90: tensor-core"]),
+    ],
+    ids=str,
+)
+def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch, capabilities, texts):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    gpu = {item.what: item for item in doctor.examine()}["GPU"]
+    assert gpu.ok
+    for text in texts:
+        assert text in gpu.found
+
+
 def test_doctor_says_how_to_build_a_missing_library(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "__file__", str(tmp_path / "doctor.py"))
     library = {item.what: item for item in doctor.examine()}["CPU library of the ops"]

@@ -52,11 +52,6 @@ def test_many_classes_in_blocks_of_rows():
     assert_equal_to(*both(args, logits_t=logits_t, fm=0.0, kl=0.0))
 
 
-@pytest.mark.parametrize("B", [1, 5])
-def test_one_class(B):
-    assert_equal_to(*both(loss_inputs(B, 4, 1)))
-
-
 def test_without_gradient():
     z, weight, bias, labels, *_, pooled_t = loss_inputs(48, 13, 21841)
     keywords = {"pooled_t": pooled_t, "sr": 1.0, "fm": 0.5}

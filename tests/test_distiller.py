@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast import ops, reference
-from ijckd_fast.distiller import Distiller, FrozenClassifier, dkd_rows
+from ijckd_fast.distiller import Distiller, dkd_rows
 from ijckd_fast.errors import UserError
 from ijckd_fast.models import Tapped, create_model
 from ijckd_fast.objectives import PRESETS, get_objective
@@ -446,28 +446,6 @@ def test_channels_last_changes_nothing(name):
         loss.backward()
         results.append([loss] + [p.grad for p in distiller.learner.parameters()])
     torch.testing.assert_close(results[0], results[1], **CLOSE)
-
-
-def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
-    weight = nn.Parameter(torch.randn(40, 8, generator=torch.Generator().manual_seed(0)), requires_grad=False)
-    frozen = FrozenClassifier()
-    plain, gram = frozen.prepared(weight, match=True)
-    assert torch.equal(plain, weight)
-    assert gram is None  # float32 goes another way
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded, gram = frozen.prepared(weight, match=True)
-        assert torch.equal(rounded, weight.bfloat16())
-        wanted = rounded.double().T @ rounded.double()
-        torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-15 * wanted.abs().max().item())
-        assert frozen.prepared(weight, match=True)[1] is gram
-        assert frozen.prepared(weight, match=False)[1] is None
-        weight.mul_(2)
-        again, doubled = frozen.prepared(weight, match=True)
-        assert torch.equal(again, 2 * rounded)
-        torch.testing.assert_close(doubled, 4 * gram)
-        wide = nn.Parameter(torch.randn(24, 8), requires_grad=False)
-        assert frozen.prepared(wide, match=True)[1] is None  # K = 3 Ct: W d is as cheap
-    assert frozen.prepared(weight.double(), match=True)[0].dtype == torch.float64
 
 
 def test_the_learner_compiles():

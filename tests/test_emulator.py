@@ -281,7 +281,8 @@ def test_ops_on_emulated_kernels_equal_reference(tmp_path):
         shutil.copy(ROOT / "tests" / source, tests)
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
-        "or small_differences or dwarfs or float16 or out_of_range or tiles or gram"
+        "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
+        "or one_class or empty_batch or bad_values"
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "test_ops.py", "gpu_ops.py"],
@@ -291,4 +292,4 @@ def test_ops_on_emulated_kernels_equal_reference(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 180
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 400

@@ -33,9 +33,22 @@ def assert_no_worse_than_eager(
     assert error <= allowed, f"error {error:.2e} > {allowed:.2e}"
 
 
-def assert_equal_to(fused, oracle, tolerance: float = 1e-11) -> None:
+def assert_equal_to(fused, oracle, tolerance: float = 1e-11, **more) -> None:
     for a, b in zip(fused, oracle, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, **more)
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+def assert_as_bad_as_eager(fused, eager, *, everywhere: bool) -> None:
+    """Not every result finite where eager's are not; `everywhere`: each number for itself."""
+    if everywhere:
+        for f, e in zip(fused, eager, strict=True):
+            assert not (f.isfinite() & ~e.isfinite()).any(), f"{f}, eager has {e}"
+    else:  # infinities: eager's own formula may make NaN of what is infinite, or of a mere 0 behind a ReLU
+        bad_fused, bad_eager = (not all(x.isfinite().all() for x in results) for results in (fused, eager))
+        assert bad_fused or not bad_eager, f"all finite: {fused}, eager has {eager}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -144,6 +157,40 @@ def test_connector_match_reads_any_layout():
         got = run_connector(ops.connector_match, variant, keywords)
         got[5] = got[5].reshape(wanted[5].shape)
         assert_equal_to(got, wanted)
+
+
+@pytest.mark.parametrize("norm", ["train", "eval", "bias", "none"])
+@pytest.mark.parametrize("match", ["map", "pooled", None])
+@pytest.mark.parametrize("shape", [(0, 6, 3, 4), (0, 6)], ids=str)
+def test_connector_match_empty_batch(shape, norm, match):
+    """As torch: nothing is learned from nothing, and the running statistics stay."""
+    leaves, keywords = connector_inputs(shape, norm=norm, match=match)
+    got = run_connector(ops.connector_match, leaves, keywords)
+    assert_equal_to(got, run_connector(reference.connector_match, leaves, keywords), equal_nan=True)
+    assert got[1].isnan() == (match is not None)
+    assert not any(g.any() for g in got[-len(leaves) :])
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize(
+    ("norm", "where"),
+    [
+        *itertools.product(("train", "eval", "bias"), ("u", "weight", "map_t", "pooled_t")),
+        *itertools.product(("train", "eval"), ("bn_weight", "bn_bias")),
+        ("bias", "bias"),
+        ("eval", "running_mean"),
+        ("eval", "running_var"),
+    ],
+)
+@pytest.mark.parametrize("relu", [True, False])
+def test_connector_match_bad_values_are_not_hidden(norm, where, bad, relu):
+    """Nor by the ReLU, which lets NaN through."""
+    leaves, keywords = connector_inputs(norm=norm, match="pooled" if where == "pooled_t" else "map", relu=relu)
+    inputs = leaves if where in leaves else keywords
+    inputs[where] = inputs[where].detach().clone()
+    inputs[where].view(-1)[2] = bad
+    results = [run_connector(m.connector_match, leaves, keywords) for m in (ops, reference)]
+    assert_as_bad_as_eager(*results, everywhere=bad != bad)
 
 
 def test_connector_match_gradient_of_channels_last_is_channels_last():
@@ -258,7 +305,7 @@ def _sync_worker(rank, world, folder, sizes):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (4, 1)])
+@pytest.mark.parametrize("sizes", [(3, 3), (4, 1), (5, 0)])
 def test_connector_match_sync_batch_norm(tmp_path, sizes):
     """Two ranks with process_group see the statistics, and BatchNorm's backward, of one process with the whole batch."""
     mp.spawn(_sync_worker, (2, tmp_path, sizes), nprocs=2)
@@ -272,6 +319,8 @@ def test_connector_match_sync_batch_norm(tmp_path, sizes):
     z = Z.mean((2, 3))
     loss = z.new_zeros(())
     for r in range(2):  # each rank's own loss: its slice of z, its own mean of the match
+        if sizes[r] == 0:
+            continue
         mine = slice(sum(sizes[:r]), sum(sizes[:r]) + sizes[r])
         head = torch.linspace(-1, 1, z[mine].numel(), dtype=F64).reshape(z[mine].shape).roll(1, 0)
         loss = loss + (z[mine] * head).sum() + 0.7 * (Z[mine] - keywords["map_t"][mine]).square().mean()
@@ -350,6 +399,74 @@ def test_classifier_loss_equals_reference(case, teacher, with_bias):
 def test_classifier_loss_any_shape(B, Ct, K, seed):
     args = loss_inputs(B, Ct, K, seed=seed)
     assert_equal_to(run_loss(ops.classifier_loss, *args), run_loss(reference.classifier_loss, *args))
+
+
+@pytest.mark.parametrize("B", [1, 5])
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_classifier_loss_one_class(case, B):
+    args, changed = list(loss_inputs(B, 4, 1)), dict(LOSS_CASES[case])
+    args[4], args[5] = changed.pop("labels_b", args[4]), changed.pop("mix", args[5])
+    got = run_loss(ops.classifier_loss, *args, **changed)
+    assert_equal_to(got, run_loss(reference.classifier_loss, *args, **changed))
+    assert got[2] == B  # the only class is the best one
+
+
+@pytest.mark.parametrize("case", LOSS_CASES)
+@pytest.mark.parametrize("K", [1, 9])
+def test_classifier_loss_empty_batch(case, K):
+    args, changed = list(loss_inputs(0, 6, K)), dict(LOSS_CASES[case])
+    args[4], args[5] = changed.pop("labels_b", args[4]), changed.pop("mix", args[5])
+    got = run_loss(ops.classifier_loss, *args, **changed)
+    assert_equal_to(got, run_loss(reference.classifier_loss, *args, **changed), equal_nan=True)
+    assert got[0].isnan()
+    assert got[3].shape == (0, 6)
+
+
+def test_classifier_loss_reads_any_layout():
+    def spread(x):
+        """x with NaN (integers: -1) between its elements and its dimensions stored in the reverse order."""
+        wide = torch.full([2 * n for n in x.shape[::-1]], float("nan") if x.is_floating_point() else -1, dtype=x.dtype)
+        sliced = wide[(slice(None, None, 2),) * x.dim()].permute(*reversed(range(x.dim())))
+        return sliced.copy_(x)
+
+    args, logits_t = loss_inputs(), torch.randn(5, 9, dtype=F64)
+    for changed in ({}, {"logits_t": logits_t, "fm": 0.0}):
+        inputs = [*args[:6], None if changed else args[6]]
+        variant = [None if x is None else spread(x) for x in inputs]
+        other = changed | ({"logits_t": spread(logits_t)} if changed else {})
+        assert not variant[0].is_contiguous()
+        assert not variant[1].is_contiguous()
+        z = variant[0].requires_grad_()  # run_loss would make it contiguous
+        loss, parts, top1 = ops.classifier_loss(z, *variant[1:4], **loss_keywords(*variant[4:], **other))
+        (2.5 * loss).backward()
+        assert_equal_to([loss.detach(), parts, top1, z.grad], run_loss(ops.classifier_loss, *inputs, **changed), 0)
+
+
+# What each case reads. A bias cancels in the difference of the logits.
+READ = {
+    "all": ("z", "weight", "bias", "pooled_t", "logits_t", "mix"),
+    "ce": ("z", "weight", "bias", "mix"),
+    "sr": ("z", "weight", "pooled_t", "logits_t"),
+    "fm": ("z", "pooled_t"),
+    "kl": ("z", "weight", "pooled_t", "logits_t"),
+    "smoothing": ("z", "weight", "bias"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize(("case", "where"), [(case, where) for case in READ for where in READ[case]])
+def test_classifier_loss_bad_values_are_not_hidden(case, where, bad):
+    z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs()
+    changed, logits_t = dict(LOSS_CASES[case]), torch.randn(5, 9, dtype=F64)
+    labels_b, mix = changed.pop("labels_b", labels_b), changed.pop("mix", mix)
+    inputs = {"z": z, "weight": weight, "bias": bias, "mix": mix, "pooled_t": pooled_t, "logits_t": logits_t}
+    inputs[where][..., 2] = bad
+    if where == "logits_t":
+        pooled_t = None
+        changed |= {"logits_t": logits_t, "fm": 0.0}
+    args = (z, weight, bias, labels, labels_b, mix, pooled_t)
+    results = [run_loss(m.classifier_loss, *args, **changed) for m in (ops, reference)]
+    assert_as_bad_as_eager(*results, everywhere=bad != bad and where != "bias")
 
 
 def test_classifier_loss_large_logits():
@@ -432,6 +549,28 @@ def test_classifier_gram_is_weight_times_weight_in_two_parts(dtype):
     assert gram.dtype == torch.bfloat16
     assert torch.equal(gram[0], wanted.bfloat16())
     torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-16 * wanted.abs().max().item())
+
+
+def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    frozen = ops.FrozenClassifier()
+    plain, gram = frozen.prepared(weight, match=True)
+    assert torch.equal(plain, weight)
+    assert gram is None  # float32 goes another way
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded, gram = frozen.prepared(weight, match=True)
+        assert torch.equal(rounded, weight.bfloat16())
+        wanted = rounded.double().T @ rounded.double()
+        torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-15 * wanted.abs().max().item())
+        assert frozen.prepared(weight, match=True)[1] is gram
+        assert frozen.prepared(weight, match=False)[1] is None
+        weight.mul_(2)
+        again, doubled = frozen.prepared(weight, match=True)
+        assert torch.equal(again, 2 * rounded)
+        torch.testing.assert_close(doubled, 4 * gram)
+        wide = torch.randn(24, 8)
+        assert frozen.prepared(wide, match=True)[1] is None  # K = 3 Ct: W d is as cheap
+    assert frozen.prepared(weight.double(), match=True)[0].dtype == torch.float64
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -593,7 +732,8 @@ def test_connector_match_refuses():
     _refused("bias must be None with BatchNorm", lambda: call(u, weight, torch.zeros(7, dtype=F64), **bn))
     _refused("running_mean and running_var are needed", lambda: call(u, weight, **bn, training=False))
     _refused("more than one position per channel", lambda: call(u[:1, :, :1, :1], weight, **bn))
-    _refused("must not be empty", lambda: call(u[:0], weight))
+    _refused("positions and channels must not be empty", lambda: call(u[:, :, :0], weight))
+    _refused("positions and channels must not be empty", lambda: call(u, weight[:0]))
     _refused(
         "map_t must not require grad (the teacher is frozen)",
         lambda: call(u, weight, map_t=keywords["map_t"].clone().requires_grad_()),
@@ -609,6 +749,24 @@ def test_classifier_loss_refuses():
     _refused(
         "z and weight must both be float64 or neither, got float64 and float32",
         lambda: call(z, weight.float(), None, labels),
+    )
+    _refused("channels and classes must not be empty", lambda: call(z, weight[:0], None, labels))
+    _refused("channels and classes must not be empty", lambda: call(z[:, :0], weight[:, :0], None, labels))
+    _refused("bias must be [K] = [9], got [8]", lambda: call(z, weight, bias[:8], labels))
+    _refused(
+        "weight must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got int64",
+        lambda: call(z, weight.long(), None, labels),
+    )
+    _refused("z must be a floating-point tensor", lambda: call(z.long(), weight, None, labels))
+    _refused("float16 is for the GPU", lambda: call(z.float(), weight.half(), None, labels))
+    _refused(
+        "pooled_t must be [B, Ct] like z = [5, 6], got [5, 5]", lambda: call(z, weight, None, labels, pooled_t=z[:, :5])
+    )
+    _refused(
+        "logits_t must be [B, K] = [5, 9], got [9, 5]", lambda: call(z, weight, None, labels, logits_t=z.new_ones(9, 5))
+    )
+    _refused(
+        "mix must be [B] = [5], got [5, 1]", lambda: call(z, weight, None, labels, labels_b=labels_b, mix=mix[:, None])
     )
     _refused("labels must be [B] = [5], got [4]", lambda: call(z, weight, bias, labels[:4]))
     _refused("labels must be int64, got int32", lambda: call(z, weight, bias, labels.int()))

@@ -159,11 +159,12 @@ int loss_sum(const LossSum& s, void*) {
     const double weight[kParts] = {s.weights.ce, s.weights.sr, s.weights.fm, s.weights.kl};
     double loss = 0;
     for (int i = 0; i < kParts; ++i) {
+      parts[i] = 0;
+      if (weight[i] == 0) continue;
       double sum = 0;
-      if (weight[i] != 0)
-        for (int64_t b = 0; b < s.B; ++b) sum += double(rows[i * s.B + b]);
+      for (int64_t b = 0; b < s.B; ++b) sum += double(rows[i * s.B + b]);
       parts[i] = A(sum * scale[i] / double(s.B));
-      if (weight[i] != 0) loss += weight[i] * sum * scale[i] / double(s.B);
+      loss += weight[i] * sum * scale[i] / double(s.B);
     }
     *static_cast<A*>(s.loss) = A(loss);
     int64_t hits = 0;

@@ -120,10 +120,11 @@ __global__ void loss_sum_kernel(LossSum s) {
   double loss = 0;
   for (int i = 0; i < kParts; ++i) {
     double v = 0;
-    if (weight[i] != 0)
+    if (weight[i] != 0) {
       for (int64_t b = threadIdx.x; b < s.B; b += kThreads) v += double(rows[i * s.B + b]);
-    v = block_reduce<kThreads>(v, slots, Sum{}) * scale[i] / double(s.B);
-    if (weight[i] != 0) loss += weight[i] * v;
+      v = block_reduce<kThreads>(v, slots, Sum{}) * scale[i] / double(s.B);
+      loss += weight[i] * v;
+    }
     if (threadIdx.x == 0) static_cast<A*>(s.parts)[i] = A(v);
   }
   double hits = 0;  // exact: far below 2^53

@@ -226,7 +226,7 @@ void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
 bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
   const bool bf16 = t.weight.scalar_type() == ScalarType::BFloat16, half = bf16 || t.weight.scalar_type() == ScalarType::Half;
-  if (!half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
+  if (B == 0 || !half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
       !aligned(t.pooled_t, 8) || compute_capability() < 80)
     return false;
   const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;

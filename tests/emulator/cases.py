@@ -423,7 +423,8 @@ def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Ar
     kernels.loss_sum(
         dtype=t.name, part_rows=rows, top1_rows=top1_rows, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct, **w
     )
-    wanted = rows64.mean(1) * [1, 1 / K, 1 / Ct, 1]
+    weighted = np.array([w[name] != 0 for name in ("ce", "sr", "fm", "kl")])
+    wanted = np.where(weighted, rows64.sum(1) / (B or np.nan) * [1, 1 / K, 1 / Ct, 1], 0)
     close("parts", parts, wanted, t)
     close("loss", loss, wanted @ [w["ce"], w["sr"], w["fm"], w["kl"]], t)
     assert top1 == top1_rows.sum(), f"top1 is {top1}, wanted {top1_rows.sum()}"
@@ -469,8 +470,9 @@ def all_cases() -> dict[str, Case]:
         for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41)):
             for match in ("map", "pooled", None):
                 add(channel_grads, t, B, P, Ct, match)
-        for B in (1, 255, 256, 300):
+        for B in (0, 1, 255, 256, 300):
             add(loss_sum, t, B)
+        add(loss_sum, t, 0, sr=0, kl=0)
         add(take_counts, t, 7)
         for part in ("ce", "sr", "fm", "kl"):
             add(loss_sum, t, 5, **{part: 0})

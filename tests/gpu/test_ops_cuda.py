@@ -155,6 +155,21 @@ def test_label_out_of_range_is_nan_on_a_gpu():
 
 
 @gpu_only
+def test_tensors_elsewhere_are_refused():
+    z, weight, bias, labels, *_, pooled_t = tables.loss_inputs()
+    inputs = {"weight": weight, "bias": bias, "labels": labels, "pooled_t": pooled_t}
+    for name in inputs:
+        there = {k: v if k == name else moved(v) for k, v in inputs.items()}
+        with pytest.raises(RuntimeError, match=f"{name} must be on cuda"):
+            ops.classifier_loss(moved(z), **there)
+    u, weight = torch.randn(3, 6, 2, 2), torch.randn(5, 6)
+    with pytest.raises(RuntimeError, match="weight must be on cuda"):
+        ops.connector_match(moved(u), weight)
+    with pytest.raises(RuntimeError, match="map_t must be on cuda"):
+        ops.connector_match(moved(u), moved(weight), map_t=torch.zeros(3, 5, 2, 2))
+
+
+@gpu_only
 def test_label_out_of_range_is_counted_in_a_graph():
     """Also where the first call of all is the captured one; every replay counts again."""
     script = (

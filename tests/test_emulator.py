@@ -234,9 +234,9 @@ def test_half_types_round_as_the_oracles_expect():
 
 SANITIZED_CASES = """
 import ctypes, re, sys
-from emulator import build, cases, tile_cases
 library, fault = sys.argv[1:]
 assert ctypes.CDLL(library).broken_locals(int(fault)) == 0
+from emulator import build, cases, tile_cases
 kernels = build.load(build.pathlib.Path(library))
 everything = cases.CASES | tile_cases.CASES
 small = [case for name, case in everything.items() if max(map(int, re.findall(r" (\\d+)", name))) <= 1000]

@@ -90,18 +90,25 @@ __device__ __forceinline__ void take_apart(typename Together<T, V>::type loaded,
   for (int v = 0; v < V; ++v) x[v] = load<A>(elements, v);
 }
 
+// Stores as one Word what is as large.
+template <typename Word, typename Pair>
+__device__ __forceinline__ void store_word(void* p, const Pair& pair) {
+  Word word;
+  static_assert(sizeof word == sizeof pair);
+  memcpy(&word, &pair, sizeof word);
+  *static_cast<Word*>(p) = word;
+}
+
 template <typename T, typename A>
 __device__ __forceinline__ void store_together(T* p, int64_t i, const A (&x)[1]) {
   store(p, i, x[0]);
 }
-__device__ __forceinline__ void store_together(float* p, int64_t i, const float (&x)[2]) {
-  *reinterpret_cast<float2*>(p + i) = {x[0], x[1]};
-}
+__device__ __forceinline__ void store_together(float* p, int64_t i, const float (&x)[2]) { store_word<uint64_t>(p + i, x); }
 __device__ __forceinline__ void store_together(__nv_bfloat16* p, int64_t i, const float (&x)[2]) {
-  *reinterpret_cast<__nv_bfloat162*>(p + i) = __floats2bfloat162_rn(x[0], x[1]);
+  store_word<uint32_t>(p + i, __floats2bfloat162_rn(x[0], x[1]));
 }
 __device__ __forceinline__ void store_together(__half* p, int64_t i, const float (&x)[2]) {
-  *reinterpret_cast<__half2*>(p + i) = __floats2half2_rn(x[0], x[1]);
+  store_word<uint32_t>(p + i, __floats2half2_rn(x[0], x[1]));
 }
 
 // Whether every pointer is a multiple of `bytes`; null is.

@@ -456,7 +456,7 @@ def all_cases() -> dict[str, Case]:
                 add(combine_stats, t, N, Ct, rows_per_part, shift)
         for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40)):
             add(match_sums, t, B, Ct)
-        for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41)):
+        for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41), (140, 2, 3)):
             for match in ("map", "pooled", None):
                 add(channel_grads, t, B, P, Ct, match)
         for B in (1, 255, 256, 300):

@@ -211,11 +211,13 @@ void run_block() {
   }
 }
 
-// One load or store of `bytes` bytes at `address`, made by the code before `code`.
-void check(const void* pointer, size_t bytes, bool store, const void* code) {
+// One load or store of `bytes` bytes at `pointer`, which a GPU wants to be a multiple of `align`, made by the code before `code`.
+void check(const void* pointer, size_t bytes, size_t align, bool store, const void* code) {
   if (m.running < 0) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer), stack = m.threads[m.running].stack;
   if (address >= stack && address + bytes <= stack + kStack) return;
+  if (address % align != 0)
+    violate("memcheck", store ? "stores " : "loads ", bytes, " bytes at an address that they do not divide, in ", where(code));
 
   const auto find = [&](std::vector<Region>& list) {
     for (Region& r : list)
@@ -395,19 +397,19 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define EMULATOR_ACCESS(n)                                                                              \
-  void __tsan_read##n(void* p) { emulator::check(p, n, false, __builtin_return_address(0)); }           \
-  void __tsan_write##n(void* p) { emulator::check(p, n, true, __builtin_return_address(0)); }           \
-  void __tsan_unaligned_read##n(void* p) { emulator::check(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { emulator::check(p, n, true, __builtin_return_address(0)); }
+#define EMULATOR_ACCESS(n)                                                                                 \
+  void __tsan_read##n(void* p) { emulator::check(p, n, n, false, __builtin_return_address(0)); }           \
+  void __tsan_write##n(void* p) { emulator::check(p, n, n, true, __builtin_return_address(0)); }           \
+  void __tsan_unaligned_read##n(void* p) { emulator::check(p, n, n, false, __builtin_return_address(0)); } \
+  void __tsan_unaligned_write##n(void* p) { emulator::check(p, n, n, true, __builtin_return_address(0)); }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)
 EMULATOR_ACCESS(4)
 EMULATOR_ACCESS(8)
 EMULATOR_ACCESS(16)
 #undef EMULATOR_ACCESS
-void __tsan_read_range(void* p, size_t n) { emulator::check(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { emulator::check(p, n, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) { emulator::check(p, n, 1, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { emulator::check(p, n, 1, true, __builtin_return_address(0)); }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches return theirs
 const char* cudaGetErrorString(cudaError_t code) {

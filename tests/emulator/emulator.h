@@ -5,7 +5,7 @@
 // blocks run one after another. The kernels are compiled with -fsanitize=thread but linked without its library: the calls that
 // the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on a GPU:
 //   memcheck   an address that is neither the thread's own stack, nor a live __shared__ array, nor one of the call's arrays;
-//              a store to an array that the call only reads
+//              a store to an array that the call only reads; an address that its access's size does not divide
 //   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between
 //   initcheck  a load of a __shared__ or output element that nobody has stored to
 //   synccheck  threads of a block at different barriers, or at a barrier that others have left by returning

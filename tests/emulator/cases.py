@@ -450,7 +450,7 @@ def all_cases() -> dict[str, Case]:
             (128, 31, 128),
             (129, 32, 128),
             (500, 40, 7),
-            (300, 5, 64),
+            (290, 3, 2),
         ):
             for shift in (0, 300):
                 add(combine_stats, t, N, Ct, rows_per_part, shift)

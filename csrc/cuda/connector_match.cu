@@ -10,13 +10,11 @@
 namespace ijckd {
 namespace {
 
-constexpr int kThreads = 128;   // passes over maps
-constexpr int kBatch = 7;       // positions that a thread loads at once: 7 x 7 is the usual map
-constexpr int kStatLanes = 8;   // row lanes of a part
-constexpr int kSumLanes = 32;   // image or part lanes of sums over [B, Ct] or [parts, Ct]
-constexpr int kGradLanes = 16;  // image lanes of the channels' gradients, which need more registers
-constexpr int kImages = 8;      // images that such a lane loads at once
-constexpr int kStatThreads = kColumns * kStatLanes, kSumThreads = kColumns * kSumLanes, kGradThreads = kColumns * kGradLanes;
+constexpr int kThreads = 128;  // passes over maps
+constexpr int kBatch = 7;      // positions that a thread loads at once: 7 x 7 is the usual map
+constexpr int kStatLanes = 8;  // row lanes of a part
+constexpr int kSumLanes = 16;  // image or part lanes of sums over [B, Ct] or [parts, Ct]
+constexpr int kStatThreads = kColumns * kStatLanes, kSumThreads = kColumns * kSumLanes;
 
 // Calls `run` with the number of channels a thread takes: two of a half type if `pairs`, else one.
 template <typename T, typename F>
@@ -77,20 +75,17 @@ __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats
     const int64_t left = s.N - i * s.rows_per_part;
     return A(left < s.rows_per_part ? left : s.rows_per_part);
   };
+  struct Part {
+    A mean, m2;
+  };
+  const auto load = [&](int64_t i) { return Part{part_mean[i * s.Ct + c], part_m2[i * s.Ct + c]}; };
   A mean[1] = {0}, m2[1] = {0};
-  if (inside) {
-#pragma unroll 4
-    for (int64_t i = threadIdx.y; i < parts; i += kSumLanes) mean[0] += rows(i) * part_mean[i * s.Ct + c];
-  }
+  for_lane<kSumLanes, 8>(inside ? parts : 0, load, [&](int64_t i, const Part& part) { mean[0] += rows(i) * part.mean; });
   sum_lanes(mean, slots);
   mean[0] /= A(s.N);
-  if (inside) {
-#pragma unroll 4
-    for (int64_t i = threadIdx.y; i < parts; i += kSumLanes) {
-      const A d = part_mean[i * s.Ct + c] - mean[0];
-      m2[0] += part_m2[i * s.Ct + c] + rows(i) * d * d;
-    }
-  }
+  for_lane<kSumLanes, 8>(inside ? parts : 0, load, [&](int64_t i, const Part& part) {
+    m2[0] += part.m2 + rows(i) * (part.mean - mean[0]) * (part.mean - mean[0]);
+  });
   sum_lanes(m2, slots);
   if (!inside || threadIdx.y != 0) return;
   static_cast<A*>(s.mean)[c] = mean[0];
@@ -206,11 +201,10 @@ __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
   if (c < s.Ct && threadIdx.y == 0) static_cast<A*>(out)[c] = total;
 }
 
-// A block per kColumns channels, its lanes through the images, kImages at a time: stores to grad_out keep the compiler from
-// loading ahead. grad_fm is read from device memory: no host synchronisation.
+// A block per kColumns channels, its lanes through the images. grad_fm is read from device memory: no host synchronisation.
 template <typename A, bool kPooled>
-__global__ void __launch_bounds__(kGradThreads) channel_grads_kernel(ChannelGrads g) {
-  __shared__ A slots[2][kGradLanes][kColumns];
+__global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads g) {
+  __shared__ A slots[2][kSumLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const bool inside = c < g.Ct;
   const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
@@ -218,29 +212,21 @@ __global__ void __launch_bounds__(kGradThreads) channel_grads_kernel(ChannelGrad
   const A *count = static_cast<const A*>(g.count), *yhat = static_cast<const A*>(g.yhat);
   const A grad_fm = *static_cast<const A*>(g.grad_fm);
   const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
+  struct Image {
+    A v, count, yhat;
+  };
+  const auto load = [&](int64_t b) {
+    const int64_t i = b * g.Ct + c;
+    A v = grad_z[i];
+    if constexpr (kPooled) v += c_pooled * (z[i] - pooled_t[i]);
+    return Image{v, count[i], yhat[i]};
+  };
   A sums[2] = {0, 0};  // of v * count, v * yhat
-  for (int64_t first = threadIdx.y; inside && first < g.B; first += kImages * kGradLanes) {
-    A v[kImages], n[kImages], h[kImages];
-#pragma unroll
-    for (int k = 0; k < kImages; ++k) {
-      const int64_t b = first + k * kGradLanes, i = b * g.Ct + c;
-      if (b < g.B) {
-        v[k] = grad_z[i];
-        if constexpr (kPooled) v[k] += c_pooled * (z[i] - pooled_t[i]);
-        n[k] = count[i];
-        h[k] = yhat[i];
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kImages; ++k) {
-      const int64_t b = first + k * kGradLanes;
-      if (b < g.B) {
-        static_cast<A*>(g.grad_out)[b * g.Ct + c] = v[k];
-        sums[0] += v[k] * n[k];
-        sums[1] += v[k] * h[k];
-      }
-    }
-  }
+  for_lane<kSumLanes, 8>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
+    static_cast<A*>(g.grad_out)[b * g.Ct + c] = image.v;
+    sums[0] += image.v * image.count;
+    sums[1] += image.v * image.yhat;
+  });
   sum_lanes(sums, slots);
   if (!inside || threadIdx.y != 0) return;
   const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
@@ -319,7 +305,7 @@ int channel_grads(const ChannelGrads& g, void* stream) {
   return dispatch(g.dtype, [&](auto, auto a) {
     using A = decltype(a);
     const auto kernel = g.pooled_t ? channel_grads_kernel<A, true> : channel_grads_kernel<A, false>;
-    return launch(kernel, ceil_div(g.Ct, kColumns), dim3(kColumns, kGradLanes), stream, g);
+    return launch(kernel, ceil_div(g.Ct, kColumns), dim3(kColumns, kSumLanes), stream, g);
   });
 }
 

@@ -162,14 +162,25 @@ __device__ void sum_lanes(A (&v)[V], A (&slots)[V][kLanes][kColumns]) {
   __syncthreads();
 }
 
+// Calls use(r, load(r)) for the rows r of the calling thread's lane, kAtOnce loads ahead of their uses.
+template <int kLanes, int kAtOnce, typename Load, typename Use>
+__device__ __forceinline__ void for_lane(int64_t rows, const Load& load, const Use& use) {
+  for (int64_t first = threadIdx.y; first < rows; first += kAtOnce * kLanes) {
+    decltype(load(first)) x[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (first + k * kLanes < rows) x[k] = load(first + k * kLanes);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (first + k * kLanes < rows) use(first + k * kLanes, x[k]);
+  }
+}
+
 // Sum over the rows of column c of x [rows, cols], by the block's lanes; 0 where c lies past the last column.
 template <int kLanes, typename A>
 __device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, A (&slots)[1][kLanes][kColumns]) {
   A s[1] = {0};
-  if (c < cols) {
-#pragma unroll 8
-    for (int64_t r = threadIdx.y; r < rows; r += kLanes) s[0] += x[r * cols + c];
-  }
+  for_lane<kLanes, 8>(c < cols ? rows : 0, [&](int64_t r) { return x[r * cols + c]; }, [&](int64_t, A v) { s[0] += v; });
   sum_lanes(s, slots);
   return s[0];
 }

@@ -18,7 +18,7 @@ const char* launch_error(int code) { return cudaGetErrorString(static_cast<cudaE
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kLanes = 32;  // row lanes per column
+constexpr int kLanes = 16;  // row lanes per column
 constexpr int kSumThreads = kColumns * kLanes;
 
 // One block per row b: d = z - pooled_t and its sum of squares. Reads z and pooled_t once.

@@ -75,6 +75,11 @@ __global__ void store_to_input(const float* in, float*) {
   const_cast<float*>(in)[i] = 0;
 }
 
+__global__ void misaligned(const float* in, float* out) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  out[i] = static_cast<float>(*reinterpret_cast<const double*>(in + (i < 126 ? i : 126)));
+}
+
 __global__ void null_pointer(const float* in, float*) {
   float* nowhere = nullptr;
   nowhere[threadIdx.x] = in[0];
@@ -448,6 +453,7 @@ const Kernel kKernels[] = {
     {"load_past_input", run<load_past_input>},
     {"store_past_output", run<store_past_output>},
     {"store_to_input", run<store_to_input>},
+    {"misaligned", run<misaligned>},
     {"null_pointer", run<null_pointer>},
     {"load_unwritten_shared", run<load_unwritten_shared>},
     {"load_unwritten_output", run<load_unwritten_output>},

@@ -464,13 +464,13 @@ def all_cases() -> dict[str, Case]:
             (128, 31, 128),
             (129, 32, 128),
             (500, 40, 7),
-            (300, 5, 64),
+            (290, 3, 2),
         ):
             for shift in (0, 300):
                 add(combine_stats, t, N, Ct, rows_per_part, shift)
         for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40)):
             add(match_sums, t, B, Ct)
-        for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41)):
+        for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41), (140, 2, 3)):
             for match in ("map", "pooled", None):
                 add(channel_grads, t, B, P, Ct, match)
         for B in (0, 1, 255, 256, 300):

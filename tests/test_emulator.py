@@ -88,7 +88,7 @@ FAULTS = {
     "load_past_input": "memcheck: .* loads 4 bytes outside every array, .*at byte 512 of the 512 of in",
     "store_past_output": "memcheck: .* stores 4 bytes outside every array, .*at byte 512 of the 512 of out",
     "store_to_input": "memcheck: .* stores to the input in",
-    "misaligned": r"memcheck: .* loads 8 bytes at an address that they do not divide, in broken.cu:\d+",
+    "misaligned": r"memcheck: .* uses address .*, which is not aligned to the type there, in broken.cu:\d+",
     "null_pointer": r"memcheck: .* stores 4 bytes outside every array, in broken.cu:\d+",
     "load_unwritten_shared": "initcheck: thread .0, 0, 0. .* loads element 0 of shared array 0, which nobody has stored to",
     "load_unwritten_output": "initcheck: .* loads element .* of out, which nobody has stored to",

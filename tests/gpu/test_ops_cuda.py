@@ -21,6 +21,8 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
+STAGES = [0, 1] if DEVICE == "cuda" else [1]
+STAGED = [(t, s) for t in DTYPES for s in (STAGES if t != torch.float32 else [1])]  # float32 has the plain kernels only
 CONNECTORS = list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False)))
 LOSSES = [
     (c, teacher)
@@ -37,6 +39,17 @@ def plain_float32():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
+def stage(request):
+    """Kernels up to this stage for one test; the parameter is given indirectly."""
+    if DEVICE != "cuda":
+        yield request.param
+        return
+    before = torch.ops.ijckd.limit_stage(request.param)
+    yield request.param
+    torch.ops.ijckd.limit_stage(before)
 
 
 def moved(x, device=DEVICE):
@@ -93,10 +106,10 @@ def test_connector_match_float64(shape, norm, match, relu):
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
 @pytest.mark.parametrize(("shape", "Ct"), [((16, 48, 7, 7), 80), ((9, 33, 5, 3), 65), ((64, 96), 130)], ids=str)
 @pytest.mark.parametrize(("norm", "match", "relu"), CONNECTORS)
-def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu):
+def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu, stage):
     channels_last = len(shape) == 4 and shape[1] % 2 == 0  # both layouts
     leaves, keywords = tables.connector_inputs(
         shape, Ct, norm=norm, match=match, relu=relu, dtype=dtype, channels_last=channels_last
@@ -128,10 +141,10 @@ def test_classifier_loss_float64(case, teacher, sizes):
     tables.assert_equal_to(run_loss(ops.classifier_loss, args, changed), wanted, 1e-10)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
 @pytest.mark.parametrize(("case", "teacher"), LOSSES)
 @pytest.mark.parametrize("sizes", [(64, 96, 203), (16, 64, 4099)], ids=str)
-def test_classifier_loss_no_worse_than_eager(dtype, case, teacher, sizes):
+def test_classifier_loss_no_worse_than_eager(dtype, case, teacher, sizes, stage):
     args, changed = loss_case(case, teacher, sizes, dtype)
     oracle = tables.run_loss(reference.classifier_loss, *doubled(args), **doubled(changed))
     fused = run_loss(ops.classifier_loss, args, changed)
@@ -140,6 +153,44 @@ def test_classifier_loss_no_worse_than_eager(dtype, case, teacher, sizes):
     eager = run_loss(reference.classifier_loss, (z, weight, bias.to(dtype), *rest), changed)
     assert_rule(fused[:2], eager[:2], oracle[:2], dtype, least=8.0)  # means of log-probabilities
     assert_rule(fused[3:], eager[3:], oracle[3:], dtype)
+
+
+ANCHORED = {
+    "ce": {"ce": 1.0},
+    "soft labels": {"ce": 1.0, "label_smoothing": 0.1, "mixed": True},
+    "logit match": {"ce": 0.0, "sr": 1.0},
+    "all": {"ce": 0.7, "sr": 0.5, "fm": 0.3, "label_smoothing": 0.1, "mixed": True},
+}
+
+
+@pytest.mark.parametrize("case", ANCHORED)
+@pytest.mark.parametrize("sizes", [(5, 24, 203), (130, 200, 3001), (256, 512, 1000), (1024, 256, 21841)], ids=str)
+def test_classifier_loss_bfloat16_with_gram_no_worse_than_eager(case, sizes):
+    """Small and large tiles, one chunk of classes and several; the oracle is float64 on the device."""
+    B, Ct, K = sizes if DEVICE == "cuda" else (5, 24, 203)
+    g = torch.Generator().manual_seed(0)
+    pooled_t = torch.randn(B, Ct, generator=g)
+    z = pooled_t + 0.1 * torch.randn(B, Ct, generator=g)
+    weight = (torch.randn(K, Ct, generator=g) * 2 / Ct**0.5).bfloat16()
+    bias, labels, labels_b = torch.randn(K, generator=g), *torch.randint(K, (2, B), generator=g)
+    terms = dict(ANCHORED[case])
+    if terms.pop("mixed", False):
+        terms |= {"labels_b": labels_b, "mix": torch.rand(B, generator=g)}
+    terms["pooled_t"] = pooled_t
+    z, weight, bias, labels, terms = moved((z, weight, bias, labels, terms))
+
+    def run(op, z, *args, **keywords):
+        z = z.detach().requires_grad_()
+        loss, parts, top1 = op(z, *args, **keywords)
+        loss.backward()
+        return [x.cpu() for x in (loss.detach(), parts, z.grad)], top1.item()
+
+    oracle, hits = run(reference.classifier_loss, *doubled((z, weight, bias, labels)), **doubled(terms))
+    fused, fused_hits = run(ops.classifier_loss, z, weight, bias, labels, gram=ops.classifier_gram(weight), **terms)
+    eager, _ = run(reference.classifier_loss, z, weight, bias.bfloat16(), labels, **terms)
+    assert_rule(fused[:2], eager[:2], oracle[:2], torch.bfloat16, half_units=1 / 16)
+    assert_rule(fused[2:], eager[2:], oracle[2:], torch.bfloat16)
+    assert abs(fused_hits - hits) <= 1 + B // 100  # rounding may turn near ties
 
 
 def test_label_out_of_range_is_nan_on_a_gpu():
@@ -227,12 +278,22 @@ def test_opcheck(op, args):
 # promises
 
 
-def head_inputs(dtype):
-    """The whole head, connector with map match and classifier with every loss, at sizes of several blocks."""
+def head_inputs(dtype, kl=0.9):
+    """The whole head, connector with map match and classifier with every loss, at sizes of several blocks.
+
+    In bfloat16 with kl 0 the classifier's kernels are the anchored ones, with it those that keep whole rows of logits.
+    """
     dtype = torch.float32 if DEVICE == "cpu" and dtype == torch.float16 else dtype
     leaves, keywords = tables.connector_inputs((32, 96, 7, 7), 200, dtype=dtype, channels_last=True)
     _, weight, bias, labels, labels_b, mix, pooled_t = tables.loss_inputs(32, 200, 1003, dtype)
-    return moved((leaves, keywords, (weight, bias, labels), tables.loss_keywords(labels_b, mix, pooled_t)))
+    terms = tables.loss_keywords(labels_b, mix, pooled_t, kl=kl)
+    leaves, keywords, classifier, terms = moved((leaves, keywords, (weight, bias, labels), terms))
+    if dtype == torch.bfloat16:
+        terms["gram"] = ops.classifier_gram(classifier[0])
+    return leaves, keywords, classifier, terms
+
+
+HEADS = [(F64, 0.9), *((t, 0.9) for t in DTYPES), (torch.bfloat16, 0.0)]
 
 
 def run_head(leaves, keywords, classifier, terms):
@@ -244,18 +305,18 @@ def run_head(leaves, keywords, classifier, terms):
     return [loss.detach(), parts, top1, z.detach(), fm.detach(), *gradients]
 
 
-@pytest.mark.parametrize("dtype", [F64, *DTYPES], ids=str)
-def test_repeats_are_bitwise_equal(dtype):
-    inputs = head_inputs(dtype)
+@pytest.mark.parametrize(("dtype", "kl"), HEADS, ids=str)
+def test_repeats_are_bitwise_equal(dtype, kl):
+    inputs = head_inputs(dtype, kl)
     first = [x.clone() for x in run_head(*inputs)]
     for _ in range(9):
         assert all(torch.equal(a, b) for a, b in zip(run_head(*inputs), first, strict=True))
 
 
 @gpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_host_never_waits(dtype):
-    inputs = head_inputs(dtype)
+@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
+def test_host_never_waits(dtype, kl):
+    inputs = head_inputs(dtype, kl)
     run_head(*inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -275,10 +336,10 @@ def test_the_sync_test_can_fail():
 
 
 @gpu_only
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_cuda_graph_capture(dtype):
+@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
+def test_cuda_graph_capture(dtype, kl):
     """Forward and backward of both ops in one graph; replayed on new inputs it gives the bits of a plain run."""
-    leaves, keywords, classifier, terms = head_inputs(dtype)
+    leaves, keywords, classifier, terms = head_inputs(dtype, kl)
     keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}  # every call would move them
     inputs = (leaves, keywords, classifier, terms)
     side_stream = torch.cuda.Stream()
@@ -297,3 +358,22 @@ def test_cuda_graph_capture(dtype):
         graph.replay()
         replayed = [x.clone() for x in captured]
         assert all(torch.equal(a, b) for a, b in zip(replayed, run_head(*inputs), strict=True))
+
+
+@gpu_only
+@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
+def test_compiled_whole(dtype, kl):
+    """torch.compile takes forward and backward without a graph break and gives the bits of a plain run."""
+    leaves, keywords, classifier, terms = head_inputs(dtype, kl)
+    keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}
+
+    def head(*tensors):
+        named = dict(zip(leaves, tensors, strict=True))
+        z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
+        return ops.classifier_loss(z, *classifier, **terms)[0] + fm
+
+    plain, compiled = head(*leaves.values()), torch.compile(head, fullgraph=True)(*leaves.values())
+    torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=0)
+    gradients = [torch.autograd.grad(loss, list(leaves.values())) for loss in (plain, compiled)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-6)

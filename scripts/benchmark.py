@@ -109,11 +109,12 @@ BASELINES = {
     "compile": "the same through torch.compile",
     "eager-graph": "eager in a CUDA graph, against ours in one (GPU)",
     "compile-graph": "torch.compile in a CUDA graph, against ours in one (GPU)",
+    "stage0": "ours without the tensor-core kernels: library GEMMs and plain kernels (GPU, half types)",
     "linear_cross_entropy": "torch.nn.functional's, chunked, where torch has it (rows named -ce)",
     "liger": "Liger-Kernel's fused linear cross-entropy, where installed (GPU, rows named -ce)",
     "cce": "cut-cross-entropy without gradient filter, where installed (GPU, rows named -ce, half types)",
 }
-GPU_ONLY = ("eager-graph", "compile-graph", "liger", "cce")
+GPU_ONLY = ("eager-graph", "compile-graph", "stage0", "liger", "cce")
 CE_ONLY = ("linear_cross_entropy", "liger", "cce")
 
 JSON_KEYS = (
@@ -336,7 +337,7 @@ def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str) -> str |
     package = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}.get(baseline)
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if baseline == "cce" and dtype == torch.float32:
+    if baseline in ("cce", "stage0") and dtype == torch.float32:
         return "takes half types only"
     return None
 
@@ -349,13 +350,28 @@ def make_contender(name: str, w: Workload, t: dict[str, Tensor], mode: str, dtyp
     program, _, graph = name.partition("-")
     if program == "compile":
         loss_of = torch.compile(lambda t: eager_loss(w, t), dynamic=False)
-    elif program == "ours":
+    elif program in ("ours", "stage0"):
         frozen = ops.FrozenClassifier()
         loss_of = lambda t: fused_loss(w, t, frozen=frozen)  # noqa: E731
     else:
         loss_of = lambda t: eager_loss(w, t)  # noqa: E731
     step = make_step(loss_of, t, mode, dtype, scale)
+    if program == "stage0":
+        step = limited(step)
     return captured(step) if graph else step
+
+
+def limited(step: Step) -> Step:
+    """The step with our plain kernels only."""
+
+    def plain() -> list[Tensor]:
+        before = torch.ops.ijckd.limit_stage(0)
+        try:
+            return step()
+        finally:
+            torch.ops.ijckd.limit_stage(before)
+
+    return plain
 
 
 def check(

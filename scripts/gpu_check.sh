@@ -127,14 +127,15 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     cases=tests/gpu/test_ops_cuda.py
     tests "ops float64" 60 $cases -k "float64 and not repeats"
     tests "ops float32" 60 $cases -k "no_worse and float32"
-    tests "ops bfloat16" 60 $cases -k "no_worse and bfloat16"
-    tests "ops float16" 60 $cases -k "no_worse and torch.float16"
+    tests "ops bfloat16" 90 $cases -k "no_worse and bfloat16"
+    tests "ops float16" 90 $cases -k "no_worse and torch.float16"
     tests "bad labels" 30 $cases -k "out_of_range"
     tests gradcheck 45 $cases -k "gradcheck"
     tests opcheck 45 $cases -k "opcheck"
     tests "bitwise x10" 30 $cases -k "bitwise"
     tests "no host sync" 30 $cases -k "waits or sync_test"
     tests "CUDA graph" 45 $cases -k "graph"
+    tests "torch.compile" 60 $cases -k "compiled"
     if can_import "jsonargparse, rich, timm, torchvision, pyarrow, safetensors, yaml"; then
         tests "trainer no sync" 60 tests/test_train.py -k "never_wait_for_a_gpu"
     else

@@ -257,7 +257,16 @@ def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
             "ops float16",
             "bad labels",
         ),
-        *("gradcheck", "opcheck", "bitwise x10", "no host sync", "CUDA graph", "trainer no sync", "benchmark"),
+        *(
+            "gradcheck",
+            "opcheck",
+            "bitwise x10",
+            "no host sync",
+            "CUDA graph",
+            "torch.compile",
+            "trainer no sync",
+            "benchmark",
+        ),
     ]
 
 

@@ -17,7 +17,7 @@ from ijckd_fast import ops  # noqa: E402
 
 
 def main(device: str) -> None:
-    """Forward and backward of both ops: two dtypes, maps and vectors, with and without BatchNorm."""
+    """Forward and backward of both ops: every dtype but float64, maps and vectors, with and without BatchNorm."""
 
     def moved(x):
         return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
@@ -38,6 +38,17 @@ def main(device: str) -> None:
             args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
             tables.run_loss(ops.classifier_loss, *args)
             runs += 1
+    # channels that are multiples of 8: tensor-core tiles, small and large, anchored and with whole rows of logits
+    for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,):
+        leaves, keywords = tables.connector_inputs((3, 24, 5, 3), 72, norm="train", match="map", dtype=dtype)
+        leaves, keywords = ({k: moved(v) for k, v in d.items()} for d in (leaves, keywords))
+        with torch.device(device):
+            tables.run_connector(ops.connector_match, leaves, keywords)
+        for sizes, kl in (((5, 24, 203), 0.9), ((5, 24, 203), 0.0), ((130, 72, 8069), 0.0)):
+            args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
+            tables.run_loss(ops.classifier_loss, *args, kl=kl, gram=ops.classifier_gram(args[1]))
+            runs += 1
+        runs += 1
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{runs} runs on {device} done")

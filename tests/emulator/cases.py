@@ -348,12 +348,16 @@ def row_loss(
     elif edit == "nan":
         logits64[0, K // 2] = np.nan
         logits = t.encode(logits64)
+    elif edit == "inf":  # whose own exponential is left out: it must not hide itself
+        logits64[0, K // 2] = np.inf
+        logits = t.encode(logits64)
     elif edit == "labels":  # what no check on the host can catch without waiting for the GPU
         labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
         labels_b[4:6] = [K, -1]
     b, b64 = data.normal_acc(K)
     x = logits64 + (b64 if bias and edit != "ties" else 0)
-    delta, delta64 = data.normal(B, K, scale=0.5)
+    far = 2000 if edit == "large" else 0.5  # the teacher's largest logit is another class's, far above
+    delta, delta64 = data.normal(B, K, scale=far)
     logits_t, logits_t64 = data.normal(B, K, scale=2)
     mix = data.random.random(B).astype(t.accumulator)
     d = delta64 if teacher == "delta" else x - logits_t64 if teacher == "logits_t" else np.zeros((B, K))
@@ -391,7 +395,7 @@ def row_loss(
         if w["kl"]:
             g += w["kl"] * T * (np.exp(p_s) - np.exp(p_t))
         hits = np.nanargmax(x, 1) == labels
-    size = max(1, np.nanmax(abs(x)))
+    size = max(1, abs(x[np.isfinite(x)]).max())
     close("ce", parts[0], ce if w["ce"] else 0, t)
     close("sr", parts[1], np.square(d).sum(1) if w["sr"] else 0, t)
     close("the pooled match's rows", parts[2], np.nan, t)  # another kernel's
@@ -505,6 +509,7 @@ def all_cases() -> dict[str, Case]:
         add(row_loss, t, 4, 300, edit="large")
         add(row_loss, t, 5, 600, edit="ties")
         add(row_loss, t, 3, 300, edit="nan")
+        add(row_loss, t, 3, 300, edit="inf", **ROW_LOSSES["plain"])
         add(row_loss, t, 7, 40, edit="labels")
         for B, Ct in ((1, 1), (3, 85), (2, 128), (1, 257)):
             for pooled in (True, False):

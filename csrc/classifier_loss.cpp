@@ -14,6 +14,7 @@
 #include "cuda/tiled_loss.h"
 #else
 #include "cpu/class_chunks.h"
+#include "cpu/conv1x1.h"
 #include "cpu/gemm.h"
 #endif
 
@@ -56,12 +57,20 @@ struct Rows {
 const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
 
 #ifdef IJCKD_CUDA
+// [B, Ct] times the classifier transposed, and dlogits [B, K] times the classifier.
+Tensor to_logits(const Tensor& features, const Tensor& weight) { return torch::stable::contiguous(matmul_nt(features, weight)); }
+
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
   return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
 }
 #else
+Tensor to_logits(const Tensor& features, const Tensor& weight) {
+  return by_convolution(features) ? conv_rows(features, weight) : torch::stable::contiguous(matmul_nt(features, weight));
+}
+
 // Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& dz) {
+  if (by_convolution(dlogits)) return *conv_rows_backward(dlogits, dz, weight, true, false)[0];  // dz for its shape
   if (dz.scalar_type() != weight.scalar_type()) return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
   matmul_out(dlogits, weight, dz);
   return dz;
@@ -76,14 +85,13 @@ void whole_rows(const Rows& r, const Launch& launch) {
   OptTensor delta, teacher;
   if (r.weights.sr != 0 || r.weights.kl != 0) {
     if (r.d)
-      delta = torch::stable::contiguous(matmul_nt(as(*r.d, t), r.weight));  // [B, K]
+      delta = to_logits(as(*r.d, t), r.weight);  // [B, K]
     else
       teacher = as(*r.logits_t, t);
   }
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  const Tensor logits =
-      torch::stable::contiguous(matmul_nt(as(r.z, t), r.weight));  // [B, K], becomes the rows' gradient in place
+  const Tensor logits = to_logits(as(r.z, t), r.weight);  // [B, K], becomes the rows' gradient in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
                      counts, B, K, r.weights, r.grad},

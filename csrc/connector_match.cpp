@@ -10,6 +10,8 @@
 #ifdef IJCKD_CUDA
 #include "cuda/connector_tiles.h"
 #include "cuda/stage.h"
+#else
+#include "cpu/conv1x1.h"
 #endif
 
 namespace ijckd {
@@ -49,6 +51,14 @@ bool in_tiles(const Tensor& u, const Tensor& weight) {
   return capability >= 80 && (capability < 90 || weight.size(1) <= kTileDepth);
 }
 #endif
+
+// rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
+Tensor times_weight(const Tensor& rows, const Tensor& weight) {
+#ifndef IJCKD_CUDA
+  if (by_convolution(rows)) return conv_rows(rows, torch::stable::contiguous(weight));
+#endif
+  return torch::stable::contiguous(matmul_nt(rows, weight));
+}
 
 Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check(u.dim() == 3, kOp, ": u must be rows [B, P, Cs], got ", shape(u));
@@ -93,7 +103,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   }
 #endif
   if (!parts_done) {
-    out.y = torch::stable::view(torch::stable::contiguous(matmul_nt(rows, weight)), {B, P, Ct});
+    out.y = torch::stable::view(times_weight(rows, weight), {B, P, Ct});
     if (statistics && B > 0) {
       make_parts();
       launched(channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
@@ -240,6 +250,13 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Ten
                             launch.stream),
              "connector_match's backward pass");
   Tensor du = none(u, t), dweight = none(u, t);
+#ifndef IJCKD_CUDA
+  if (by_convolution(dy) && (need_du || need_dweight)) {
+    const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
+    const auto [d_rows, d_weight] = conv_rows_backward(dy, rows, torch::stable::contiguous(weight), need_du, need_dweight);
+    return {d_rows ? torch::stable::view(*d_rows, {B, P, Cs}) : du, d_weight.value_or(dweight)};
+  }
+#endif
   if (need_du) du = torch::stable::view(torch::stable::contiguous(torch::stable::matmul(dy, weight)), {B, P, Cs});
   if (need_dweight) {
     const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -360,7 +361,7 @@ def classifier_loss(
     _check_library(z, "classifier_loss")
     dtype = _autocast_dtype(z)  # the op casts, because it knows how much of the classifier it needs at a time
     grad = torch.is_grad_enabled() and z.requires_grad
-    loss, parts, top1, _ = _ops.classifier_loss(
+    args = (
         z,
         weight,
         bias,
@@ -379,6 +380,13 @@ def classifier_loss(
         dtype,
         gram,
     )
+    # the op's own float32 products stay so, whatever autocast would make of them
+    with (
+        torch.autocast("cpu", enabled=False)
+        if dtype is not None and z.device.type == "cpu"
+        else contextlib.nullcontext()
+    ):
+        loss, parts, top1, _ = _ops.classifier_loss(*args)
     return loss, parts, top1
 
 

@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "conv1x1.h"
 #include "gemm.h"
 #include "gram.h"
 #include "loops.h"
@@ -14,9 +15,10 @@
 namespace ijckd {
 namespace {
 
-constexpr int64_t kWhole = 1 << 20;     // logits up to which whole rows are held: 4 MiB of float32
-constexpr int64_t kChunk = 1 << 19;     // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
-constexpr int64_t kLeastClasses = 256;  // below this the library's GEMM loses more than the cache gives
+constexpr int64_t kWhole = 1 << 20;  // logits up to which whole rows are held: 4 MiB of float32
+constexpr int64_t kChunk = 1 << 19;  // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
+constexpr int64_t kConvWeights = 1 << 20;  // elements of W in a chunk's convolution, which makes a copy of them
+constexpr int64_t kLeastClasses = 256;     // below this the library's GEMM loses more than the cache gives
 constexpr int64_t kLeastWeight = 1 << 18;  // elements of W from which G = W^T W saves more than its lookup costs
 constexpr int64_t kRowGrain = 4;
 constexpr int64_t kColumns = 64;  // columns of W per task when its rows are summed
@@ -139,13 +141,15 @@ class Chunks {
 
   void run() {
     anchor();
-    const int64_t most = std::min(K, std::max(kChunk / B, kLeastClasses)), chunks = (K + most - 1) / most;
+    int64_t most = std::min(K, std::max(kChunk / B, kLeastClasses));
+    if (by_conv) most = std::min(most, std::max(kConvWeights / Ct, kLeastClasses));
+    const int64_t chunks = (K + most - 1) / most;
     // nearly equal, of whole groups of hashed rows
     const int64_t size = std::min(K, ((K + chunks - 1) / chunks + kHashedRows - 1) / kHashedRows * kHashedRows);
-    const Tensor logits = empty(z, {B * size}, t);
+    const Tensor logits = empty(z, {by_conv ? 0 : B * size}, t);
     if (match) hashes.resize((K + kHashedRows - 1) / kHashedRows);
     {
-      const Tensor rounded = empty(z, {wide ? size : 0, Ct}, t), product = empty(z, {c.grad ? B : 0, Ct}, t);
+      const Tensor rounded = empty(z, {wide ? size : 0, Ct}, t), product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
       if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
       for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), rounded, logits, product);
     }
@@ -201,8 +205,14 @@ class Chunks {
 
   // Classes [k, k + n): logits, their exponentials in place, and what these add to the rows and to dz.
   void chunk(int64_t k, int64_t n, const Tensor& rounded, const Tensor& buffer, const Tensor& product) {
-    const Tensor w_chunk = weight_rows(k, n, rounded), logits = torch::stable::view(rows_of(buffer, 0, B * n), {B, n});
-    matmul_out(z, torch::stable::transpose(w_chunk, 0, 1), logits);
+    const Tensor w_chunk = weight_rows(k, n, rounded);
+    Tensor logits;
+    if (by_conv) {
+      logits = conv_rows(z, w_chunk);
+    } else {
+      logits = torch::stable::view(rows_of(buffer, 0, B * n), {B, n});
+      matmul_out(z, torch::stable::transpose(w_chunk, 0, 1), logits);
+    }
     T* l = static_cast<T*>(logits.mutable_data_ptr());
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<A> x(n);
@@ -210,12 +220,28 @@ class Chunks {
         chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, c.labels[b], smoothing != 0, rows[b]);
     });
     if (!c.grad) return;
-    matmul_out(logits, w_chunk, product);
-    const T* p = static_cast<const T*>(product.const_data_ptr());
+    Tensor dz_w = product;
+    if (by_conv)
+      dz_w = *conv_rows_backward(logits, z, w_chunk, true, false)[0];
+    else
+      matmul_out(logits, w_chunk, product);
+    const T* p = static_cast<const T*>(dz_w.const_data_ptr());
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) add(dz + b * Ct, rows[b].rescale, A(1), p + b * Ct, Ct);
     });
     if (smoothing != 0) add_column_sums(static_cast<const T*>(w_chunk.const_data_ptr()), columns.data(), n, Ct);
+  }
+
+  // to [B, Ct] = d G, some rows of G (its own columns) after others.
+  void times_gram(const Tensor& g, const Tensor& to) {
+    const int64_t most = std::max(kConvWeights / Ct, kLeastClasses);
+    for (int64_t first = 0; first < Ct; first += most) {
+      const int64_t n = std::min(most, Ct - first);
+      const Tensor part = conv_rows(*c.d, rows_of(g, first, n));  // [B, n]
+      const A* from = static_cast<const A*>(part.const_data_ptr());
+      A* out = static_cast<A*>(to.mutable_data_ptr());
+      for (int64_t b = 0; b < B; ++b) std::copy_n(from + b * n, n, out + b * Ct + first);
+    }
   }
 
   void finish() {
@@ -225,8 +251,12 @@ class Chunks {
     const A* d = static_cast<const A*>(data(c.d));
     OptTensor matched;
     if (match) {
+      const Tensor g = gram(c.weight, t, hashes);
       matched = empty(z, {B, Ct}, acc);
-      matmul_out(*c.d, gram(c.weight, t, hashes), *matched);
+      if (by_convolution(*c.d))
+        times_gram(g, *matched);
+      else
+        matmul_out(*c.d, g, *matched);
     }
     const A* gd = static_cast<const A*>(data(matched));  // [B, Ct] G d
     A* parts = static_cast<A*>(c.part_rows);
@@ -268,6 +298,7 @@ class Chunks {
 
   const ChunkedLoss& c;
   const DType t, acc;
+  const bool by_conv = t == DType::f32 && c.z.size(0) >= kConvRows;
   const int64_t B, K, Ct;
   const Tensor z;   // [B, Ct] T
   const bool wide;  // W is float32, T bfloat16

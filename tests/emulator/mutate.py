@@ -1,11 +1,13 @@
 """Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a change that no
 case notices is a hole in the tests, unless it changes nothing that can be seen.
 
-    python tests/emulator/mutate.py              all mutants, two at a time; rewrites mutants.csv (some minutes)
-    python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases; updates mutants.csv
-    python tests/emulator/mutate.py --only STR   those of which file or code holds STR; prints, writes nothing
+    python tests/emulator/mutate.py              all mutants, two at a time (about an hour)
+    python tests/emulator/mutate.py --missing    those without a row: after a change to the kernels, or where an earlier run was ended
+    python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases
+    python tests/emulator/mutate.py --only STR   those of which file or code holds STR; goes with the others
 
-mutants.csv has one row per mutant: what was changed and what noticed. `explanation` is written by hand for survivors, and kept.
+mutants.csv has one row per mutant: what was changed and what noticed. It is brought up to date as the run goes on. `explanation` is written
+by hand for survivors, and kept.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from emulator import build, cases, schedules, tile_cases
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "column", "was", "became")
 COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
+ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
 SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
 TIME_LIMIT = 120  # seconds
 FLAGS = [*build.WATCHED, "-Wno-empty-body"]  # of a statement removed after an `if`
@@ -248,6 +251,15 @@ def read_table() -> list[dict[str, str]]:
         return list(csv.DictReader(f))
 
 
+def write_table(rows: list[dict[str, str]]) -> None:
+    with tempfile.NamedTemporaryFile("w", newline="", dir=TABLE.parent, delete=False) as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    pathlib.Path(f.name).chmod(0o644)
+    pathlib.Path(f.name).replace(TABLE)
+
+
 def key(row: dict[str, str]) -> tuple[str, ...]:
     """A row's Mutant.key."""
     return tuple(row[c] for c in KEY)
@@ -257,6 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants of which file or code holds this")
     parser.add_argument("--survivors", action="store_true", help="mutants that survived last time")
+    parser.add_argument("--missing", action="store_true", help="mutants without a row")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # library, kernels: one mutant's own process
     args = parser.parse_args()
@@ -270,8 +283,10 @@ def main() -> None:
     chosen = [m for m in mutants if args.only in m.file or args.only in m.code]
     if args.survivors:
         chosen = [m for m in chosen if before.get(m.key, {}).get("verdict", SURVIVED) == SURVIVED]
-    after = dict(before) if args.survivors else {}
-    for mutant, verdict, case in judge_all(chosen, args.workers):
+    if args.missing:
+        chosen = [m for m in chosen if m.key not in before]
+    after = dict(before)
+    for done, (mutant, verdict, case) in enumerate(judge_all(chosen, args.workers), 1):
         explanation = before.get(mutant.key, {}).get("explanation", "") if verdict == SURVIVED else ""
         values = (mutant.file, mutant.line, *mutant.key[1:], verdict, case, explanation)
         after[mutant.key] = dict(zip(COLUMNS, map(str, values), strict=True))
@@ -279,12 +294,10 @@ def main() -> None:
             print(
                 f"survived: {mutant.file}:{mutant.line}: {mutant.code} : {mutant.was.strip()} -> {mutant.became.strip()}"
             )
+        if done % ROWS_AT_ONCE == 0:
+            write_table([after[m.key] for m in mutants if m.key in after])
     rows = [after[m.key] for m in mutants if m.key in after]
-    if not args.only:
-        with TABLE.open("w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    write_table(rows)
     counts = collections.Counter("survived, explained" if row["explanation"] else row["verdict"] for row in rows)
     print(f"{len(rows)} mutants:", ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
 

@@ -398,6 +398,7 @@ def all_cases() -> dict[str, Case]:
             add(project_tiles, t, N, Cs, Ct, False, wide=True)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
+        add(anchor_rows, t, 7, 1, 24, edit="labels")
         for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):
             add(project_tiles, t, N, Cs, Ct, True)
         add(project_tiles, t, 65, 72, 24, False)
@@ -424,6 +425,7 @@ def all_cases() -> dict[str, Case]:
     for edit in ("hits", "saturated", "nan"):
         add(grad_rows, BF16, 5, 300, 72, edit=edit)
     add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last")
+    add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False)
     add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8)  # large tiles
     return found
 

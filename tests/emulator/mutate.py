@@ -36,7 +36,7 @@ COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
 LONG = 0.4  # seconds; a longer case runs in the first order only
 ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
 SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
-TIME_LIMIT = 120  # seconds
+TIME_LIMIT = 30  # seconds, of at most 5 on a quiet machine
 FLAGS = [*build.WATCHED, "-Wno-empty-body"]  # of a statement removed after an `if`
 
 # Which kernels a changed file can break: the launchers that a unit defines, and the units that include a file.

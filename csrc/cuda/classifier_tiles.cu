@@ -118,7 +118,7 @@ __device__ void exp_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_
           const float x = acc[i][j][2 * half + n] + (bias && real ? bias[k + n] : 0);
           if (real) row.logits += x, row.top.meet(x, k + n);
           float above = x - anchor;
-          if (above > kSaturation && above < INFINITY) above = kSaturation;  // NaN and infinity go through to the loss
+          if (above > kSaturation) above = kSaturation;  // NaN goes through
           e[n] = real && k + n != label ? exp2f(above * kLog2e) : 0;
           row.others += e[n];
         }

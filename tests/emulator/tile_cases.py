@@ -101,6 +101,8 @@ def logits_exp(
     data = Data(t, f"logits_exp {B} {classes} {Ct}")
     K, first_tile = first_class + classes + 3, first_class // 100
     (z, _), (pooled_t, _) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
+    if edit == "broken":
+        z[0, 0] = np.nan
     z_t = t.encode(z)
     weight, weight64 = data.normal(K, Ct, scale=2 / Ct**0.5)
     if (
@@ -162,13 +164,17 @@ def logits_exp(
         close(f"others of tile {i}", others[at] / np.where(total > 0, total, 1), np.sign(total), t_sum)
         if smoothing:
             close(f"logits of tile {i}", sums[at], own[:, a:z_].sum(1), t, scale=10)
-        close(f"best of tile {i}", best[at], own[:, a:z_].max(1), t, scale=4)
+        sound = ~np.isnan(own).any(1)  # a row of nothing but NaN has no largest logit
+        assert np.isneginf(best[at][~sound]).all()
+        assert (best_class[at][~sound] == -1).all()
+        top, top_class, part_own = best[at][sound], best_class[at][sound], own[sound]
+        close(f"best of tile {i}", top, part_own[:, a:z_].max(1), t, scale=4)
         if edit == "ties":
-            np.testing.assert_array_equal(best_class[at], first_class + a + own[:, a:z_].argmax(1))
+            np.testing.assert_array_equal(top_class, first_class + a + part_own[:, a:z_].argmax(1))
         else:
-            near = np.take_along_axis(own, np.clip(best_class[at] - first_class, 0, classes - 1)[:, None], 1)[:, 0]
-            assert ((best_class[at] >= first_class + a) & (best_class[at] < first_class + z_)).all()
-            close(f"logit of the best class of tile {i}", near, own[:, a:z_].max(1), F32, scale=4)
+            assert ((top_class >= first_class + a) & (top_class < first_class + z_)).all()
+            near = np.take_along_axis(part_own, (top_class - first_class)[:, None], 1)[:, 0]
+            close(f"logit of the best class of tile {i}", near, part_own[:, a:z_].max(1), F32, scale=4)
     untouched = [i for i in range(every) if not first_tile <= i < first_tile + tiles]
     assert np.isnan(others[untouched]).all()
     if gram:
@@ -228,6 +234,8 @@ def grad_rows(
     if edit == "hits":
         labels = np.where(np.arange(B) % 3, top, labels) % K
         best[1, :] = best[0, :]  # a tie between tiles: the lower class
+        best[0, 0], best_class[0, 0], labels[0] = 9, 0, 0
+        best[0, 1], best_class[0, 1] = -np.inf, -1  # a tile of NaN
         top = best_class[best.argmax(0), np.arange(B)]
     elif edit == "saturated":
         anchor[0] -= 500
@@ -235,7 +243,12 @@ def grad_rows(
         saturated[0] = True
     elif edit == "nan":
         anchor[B // 2] = anchor64[B // 2] = np.nan
-        labels[B // 2] = K
+        labels[B // 2] = -1
+        best[:, B // 2], best_class[:, B // 2] = (
+            -np.inf,
+            -1,
+        )  # its logits are NaN too: no class is the best, not even -1
+        top[B // 2] = K
     z_t, (bias, bias64) = t.encode(z), data.normal_acc(K)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
@@ -264,7 +277,8 @@ def grad_rows(
     s = others.astype(np.float64).sum(0)
     s = np.where(np.isnan(anchor64), np.nan, s)
     best64 = best.astype(np.float64)
-    ce_rows = np.where(saturated, np.log(np.exp(best64).sum(0)) - anchor64, np.log1p(s))
+    with np.errstate(divide="ignore"):
+        ce_rows = np.where(saturated, np.log(np.exp(best64).sum(0)) - anchor64, np.log1p(s))
     if two_labels:
         ce_rows = ce_rows + (1 - eps) * (1 - share) * (anchor64 - logit_b64)
     ce_rows = ce_rows + eps * (anchor64 - logits64.sum(0) / K)
@@ -409,8 +423,9 @@ def all_cases() -> dict[str, Case]:
         add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False)
     add(logits_exp, BF16, 5, 150, 72, first_class=256)
     add(logits_exp, BF16, 5, 150, 72, store=False)
-    for edit in ("ties", "far", "nan"):
+    for edit in ("ties", "far", "nan", "broken"):
         add(logits_exp, BF16, 5, 150, 72, edit=edit)
+    add(logits_exp, BF16, 5, 70, 136, gram=True)  # its last stage is the first in memory
     add(logits_exp, BF16, 2, 21841, 8)
     add(logits_exp, BF16, 130, 128 * 63 + 5, 72, gram=True)  # large tiles
     for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):

@@ -244,7 +244,7 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
       if (p.sums.logits)
         for (int t = 0; t < p.sums.class_tiles; ++t) logits += p.sums.logits[t * p.B + b];
       if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (p.anchor[b] - p.logit_b[b]);
-      if (eps != 0) row += eps * (p.anchor[b] - logits / float(p.K));
+      row += eps * (p.anchor[b] - logits / float(p.K));
       ce += row;
     }
     if (w.sr != 0) {
@@ -264,11 +264,7 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
   p.parts[kPartSr] = float(sr);
   p.parts[kPartFm] = float(fm);
   p.parts[kPartKl] = 0;
-  double loss = 0;  // a weight of 0 leaves its part out, even where that is NaN
-  if (w.ce != 0) loss += w.ce * ce;
-  if (w.sr != 0) loss += w.sr * sr;
-  if (w.fm != 0) loss += w.fm * fm;
-  *p.loss = float(loss);
+  *p.loss = float(w.ce * ce + w.sr * sr + w.fm * fm);  // a part without weight is 0
   *p.top1 = int64_t(hits);
 }
 

@@ -238,9 +238,9 @@ def grad_rows(
         best[0, 1], best_class[0, 1] = -np.inf, -1  # a tile of NaN
         top = best_class[best.argmax(0), np.arange(B)]
     elif edit == "saturated":
-        anchor[0] -= 500
-        anchor64[0] -= 500
-        saturated[0] = True
+        saturated[[0, B - 1]] = True
+        anchor[saturated] -= 500
+        anchor64[saturated] -= 500
     elif edit == "nan":
         anchor[B // 2] = anchor64[B // 2] = np.nan
         labels[B // 2] = -1
@@ -436,6 +436,7 @@ def all_cases() -> dict[str, Case]:
     for chunk in ("first", "last"):
         add(grad_rows, BF16, 5, 90, 72, chunk=chunk, label_smoothing=0)
     add(grad_rows, BF16, 5, 90, 72, ce=0)
+    add(grad_rows, BF16, 5, 90, 72, ce=1, sr=1, fm=1)
     add(grad_rows, BF16, 5, 90, 72, grad=False)
     for edit in ("hits", "saturated", "nan"):
         add(grad_rows, BF16, 5, 300, 72, edit=edit)

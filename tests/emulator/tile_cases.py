@@ -198,6 +198,7 @@ def grad_rows(
     pooled: bool = True,
     two_labels: bool = True,
     grad: bool = True,
+    bias: bool = True,
     edit: str = "",
     **changed: float,
 ) -> list[Array]:
@@ -249,7 +250,12 @@ def grad_rows(
             -1,
         )  # its logits are NaN too: no class is the best, not even -1
         top[B // 2] = K
-    z_t, (bias, bias64) = t.encode(z), data.normal_acc(K)
+    if (
+        edit == "saturated"
+    ):  # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
+        z *= 16
+        z64 *= 16
+    z_t, (biases, biases64) = t.encode(z), data.normal_acc(K)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
@@ -257,7 +263,7 @@ def grad_rows(
         dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
-        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=bias, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None,
+        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None,
         labels=labels,
         labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
         gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
@@ -303,7 +309,7 @@ def grad_rows(
     if w["ce"]:
         a, b = weight64[np.clip(labels, 0, K - 1)], weight64[labels_b]
         want = (c / total)[:, None] * raw + (c * ((1 - (1 - eps) * share) - s / total))[:, None] * a
-        exact = np.exp(log_softmax(t.decode(z_t) @ weight64.T + bias64)) @ weight64
+        exact = np.exp(log_softmax(t.decode(z_t) @ weight64.T + (biases64 if bias else 0))) @ weight64
         want[saturated] = c * (exact - ((1 - eps) * share)[:, None] * a)[saturated]
         if two_labels:
             want = want - (c * (1 - eps) * (1 - share))[:, None] * b
@@ -441,6 +447,7 @@ def all_cases() -> dict[str, Case]:
     for edit in ("hits", "saturated", "nan"):
         add(grad_rows, BF16, 5, 300, 72, edit=edit)
     add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last")
+    add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False)
     add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False)
     add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8)  # large tiles
     return found

@@ -233,11 +233,11 @@ def grad_rows(
     top = best_class[best.argmax(0), np.arange(B)]
     saturated = np.zeros(B, bool)
     if edit == "hits":
-        labels = np.where(np.arange(B) % 3, top, labels) % K
         best[1, :] = best[0, :]  # a tie between tiles: the lower class
-        best[0, 0], best_class[0, 0], labels[0] = 9, 0, 0
+        best[0, 0], best_class[0, 0] = 9, 0
         best[0, 1], best_class[0, 1] = -np.inf, -1  # a tile of NaN
         top = best_class[best.argmax(0), np.arange(B)]
+        labels = np.where(np.arange(B) % 3 < 2, top, labels)
     elif edit == "saturated":
         saturated[[0, B - 1]] = True
         anchor[saturated] -= 500
@@ -250,12 +250,17 @@ def grad_rows(
             -1,
         )  # its logits are NaN too: no class is the best, not even -1
         top[B // 2] = K
+        anchor[B - 1] = anchor64[B - 1] = np.nan
+        labels[B - 1] = K
     if (
         edit == "saturated"
     ):  # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
         z *= 16
         z64 *= 16
     z_t, (biases, biases64) = t.encode(z), data.normal_acc(K)
+    if edit == "saturated":  # and all below 0, where leftovers in memory, taken for logits, would be the largest
+        biases -= 640
+        biases64 = biases.astype(np.float64)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
@@ -263,7 +268,8 @@ def grad_rows(
         dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
-        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None,
+        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor,
+        logit_b=logit_b, fm_rows=fm_rows if pooled else None,
         labels=labels,
         labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
         gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
@@ -319,7 +325,7 @@ def grad_rows(
     if fm_weight:
         want = want + 2 * fm_weight / (B * Ct) * (z64 - pooled64)
     size = np.nanmax(abs(want))
-    close("dz", dz / size, want / size, t, scale=4)
+    close("dz", dz / size, want / size, t, scale=100 if edit == "saturated" else 4)
     return [loss, parts, dz]
 
 

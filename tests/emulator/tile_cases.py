@@ -245,16 +245,13 @@ def grad_rows(
     elif edit == "nan":
         anchor[B // 2] = anchor64[B // 2] = np.nan
         labels[B // 2] = -1
-        best[:, B // 2], best_class[:, B // 2] = (
-            -np.inf,
-            -1,
-        )  # its logits are NaN too: no class is the best, not even -1
+        # its logits are NaN too: no class is the best, not even -1
+        best[:, B // 2], best_class[:, B // 2] = -np.inf, -1
         top[B // 2] = K
         anchor[B - 1] = anchor64[B - 1] = np.nan
         labels[B - 1] = K
-    if (
-        edit == "saturated"
-    ):  # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
+    if edit == "saturated":
+        # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
         z *= 16
         z64 *= 16
     z_t, (biases, biases64) = t.encode(z), data.normal_acc(K)

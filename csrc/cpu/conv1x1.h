@@ -1,7 +1,8 @@
 #pragma once
 // Rows times a float32 weight through torch's convolution, as a 1 x 1 kernel on a map one pixel wide: oneDNN's kernels, made for
 // the processor at hand, where torch's matrix product takes the BLAS library that it was built with, which for float32 may be
-// half as fast. Not for an active autocast, which would round the operands.
+// half as fast. With one thread torch itself goes back to that library. Not for an active autocast, which would round the
+// operands.
 
 #include <array>
 #include <vector>

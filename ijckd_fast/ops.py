@@ -410,6 +410,7 @@ class FrozenClassifier:
     def __init__(self) -> None:
         self._made_from: tuple[object, ...] = ()
         self._prepared: tuple[Tensor, Tensor | None] | None = None
+        self._weight: Tensor | None = None  # kept, so that no other classifier can come to lie at its address
 
     def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
         """(weight in autocast's dtype, its gram or None) for `classifier_loss`.
@@ -428,6 +429,7 @@ class FrozenClassifier:
             wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
             self._prepared = rounded, classifier_gram(rounded) if wanted else None
             self._made_from = made_from
+            self._weight = weight.detach()
         return self._prepared
 
 

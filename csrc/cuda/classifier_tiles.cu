@@ -303,7 +303,7 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
     if (p.bias) logit += p.bias[k];
     const float before = logit > top ? expf(top - logit) : 1;
     top = logit > top ? logit : top;
-    const float e = expf(logit - top);
+    const float e = logit == -INFINITY ? 0 : expf(logit - top);  // a masked class, perhaps before any other
     sum = before * sum + e;
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {

@@ -6,8 +6,8 @@ case notices is a hole in the tests, unless it changes nothing that can be seen.
     python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases
     python tests/emulator/mutate.py --only STR   those of which file or code holds STR; goes with the others
 
-mutants.csv has one row per mutant: what was changed and what noticed. It is brought up to date as the run goes on. `explanation` is written
-by hand for survivors, and kept.
+mutants.csv has one row per mutant that has been judged: what was changed and what noticed. It is brought up to date as the run goes on.
+`explanation` is written by hand for survivors, and kept.
 """
 
 from __future__ import annotations

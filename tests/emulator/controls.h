@@ -20,7 +20,9 @@ inline void bind_controls(pybind11::module_& module) {
       .def_readonly("copies", &Counts::copies)
       .def_readonly("load_matrix", &Counts::load_matrix)
       .def_readonly("multiply_add", &Counts::multiply_add)
-      .def_readonly("bank_conflicts", &Counts::bank_conflicts);
+      .def_readonly("bank_conflicts", &Counts::bank_conflicts)
+      .def_readonly("tile_copies", &Counts::tile_copies)
+      .def_readonly("warpgroup_multiply_add", &Counts::warpgroup_multiply_add);
   module.def("set_schedule", &emulator::set_schedule, py::arg("schedule"), py::arg("seed") = 1);
   module.def("set_async", &emulator::set_async);
   module.def("counts", [] { return emulator::counts(); });

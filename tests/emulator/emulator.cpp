@@ -5,8 +5,11 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <list>
 #include <map>
 #include <numeric>
 #include <random>
@@ -61,10 +64,19 @@ constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the lar
 constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
 constexpr size_t kDistance = 1 << 20;            // at least, between the call's arrays
 constexpr size_t kDynamicAlign = 1024;
-constexpr size_t kDynamicOffset = 2 * kSharedLimit + kDynamicAlign;  // in the arena; static arrays lie before it
-constexpr size_t kSharedArena = kDynamicOffset + kLargeSharedLimit + 4096;
+constexpr size_t kDynamicOffset = kDynamicAlign;  // in the arena; static arrays lie behind it
+constexpr size_t kStaticOffset = kDynamicOffset + kLargeSharedLimit + 4096;
+constexpr size_t kSharedArena = kStaticOffset + 2 * kSharedLimit + 4096;
 constexpr size_t kDynamicElement = 2;
 constexpr size_t kCopy = 16;  // bytes that one asynchronous copy writes
+
+constexpr size_t kTileRow = 128;  // bytes; the 128-byte swizzle repeats every 8 of them
+constexpr size_t kTileAlign = 8 * kTileRow;
+constexpr int kWarpgroup = 4;  // warps
+constexpr int kWarpgroups = kMaxThreads / kWarp / kWarpgroup;
+constexpr int kMostArrivals = (1 << 20) - 1, kMostBytes = (1 << 20) - 1;  // of an mbarrier's phase
+constexpr size_t kDescribed = 1 << 18;  // bytes of shared memory that a matrix descriptor can point into
+static_assert(kDynamicOffset % kTileAlign == 0 && kDynamicOffset + kLargeSharedLimit <= kDescribed);
 
 enum class Kind { load, store, atomic };
 
@@ -101,11 +113,78 @@ struct Copy {
   uint32_t group;
 };
 
+// An mbarrier: a phase is complete once all arrivals and all bytes that they announced have come.
+struct Mbarrier {
+  int arrivals = 0, pending = 0;
+  int64_t bytes = 0;   // announced and not come
+  uint32_t phase = 0;  // phases completed
+  int initialiser = 0;
+  bool fenced = false;
+  std::vector<uint32_t> seen;                 // phases that each thread knows to be complete, from a wait of its own
+  uint32_t seen_by_one = 0, seen_by_all = 0;  // all: what one knew at the last barrier
+};
+
+// What the emulated driver keeps in a CUtensorMap.
+struct TiledMap {
+  uint64_t magic;
+  const char* base;
+  uint64_t columns, rows, stride;  // stride in bytes
+  uint32_t box_columns, box_rows;
+  CUtensorMapSwizzle swizzle;
+};
+constexpr uint64_t kMapMagic = 0x70616d726f736e74;
+static_assert(sizeof(TiledMap) <= sizeof(CUtensorMap));
+
+struct TileCopy {
+  char* to;
+  TiledMap map;
+  int column, row;
+  Mbarrier* barrier;
+  uint32_t phase;  // of the barrier, at the start
+  int thread;
+  Place place;
+  bool landed;
+};
+
+// Who of the asynchronous proxy touched 16 bytes of dynamic shared memory last; a Cell knows of loads and stores only.
+struct Granule {
+  uint32_t copy = 0;                // 1 + index of a TileCopy
+  uint32_t read[kWarpgroups] = {};  // 1 + index of a warpgroup's Multiply
+};
+
+// One warp's registers [16, 8 * blocks] while multiplications add to them.
+struct Accumulators {
+  float* d[kWarp];
+  int blocks = 0;
+  std::vector<float> sum;
+  uint32_t last = 0;  // 1 + index of the last Multiply
+};
+
+struct Multiply {
+  uint64_t a, b;
+  int blocks;
+  bool transposed;
+  Half type;
+  Place place;
+  std::vector<uint32_t> copies;                   // whose bytes it reads
+  std::array<Accumulators*, kWarpgroup> to = {};  // of each warp
+};
+
+// Four warps issue the same multiplications, each at its own time; they run when all four have committed them.
+struct Warpgroup {
+  std::deque<Multiply> multiplies;
+  std::vector<uint32_t> ends;  // of each group, in multiplies
+  uint32_t done = 0;           // multiplies that have run
+};
+
 struct Thread {
   enum State { ready, waiting, returned };
   void* stack_pointer = nullptr;
   uintptr_t stack = 0;
   State state = ready;
+  const char* what = nullptr;         // it waits at
+  Place place{};                      // of that
+  const Mbarrier* barrier = nullptr;  // it waits for
   uint3 index{};
   std::vector<Copy> copies;  // under way, oldest first
   uint32_t groups = 0;       // closed
@@ -130,6 +209,7 @@ struct Lane {
   float* sum;
   uint32_t* fragments;
   const uint32_t *a, *b;
+  uint64_t descriptor_a, descriptor_b;
 };
 
 struct Warp {
@@ -137,6 +217,12 @@ struct Warp {
   Lane lanes[kWarp];
   int size = 0, returned = 0, at_barrier = 0;  // threads
   uint32_t epoch = 0;                          // __syncwarps passed
+
+  bool fenced = false;                   // its registers, since the last group
+  uint32_t issued = 0;                   // multiplications
+  uint32_t committed = 0;                // groups
+  uint32_t waited = 0, waited_sync = 0;  // multiplications whose end it has waited for; and as of the last barrier
+  std::list<Accumulators> accumulators;
 };
 
 struct Machine {
@@ -172,6 +258,17 @@ struct Machine {
   void* scheduler = nullptr;
   std::string violation;
 
+  // of its asynchronous proxy
+  std::map<uintptr_t, Mbarrier> barriers;
+  std::deque<TileCopy> tiles;
+  std::vector<uint32_t> under_way;  // of tiles, oldest first
+  std::vector<Granule> granules;    // of dynamic shared memory
+  bool granules_used = false;
+  std::array<Warpgroup, kWarpgroups> warpgroups;
+  size_t dynamic_align = 0;     // declared
+  bool generic_stores = false;  // to dynamic shared memory; barriers do not count
+  int64_t generic_epoch = -1;   // of the last load or store there
+
   char* stacks = nullptr;
   char* arena = nullptr;
 };
@@ -202,15 +299,32 @@ std::string name(uint32_t thread) {
   return s.str();
 }
 
+std::string block_name() {
+  std::ostringstream s;
+  s << "block (" << m.block_index.x << ", " << m.block_index.y << ", " << m.block_index.z << ")";
+  return s.str();
+}
+
 void leave() { emulator_switch(&m.threads[m.running].stack_pointer, m.scheduler); }
+
+void wait(const char* what, Place place) {
+  Thread& t = m.threads[m.running];
+  t.state = Thread::waiting;
+  t.what = what;
+  t.place = place;
+  leave();
+}
 
 // Ends the launch: the scheduler throws the text. Never returns.
 template <typename... Parts>
 [[noreturn]] void violate(const char* kind, const Parts&... parts) {
   std::ostringstream s;
-  s << kind << ": " << name(m.running) << " of block (" << m.block_index.x << ", " << m.block_index.y << ", " << m.block_index.z
-    << ") ";
+  s << kind << ": " << name(m.running) << " of " << block_name() << " ";
   (s << ... << parts);
+  if (!m.stack) {  // for a thread whose copy the scheduler lands
+    m.running = -1;
+    throw std::runtime_error(s.str());
+  }
   m.violation = s.str();
   for (;;) leave();
 }
@@ -218,6 +332,7 @@ template <typename... Parts>
 std::ostream& operator<<(std::ostream& s, const Meeting& meeting) { return s << meeting.what << " in " << where(meeting.place); }
 
 Warp& own_warp() { return m.warps[m.running / kWarp]; }
+Warpgroup& own_warpgroup() { return m.warpgroups[m.running / kWarp / kWarpgroup]; }
 
 void thread_main() {
   m.body(m.started);
@@ -228,6 +343,9 @@ void thread_main() {
   if (m.barrier.arrived) violate("synccheck", "returned while others wait at ", m.barrier);
   if (own_warp().meeting.arrived) violate("synccheck", "returned while others of its warp wait at ", own_warp().meeting);
   if (!t.copies.empty()) violate("synccheck", "returned before the copy it started in ", where(t.copies[0].place), " had landed");
+  if (own_warp().issued > own_warp().waited)
+    violate("synccheck", "returned before it had waited for the multiplication in ",
+            where(own_warpgroup().multiplies[own_warp().waited].place));
   for (;;) leave();
 }
 
@@ -245,11 +363,7 @@ void meet_warp(const char* what, int argument, Place place, const Lane& lane, co
   meeting.argument = argument;
   meeting.place = place;
   w.lanes[m.running % kWarp] = lane;
-  if (++meeting.arrived < kWarp) {
-    m.threads[m.running].state = Thread::waiting;
-    leave();
-    return;
-  }
+  if (++meeting.arrived < kWarp) return wait(what, place);
   meeting.arrived = 0;
   act(w);
   const int first = m.running / kWarp * kWarp;
@@ -262,6 +376,7 @@ bool backwards() { return m.schedule == Schedule::reverse || m.schedule == Sched
 void start_block() {
   for (Thread& t : m.threads) {
     t.state = Thread::ready;
+    t.barrier = nullptr;
     t.copies.clear();
     t.groups = 0;
 #ifdef __SANITIZE_ADDRESS__
@@ -279,11 +394,51 @@ void start_block() {
   }
   m.shared.clear();
   m.shared_bytes = m.dynamic.end - m.dynamic.begin;
-  m.arena_used = 0;
+  m.arena_used = kStaticOffset;
   memset(reinterpret_cast<void*>(m.dynamic.begin), 0xFF, m.shared_bytes);  // NaN in every floating type
   m.barrier = {};
   m.epoch = 0;
   m.returned = 0;
+  m.barriers.clear();
+  m.tiles.clear();
+  m.under_way.clear();
+  if (m.granules_used) std::fill(m.granules.begin(), m.granules.end(), Granule{});
+  m.granules_used = false;
+  for (Warpgroup& g : m.warpgroups)
+    if (!g.multiplies.empty() || !g.ends.empty()) g = {};
+  m.dynamic_align = 0;
+  m.generic_stores = false;
+  m.generic_epoch = -1;
+}
+
+// What the threads of a block wait for that will not come.
+std::string deadlock() {
+  std::map<std::string, int> waits;
+  for (const Thread& t : m.threads) {
+    if (t.state != Thread::waiting) continue;
+    std::ostringstream s;
+    s << t.what << " in " << where(t.place);
+    if (t.barrier)
+      s << " (phase " << t.barrier->phase << " lacks " << t.barrier->pending << " arrivals and " << t.barrier->bytes << " bytes)";
+    ++waits[s.str()];
+  }
+  std::string text = "synccheck: all threads of " + block_name() + " wait";
+  for (const auto& [what, threads] : waits) text += ", " + std::to_string(threads) + " at " + what;
+  return text;
+}
+
+void land(TileCopy& c);
+
+// Lands one of the copies of tiles that are under way; whether there was one.
+bool land_one() {
+  if (m.under_way.empty()) return false;
+  const size_t i = m.schedule == Schedule::random ? m.random() % m.under_way.size() : 0;
+  TileCopy& copy = m.tiles[m.under_way[i]];
+  m.under_way.erase(m.under_way.begin() + i);
+  m.running = copy.thread;
+  land(copy);
+  m.running = -1;
+  return true;
 }
 
 void run_block() {
@@ -316,8 +471,12 @@ void run_block() {
         ran = true;
         if (!greedy()) break;
       }
-    if (!ran) throw std::runtime_error("synccheck: all threads of a block wait");
+    if (!ran && !land_one()) throw std::runtime_error(deadlock());
   }
+  for (const TileCopy& c : m.tiles)
+    if (c.barrier->seen_by_one <= c.phase)
+      throw std::runtime_error("synccheck: " + block_name() + " ended before anyone had waited for the copy started in " +
+                               where(c.place));
 }
 
 bool in_arena(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(m.arena) < kSharedArena; }
@@ -367,6 +526,41 @@ Place copy_into(uintptr_t address, const Touch& store) {
 
 Touch touch_now() { return {m.block_number, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false}; }
 
+bool has_seen(int thread, const TileCopy& c) { return std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase; }
+
+// The running thread is about to change bytes that multiplications may still read: each of the warpgroup's warps must have waited
+// for them, and told by a barrier, unless it is the thread's own.
+template <typename At>
+void check_reads(const Granule& granule, size_t offset, const char* does, At place) {
+  for (int g = 0; g < kWarpgroups; ++g) {
+    if (granule.read[g] == 0) continue;
+    for (int i = g * kWarpgroup; i < (g + 1) * kWarpgroup; ++i) {
+      const Warp& w = m.warps[i];
+      if ((&w == &own_warp() ? w.waited : w.waited_sync) >= granule.read[g]) continue;
+      violate("racecheck", does, " byte ", offset, " of dynamic shared memory, which the multiplication in ",
+              where(m.warpgroups[g].multiplies[granule.read[g] - 1].place), " reads; warp ", i,
+              w.waited < granule.read[g] ? " has not waited for that" : " has waited for that with no barrier between", ", in ",
+              where(place));
+    }
+  }
+}
+
+// Whether the running thread may touch these bytes of dynamic shared memory after what the asynchronous proxy did there.
+template <typename At>
+void check_granules(size_t offset, size_t bytes, bool store, const char* does, At place) {
+  for (size_t i = offset / kCopy; i <= (offset + bytes - 1) / kCopy; ++i) {
+    const Granule& granule = m.granules[i];
+    if (granule.copy) {
+      const TileCopy& c = m.tiles[granule.copy - 1];
+      if (!c.landed || !has_seen(m.running, c))
+        violate("racecheck", does, " byte ", i * kCopy, " of dynamic shared memory, into which the copy started by ",
+                name(c.thread), " in ", where(c.place), c.landed ? " has landed without its waiting for that" : " is under way",
+                ", in ", where(place));
+    }
+    if (store) check_reads(granule, i * kCopy, does, place);
+  }
+}
+
 // One load or store of `bytes` bytes at `address`, made at `place`: a Place or the code behind the access. Gives the region, if
 // any is watched there.
 template <typename At>
@@ -391,6 +585,12 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   Touch now = touch_now();
   now.atomic = kind == Kind::atomic;
   const char* does = store ? "stores to" : "loads";
+  const bool dynamic = r == &m.dynamic;
+  if (dynamic) {
+    if (m.granules_used) check_granules(address - r->begin, bytes, store, does, place);
+    m.generic_epoch = m.epoch;
+    m.generic_stores |= store;
+  }
   const size_t first = (address - r->begin) / r->element, last = (address + bytes - 1 - r->begin) / r->element;
   for (size_t i = first; i <= last; ++i) {
     Cell& c = r->cells[i];
@@ -402,7 +602,8 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
     if (after_store || (store && races(c.load, now, r->shared)))
       violate("racecheck", does, " element ", i, " of ", r->name, ", which ", who(after_store ? c.store : c.load),
               after_store ? " stored to" : " loaded", " with no barrier between, in ", where(place));
-    const bool unwritten = r->shared ? c.store.block != now.block : c.store.block == 0;
+    const bool copied = dynamic && m.granules_used && m.granules[i * kDynamicElement / kCopy].copy;
+    const bool unwritten = !copied && (r->shared ? c.store.block != now.block : c.store.block == 0);
     if (kind != Kind::store && unwritten && r->access == Access::out)
       violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
     if (!store)
@@ -452,6 +653,226 @@ float from_half(uint16_t bits, Half type) {
   }
   memcpy(&value, &wide, sizeof value);
   return value;
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Hopper
+
+constexpr const char* kBarrierWait = "barrier_wait";
+constexpr const char* kWarpgroupWait = "warpgroup_wait";
+constexpr uint64_t kBarrierBits = 0x7265697272616221;  // what the emulator keeps in an mbarrier's own memory
+
+// An access to an mbarrier's own memory, which tiles and operands are kept from otherwise.
+void check_barrier(uint64_t* p, Kind kind, Place place) {
+  const auto [stores, epoch] = std::pair(m.generic_stores, m.generic_epoch);
+  check(p, sizeof *p, kind, place);
+  m.generic_stores = stores, m.generic_epoch = epoch;
+}
+
+// The mbarrier there, for an instruction other than its initialisation. Its operations are atomic.
+Mbarrier& find_barrier(uint64_t* p, const char* what, Place place) {
+  const auto found = m.barriers.find(reinterpret_cast<uintptr_t>(p));
+  if (found == m.barriers.end())
+    violate("initcheck", "is at ", what, " for a barrier that nobody has initialised, in ", where(place));
+  check_barrier(p, Kind::atomic, place);
+  if (*p != kBarrierBits) violate("memcheck", "is at ", what, " for a barrier that has been overwritten, in ", where(place));
+  return found->second;
+}
+
+void complete(Mbarrier& b, Place place) {
+  if (b.pending) return;
+  if (b.bytes < 0) violate("synccheck", "brings a barrier ", -b.bytes, " bytes more than expected, in ", where(place));
+  if (b.bytes) return;
+  ++b.phase;
+  b.pending = b.arrivals;
+  for (Thread& t : m.threads)
+    if (t.barrier == &b) t.state = Thread::ready, t.barrier = nullptr;
+}
+
+// Calls use(row of the box, first column inside the array, columns, their address) for the rows that the array has a part of.
+template <typename Use>
+void for_rows_inside(const TileCopy& c, const Use& use) {
+  const int64_t columns = static_cast<int64_t>(c.map.columns), rows = static_cast<int64_t>(c.map.rows);
+  const int64_t first = std::max(c.column, 0), last = std::min<int64_t>(columns, int64_t(c.column) + c.map.box_columns);
+  if (first >= last) return;
+  for (int64_t r = 0; r < c.map.box_rows; ++r)
+    if (c.row + r >= 0 && c.row + r < rows)
+      use(r, first - c.column, last - first, c.map.base + (c.row + r) * c.map.stride + first * 2);
+}
+
+void check_source(const TileCopy& c) {
+  for_rows_inside(c, [&](int64_t, int64_t, int64_t columns, const char* from) { check(from, columns * 2, Kind::load, c.place); });
+}
+
+void land(TileCopy& c) {
+  check_source(c);
+  if (c.barrier->phase != c.phase)
+    violate("synccheck", "started a copy that lands when its barrier's phase has been completed without it, in ", where(c.place));
+  memset(c.to, 0, c.map.box_rows * kTileRow);
+  for_rows_inside(c, [&](int64_t r, int64_t column, int64_t columns, const char* from) {
+    char row[kTileRow] = {};
+    memcpy(row + column * 2, from, columns * 2);
+    for (size_t chunk = 0; chunk < kTileRow / kCopy; ++chunk)
+      memcpy(c.to + r * kTileRow + (chunk ^ r % 8) * kCopy, row + chunk * kCopy, kCopy);
+  });
+  c.landed = true;
+  c.barrier->bytes -= c.map.box_rows * kTileRow;
+  complete(*c.barrier, c.place);
+}
+
+// The threads of four warps issue this instruction together.
+void check_warpgroup(const char* what, Place place) {
+  const int first = m.running / kWarp / kWarpgroup * kWarpgroup, warps = static_cast<int>(m.warps.size()) - first;
+  if (warps < kWarpgroup) violate("synccheck", "is at ", what, " in ", where(place), ", but its warpgroup has ", warps, " warps");
+}
+
+// Calls use(row, first, address in shared memory) for the 16 bytes that hold elements (row, first .. first + 7) of an operand
+// [rows, 16], or [16, rows] transposed, in whose rows of 128 bytes they are neighbours.
+template <typename Use>
+void for_chunks(uint64_t descriptor, int rows, bool transposed, const Use& use) {
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3FFF) << 4; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  const auto swizzled = [](uint32_t address) { return address ^ (address >> 7 & 7) << 4; };
+  if (transposed) {
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < rows; n += 8)
+        use(k, n, swizzled(start + n / 64 * leading + k / 8 * stride + k % 8 * kTileRow + n % 64 * 2));
+  } else {
+    for (int r = 0; r < rows; ++r)
+      for (int k = 0; k < 16; k += 8) use(r, k, swizzled(start + r / 8 * stride + r % 8 * kTileRow + k * 2));
+  }
+}
+
+// What one multiplication reads, before it is known to a warp other than the running one.
+void check_operand(Multiply& x, uint64_t descriptor, int rows, bool transposed) {
+  const auto wrong = [&](const char* kind, uint32_t address, const auto&... why) {
+    violate(kind, "multiplies byte ", static_cast<int64_t>(address) - static_cast<int64_t>(kDynamicOffset),
+            " of dynamic shared memory, ", why..., ", in ", where(x.place));
+  };
+  if (descriptor >> 62 != 1 || descriptor >> 46 & 0xFFFF || descriptor >> 30 & 3 || descriptor >> 14 & 3)
+    violate("memcheck", "multiplies by a matrix descriptor of another layout than the 128-byte swizzle, in ", where(x.place));
+  const int group = m.running / kWarp / kWarpgroup;
+  const uint32_t number = static_cast<uint32_t>(own_warpgroup().multiplies.size());
+  const size_t bytes = m.dynamic.end - m.dynamic.begin;
+  for_chunks(descriptor, rows, transposed, [&](int, int, uint32_t address) {
+    if (address < kDynamicOffset || address + kCopy > kDynamicOffset + bytes) wrong("memcheck", address, "which has ", bytes);
+    Granule& granule = m.granules[(address - kDynamicOffset) / kCopy];
+    const Cell* cells = &m.dynamic.cells[(address - kDynamicOffset) / kDynamicElement];
+    for (size_t i = 0; m.generic_stores && i < kCopy / kDynamicElement; ++i)
+      if (cells[i].store.block == m.block_number)
+        wrong("racecheck", address, "which ", who(cells[i].store), " stored to with no fence towards the asynchronous proxy");
+    if (!granule.copy) wrong("initcheck", address, "which nobody has copied to");
+    const TileCopy& c = m.tiles[granule.copy - 1];
+    if (!c.landed) wrong("racecheck", address, "into which the copy started in ", where(c.place), " is under way");
+    if (std::find(x.copies.rbegin(), x.copies.rend(), granule.copy - 1) == x.copies.rend()) x.copies.push_back(granule.copy - 1);
+    granule.read[group] = number;
+  });
+}
+
+constexpr uint32_t kTaken = 0xFFBFFFFF;  // a NaN that any arithmetic changes
+
+void refuse_registers(Place place) {
+  violate("racecheck", "uses registers otherwise while a multiplication adds to them, before ", where(place));
+}
+
+void check_registers(const Accumulators& to, Place place) {
+  for (const float* d : to.d)
+    for (int i = 0; i < 4 * to.blocks; ++i)
+      if (memcmp(d + i, &kTaken, sizeof kTaken)) refuse_registers(place);
+}
+
+// The warp's registers that its lanes add to, taken from them until it has waited.
+Accumulators& take_registers(Warp& w, int blocks, Place place) {
+  for (Accumulators& to : w.accumulators) {
+    if (to.d[0] != w.lanes[0].sum) continue;
+    for (int l = 0; l < kWarp; ++l)
+      if (to.d[l] != w.lanes[l].sum || to.blocks != blocks) refuse_registers(place);
+    check_registers(to, place);
+    return to;
+  }
+  Accumulators& to = w.accumulators.emplace_back();
+  to.blocks = blocks;
+  to.sum.resize(16 * 8 * blocks);
+  for (int l = 0; l < kWarp; ++l) {
+    to.d[l] = w.lanes[l].sum;
+    for (int j = 0; j < blocks; ++j)
+      for (int i = 0; i < 4; ++i) to.sum[(l / 4 + i / 2 * 8) * 8 * blocks + 8 * j + 2 * (l % 4) + i % 2] = to.d[l][4 * j + i];
+    for (int i = 0; i < 4 * blocks; ++i) memcpy(to.d[l] + i, &kTaken, sizeof kTaken);
+  }
+  return to;
+}
+
+// Registers whose last multiplication is before `end` are the warp's again.
+void give_registers(Warp& w, uint32_t end, Place place) {
+  for (auto to = w.accumulators.begin(); to != w.accumulators.end();) {
+    if (to->last > end) {
+      ++to;
+      continue;
+    }
+    check_registers(*to, place);
+    for (int l = 0; l < kWarp; ++l)
+      for (int j = 0; j < to->blocks; ++j)
+        for (int i = 0; i < 4; ++i)
+          to->d[l][4 * j + i] = to->sum[(l / 4 + i / 2 * 8) * 8 * to->blocks + 8 * j + 2 * (l % 4) + i % 2];
+    to = w.accumulators.erase(to);
+  }
+}
+
+void multiply(const Multiply& x) {
+  constexpr int kRows = 16 * kWarpgroup, kMostColumns = 256;
+  static float A[kRows][16], B[16][kMostColumns];
+  const int columns = 8 * x.blocks;
+  const auto element = [&](uint32_t address, int i) {
+    uint16_t bits;
+    memcpy(&bits, m.arena + address + 2 * i, sizeof bits);
+    return from_half(bits, x.type);
+  };
+  for_chunks(x.a, kRows, false, [&](int row, int k, uint32_t address) {
+    for (int i = 0; i < 8; ++i) A[row][k + i] = element(address, i);
+  });
+  for_chunks(x.b, columns, x.transposed, [&](int row, int first, uint32_t address) {
+    for (int i = 0; i < 8; ++i) (x.transposed ? B[row][first + i] : B[first + i][row]) = element(address, i);
+  });
+  for (int r = 0; r < kRows; ++r) {
+    float sum[kMostColumns] = {}, *to = x.to[r / 16]->sum.data() + r % 16 * columns;
+    for (int k = 0; k < 16; ++k) {
+      const float a = A[r][k], *b = B[k];
+      for (int c = 0; c < columns; ++c) sum[c] += a * b[c];
+    }
+    for (int c = 0; c < columns; ++c) to[c] += sum[c];
+  }
+}
+
+// Runs the warpgroup's first `groups` groups.
+void run_groups(Warpgroup& g, uint32_t groups) {
+  while (g.done < g.ends[groups - 1]) multiply(g.multiplies[g.done++]);
+}
+
+// Groups that all four warps have committed.
+uint32_t committed(int warpgroup) {
+  uint32_t least = UINT32_MAX;
+  for (int i = 0; i < kWarpgroup; ++i) least = std::min(least, m.warps[warpgroup * kWarpgroup + i].committed);
+  return least;
+}
+
+CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  const bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (!half || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+    return CUDA_ERROR_NOT_SUPPORTED;  // here, not by CUDA
+  const auto aligned = [](const void* p, size_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  bool good = map && base && sizes && strides && box && steps && aligned(map, 64) && aligned(base, 16);
+  good = good && strides[0] % 16 == 0 && strides[0] < uint64_t(1) << 40 && strides[0] / 2 >= sizes[0];
+  for (int i = 0; good && i < 2; ++i)
+    good = sizes[i] > 0 && sizes[i] <= uint64_t(1) << 32 && box[i] > 0 && box[i] <= 256 && steps[i] == 1;
+  good = good && box[0] * 2 % 16 == 0 && (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= kTileRow);
+  if (!good || promotion < CU_TENSOR_MAP_L2_PROMOTION_NONE || promotion > CU_TENSOR_MAP_L2_PROMOTION_L2_256B)
+    return CUDA_ERROR_INVALID_VALUE;
+  const TiledMap tiled{kMapMagic, static_cast<const char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1], swizzle};
+  memset(map, 0, sizeof *map);
+  memcpy(map, &tiled, sizeof tiled);
+  return CUDA_SUCCESS;
 }
 
 char* reserve(size_t bytes) {
@@ -514,15 +935,12 @@ void barrier(Place place) {
   b.what = kWhat;
   b.place = place;
   ++own_warp().at_barrier;
-  if (++b.arrived < static_cast<int>(m.threads.size())) {
-    m.threads[m.running].state = Thread::waiting;
-    leave();
-    return;
-  }
+  if (++b.arrived < static_cast<int>(m.threads.size())) return wait(kWhat, place);
   b.arrived = 0;
   ++m.epoch;
   for (Thread& t : m.threads) t.state = Thread::ready;
-  for (Warp& w : m.warps) w.at_barrier = 0;
+  for (Warp& w : m.warps) w.at_barrier = 0, w.waited_sync = w.waited;
+  for (auto& [address, phases] : m.barriers) phases.seen_by_all = phases.seen_by_one;
 }
 
 uint32_t shared_address(const void* p) {
@@ -638,6 +1056,176 @@ void copy_async_wait(int pending) {
   t.copies.erase(t.copies.begin(), t.copies.begin() + landed);
 }
 
+void barrier_init(uint64_t* barrier, int arrivals, Place place) {
+  const auto refuse = [&](const auto&... why) { violate("memcheck", why..., ", in ", where(place)); };
+  if (!in_arena(reinterpret_cast<uintptr_t>(barrier))) refuse("initialises a barrier outside shared memory");
+  if (reinterpret_cast<uintptr_t>(barrier) % sizeof *barrier) refuse("initialises a barrier that is not 8-byte aligned");
+  if (arrivals < 1 || arrivals > kMostArrivals) refuse("initialises a barrier for ", arrivals, " arrivals");
+  if (m.barriers.count(reinterpret_cast<uintptr_t>(barrier))) refuse("initialises a barrier again");
+  check_barrier(barrier, Kind::store, place);
+  *barrier = kBarrierBits;
+  Mbarrier& b = m.barriers[reinterpret_cast<uintptr_t>(barrier)];
+  b.arrivals = b.pending = arrivals;
+  b.initialiser = m.running;
+  b.seen.resize(m.threads.size());
+}
+
+void barrier_init_fence() {
+  for (auto& [address, b] : m.barriers) b.fenced |= b.initialiser == m.running;
+}
+
+void barrier_expect(uint64_t* barrier, int bytes, Place place) {
+  Mbarrier& b = find_barrier(barrier, "barrier_expect", place);
+  if (bytes < 0 || b.bytes + bytes > kMostBytes) violate("memcheck", "expects ", bytes, " more bytes, in ", where(place));
+  if (b.pending == 0) violate("synccheck", "arrives at a barrier once more than it was initialised for, in ", where(place));
+  --b.pending;
+  b.bytes += bytes;
+  complete(b, place);
+}
+
+void barrier_wait(uint64_t* barrier, uint32_t parity, Place place) {
+  Mbarrier& b = find_barrier(barrier, kBarrierWait, place);
+  if (parity > 1) violate("memcheck", "waits for parity ", parity, ", in ", where(place));
+  while (b.phase % 2 == parity) {
+    m.threads[m.running].barrier = &b;
+    wait(kBarrierWait, place);
+  }
+  b.seen[m.running] = b.phase;
+  b.seen_by_one = std::max(b.seen_by_one, b.phase);
+}
+
+void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, Place place) {
+  const auto refuse = [&](const auto&... why) { violate("memcheck", why..., ", in ", where(place)); };
+  Mbarrier& b = find_barrier(barrier, "load_tile", place);
+  if (!b.fenced)
+    violate("racecheck", "copies a tile for a barrier with no barrier_init_fence since its barrier_init, in ", where(place));
+  TileCopy copy{static_cast<char*>(to), {}, column, row, &b, b.phase, m.running, place, false};
+  memcpy(&copy.map, &map, sizeof copy.map);
+  if (reinterpret_cast<uintptr_t>(&map) % 64) refuse("copies a tile by a map that is not 64-byte aligned");
+  if (copy.map.magic != kMapMagic) refuse("copies a tile by a map that was not encoded");
+  if (copy.map.swizzle != CU_TENSOR_MAP_SWIZZLE_128B || copy.map.box_columns * 2 != kTileRow)
+    refuse("copies a tile by a map whose box has no rows of 128 bytes with the 128-byte swizzle");
+  const uintptr_t address = reinterpret_cast<uintptr_t>(to);
+  const size_t bytes = copy.map.box_rows * kTileRow, size = m.dynamic.end - m.dynamic.begin, offset = address - m.dynamic.begin;
+  if (address < m.dynamic.begin || offset + bytes > size)
+    refuse("copies a tile of ", bytes, " bytes to byte ", static_cast<ptrdiff_t>(offset), " of the ", size,
+           " of dynamic shared memory");
+  if (offset % kTileAlign) refuse("copies a tile to an address that is not 1024-byte aligned");
+  if (m.dynamic_align < kTileAlign)
+    refuse("copies a tile to dynamic shared memory that is declared aligned to ", m.dynamic_align, " bytes");
+  const auto overlapped = m.barriers.lower_bound(address);
+  if (overlapped != m.barriers.end() && overlapped->first < address + bytes) refuse("copies a tile over a barrier");
+
+  constexpr const char* kDoes = "copies a tile to";
+  m.granules_used = true;
+  check_granules(offset, bytes, true, kDoes, place);
+  const Touch now = touch_now();
+  if (m.generic_stores || m.generic_epoch == m.epoch)
+    for (size_t i = offset / kDynamicElement; i < (offset + bytes) / kDynamicElement; ++i) {
+      const Cell& c = m.dynamic.cells[i];
+      const bool stored = c.store.block == now.block;
+      if (stored || races(c.load, now, true))
+        violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ", who(stored ? c.store : c.load),
+                stored ? " stored to with no fence towards the asynchronous proxy" : " loaded with no barrier between", ", in ",
+                where(place));
+    }
+  check_source(copy);
+  m.tiles.push_back(copy);
+  const uint32_t number = static_cast<uint32_t>(m.tiles.size());
+  for (size_t i = 0; i < bytes / kCopy; ++i) m.granules[offset / kCopy + i].copy = number;
+  ++m.counts.tile_copies;
+  if (m.async == Async::lazy) {
+    memset(to, 0xFF, bytes);
+    m.under_way.push_back(number - 1);
+  } else {
+    land(m.tiles.back());
+  }
+}
+
+uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, Place place) {
+  const uint32_t address = shared_address(p);
+  for (const int bytes : {static_cast<int>(address), leading_bytes, stride_bytes})
+    if (bytes < 0 || bytes % kCopy || bytes >= static_cast<int>(kDescribed))
+      violate("memcheck", "describes a matrix by address or offset ", bytes, ", in ", where(place));
+  return address >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+
+void warpgroup_fence(Place place) {
+  check_warpgroup("warpgroup_fence", place);
+  meet_warp("warpgroup_fence", 0, place, {}, [](Warp& w) { w.fenced = true; });
+}
+
+void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, Place place) {
+  constexpr const char* kWhat = "multiply_add_64xNx16";
+  check_warpgroup(kWhat, place);
+  Lane lane{};
+  lane.sum = d;
+  lane.descriptor_a = a;
+  lane.descriptor_b = b;
+  const int argument = blocks << 2 | transposed << 1 | (type == Half::f16);
+  meet_warp(kWhat, argument, place, lane, [&](Warp& w) {
+    const auto wrong = [&](const auto&... why) { violate("synccheck", "is at ", kWhat, " in ", where(place), why...); };
+    for (const Lane& l : w.lanes)
+      if (l.descriptor_a != a || l.descriptor_b != b) wrong(" with other descriptors than others of its warp");
+    if (!w.fenced) wrong(" with no warpgroup_fence since its last group");
+    Warpgroup& g = own_warpgroup();
+    if (w.issued == g.multiplies.size()) {
+      Multiply& x = g.multiplies.emplace_back();
+      x.a = a, x.b = b, x.blocks = blocks, x.transposed = transposed, x.type = type, x.place = place;
+      m.granules_used = true;
+      check_operand(x, a, 16 * kWarpgroup, false);
+      check_operand(x, b, 8 * blocks, transposed);
+      ++m.counts.warpgroup_multiply_add;
+    }
+    Multiply& x = g.multiplies[w.issued++];
+    if (x.a != a || x.b != b || x.blocks != blocks || x.transposed != transposed || x.type != type || x.place.line != place.line)
+      wrong(", with other operands or elsewhere than others of its warpgroup, in ", where(x.place));
+    const int warp = m.running / kWarp;
+    for (const uint32_t i : x.copies)
+      for (int l = 0; l < kWarp; ++l)
+        if (!has_seen(warp * kWarp + l, m.tiles[i]))
+          violate("racecheck", "multiplies what the copy started in ", where(m.tiles[i].place), " brings, for which ",
+                  name(warp * kWarp + l), " has not waited, in ", where(place));
+    Accumulators& to = take_registers(w, blocks, place);
+    to.last = w.issued;
+    x.to[warp % kWarpgroup] = &to;
+  });
+}
+
+void warpgroup_commit(Place place) {
+  check_warpgroup("warpgroup_commit", place);
+  meet_warp("warpgroup_commit", 0, place, {}, [&](Warp& w) {
+    Warpgroup& g = own_warpgroup();
+    if (w.committed == g.ends.size()) g.ends.push_back(w.issued);
+    if (g.ends[w.committed++] != w.issued)
+      violate("synccheck", "commits a group of other multiplications than others of its warpgroup, in ", where(place));
+    w.fenced = false;
+    const int group = m.running / kWarp / kWarpgroup, first = group * kWarpgroup;
+    if (committed(group) < w.committed) return;
+    for (int i = 0; i < kWarpgroup * kWarp; ++i) {
+      Thread& t = m.threads[first * kWarp + i];
+      if (t.state == Thread::waiting && t.what == kWarpgroupWait) t.state = Thread::ready;
+    }
+    if (m.async == Async::lazy) return;
+    run_groups(g, w.committed);
+    for (int i = 0; i < kWarpgroup; ++i) give_registers(m.warps[first + i], g.done, place);
+  });
+}
+
+void warpgroup_wait(int pending, Place place) {
+  check_warpgroup(kWarpgroupWait, place);
+  meet_warp("the warp's part of warpgroup_wait", pending, place, {}, [](Warp&) {});
+  Warp& w = own_warp();
+  Warpgroup& g = own_warpgroup();
+  if (w.committed <= static_cast<uint32_t>(pending)) return;
+  const uint32_t groups = w.committed - pending;
+  while (committed(m.running / kWarp / kWarpgroup) < groups) wait(kWarpgroupWait, place);
+  run_groups(g, groups);
+  w.waited = std::max(w.waited, g.ends[groups - 1]);
+  give_registers(w, w.waited, place);
+}
+
 void* shared(const void* site, size_t bytes, size_t element, size_t align) {
   for (const Region& r : m.shared)
     if (r.site == site) return reinterpret_cast<void*>(r.begin);
@@ -666,6 +1254,7 @@ void* shared(const void* site, size_t bytes, size_t element, size_t align) {
 void* dynamic_shared(size_t align) {
   if (align > kDynamicAlign) violate("memcheck", "declares dynamic shared memory aligned to ", align, " bytes");
   if (m.dynamic.end == m.dynamic.begin) violate("memcheck", "declares dynamic shared memory, launched without any");
+  m.dynamic_align = std::max(m.dynamic_align, align);
   return reinterpret_cast<void*>(m.dynamic.begin);
 }
 
@@ -697,6 +1286,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   m.dynamic.begin = reinterpret_cast<uintptr_t>(m.arena) + kDynamicOffset;
   m.dynamic.end = m.dynamic.begin + config.dynamicSmemBytes;
   m.dynamic.cells.resize((config.dynamicSmemBytes + kDynamicElement - 1) / kDynamicElement);
+  m.granules.assign((config.dynamicSmemBytes + kCopy - 1) / kCopy, {});
   for (uint32_t i = 0; i < threads; ++i) {
     m.threads[i].stack = reinterpret_cast<uintptr_t>(m.stacks) + kStack * i;
     m.threads[i].index = {i % b.x, i / b.x % b.y, i / (b.x * b.y)};
@@ -786,7 +1376,18 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor)
     return cudaErrorInvalidValue;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;  // what the emulated instructions need
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;  // what the emulated instructions need
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  const bool known = !strcmp(symbol, "cuTensorMapEncodeTiled"), old = version < 12000;
+  *function = known && !old ? reinterpret_cast<void*>(&emulator::encode_tiled) : nullptr;
+  if (status)
+    *status = !known ? cudaDriverEntryPointSymbolNotFound
+              : old  ? cudaDriverEntryPointVersionNotSufficent
+                     : cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 

@@ -16,8 +16,23 @@
 //              others have left by returning; a thread that returns with copies under way
 // Shared memory is filled with NaN before every block. The first violation ends the launch with a std::runtime_error.
 //
-// What it cannot see: memory fences, register pressure, the GPU's own exp and log, in which order tensor cores add, speed.
+// Of Hopper's instructions (hopper_instructions.cuh) it checks besides:
+//   memcheck   a tile copied to an address not aligned to 1024 bytes, to outside dynamic shared memory or over a barrier, by a
+//              map that the driver has not encoded, or from outside the call's arrays; an operand outside dynamic shared memory
+//   racecheck  a barrier used without its initialisation's fence; a multiplication of bytes whose copy each of its threads has
+//              not itself waited for; a copy or store into bytes that a multiplication may still read: each of its warps must
+//              have waited, with a __syncthreads after that for other warps; a copy over, or a multiplication of, bytes that
+//              threads have stored: there is no fence for that; registers touched while a multiplication adds to them
+//   initcheck  a barrier not initialised, a multiplication of bytes never copied
+//   synccheck  warps of a warpgroup that issue other multiplications; a group without a fence before it; more bytes or arrivals
+//              than a barrier expects; a block whose threads all wait, which names what for; a thread that returns without
+//              having waited for its multiplications, a block that ends with tile copies nobody has waited for
+// That one thread's wait on a barrier orders what others did is known of a __syncthreads only, not of an mbarrier's arrivals.
+//
+// What it cannot see: memory fences other than those, whether a map is a __grid_constant__ parameter, register pressure, the
+// GPU's own exp and log, in which order tensor cores add, speed.
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
@@ -32,7 +47,8 @@ enum class Schedule { forward, reverse, greedy, greedy_reverse, random };
 
 void set_schedule(Schedule schedule, unsigned seed);
 
-// When an asynchronous copy's bytes move: as late as they may, in the wait for it, or as early, at its start.
+// When an asynchronous copy's bytes move: as late as they may, in the wait for it, or as early, at its start. A tile copy's late
+// is when no thread of the block can run without it; a multiplication by a warpgroup runs in the wait for it, or at its commit.
 enum class Async { lazy, eager };
 
 void set_async(Async async);
@@ -43,6 +59,8 @@ struct Counts {
   uint64_t load_matrix = 0;     // warp-wide instructions
   uint64_t multiply_add = 0;    // warp-wide instructions
   uint64_t bank_conflicts = 0;  // of load_matrix: accesses beyond one for each 8 rows of 16 bytes
+  uint64_t tile_copies = 0;
+  uint64_t warpgroup_multiply_add = 0;
 };
 
 const Counts& counts();
@@ -110,5 +128,17 @@ void multiply_add_16x8x16(float* d, const uint32_t* a, const uint32_t* b, Half t
 void copy_async16(void* to, const void* from, int bytes, Place place);
 void copy_async_commit();
 void copy_async_wait(int pending);
+
+// What hopper_instructions.cuh does; those whose names begin with warpgroup or multiply are for whole warps of a warpgroup.
+void barrier_init(uint64_t* barrier, int arrivals, Place place);
+void barrier_init_fence();
+void barrier_expect(uint64_t* barrier, int bytes, Place place);
+void barrier_wait(uint64_t* barrier, uint32_t parity, Place place);
+void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, Place place);
+uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, Place place);
+void warpgroup_fence(Place place);
+void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, Place place);
+void warpgroup_commit(Place place);
+void warpgroup_wait(int pending, Place place);
 
 }  // namespace emulator

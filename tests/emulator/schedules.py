@@ -25,7 +25,7 @@ def set_order(module: ModuleType, order: Order) -> None:
 
 def others(module: ModuleType) -> list[Order]:
     """All but the first that matter to what has run since set_order."""
-    if module.counts().copies:
+    if module.counts().copies or module.counts().tile_copies:
         return WITH_COPIES[1:]
     return [(schedule, "lazy") for schedule in module.Schedule.__members__][1:]
 

@@ -159,6 +159,62 @@ TILE_FAULTS = {
 }
 
 
+# The same by Hopper's instructions.
+HOPPER_FAULTS = {
+    "no_wait": "(race|init)check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)",
+    "wrong_parity": "check: .* multiplies .* (is under way|nobody has copied to)|all threads of .* at barrier_wait in broken_hopper",
+    "one_thread_waits": "check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)",
+    "expects_too_little": "synccheck: .* brings a barrier 16 bytes more than expected, in broken_hopper.cu",
+    "expects_too_much": r"synccheck: all threads of .* at barrier_wait in .* \(phase 0 lacks 0 arrivals and 16 bytes\)",
+    "expects_twice": "synccheck: .* arrives at a barrier once more than it was initialised for, in broken_hopper.cu",
+    "one_arrival_too_many": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and 0 bytes\)",
+    "never_expects": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and -32768 bytes\)",
+    "stage_never_filled": "initcheck: .* multiplies byte .* of dynamic shared memory, which nobody has copied to",
+    "no_barrier_before_refill": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has (not )?waited for that",
+    "refill_before_wait": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
+    "wait_one_too_few": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
+    "no_barrier_after_init": "(initcheck: .* a barrier that nobody has initialised|racecheck: .* element 0 of shared array 0, which)",
+    "no_init": "initcheck: .* for a barrier that nobody has initialised, in broken_hopper.cu",
+    "init_again": "memcheck: .* initialises a barrier again",
+    "no_init_fence": "racecheck: .* copies a tile for a barrier with no barrier_init_fence since its barrier_init",
+    "init_fence_by_another": "racecheck: .* copies a tile for a barrier with no barrier_init_fence since its barrier_init",
+    "no_fence": "synccheck: .* is at multiply_add_64xNx16 in .* with no warpgroup_fence since its last group",
+    "no_commit": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
+    "no_final_wait": "racecheck: .* has not waited for that",
+    "one_warp_waits": r"racecheck: .* copies a tile to byte \d+ of .*; warp [123] has not waited for that, in broken_hopper.cu",
+    "divergent_lane": "synccheck: .* is at multiply_add_64xNx16 in .*, others of its warp are at multiply_add_64xNx16 in",
+    "warp_skips_one": "synccheck: .* multiply_add_64xNx16 in .*, with other operands or elsewhere than others of its warpgroup",
+    "descriptors_differ_in_warp": "synccheck: .* with other descriptors than others of its warp",
+    "descriptors_differ_in_warpgroup": "synccheck: .*, with other operands or elsewhere than others of its warpgroup",
+    "seven_warps": "synccheck: .* is at warpgroup_fence in .*, but its warpgroup has 3 warps",
+    "other_layout": "memcheck: .* multiplies by a matrix descriptor of another layout than the 128-byte swizzle",
+    "past_the_stages": "memcheck: .* multiplies byte 114688 of dynamic shared memory, which has 98304",
+    "misaligned_tile": "memcheck: .* copies a tile to an address that is not 1024-byte aligned",
+    "tile_past_shared": "memcheck: .* copies a tile of 16384 bytes to byte 82944 of the 98304 of dynamic shared memory",
+    "tile_to_static_shared": "memcheck: .* copies a tile of 16384 bytes to byte .* of the 98304 of dynamic shared memory",
+    "little_aligned_stages": "memcheck: .* copies a tile to dynamic shared memory that is declared aligned to 128 bytes",
+    "tile_over_barrier": "memcheck: .* copies a tile over a barrier",
+    "barrier_overwritten": "(memcheck: .* for a barrier that has been overwritten|racecheck: .* stores to element 1 of shared array 0)",
+    "map_not_encoded": "memcheck: .* copies a tile by a map that was not encoded",
+    "map_of_narrow_box": "memcheck: .* copies a tile by a map whose box has no rows of 128 bytes",
+    "map_of_low_box": r"synccheck: all threads of .* \(phase 0 lacks 0 arrivals and 8192 bytes\)",
+    "map_of_more_rows": "memcheck: .* loads 128 bytes outside every array, .* of a, in broken_hopper.cu",
+    "map_of_more_columns": r"memcheck: .* loads \d+ bytes outside every array, .* of a, in broken_hopper.cu",
+    "map_of_misaligned_array": "launch failed: 1$",
+    "map_of_odd_stride": "launch failed: 1$",
+    "map_of_high_box": "launch failed: 1$",
+    "old_driver": "launch failed: 801$",
+    "stores_to_stage": "racecheck: .* multiplies .*, which thread .* stored to with no fence towards the asynchronous proxy",
+    "stores_before_copy": "racecheck: .* copies a tile to .*, which thread .* stored to with no fence",
+    "loads_stage_without_wait": r"racecheck: .* loads byte \d+ of .*, into which the copy started by thread \(0, 0, 0\)",
+    "registers_touched": "racecheck: .* uses registers otherwise while a multiplication adds to them",
+    "results_without_barrier": r"racecheck: .* stores to byte \d+ of .*; warp \d has (not )?waited for that",
+    "results_before_wait": r"racecheck: .* stores to byte \d+ of .*; warp \d has (not )?waited for that",
+    "prefetch_past_the_end": "racecheck: .* stores to byte .* into which the copy .* (is under way|has landed without)",
+}
+HOPPER_WRONG = ("descriptor_step", "wrong_stride", "wrong_transposition", "wrong_leading transposed")
+
+
 ALL_ORDERS = [(schedule, when) for schedule in SCHEDULES for when in ("lazy", "eager")]
 
 
@@ -187,14 +243,14 @@ def test_a_copy_whose_source_changes_gives_other_bits_early_than_late(broken):
     np.testing.assert_array_equal(outs["lazy"], np.where(np.arange(128) % 4, x, -1))
 
 
-def tile_product(broken, name, M=70, N=72, K=330):
+def tile_product(broken, name, M=70, N=72, K=330, run="run_tile"):
     """(result, what numpy says)"""
     t = cases.F16 if "f16" in name.split() else cases.BF16
     data = cases.Data(t, "tile")
     K = K // 8 * 8
     (a, a64), (b, b64) = data.normal(M, K), data.normal(*((K, N) if "transposed" in name else (N, K)))
     out = data.out(M, N)
-    broken.run_tile(name, a, b, out)
+    getattr(broken, run)(name, a, b, out)
     return out, a64 @ (b64 if "transposed" in name else b64.T)
 
 
@@ -210,6 +266,33 @@ def test_the_emulator_finds_every_fault_of_a_pipeline(broken, schedule, when):
     for name in sound:
         got, want = tile_product(broken, name)
         np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(("schedule", "when"), ALL_ORDERS)
+def test_the_emulator_finds_every_fault_of_a_hopper_pipeline(broken, schedule, when):
+    sound = [name for name in broken.hopper_names() if name.startswith("sound")]
+    assert set(broken.hopper_names()) == {*sound, *HOPPER_FAULTS, *HOPPER_WRONG}
+    schedules.set_order(broken, (schedule, when))
+    M, N, K = size = 150, 136, 330
+
+    def product(name):
+        return tile_product(broken, name, *size, run="run_hopper")
+
+    for name, text in HOPPER_FAULTS.items():
+        with pytest.raises(RuntimeError, match=text):
+            product(name)
+    assert len(sound) == 4
+    for name in sound:
+        broken.clear_counts()
+        got, want = product(name)
+        np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max(), err_msg=name)
+        stages = -(-M // 128) * -(-N // 128) * -(-K // 64)
+        counts = broken.counts()
+        assert counts.tile_copies == stages * (3 if "transposed" in name else 2)
+        assert counts.warpgroup_multiply_add == stages * 2 * 4
+    for name in HOPPER_WRONG:
+        got, want = product(name)
+        assert not np.allclose(got, want, atol=1e-2 * abs(want).max()), name
 
 
 def test_bank_conflicts_are_counted(broken):

@@ -45,12 +45,16 @@ PYBIND11_MODULE(emulated_broken, module) {
     const float* from = add<float>(arrays, "in", in, Access::in);
     run(broken::kKernels, broken::kCount, name, from, add<float>(arrays, "out", out, Access::out));
   });
-  module.def("tile_names", [] { return names(broken::kTiles, broken::kTileCount); });
-  module.def("run_tile", [](const std::string& name, const py::array& a, const py::array& b, py::array_t<float>& out) {
-    emulator::Arrays arrays;
-    const void *from_a = add(arrays, "a", a, Access::in), *from_b = add(arrays, "b", b, Access::in);
-    const auto size = [](const py::array& of, int dimension) { return static_cast<int>(of.shape(dimension)); };
-    run(broken::kTiles, broken::kTileCount, name, from_a, from_b, add<float>(arrays, "out", out, Access::out), size(out, 0),
-        size(out, 1), size(a, 1));
-  });
+  const auto define_tiles = [&](const char* list, const char* runner, const broken::Tile* tiles, int count) {
+    module.def(list, [=] { return names(tiles, count); });
+    module.def(runner, [=](const std::string& name, const py::array& a, const py::array& b, py::array_t<float>& out) {
+      emulator::Arrays arrays;
+      const void *from_a = add(arrays, "a", a, Access::in), *from_b = add(arrays, "b", b, Access::in);
+      const auto size = [](const py::array& of, int dimension) { return static_cast<int>(of.shape(dimension)); };
+      run(tiles, count, name, from_a, from_b, add<float>(arrays, "out", out, Access::out), size(out, 0), size(out, 1),
+          size(a, 1));
+    });
+  };
+  define_tiles("tile_names", "run_tile", broken::kTiles, broken::kTileCount);
+  define_tiles("hopper_names", "run_hopper", broken::kHopperTiles, broken::kHopperTileCount);
 }

@@ -19,4 +19,8 @@ struct Tile {
 extern const Tile kTiles[];
 extern const int kTileCount;
 
+// The same by Hopper's instructions.
+extern const Tile kHopperTiles[];
+extern const int kHopperTileCount;
+
 }  // namespace broken

@@ -118,7 +118,7 @@ def build_kernels(folder: pathlib.Path) -> None:
 
 
 def build_broken(folder: pathlib.Path) -> None:
-    objects = [compile_kernels(HERE / unit, folder) for unit in ("broken.cu", "broken_tile.cu")]
+    objects = [compile_kernels(HERE / unit, folder) for unit in ("broken.cu", "broken_tile.cu", "broken_hopper.cu")]
     link([*objects, build_runtime(folder), build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
 
 

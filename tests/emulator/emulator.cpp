@@ -606,8 +606,12 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
     const bool unwritten = !copied && (r->shared ? c.store.block != now.block : c.store.block == 0);
     if (kind != Kind::store && unwritten && r->access == Access::out)
       violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
+    const bool after_own = c.store.block == now.block && c.store.epoch == now.epoch && c.store.warp_epoch == now.warp_epoch &&
+                           c.store.thread == now.thread && !c.store.atomic;
     if (!store)
       add_load(c.load, now, r->shared);
+    else if (now.atomic && after_own)
+      continue;  // others' atomics race with that store still
     else if (!two_atomics || !races(c.store, now, r->shared))
       c.store = now;
     else if (c.store.block == now.block)  // else the earlier block's is kept: it races with whatever either may race with

@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   if (gram) check_shape(gram, {2, Ct, Ct}, kOp, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
   const TiledLoss tiled{z_acc, w,    bias_acc, labels_row, labels_b_row, mix_acc, pooled_acc, logits_t,
                         gram,  loss, parts,    top1,       dz,           weights, grad};
-  if (stage_limit() >= 1 && tiled_loss(tiled, launch)) return {loss, parts, top1, dz};
+  if (tiled_loss(tiled, launch)) return {loss, parts, top1, dz};
 #endif
 
   OptTensor d;

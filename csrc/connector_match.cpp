@@ -38,17 +38,17 @@ struct Projected {
 };
 
 #ifdef IJCKD_CUDA
-// Up to this depth of the product the tiles' statistics, which save a pass over y, outweigh the library's faster Hopper GEMM: by
-// arithmetic, not yet measured. On earlier GPUs both use the same instructions.
+// Up to this depth of the product stage 1's tiles, whose statistics save a pass over y, outweigh the library's faster GEMM on a
+// Hopper GPU: by arithmetic, not yet measured. On earlier GPUs both use the same instructions.
 constexpr int64_t kTileDepth = 320;
 
-bool in_tiles(const Tensor& u, const Tensor& weight) {
+// The stage whose tiles serve the product; 0: the library's GEMM.
+int tile_stage(const Tensor& u, const Tensor& weight) {
   const bool half = u.scalar_type() == ScalarType::BFloat16 || u.scalar_type() == ScalarType::Half;
   const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
-  if (!half || stage_limit() < 1 || weight.size(1) % 8 != 0 || weight.size(0) % 2 != 0 || !aligned(u) || !aligned(weight))
-    return false;
-  const int capability = compute_capability();
-  return capability >= 80 && (capability < 90 || weight.size(1) <= kTileDepth);
+  if (!half || weight.size(1) % 8 != 0 || weight.size(0) % 2 != 0 || !aligned(u) || !aligned(weight)) return 0;
+  const int most = stage();
+  return most == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : most;
 }
 #endif
 
@@ -83,11 +83,13 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   Launch launch(u);
 #ifdef IJCKD_CUDA
   const Tensor w = torch::stable::contiguous(weight);
-  if (B > 0 && in_tiles(rows, w)) {
+  const int stage = B > 0 ? tile_stage(rows, w) : 0;
+  if (stage > 0) {
     out.y = empty(u, {B, P, Ct}, t);
-    rows_per_part = project_rows(N, Ct);
+    rows_per_part = project_rows(stage, N, Ct);
     if (statistics) make_parts();
-    launched(project_tiles({.dtype = t,
+    launched(project_tiles({.stage = stage,
+                            .dtype = t,
                             .u = rows.const_data_ptr(),
                             .weight = w.const_data_ptr(),
                             .y = out.y.mutable_data_ptr(),

@@ -42,6 +42,5 @@ def kernels_for(capability: tuple[int, int]) -> str:
         return f"{name}: none of our kernels, which need sm_75 or newer; train with --head reference or --device cpu"
     if capability < (8, 0):
         return f"{name}: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"
-    return (
-        f"{name}: tensor-core kernels (stage 1); library GEMMs and plain kernels (stage 0) for what those do not cover"
-    )
+    tiles = "Hopper's tensor-core kernels (stage 2)" if capability == (9, 0) else "tensor-core kernels (stage 1)"
+    return f"{name}: {tiles}; library GEMMs and plain kernels (stage 0) for what those do not cover"

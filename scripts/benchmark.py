@@ -110,11 +110,13 @@ BASELINES = {
     "eager-graph": "eager in a CUDA graph, against ours in one (GPU)",
     "compile-graph": "torch.compile in a CUDA graph, against ours in one (GPU)",
     "stage0": "ours without the tensor-core kernels: library GEMMs and plain kernels (GPU, half types)",
+    "stage1": "ours with the tensor-core kernels of every GPU from sm_80, not Hopper's own (sm_90, half types)",
     "linear_cross_entropy": "torch.nn.functional's, chunked, where torch has it (rows named -ce)",
     "liger": "Liger-Kernel's fused linear cross-entropy, where installed (GPU, rows named -ce)",
     "cce": "cut-cross-entropy without gradient filter, where installed (GPU, rows named -ce, half types)",
 }
-GPU_ONLY = ("eager-graph", "compile-graph", "stage0", "liger", "cce")
+STAGES = {"stage0": 0, "stage1": 1}  # the highest that may run
+GPU_ONLY = ("eager-graph", "compile-graph", *STAGES, "liger", "cce")
 CE_ONLY = ("linear_cross_entropy", "liger", "cce")
 
 JSON_KEYS = (
@@ -337,8 +339,10 @@ def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str) -> str |
     package = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}.get(baseline)
     if package and importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
-    if baseline in ("cce", "stage0") and dtype == torch.float32:
+    if baseline in ("cce", *STAGES) and dtype == torch.float32:
         return "takes half types only"
+    if baseline == "stage1" and torch.cuda.get_device_capability() != (9, 0):
+        return "is ours on this GPU"
     return None
 
 
@@ -350,28 +354,28 @@ def make_contender(name: str, w: Workload, t: dict[str, Tensor], mode: str, dtyp
     program, _, graph = name.partition("-")
     if program == "compile":
         loss_of = torch.compile(lambda t: eager_loss(w, t), dynamic=False)
-    elif program in ("ours", "stage0"):
+    elif program in ("ours", *STAGES):
         frozen = ops.FrozenClassifier()
         loss_of = lambda t: fused_loss(w, t, frozen=frozen)  # noqa: E731
     else:
         loss_of = lambda t: eager_loss(w, t)  # noqa: E731
     step = make_step(loss_of, t, mode, dtype, scale)
-    if program == "stage0":
-        step = limited(step)
+    if program in STAGES:
+        step = limited(step, STAGES[program])
     return captured(step) if graph else step
 
 
-def limited(step: Step) -> Step:
-    """The step with our plain kernels only."""
+def limited(step: Step, most: int) -> Step:
+    """The step with our kernels up to a stage."""
 
-    def plain() -> list[Tensor]:
-        before = torch.ops.ijckd.limit_stage(0)
+    def run() -> list[Tensor]:
+        before = torch.ops.ijckd.limit_stage(most)
         try:
             return step()
         finally:
             torch.ops.ijckd.limit_stage(before)
 
-    return plain
+    return run
 
 
 def check(

@@ -23,11 +23,9 @@ NEWER_GPUS = "sm_90"  # PTX that GPUs without code of their own compile when the
 
 MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 MORE_REGISTERS = {"grad_rows_tile_kernel": 168}  # kernel: bound, where fewer threads are meant
-TENSOR_CORES = {
-    "sm_75": set[str](),
-    "sm_80": {"HMMA"},
-    "sm_90a": {"HMMA", "HGMMA"},
-}  # the kernels with tiles are not for sm_75
+# The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are HopperTiles.
+TILES = {"sm_75": set[str](), "sm_80": {"HMMA"}, "sm_90a": {"HMMA"}}
+HOPPER_TILES = {"sm_75": set[str](), "sm_80": set[str](), "sm_90a": {"HGMMA", "UTMALDG"}}
 
 
 @dataclass
@@ -46,9 +44,9 @@ class Kernel:
         bound = MORE_REGISTERS.get(self.name, MOST_REGISTERS)
         if self.registers > bound:
             found.append(f"needs {self.registers} registers, more than {bound}")
-        wanted = TENSOR_CORES[self.architecture]
-        if "tile" in self.name and wanted and not wanted & self.operations:
-            found.append(f"has no {' or '.join(sorted(wanted))}")
+        wanted = (HOPPER_TILES if "HopperTile" in self.symbol else TILES)[self.architecture]
+        if "tile" in self.name and (missing := wanted - self.operations):
+            found.append(f"has no {' and no '.join(sorted(missing))}")
         return found
 
 
@@ -156,6 +154,7 @@ Fatbin ptx code:
 arch = sm_90
 """
 SUM, TILE = "17column_sum_kernelIdEEvPKT_PS2_llS2_", "13a_tile_kernelI6__halfEEvPKT_"
+HOPPER = "13a_tile_kernelIN5ijckd10HopperTileILi64ELi64ELi4EEEEEvPKT_"
 
 
 @pytest.mark.parametrize(
@@ -167,9 +166,11 @@ SUM, TILE = "17column_sum_kernelIdEEvPKT_PS2_llS2_", "13a_tile_kernelI6__halfEEv
         (SUM, "sm_90a", 32, "STL [R1+0x4], R9", "column_sum_kernel on sm_90a uses local memory (STL)"),
         (TILE, "sm_80", 128, "HMMA.16816.F32.BF16 R4, R8, R12, R4", ""),
         (TILE, "sm_90a", 128, "HMMA.16816.F32 R4, R8, R12, R4", ""),
-        (TILE, "sm_90a", 128, "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", ""),
+        (HOPPER, "sm_80", 128, "FFMA R4, R8, R12, R4", ""),
+        (HOPPER, "sm_90a", 128, "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24", "a_tile_kernel on sm_90a has no UTMALDG"),
+        (HOPPER, "sm_90a", 128, "HMMA.16816.F32 R4, R8, R12, R4", "a_tile_kernel on sm_90a has no HGMMA and no UTMALDG"),
         (TILE, "sm_80", 128, "FFMA R4, R8, R12, R4", "a_tile_kernel on sm_80 has no HMMA"),
-        (TILE, "sm_90a", 128, "FFMA R4, R8, R12, R4", "a_tile_kernel on sm_90a has no HGMMA or HMMA"),
+        (TILE, "sm_90a", 128, "FFMA R4, R8, R12, R4", "a_tile_kernel on sm_90a has no HMMA"),
     ],
 )
 def test_the_rules_themselves(mangled, architecture, registers, instruction, wanted):

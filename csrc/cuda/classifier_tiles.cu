@@ -3,7 +3,7 @@
 #include "counts.h"
 #include "cuda/classifier_tiles.h"
 #include "device.cuh"
-#include "tile.cuh"
+#include "hopper_tile.cuh"
 
 namespace ijckd {
 
@@ -84,46 +84,66 @@ struct RowSums {
   }
 };
 
+// What the tiles of logits_exp multiply.
+template <typename Shape>
+struct LogitsOperands {
+  using Operand = typename Shape::template Operand<bf16>;
+  Operand z;        // [B, Ct]
+  Operand weight;   // [classes, Ct]
+  Operand d_split;  // [2 B, Ct], with gram
+  Operand gram;     // [2 Ct, Ct], with gram
+};
+
 // e_k and the sums of one tile of classes.
 template <typename Shape>
-__device__ void exp_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_n) {
-  const Matrix<bf16> z{static_cast<const bf16*>(p.z_t), int(p.B), int(p.Ct), p.Ct};
-  const Matrix<bf16> w{static_cast<const bf16*>(p.weight) + p.first_class * p.Ct, int(p.classes), int(p.Ct), p.Ct};
+__device__ void exp_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, bf16* shared, int tile_m, int tile_n) {
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), [&](bf16* stage_a, bf16* stage_b, int step) {
-    copy_panel<Shape::kM, Shape::kThreads>(stage_a, z, m0, step * kDepth);
-    copy_b<Shape, B::kByColumn>(stage_b, w, n0, step * kDepth);
+  multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), [&](const auto& stage, int step) {
+    copy_a<Shape>(stage, from.z, m0, step * kDepth);
+    copy_b<Shape, B::kByColumn>(stage, from.weight, n0, step * kDepth);
   });
 
   __syncthreads();                                     // the last stage has been read: its memory now holds the rows' sums
   RowSums* rows = reinterpret_cast<RowSums*>(shared);  // [kM, kWarpsN]
   const float* bias = p.bias ? p.bias + p.first_class : nullptr;
 #pragma unroll
-  for (int i = 0; i < Shape::kBlocksM; ++i)
+  for (int i = 0; i < Shape::kBlocksM; ++i) {
+    RowSums sums[2];
+    float anchor[2];
+    int label[2];  // in the tile; outside it, somewhere else
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = tile_row<Shape>(i, half), b = m0 + m;
-      const bool inside = b < p.B;
-      const float anchor = inside ? p.anchor[b] : 0;
-      const int64_t label = inside ? p.labels[b] - p.first_class : -1;
-      RowSums row;
+      const int b = m0 + tile_row<Shape>(i, half);
+      anchor[half] = b < p.B ? p.anchor[b] : 0;
+      const int64_t from_n0 = b < p.B ? p.labels[b] - p.first_class - n0 : -1;
+      label[half] = from_n0 >= 0 && from_n0 < Shape::kN ? int(from_n0) : -1;
+    }
 #pragma unroll
-      for (int j = 0; j < Shape::kBlocksN; ++j) {
-        const int k = n0 + tile_column<Shape>(j);
+    for (int j = 0; j < Shape::kBlocksN; ++j) {
+      const int in_tile = tile_column<Shape>(j), k = n0 + in_tile;
+      const bool real[2] = {k < p.classes, k + 1 < p.classes};
+      const float add[2] = {bias && real[0] ? bias[k] : 0, bias && real[1] ? bias[k + 1] : 0};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        RowSums& row = sums[half];
         float e[2];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          const bool real = k + n < p.classes;
-          const float x = acc[i][j][2 * half + n] + (bias && real ? bias[k + n] : 0);
-          if (real) row.logits += x, row.top.meet(x, k + n);
-          float above = x - anchor;
+          const float x = acc[i][j][2 * half + n] + add[n];
+          if (real[n]) row.logits += x, row.top.meet(x, k + n);
+          float above = x - anchor[half];
           if (above > kSaturation) above = kSaturation;  // NaN goes through
-          e[n] = real && k + n != label ? exp2f(above * kLog2e) : 0;
+          e[n] = real[n] && in_tile + n != label[half] ? exp2f(above * kLog2e) : 0;
           row.others += e[n];
         }
-        if (p.e && inside && k < p.stride_e) store_pair(static_cast<bf16*>(p.e) + b * p.stride_e + k, float2{e[0], e[1]});
+        const int64_t b = m0 + tile_row<Shape>(i, half);
+        if (p.e && b < p.B && k < p.stride_e) store_pair(static_cast<bf16*>(p.e) + b * p.stride_e + k, float2{e[0], e[1]});
       }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      RowSums& row = sums[half];
 #pragma unroll
       for (int mask = 1; mask < 4; mask *= 2) {
         RowSums other;
@@ -133,8 +153,9 @@ __device__ void exp_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_
         other.top.index = shuffle_xor(row.top.index, mask);
         row.add(other);
       }
-      if (lane % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = row;
+      if (lane % 4 == 0) rows[tile_row<Shape>(i, half) * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = row;
     }
+  }
   __syncthreads();
   for (int m = threadIdx.x; m < Shape::kM && m0 + m < p.B; m += Shape::kThreads) {
     RowSums row = rows[m * Shape::kWarpsN];
@@ -149,16 +170,13 @@ __device__ void exp_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_
 
 // G d of one tile of channels, and d . (G d) over them.
 template <typename Shape>
-__device__ void gram_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile_n) {
-  const int64_t size_d = p.B * p.Ct, size_g = p.Ct * p.Ct;
+__device__ void gram_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, bf16* shared, int tile_m, int tile_n) {
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, steps = ceil_div(p.Ct, kDepth), lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, shared, 3 * steps, [&](bf16* stage_a, bf16* stage_b, int step) {
+  multiply<Shape, B::kByColumn>(acc, shared, 3 * steps, [&](const auto& stage, int step) {
     const int product = step / steps, depth = step % steps * kDepth;  // low high, high low, high high: the small ones first
-    const Matrix<bf16> d{static_cast<const bf16*>(p.d_split) + (product == 0 ? size_d : 0), int(p.B), int(p.Ct), p.Ct};
-    const Matrix<bf16> g{static_cast<const bf16*>(p.gram) + (product == 1 ? size_g : 0), int(p.Ct), int(p.Ct), p.Ct};
-    copy_panel<Shape::kM, Shape::kThreads>(stage_a, d, m0, depth);
-    copy_b<Shape, B::kByColumn>(stage_b, g, n0, depth);
+    copy_a<Shape>(stage, from.d_split, m0 + (product == 0 ? int(p.B) : 0), depth);
+    copy_b<Shape, B::kByColumn>(stage, from.gram, n0 + (product == 1 ? int(p.Ct) : 0), depth);
   });
 
   __syncthreads();                                 // as in exp_tile
@@ -192,15 +210,16 @@ __device__ void gram_tile(const LogitsExp& p, bf16* shared, int tile_m, int tile
 
 // Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from memory.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2) logits_exp_tile_kernel(const LogitsExp p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    logits_exp_tile_kernel(const LogitsExp p, const __grid_constant__ LogitsOperands<Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
   const int class_tiles = ceil_div(p.classes, Shape::kN);
   if (tile_n < class_tiles)
-    exp_tile<Shape>(p, shared, tile_m, tile_n);
+    exp_tile<Shape>(p, from, shared, tile_m, tile_n);
   else
-    gram_tile<Shape>(p, shared, tile_m, tile_n - class_tiles);
+    gram_tile<Shape>(p, from, shared, tile_m, tile_n - class_tiles);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -283,6 +302,10 @@ __device__ RowScale row_scale(const GradRows& p, int64_t b) {
   return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share), false};
 }
 
+// Shared memory of exact_row: for each warp its columns, its largest logit, its sum.
+template <typename Shape>
+constexpr int kExactFloats = Shape::kThreads / 32 * (Shape::kN + 2);
+
 // dz of row b, columns [n0, n0 + kN), += ce / B sum of p_k w_k, with logits computed anew: a warp takes every kWarps-th class and
 // keeps its softmax relative to the largest logit it has met. Every thread of the block calls.
 template <typename Shape>
@@ -311,8 +334,8 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
       if (c < p.Ct) acc[j] = before * acc[j] + e * load<float>(w, c);
     }
   }
-  float* of_warp = shared + warp * (Shape::kN + 2);  // its columns, its largest logit, its sum
-  __syncthreads();                                   // whoever read `shared` is done
+  float* of_warp = shared + warp * (Shape::kN + 2);
+  __syncthreads();  // whoever read `shared` is done
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) of_warp[lane + 32 * j] = acc[j];
   if (lane == 0) of_warp[Shape::kN] = top, of_warp[Shape::kN + 1] = sum;
@@ -330,33 +353,43 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
   }
 }
 
+// What the tiles of grad_rows multiply.
+template <typename Shape>
+struct GradOperands {
+  using Operand = typename Shape::template Operand<bf16>;
+  Operand e;       // [B, stride_e]
+  Operand weight;  // [classes, Ct]
+};
+
 // With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
 // for one large block to a multiprocessor only.
 template <typename Shape, bool kSums>
-__global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile_kernel(const GradRows p) {
+__global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
+    grad_rows_tile_kernel(const GradRows p, const __grid_constant__ GradOperands<Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   if (p.last && blockIdx.x == 0) return mean_losses<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int block = blockIdx.x - (p.last ? 1 : 0), tiles_m = ceil_div(p.B, Shape::kM);
   const int m0 = block % tiles_m * Shape::kM, n0 = block / tiles_m * Shape::kN;
   const bf16* weight = static_cast<const bf16*>(p.weight);
-  const Matrix<bf16> e{static_cast<const bf16*>(p.e), int(p.B), int(p.stride_e), p.stride_e};
-  const Matrix<bf16> w{weight + p.first_class * p.Ct, int(p.classes), int(p.Ct), p.Ct};
   typename Shape::Accumulators acc = {};
   float sums[Shape::kBlocksN][4] = {};
   const int steps = p.weights.ce != 0 ? ceil_div(p.classes, kDepth) : 0;
-  const auto copy = [&](bf16* stage_a, bf16* stage_b, int step) {
-    copy_panel<Shape::kM, Shape::kThreads>(stage_a, e, m0, step * kDepth);
-    copy_b<Shape, B::kByDepth>(stage_b, w, n0, step * kDepth);
+  const auto copy = [&](const auto& stage, int step) {
+    copy_a<Shape>(stage, from.e, m0, step * kDepth);
+    copy_b<Shape, B::kByDepth>(stage, from.weight, n0, step * kDepth);
   };
-  multiply<Shape, B::kByDepth>(acc, shared, steps, copy, [&](const uint32_t (&fragments)[Shape::kBlocksN][2]) {
-    if constexpr (kSums)
+  if constexpr (kSums)
+    multiply<Shape, B::kByDepth>(acc, shared, steps, copy, [&](const uint32_t (&fragments)[Shape::kBlocksN][2]) {
       if (threadIdx.x / 32 < Shape::kWarpsN) add_columns<bf16>(sums, fragments);
-  });
+    });
+  else
+    multiply<Shape, B::kByDepth>(acc, shared, steps, copy);
   __syncthreads();  // the last stage has been read: its memory now holds the rows' scales and the columns' sums
 
-  RowScale* rows = reinterpret_cast<RowScale*>(stages);                              // [kM]
-  float* columns = reinterpret_cast<float*>(stages + Shape::kM * sizeof(RowScale));  // [kN]
+  float* exact = reinterpret_cast<float*>(stages);                                             // exact_row's
+  RowScale* rows = reinterpret_cast<RowScale*>(stages + kExactFloats<Shape> * sizeof(float));  // [kM]
+  float* columns = reinterpret_cast<float*>(rows + Shape::kM);                                 // [kN]
   if (p.last)
     for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) rows[m] = m0 + m < p.B ? row_scale(p, m0 + m) : RowScale{};
   if constexpr (kSums)
@@ -413,27 +446,30 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2) grad_rows_tile
       }
     }
   if (!p.last) return;
-  // Which rows are saturated must be known after their scales' memory has been used for the first of them.
-  __shared__ unsigned char again[Shape::kM];
-  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) again[m] = rows[m].saturated;
-  __syncthreads();
   for (int m = 0; m < Shape::kM; ++m)
-    if (again[m]) exact_row<Shape>(p, m0 + m, n0, reinterpret_cast<float*>(stages));
+    if (rows[m].saturated) exact_row<Shape>(p, m0 + m, n0, exact);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
 // times_classifier
 
+// What the tiles of times_classifier multiply.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2) times_classifier_tile_kernel(const TimesClassifier p) {
+struct TimesOperands {
+  using Operand = typename Shape::template Operand<T>;
+  Operand gradient;  // [B, stride]
+  Operand weight;    // [K, Ct]
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ TimesOperands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
-  const Matrix<T> g{static_cast<const T*>(p.gradient), int(p.B), int(p.stride), p.stride};
-  const Matrix<T> w{static_cast<const T*>(p.weight), int(p.K), int(p.Ct), p.Ct};
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), [&](T* stage_a, T* stage_b, int step) {
-    copy_panel<Shape::kM, Shape::kThreads>(stage_a, g, m0, step * kDepth);
-    copy_b<Shape, B::kByDepth>(stage_b, w, n0, step * kDepth);
+  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), [&](const auto& stage, int step) {
+    copy_a<Shape>(stage, from.gradient, m0, step * kDepth);
+    copy_b<Shape, B::kByDepth>(stage, from.weight, n0, step * kDepth);
   });
   const float share = 1 / float(p.B), c = float(2 * p.fm / (double(p.B) * double(p.Ct)));
 #pragma unroll
@@ -456,8 +492,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) times_classifier_tile_kern
 
 }  // namespace
 
-int class_tile(int64_t B, int64_t classes) {
-  return with_tile(B, classes, [](auto shape) { return decltype(shape)::kN; });
+int class_tile(int stage, int64_t B, int64_t classes) {
+  return with_tile(stage, B, classes, [](auto shape) { return decltype(shape)::kN; });
 }
 
 int anchor_rows(const AnchorRows& a, void* stream) {
@@ -466,34 +502,69 @@ int anchor_rows(const AnchorRows& a, void* stream) {
 }
 
 int logits_exp(const LogitsExp& l, void* stream) {
-  return with_tile(l.B, l.classes, [&](auto shape) {
+  return with_tile(l.stage, l.B, l.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM), Shape::kThreads,
-                          stream, l);
+    const int B = int(l.B), Ct = int(l.Ct);
+    LogitsOperands<Shape> from{};
+    int error = make_operand(&from.z, Matrix<bf16>{static_cast<const bf16*>(l.z_t), B, Ct, Ct}, Shape::kM);
+    const bf16* weight = static_cast<const bf16*>(l.weight) + l.first_class * Ct;
+    if (!error) error = make_operand(&from.weight, Matrix<bf16>{weight, int(l.classes), Ct, Ct}, Shape::kN);
+    if (!error && l.gram) {
+      error = make_operand(&from.d_split, Matrix<bf16>{static_cast<const bf16*>(l.d_split), 2 * B, Ct, Ct}, Shape::kM);
+      if (!error) error = make_operand(&from.gram, Matrix<bf16>{static_cast<const bf16*>(l.gram), 2 * Ct, Ct, Ct}, Shape::kN);
+    }
+    if (error) return error;
+    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(Ct, Shape::kN) : 0);
+    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(B, Shape::kM), Shape::kThreads,
+                          stream, l, from);
   });
 }
 
 int grad_rows(const GradRows& g, void* stream) {
-  return with_tile(g.B, g.Ct, [&](auto shape) {
+  const bool sums = g.weights.ce != 0 && g.weights.label_smoothing != 0;
+  const int stage = sums ? 1 : g.stage;  // the columns' sums are taken from what warps have in registers
+  return with_tile(stage, g.B, g.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(g.Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
-    const auto kernel = g.weights.ce != 0 && g.weights.label_smoothing != 0 ? grad_rows_tile_kernel<Shape, true>
-                                                                            : grad_rows_tile_kernel<Shape, false>;
-    return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g);
+    GradOperands<Shape> from{};
+    const int Ct = int(g.Ct);
+    if (g.grad) {
+      int error =
+          make_operand(&from.e, Matrix<bf16>{static_cast<const bf16*>(g.e), int(g.B), int(g.stride_e), g.stride_e}, Shape::kM);
+      const bf16* weight = static_cast<const bf16*>(g.weight) + g.first_class * Ct;
+      if (!error) error = make_operand(&from.weight, Matrix<bf16>{weight, int(g.classes), Ct, Ct}, kDepth);
+      if (error) return error;
+    }
+    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
+    const auto start = [&](auto kernel) {
+      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g, from);
+    };
+    if constexpr (!Shape::kHopper)
+      if (sums) return start(grad_rows_tile_kernel<Shape, true>);
+    return start(grad_rows_tile_kernel<Shape, false>);
   });
 }
 
-int times_classifier(const TimesClassifier& t, void* stream) {
-  return with_tile(t.B, t.Ct, [&](auto shape) {
+namespace {
+
+template <typename T>
+int start_times_classifier(const TimesClassifier& t, void* stream) {
+  return with_tile(t.stage, t.B, t.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN);
-    const auto start = [&](auto kernel) {
-      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, t);
-    };
-    return t.dtype == DType::bf16 ? start(times_classifier_tile_kernel<__nv_bfloat16, Shape>)
-                                  : start(times_classifier_tile_kernel<__half, Shape>);
+    TimesOperands<T, Shape> from{};
+    const int Ct = int(t.Ct);
+    int error =
+        make_operand(&from.gradient, Matrix<T>{static_cast<const T*>(t.gradient), int(t.B), int(t.stride), t.stride}, Shape::kM);
+    if (!error) error = make_operand(&from.weight, Matrix<T>{static_cast<const T*>(t.weight), int(t.K), Ct, Ct}, kDepth);
+    if (error) return error;
+    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(Ct, Shape::kN);
+    return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, t, from);
   });
+}
+
+}  // namespace
+
+int times_classifier(const TimesClassifier& t, void* stream) {
+  return t.dtype == DType::bf16 ? start_times_classifier<__nv_bfloat16>(t, stream) : start_times_classifier<__half>(t, stream);
 }
 
 }  // namespace ijckd

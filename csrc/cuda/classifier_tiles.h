@@ -61,10 +61,11 @@ struct TileSums {
 };
 
 // Classes (columns of G) in a tile of logits_exp.
-int class_tile(int64_t B, int64_t classes);
+int class_tile(int stage, int64_t B, int64_t classes);
 
 // Classes [first_class, first_class + classes): their e_k, and the tiles' sums. With gram, G d too.
 struct LogitsExp {
+  int stage;            // 1 or 2: stage.h
   const void* z_t;      // [B, Ct] bfloat16
   const void* weight;   // [K, Ct] bfloat16
   const float* bias;    // [K], or null
@@ -85,6 +86,7 @@ int logits_exp(const LogitsExp& l, void* stream);
 
 // dz += e W over some classes; with the last of them dz becomes dloss/dz, and the losses are written.
 struct GradRows {
+  int stage;           // 1 or 2; with label smoothing 1 serves both
   const void* e;       // [B, stride_e] bfloat16
   const void* weight;  // [K, Ct] bfloat16
   int64_t stride_e, first_class, classes;
@@ -122,6 +124,7 @@ int row_loss_apart(const RowLossApart& r, void* stream);
 
 // dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B.
 struct TimesClassifier {
+  int stage;              // 1 or 2
   DType dtype;            // T
   const void* gradient;   // [B, stride] T
   const void* weight;     // [K, Ct] T

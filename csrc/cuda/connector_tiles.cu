@@ -1,7 +1,7 @@
 // Kernel of connector_tiles.h.
 #include "cuda/connector_tiles.h"
 #include "device.cuh"
-#include "tile.cuh"
+#include "hopper_tile.cuh"
 
 namespace ijckd {
 namespace {
@@ -30,18 +30,25 @@ __device__ __forceinline__ void column_sums(float* warps, const Value& value) {
   __syncthreads();
 }
 
+// What the tiles multiply.
+template <typename T, typename Shape>
+struct ProjectOperands {
+  using Operand = typename Shape::template Operand<T>;
+  Operand u;       // [N, Cs]
+  Operand weight;  // [Ct, Cs]
+};
+
 // Blocks go through the channels' tiles first: those in flight together share their rows of u.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2) project_tile_kernel(const ProjectTiles p) {
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    project_tile_kernel(const ProjectTiles p, const __grid_constant__ ProjectOperands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  const Matrix<T> u{static_cast<const T*>(p.u), int(p.N), int(p.Cs), p.Cs};
-  const Matrix<T> w{static_cast<const T*>(p.weight), int(p.Ct), int(p.Cs), p.Cs};
   const int tiles_n = ceil_div(p.Ct, Shape::kN), part = blockIdx.x / tiles_n;
   const int m0 = part * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), [&](T* a, T* b, int step) {
-    copy_panel<Shape::kM, Shape::kThreads>(a, u, m0, step * kDepth);
-    copy_b<Shape, B::kByColumn>(b, w, n0, step * kDepth);
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), [&](const auto& stage, int step) {
+    copy_a<Shape>(stage, from.u, m0, step * kDepth);
+    copy_b<Shape, B::kByColumn>(stage, from.weight, n0, step * kDepth);
   });
 
 #pragma unroll
@@ -87,21 +94,28 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) project_tile_kernel(const 
   for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) p.m2[channel_of(n)] = warps[n];
 }
 
+template <typename T>
+int start_project(const ProjectTiles& p, void* stream) {
+  return with_tile(p.stage, p.N, p.Ct, [&](auto shape) {
+    using Shape = decltype(shape);
+    ProjectOperands<T, Shape> from{};
+    const int Cs = int(p.Cs);
+    int error = make_operand(&from.u, Matrix<T>{static_cast<const T*>(p.u), int(p.N), Cs, Cs}, Shape::kM);
+    if (!error) error = make_operand(&from.weight, Matrix<T>{static_cast<const T*>(p.weight), int(p.Ct), Cs, Cs}, Shape::kN);
+    if (error) return error;
+    const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
+    return launch_sharing(Shape::kSharedBytes, project_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, p, from);
+  });
+}
+
 }  // namespace
 
-int64_t project_rows(int64_t N, int64_t Ct) {
-  return with_tile(N, Ct, [](auto shape) { return int64_t(decltype(shape)::kM); });
+int64_t project_rows(int stage, int64_t N, int64_t Ct) {
+  return with_tile(stage, N, Ct, [](auto shape) { return int64_t(decltype(shape)::kM); });
 }
 
 int project_tiles(const ProjectTiles& p, void* stream) {
-  return with_tile(p.N, p.Ct, [&](auto shape) {
-    using Shape = decltype(shape);
-    const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
-    const auto start = [&](auto kernel) {
-      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p);
-    };
-    return p.dtype == DType::bf16 ? start(project_tile_kernel<__nv_bfloat16, Shape>) : start(project_tile_kernel<__half, Shape>);
-  });
+  return p.dtype == DType::bf16 ? start_project<__nv_bfloat16>(p, stream) : start_project<__half>(p, stream);
 }
 
 }  // namespace ijckd

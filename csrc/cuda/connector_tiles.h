@@ -11,6 +11,7 @@ namespace ijckd {
 // y = u W^T, with the statistics of each channel over every part of the rows as connector_match.h:ChannelStats wants them, so
 // that BatchNorm's statistics cost no pass over y. They are those of y as stored.
 struct ProjectTiles {
+  int stage;           // 1 or 2: stage.h
   DType dtype;         // T: bfloat16 or float16
   const void* u;       // [N, Cs] T, aligned to 16 bytes, Cs a multiple of 8
   const void* weight;  // [Ct, Cs] T, likewise
@@ -23,6 +24,6 @@ struct ProjectTiles {
 int project_tiles(const ProjectTiles& p, void* stream);
 
 // Rows in a part.
-int64_t project_rows(int64_t N, int64_t Ct);
+int64_t project_rows(int stage, int64_t N, int64_t Ct);
 
 }  // namespace ijckd

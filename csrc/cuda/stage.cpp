@@ -1,5 +1,6 @@
 #include "cuda/stage.h"
 
+#include <algorithm>
 #include <atomic>
 
 #include "op.h"
@@ -16,7 +17,10 @@ int64_t limit_stage(int64_t most) {
 
 }  // namespace
 
-int64_t stage_limit() { return limit; }
+int stage() {
+  const int capability = compute_capability(), highest = capability == 90 ? 2 : capability >= 80 ? 1 : 0;
+  return std::min(highest, static_cast<int>(limit));
+}
 
 }  // namespace ijckd
 

@@ -1,9 +1,12 @@
 #pragma once
 // One block's tile of a matrix product on tensor cores: a [M, L] times b over a ring of shared-memory stages, half-type operands,
-// float accumulators in registers.
+// float accumulators in registers. Here the tiles of stage 1 (sm_80 and newer), which threads fill and warps multiply;
+// hopper_tile.cuh has the others, of the same sizes and use.
 //
 // A stage holds kDepth steps of the contraction. Rows of 64 elements (128 bytes) lie in panels; the 16-byte chunk c of row r is
 // kept at chunk c ^ (r % 8), so that the 8 rows of a matrix that ldmatrix reads at a time fall on 8 different groups of banks.
+
+#include <type_traits>
 
 #include "instructions.cuh"
 
@@ -24,31 +27,42 @@ struct Matrix {
   int64_t stride;
 };
 
+// How b lies in its stage: as rows of the output's columns (b [N, L], one panel), or as rows of the contraction (b [L, N], a
+// panel per 64 columns).
+enum class B { kByColumn, kByDepth };
+
+// What a copy functor of `multiply` fills.
+template <typename T>
+struct Stage {
+  T *a, *b;
+};
+
 template <int kM_, int kN_, int kWarpM, int kWarpN, int kStages_>
 struct Tile {
+  static constexpr bool kHopper = false;
   static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
   static constexpr int kWarpsM = kM / kWarpM, kWarpsN = kN / kWarpN, kThreads = kWarpsM * kWarpsN * 32;
   static constexpr int kBlocksM = kWarpM / 16, kBlocksN = kWarpN / 8;  // 16 x 8 accumulators of a warp
   static constexpr int kStageA = kM * kDepth, kStage = (kM + kN) * kDepth;
   static constexpr int kSharedBytes = kStages * kStage * 2;
   using Accumulators = float[kBlocksM][kBlocksN][4];
+  template <typename T>
+  using Operand = Matrix<T>;
 
   static_assert(kM % kWarpM == 0 && kN % kWarpN == 0 && kWarpM % 16 == 0 && kWarpN % 16 == 0);
   static_assert(kM * kDepth % (kThreads * kChunk) == 0 && kN * kDepth % (kThreads * kChunk) == 0,
                 "threads share the copies evenly");
 };
 
-// Small tiles fill the GPU where there are few of them; large ones read shared memory half as often. With three stages the large
-// one fits the 99 KiB that a block has on the smaller GPUs of these generations.
+// With three stages the large one fits the 99 KiB that a block has on the smaller GPUs of these generations.
 using SmallTile = Tile<64, 64, 32, 32, 4>;
 using LargeTile = Tile<128, 128, 64, 32, 3>;
-constexpr int kEnoughTiles = 128;
 
-// Runs `body(Shape{})` for the shape that suits an output of [rows, columns].
-template <typename F>
-auto with_tile(int64_t rows, int64_t columns, const F& body) {
-  const auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
-  return up(rows, LargeTile::kM) * up(columns, LargeTile::kN) >= kEnoughTiles ? body(LargeTile{}) : body(SmallTile{});
+// The operand of a kernel whose tiles copy `rows` of its rows at a time.
+template <typename T>
+int make_operand(Matrix<T>* to, const Matrix<T>& from, int /*tile_rows*/) {
+  *to = from;
+  return 0;
 }
 
 // Starts the copies of m's rows [row, row + kRows), columns [col, col + kDepth) into a panel.
@@ -70,18 +84,19 @@ constexpr uint32_t kTwoOnes<__nv_bfloat16> = 0x3f803f80;
 template <>
 constexpr uint32_t kTwoOnes<__half> = 0x3c003c00;
 
-// How b lies in its stage: as rows of the output's columns (b [N, L], one panel), or as rows of the contraction (b [L, N], a
-// panel per 64 columns).
-enum class B { kByColumn, kByDepth };
-
+// Starts the copies of one stage: of a's rows from `m`, of b's columns from `n`, contraction steps from `depth`.
+template <typename Shape, typename T>
+__device__ __forceinline__ void copy_a(const Stage<T>& stage, const Matrix<T>& a, int m, int depth) {
+  copy_panel<Shape::kM, Shape::kThreads>(stage.a, a, m, depth);
+}
 template <typename Shape, B kLayout, typename T>
-__device__ __forceinline__ void copy_b(T* stage, const Matrix<T>& b, int n, int depth) {
+__device__ __forceinline__ void copy_b(const Stage<T>& stage, const Matrix<T>& b, int n, int depth) {
   if constexpr (kLayout == B::kByColumn) {
-    copy_panel<Shape::kN, Shape::kThreads>(stage, b, n, depth);
+    copy_panel<Shape::kN, Shape::kThreads>(stage.b, b, n, depth);
   } else {
 #pragma unroll
     for (int panel = 0; panel < Shape::kN / kDepth; ++panel)
-      copy_panel<kDepth, Shape::kThreads>(stage + panel * kDepth * kDepth, b, depth, n + panel * kDepth);
+      copy_panel<kDepth, Shape::kThreads>(stage.b + panel * kDepth * kDepth, b, depth, n + panel * kDepth);
   }
 }
 
@@ -98,17 +113,16 @@ struct Nothing {
   __device__ void operator()(const Fragments&) const {}
 };
 
-// acc += a b over `steps` stages. `copy(stage_a, stage_b, step)` starts the copies of one stage; `also(fragments of b)` sees
-// every 16 steps of the contraction as they pass. Every thread of the block calls; a barrier must follow before `shared` is used
-// anew.
+// acc += a b over `steps` stages. `copy(Stage, step)` starts the copies of one stage; `also(fragments of b)` sees every 16 steps
+// of the contraction as they pass. Every thread of the block calls; a barrier must follow before `shared` is used anew.
 template <typename Shape, B kLayout, typename T, typename Copy, typename Also = Nothing>
-__device__ __forceinline__ void multiply(typename Shape::Accumulators& acc, T* shared, int steps, const Copy& copy,
-                                         const Also& also = {}) {
+__device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
+                                                                      const Copy& copy, const Also& also = {}) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kBlocksM * 16, warp_n = warp % Shape::kWarpsN * Shape::kBlocksN * 8;
   const auto start = [&](int step) {
     T* stage = shared + step % Shape::kStages * Shape::kStage;
-    if (step < steps) copy(stage, stage + Shape::kStageA, step);
+    if (step < steps) copy(Stage<T>{stage, stage + Shape::kStageA}, step);
     copy_async_commit();  // empty past the end, so that the waits below may count
   };
 #pragma unroll

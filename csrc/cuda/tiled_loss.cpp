@@ -34,7 +34,7 @@ const T* in(const OptTensor& t) {
 }
 
 // The anchored way (classifier_tiles.h).
-void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
+void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
   const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
   const bool match = t.weights.sr != 0, smoothing = t.weights.ce != 0 && t.weights.label_smoothing != 0;
   const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
@@ -48,12 +48,16 @@ void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
   if (t.grad) e = empty(t.z, {B, stride_e}, DType::bf16);
   if (t.grad && smoothing) weight_sums = empty(t.z, {2, Ct}, DType::f32);
 
+  const auto tiles = [&](int64_t classes) {
+    const int width = class_tile(stage, B, classes);
+    return static_cast<int>((classes + width - 1) / width);
+  };
   int class_tiles = 0;
   for (int64_t k = 0; k < K; k += size) {
     const int64_t n = std::min(size, K - k);
-    class_tiles += static_cast<int>((n + class_tile(B, n) - 1) / class_tile(B, n));
+    class_tiles += tiles(n);
   }
-  const int64_t first_tile_width = class_tile(B, size);
+  const int64_t first_tile_width = class_tile(stage, B, size);
   const int gram_tiles = match ? static_cast<int>((Ct + first_tile_width - 1) / first_tile_width) : 0;
   const Tensor sums = empty(t.z, {3, class_tiles, B}, DType::f32);  // others, logits, best
   const Tensor classes = torch::stable::new_empty(t.z, {class_tiles, B}, ScalarType::Int);
@@ -78,7 +82,8 @@ void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
   for (int64_t k = 0, chunk = 0; k < K; k += size, ++chunk) {
     const int64_t n = std::min(size, K - k);
     const bool first = k == 0, last = k + n == K, gram_here = match && first;
-    launched(logits_exp({.z_t = z_t.const_data_ptr(),
+    launched(logits_exp({.stage = stage,
+                         .z_t = z_t.const_data_ptr(),
                          .weight = data(t.weight),
                          .bias = in<float>(t.bias),
                          .anchor = anchor,
@@ -98,10 +103,11 @@ void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
                          .classes = n},
                         launch.stream),
              "classifier_loss's logits");
-    tile += static_cast<int>((n + class_tile(B, n) - 1) / class_tile(B, n));
+    tile += tiles(n);
     if (!t.grad && !last) continue;
     float* so_far = out<float>(weight_sums);  // two rows, written and read in turn
-    launched(grad_rows({.e = data(e),
+    launched(grad_rows({.stage = stage,
+                        .e = data(e),
                         .weight = data(t.weight),
                         .stride_e = round_up(n, 8),
                         .first_class = k,
@@ -138,7 +144,7 @@ void anchored(const TiledLoss& t, int64_t* counts, const Launch& launch) {
 }
 
 // That with whole rows of logits, in float.
-void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
+void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
   const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
   const DType type = dtype(t.weight, "classifier_loss", "weight");
   const bool match = t.weights.sr != 0 || t.weights.kl != 0, features = match && t.pooled_t;
@@ -169,7 +175,8 @@ void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
                         .Ct = Ct},
                        launch.stream),
            "classifier_loss's rounding");
-  launched(project_tiles({.dtype = type,
+  launched(project_tiles({.stage = stage,
+                          .dtype = type,
                           .u = z_t,
                           .weight = data(t.weight),
                           .y = l,
@@ -208,7 +215,8 @@ void whole_rows(const TiledLoss& t, int64_t* counts, const Launch& launch) {
                     launch.stream),
            "classifier_loss's sum");
   if (!t.grad) return;
-  launched(times_classifier({.dtype = type,
+  launched(times_classifier({.stage = stage,
+                             .dtype = type,
                              .gradient = data(gradient),
                              .weight = data(t.weight),
                              .z = in<float>(t.z),
@@ -229,8 +237,10 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
   const bool bf16 = t.weight.scalar_type() == ScalarType::BFloat16, half = bf16 || t.weight.scalar_type() == ScalarType::Half;
   if (B == 0 || !half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
-      !aligned(t.pooled_t, 8) || compute_capability() < 80)
+      !aligned(t.pooled_t, 8))
     return false;
+  const int tile_stage = stage();
+  if (tile_stage == 0) return false;
   const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;
   // Without the logits' own difference G costs three products of Ct columns, with it one of K.
   const bool by_gram = t.gram && t.pooled_t && (3 * Ct < K || !few);
@@ -238,7 +248,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  by_anchor ? anchored(t, counts, launch) : whole_rows(t, counts, launch);
+  by_anchor ? anchored(t, tile_stage, counts, launch) : whole_rows(t, tile_stage, counts, launch);
   return true;
 }
 

@@ -155,14 +155,15 @@ PYBIND11_MODULE(emulated_kernels, module) {
         nullptr);
   });
   def("logits_exp", [](Call& c) {
-    return logits_exp({c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.in<float>("anchor"), c.in<int64_t>("labels"),
-                       c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out), int(c.integer("first_tile")),
-                       c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("gram_d"),
-                       c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
+    return logits_exp({int(c.integer("stage")), c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.in<float>("anchor"),
+                       c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out),
+                       int(c.integer("first_tile")), c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"),
+                       c.out<float>("gram_d"), c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
                       nullptr);
   });
   def("grad_rows", [](Call& c) {
-    return grad_rows({c.in("e"),
+    return grad_rows({int(c.integer("stage")),
+                      c.in("e"),
                       c.in("weight"),
                       c.integer("stride_e"),
                       c.integer("first_class"),
@@ -196,8 +197,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
                      nullptr);
   });
   def("project_tiles", [](Call& c) {
-    return project_tiles({c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.flag("wide"), c.out<float>("mean"),
-                          c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+    return project_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.flag("wide"),
+                          c.out<float>("mean"), c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
                          nullptr);
   });
   def("row_loss_apart", [](Call& c) {
@@ -224,8 +225,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
   });
   def("times_classifier", [](Call& c) {
     return times_classifier(
-        {c.dtype(), c.in("gradient"), c.in("weight"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("dz"),
-         c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
+        {int(c.integer("stage")), c.dtype(), c.in("gradient"), c.in("weight"), c.in<float>("z"), c.in<float>("pooled_t"),
+         c.out<float>("dz"), c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
         nullptr);
   });
   module.def("class_tile", &class_tile);

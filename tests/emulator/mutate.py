@@ -84,7 +84,7 @@ SWAPS = {
 PATTERN = re.compile("|".join(map(re.escape, sorted(SWAPS, key=len, reverse=True))))
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")  # shifted by one
 CONDITION = re.compile(r"\bif \((.*)\) (?=[^()]*;$)|\bif \((.*)\)(?: \{)?$")  # made true
-WAIT = re.compile(r"copy_async_wait<([^<>]*)>\(\);")  # removed; for one group less
+WAIT = re.compile(r"(copy_async|warpgroup)_wait<([^<>]*)>\(\);")  # removed; for one group less
 XOR = re.compile(r" \^ (\([^()]*\)|[\w.]+)")  # removed
 CONJUNCTS = re.compile(r"(?:\bbool \w+ = |\breturn )(.* && .*);$|\bif \((.* && .*)\)[^()]*$")  # each made true
 CALL = re.compile(r"(?:\w+::)*\w+(?:<[^;]*>)?\(.*\);")  # removed
@@ -121,7 +121,7 @@ class Mutant:
     @property
     def drops_order(self) -> bool:
         """Whether it takes away a barrier, or a copy's end."""
-        return self.became == ";" and bool(re.match(r"__sync|copy_async", self.was))
+        return self.became == ";" and bool(re.match(r"__sync|copy_async|warpgroup|barrier", self.was))
 
     def apply(self, source: str) -> str:
         lines = source.split("\n")
@@ -158,13 +158,13 @@ def mutants_of(file: str) -> Iterator[Mutant]:
                 yield mutant(m.start(), code[m.start() :], ";")
         for m in WAIT.finditer(code):
             yield mutant(m.start(), m[0], ";")
-            yield mutant(m.start(), m[0], f"copy_async_wait<{m[1]} + 1>();")
+            yield mutant(m.start(), m[0], f"{m[1]}_wait<{m[2]} + 1>();")
         for m in XOR.finditer(code):
             yield mutant(m.start(), m[0], "")
         for at, condition in conjuncts(code):
             yield mutant(at, condition, "true")
         call = CALL.fullmatch(code.strip())
-        if call and call[0].count("(") == call[0].count(")") and not call[0].startswith(("__sync", "copy_async")):
+        if call and call[0].count("(") == call[0].count(")") and not call[0].startswith(("__sync", "copy_async", "warpgroup_wait")):
             yield mutant(indent, call[0], ";")
         if STATEMENT.fullmatch(BRACKETS.sub("", code.strip())):
             yield mutant(indent, code.strip(), ";")

@@ -96,6 +96,7 @@ def logits_exp(
     smoothing: bool = True,
     bias: bool = True,
     store: bool = True,
+    stage: int = 1,
     edit: str = "",
 ) -> list[Array]:
     data = Data(t, f"logits_exp {B} {classes} {Ct}")
@@ -121,7 +122,7 @@ def logits_exp(
     if edit == "nan":
         anchor[0] = np.nan
     stride_e = -(-classes // 8) * 8
-    tile = kernels.class_tile(B, classes)
+    tile = kernels.class_tile(stage, B, classes)
     tiles, gram_tiles = -(-classes // tile), -(-Ct // tile) if gram else 0
     every = first_tile + tiles + 1
     e = t.encode(np.full((B, stride_e), np.nan))
@@ -133,7 +134,7 @@ def logits_exp(
     g = weight64.T @ weight64
     g_split, g64 = _split(g)
     kernels.logits_exp(
-        z_t=z_t, weight=weight, bias=b if bias else None, anchor=anchor, labels=labels, e=e if store else None,
+        stage=stage, z_t=z_t, weight=weight, bias=b if bias else None, anchor=anchor, labels=labels, e=e if store else None,
         stride_e=stride_e, others=others, logits=sums if smoothing else None, best=best, best_class=best_class,
         square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
         gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
@@ -199,6 +200,7 @@ def grad_rows(
     two_labels: bool = True,
     grad: bool = True,
     bias: bool = True,
+    stage: int = 1,
     edit: str = "",
     **changed: float,
 ) -> list[Array]:
@@ -262,7 +264,7 @@ def grad_rows(
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
-        e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
+        stage=stage, e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
         dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
@@ -346,7 +348,7 @@ def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any
     return [*cases.row_loss(Apart, stored, B, K, **options), gradient]
 
 
-def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool) -> list[Array]:
+def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool, stage: int = 1) -> list[Array]:
     data = Data(t, f"times_classifier {B} {K} {Ct}")
     stride = -(-K // 8) * 8
     wide = np.zeros((B, stride))
@@ -355,7 +357,7 @@ def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, poo
     weight, weight64 = data.normal(K, Ct)
     (z, z64), (pooled_t, pooled64), dz = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
     kernels.times_classifier(
-        dtype=t.name, gradient=gradient, weight=weight, z=z, pooled_t=pooled_t if pooled else None, dz=dz, B=B, K=K,
+        stage=stage, dtype=t.name, gradient=gradient, weight=weight, z=z, pooled_t=pooled_t if pooled else None, dz=dz, B=B, K=K,
         Ct=Ct, stride=stride, fm=0.3 if pooled else 0.0,
     )  # fmt: skip
     want = t.decode(gradient)[:, :K] @ weight64 / B + (2 * 0.3 / (B * Ct) * (z64 - pooled64) if pooled else 0)
@@ -364,17 +366,26 @@ def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, poo
 
 
 def project_tiles(
-    kernels: ModuleType, t: DType, N: int, Cs: int, Ct: int, stats: bool, shift: float = 0, wide: bool = False
+    kernels: ModuleType,
+    t: DType,
+    N: int,
+    Cs: int,
+    Ct: int,
+    stats: bool,
+    shift: float = 0,
+    wide: bool = False,
+    stage: int = 1,
 ) -> list[Array]:
     data = Data(t, f"project_tiles {N} {Cs} {Ct}")
     (u, u64), (weight, weight64) = (
         data.normal(N, Cs, shift=shift),
         data.normal(Ct, Cs, scale=1 / Cs**0.5, shift=shift / Cs),
     )
-    rows = kernels.project_rows(N, Ct)
+    rows = kernels.project_rows(stage, N, Ct)
     parts = -(-N // rows)
     y, mean, m2 = data.out(N, Ct) if wide else data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
     kernels.project_tiles(
+        stage=stage,
         dtype=t.name,
         u=u,
         weight=weight,
@@ -415,45 +426,51 @@ def all_cases() -> dict[str, Case]:
                 add(row_loss_apart, t, B, K, **options)
         for edit in ("large", "ties", "labels"):
             add(row_loss_apart, t, 7, 300, edit=edit)
-        for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
-            add(times_classifier, t, B, K, Ct, True)
-        add(times_classifier, t, 5, 90, 72, False)
-        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
-            add(project_tiles, t, N, Cs, Ct, False, wide=True)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
         add(anchor_rows, t, 7, 1, 24, edit="labels")
+    for t, stage in itertools.product((BF16, F16), (1, 2)):
+        for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
+            add(times_classifier, t, B, K, Ct, True, stage=stage)
+        add(times_classifier, t, 5, 90, 72, False, stage=stage)
+        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
+            add(project_tiles, t, N, Cs, Ct, False, wide=True, stage=stage)
         for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):
-            add(project_tiles, t, N, Cs, Ct, True)
-        add(project_tiles, t, 65, 72, 24, False)
-        add(project_tiles, t, 130, 64, 16, True, shift=30.0)
-    add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True)  # large tiles
-    for B, classes, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 129, 328)):
-        add(logits_exp, BF16, B, classes, Ct)
-        add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False)
-    add(logits_exp, BF16, 5, 150, 72, first_class=256)
-    add(logits_exp, BF16, 5, 150, 72, store=False)
-    for edit in ("ties", "far", "nan", "broken"):
-        add(logits_exp, BF16, 5, 150, 72, edit=edit)
-    add(logits_exp, BF16, 5, 70, 136, gram=True)  # its last stage is the first in memory
-    add(logits_exp, BF16, 2, 21841, 8)
-    add(logits_exp, BF16, 130, 128 * 63 + 5, 72, gram=True)  # large tiles
-    for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
-        add(grad_rows, BF16, B, K, Ct)
-        add(grad_rows, BF16, B, K, Ct, label_smoothing=0, two_labels=False, gram=False, pooled=False)
-        for chunk in ("first", "middle", "last"):
-            add(grad_rows, BF16, B, K + 8, Ct, chunk=chunk)
+            add(project_tiles, t, N, Cs, Ct, True, stage=stage)
+        add(project_tiles, t, 65, 72, 24, False, stage=stage)
+        add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
+    for stage in (1, 2):
+        add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True, stage=stage)  # large tiles
+        for B, classes, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 129, 328)):
+            add(logits_exp, BF16, B, classes, Ct, stage=stage)
+            add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False, stage=stage)
+        add(logits_exp, BF16, 5, 150, 72, first_class=256, stage=stage)
+        add(logits_exp, BF16, 5, 150, 72, store=False, stage=stage)
+        for edit in ("ties", "far", "nan", "broken"):
+            add(logits_exp, BF16, 5, 150, 72, edit=edit, stage=stage)
+        add(logits_exp, BF16, 5, 70, 136, gram=True, stage=stage)  # its last stage is the first in memory
+        add(logits_exp, BF16, 2, 21841, 8, stage=stage)
+        add(logits_exp, BF16, 130, 128 * 63 + 5, 72, gram=True, stage=stage)  # large tiles
+        smoothing = {"label_smoothing": 0} if stage == 2 else {}  # which stage 1 serves
+        for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
+            add(grad_rows, BF16, B, K, Ct, stage=stage, **smoothing)
+            add(
+                grad_rows, BF16, B, K, Ct, label_smoothing=0, two_labels=False, gram=False, pooled=False, stage=stage
+            )
+            for chunk in ("first", "middle", "last"):
+                add(grad_rows, BF16, B, K + 8, Ct, chunk=chunk, stage=stage, **smoothing)
+        add(grad_rows, BF16, 5, 90, 72, ce=0, stage=stage)
+        add(grad_rows, BF16, 5, 90, 72, ce=1, sr=1, fm=1, stage=stage, **smoothing)
+        add(grad_rows, BF16, 5, 90, 72, grad=False, stage=stage, **smoothing)
+        for edit in ("hits", "saturated", "nan"):
+            add(grad_rows, BF16, 5, 300, 72, edit=edit, stage=stage, **smoothing)
+        add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last", stage=stage, **smoothing)
+        add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False, stage=stage, **smoothing)
+        add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
+        add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8, stage=stage, **smoothing)  # large tiles
     for chunk in ("first", "last"):
         add(grad_rows, BF16, 5, 90, 72, chunk=chunk, label_smoothing=0)
-    add(grad_rows, BF16, 5, 90, 72, ce=0)
-    add(grad_rows, BF16, 5, 90, 72, ce=1, sr=1, fm=1)
-    add(grad_rows, BF16, 5, 90, 72, grad=False)
-    for edit in ("hits", "saturated", "nan"):
-        add(grad_rows, BF16, 5, 300, 72, edit=edit)
-    add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last")
-    add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False)
-    add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False)
-    add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8)  # large tiles
+    add(grad_rows, BF16, 5, 90, 72, stage=2)  # by stage 1
     return found
 
 

@@ -1,5 +1,5 @@
-"""Each function of csrc/cuda/instructions.cuh on a GPU, against torch on the CPU. nvcc compiles instructions.cu when the tests start;
-without a GPU they only show that it compiles.
+"""Each function of csrc/cuda/instructions.cuh and hopper_instructions.cuh on a GPU, against torch on the CPU. nvcc compiles
+instructions.cu and hopper_instructions.cu when the tests start; without a GPU they only show that those compile.
 """
 
 import ctypes
@@ -17,28 +17,43 @@ pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    built = tmp_path_factory.mktemp("instructions") / "instructions.so"
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
-    command = [nvcc(), "-shared", "-Xcompiler", "-fPIC", "-std=c++17", f"-arch=sm_{major}{minor}"]
-    command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / "instructions.cu", "-o", built]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper_only = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9.0")
+
+
+def compiled(source, architecture, folder):
+    built = folder / f"{source}.so"
+    command = [nvcc(), "-shared", "-Xcompiler", "-fPIC", "-std=c++17", f"-arch={architecture}"]
+    command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / f"{source}.cu", "-o", built]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(built))
 
 
-def run(library, name, *tensors):
-    """The launcher on copies on the GPU; the last tensor as the kernel left it."""
-    moved = [t.cuda() for t in tensors]
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 0)
+    return compiled("instructions", f"sm_{major}{minor}", tmp_path_factory.mktemp("instructions"))
+
+
+@pytest.fixture(scope="module")
+def hopper_library(tmp_path_factory):
+    return compiled("hopper_instructions", "sm_90a", tmp_path_factory.mktemp("instructions"))
+
+
+def run(library, name, *arguments):
+    """The launcher on copies of the tensors on the GPU; the last one as the kernel left it."""
+    moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
+    tensors = [x for x in moved if isinstance(x, torch.Tensor)]
     torch.cuda.synchronize()
-    error = getattr(library, name)(*(ctypes.c_void_p(t.data_ptr()) for t in moved))
+    error = getattr(library, name)(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in moved))
     assert error == 0, f"{name}: CUDA error {error}"
-    return moved[-1].cpu()
+    return tensors[-1].cpu()
 
 
-def test_it_compiles(library):
+def test_they_compile(library, hopper_library):
     assert library.shuffle_xor_float
+    assert hopper_library.load_box
 
 
 @gpu_only
@@ -78,3 +93,30 @@ def test_multiply_add(library, name, dtype):
     a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
     got = run(library, f"multiply_add_{name}", a, b, d)
     torch.testing.assert_close(got.double(), a.double() @ b.double() + d.double(), rtol=1e-5, atol=1e-5)
+
+
+@hopper_only
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (24, 40), (-3, -8)])
+def test_load_tile(hopper_library, row, column):
+    rows, columns = 37, 72
+    x = torch.randint(-(2**15), 2**15, (rows, columns), dtype=torch.int16)
+    out = torch.full((2, 16, 64), 7, dtype=torch.int16)
+    got = run(hopper_library, "load_box", x, rows, columns, row, column, out)
+    around = torch.zeros(rows + 32, columns + 256, dtype=torch.int16)
+    around[8 : 8 + rows, 64 : 64 + columns] = x
+    chunks = torch.arange(8)
+    for phase in range(2):
+        box = around[8 + row : 24 + row, 64 + column + phase : 128 + column + phase].reshape(16, 8, 8)
+        swizzled = torch.stack([box[r, chunks ^ (r % 8)] for r in range(16)])
+        assert torch.equal(got[phase], swizzled.reshape(16, 64))
+
+
+@hopper_only
+@pytest.mark.parametrize("columns", [64, 128])
+@pytest.mark.parametrize("by_depth", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_warpgroup_multiply(hopper_library, name, dtype, by_depth, columns):
+    a, b, d = torch.randn(64, 64).to(dtype), torch.randn(64, columns).to(dtype), torch.randn(64, columns)
+    given = b if by_depth else b.T.contiguous()
+    got = run(hopper_library, f"warpgroup_multiply_{name}", a, given, d, int(by_depth), columns)
+    torch.testing.assert_close(got.double(), a.double() @ b.double() + d.double(), rtol=1e-5, atol=1e-4)

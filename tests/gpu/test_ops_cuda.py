@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
-STAGES = [0, 1] if DEVICE == "cuda" else [1]
-STAGED = [(t, s) for t in DTYPES for s in (STAGES if t != torch.float32 else [1])]  # float32 has the plain kernels only
+STAGES = [0, 1, 2] if DEVICE == "cuda" else [2]
+STAGED = [(t, s) for t in DTYPES for s in (STAGES if t != torch.float32 else [2])]  # float32 has the plain kernels only
 CONNECTORS = list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False)))
 LOSSES = [
     (c, teacher)

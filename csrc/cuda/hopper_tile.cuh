@@ -1,0 +1,138 @@
+#pragma once
+// tile.cuh's tiles as a Hopper GPU makes them best (stage 2, sm_90a): the tensor memory accelerator fills the stages, warpgroups
+// multiply from shared memory. Sizes, the swizzle, what a thread holds of the output and how kernels are written are the same,
+// so that one kernel serves both.
+
+#include <cuda_runtime.h>
+
+#include "hopper_instructions.cuh"
+#include "tile.cuh"
+
+namespace ijckd {
+
+// A warpgroup multiplies 64 rows.
+template <int kM_, int kN_, int kStages_>
+struct HopperTile {
+  static constexpr bool kHopper = true;
+  static constexpr int kM = kM_, kN = kN_, kStages = kStages_;
+  static constexpr int kWarpsM = kM / 16, kWarpsN = 1, kThreads = kWarpsM * 32;
+  static constexpr int kBlocksM = 1, kBlocksN = kN / 8;  // 16 x 8 accumulators of a warp
+  static constexpr int kStageA = kM * kDepth, kStage = (kM + kN) * kDepth;
+  static constexpr int kSharedBytes = kStages * (kStage * 2 + 8);  // and a barrier
+  using Accumulators = float[kBlocksM][kBlocksN][4];
+  template <typename T>
+  using Operand = CUtensorMap;
+
+  static_assert(kM % 64 == 0 && kN % 64 == 0);
+};
+
+// Two large ones fit a multiprocessor, so that one multiplies while the other writes its results.
+using SmallHopperTile = HopperTile<64, 64, 4>;
+using LargeHopperTile = HopperTile<128, 128, 3>;
+
+// Small tiles fill the GPU where there are few of them; large ones read memory half as often.
+constexpr int kEnoughTiles = 128;
+
+// Runs `body(Shape{})` for the shape that suits an output of [rows, columns] at that stage (stage.h).
+template <typename F>
+auto with_tile(int stage, int64_t rows, int64_t columns, const F& body) {
+  const auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+  const bool large = up(rows, LargeTile::kM) * up(columns, LargeTile::kN) >= kEnoughTiles;
+  if (stage >= 2) return large ? body(LargeHopperTile{}) : body(SmallHopperTile{});
+  return large ? body(LargeTile{}) : body(SmallTile{});
+}
+
+// The driver's function, without linking against the driver; null if there is none.
+inline auto tensor_map_encoder() {
+  static void* const encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode);
+}
+
+// The operand of a kernel whose tiles copy `tile_rows` rows at a time: the driver's description of the array and of that box.
+// Returns 0 or an error code.
+template <typename T>
+int make_operand(CUtensorMap* to, const Matrix<T>& from, int tile_rows) {
+  const auto encode = tensor_map_encoder();
+  if (!encode) return static_cast<int>(cudaErrorNotSupported);
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(from.cols), static_cast<cuuint64_t>(from.rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(from.stride) * sizeof(T)};
+  const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(tile_rows)}, every[2] = {1, 1};
+  const CUresult result =
+      encode(to, type, 2, const_cast<T*>(from.data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return static_cast<int>(result);  // the driver's codes are the runtime's
+}
+
+// What a copy functor of `multiply` fills, and the barrier that sees it land.
+template <typename T>
+struct LandingStage {
+  T *a, *b;
+  uint64_t* landed;
+};
+
+// Starts the copies of one stage, as for the other tiles; one thread calls.
+template <typename Shape, typename T>
+__device__ __forceinline__ void copy_a(const LandingStage<T>& stage, const CUtensorMap& a, int m, int depth) {
+  load_tile(stage.a, a, stage.landed, depth, m);
+}
+template <typename Shape, B kLayout, typename T>
+__device__ __forceinline__ void copy_b(const LandingStage<T>& stage, const CUtensorMap& b, int n, int depth) {
+  if constexpr (kLayout == B::kByColumn) {
+    load_tile(stage.b, b, stage.landed, depth, n);
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < Shape::kN / kDepth; ++panel)
+      load_tile(stage.b + panel * kDepth * kDepth, b, stage.landed, n + panel * kDepth, depth);
+  }
+}
+
+// acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread. Every thread
+// of the block calls, once in a kernel; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before `shared`
+// is used anew.
+template <typename Shape, B kLayout, typename T, typename Copy>
+__device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
+                                                                     const Copy& copy) {
+  constexpr int kStages = Shape::kStages, kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
+  uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);                          // [kStages]
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) barrier_init(landed + s, 1);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  const auto start = [&](int step) {
+    if (threadIdx.x == 0 && step < steps) {
+      T* stage = shared + step % kStages * Shape::kStage;
+      barrier_expect(landed + step % kStages, Shape::kStage * 2);
+      copy(LandingStage<T>{stage, stage + Shape::kStageA, landed + step % kStages}, step);
+    }
+    __syncwarp();  // a warpgroup's instructions take whole warps
+  };
+  for (int s = 0; s < kStages - 1; ++s) start(s);
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(landed + step % kStages, step / kStages % 2);
+    const T* a = shared + step % kStages * Shape::kStage + threadIdx.x / 128 * 64 * kDepth;
+    const T* b = shared + step % kStages * Shape::kStage + Shape::kStageA;
+    warpgroup_fence();
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      const uint64_t rows = matrix_descriptor(a + k, 16, kEightRows);
+      if constexpr (kLayout == B::kByColumn)
+        multiply_add_64xNx16<T, false>(acc[0], rows, matrix_descriptor(b + k, 16, kEightRows));
+      else
+        multiply_add_64xNx16<T, true>(acc[0], rows, matrix_descriptor(b + k * kDepth, kPanel, kEightRows));
+    }
+    warpgroup_commit();
+    warpgroup_wait<1>();  // the step before has been read by this warpgroup,
+    __syncthreads();      // and by the others: while this one's products are made its stage is filled anew
+    start(step + kStages - 1);
+  }
+  warpgroup_wait<0>();
+}
+
+}  // namespace ijckd

@@ -40,6 +40,7 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg
 // The checked arguments, and where the results go.
 struct Rows {
   DType dtype;              // T
+  DType rounding;           // what the classifier is rounded to before it becomes T
   Tensor z, weight;         // [B, Ct] A, [K, Ct] as `classifier` below gives it
   OptTensor bias;           // [K] A
   OptTensor logits_t;       // [B, K], any dtype
@@ -106,7 +107,7 @@ void whole_rows(const Rows& r, const Launch& launch) {
 }
 
 #ifdef IJCKD_CUDA
-Tensor classifier(const Tensor& weight, DType t) { return as(weight, t); }
+Tensor classifier(const Tensor& weight, DType t, DType) { return as(weight, t); }
 
 void all_rows(const Rows& r, const Launch& launch) { whole_rows(r, launch); }
 #else
@@ -114,21 +115,21 @@ OptTensor maybe_rows_of(const OptTensor& t, int64_t first, int64_t n) {
   return t ? OptTensor(rows_of(*t, first, n)) : OptTensor();
 }
 
-// A float32 classifier stays as it is for bfloat16 products: class chunks round it piece by piece, and no copy of the whole
-// exists.
-Tensor classifier(const Tensor& weight, DType t) {
-  const bool by_pieces = t == DType::bf16 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous();
-  return by_pieces ? weight : as(weight, t);
+// For bfloat16 a float32 classifier, and where bfloat16's products are taken in float32 any, stays as it is: class chunks convert
+// it piece by piece, and no copy of the whole exists.
+Tensor classifier(const Tensor& weight, DType t, DType rounding) {
+  const bool by_pieces = rounding == DType::bf16 && (t != rounding || weight.scalar_type() == ScalarType::Float);
+  return by_pieces ? torch::stable::contiguous(weight) : as(weight, t);
 }
 
 // By class chunks where they serve; else some rows after others, so that never more than a few megabytes of logits exist.
 void all_rows(Rows r, const Launch& launch) {
   const int64_t B = r.z.size(0), K = r.weight.size(0);
   if (in_class_chunks(r.weights, r.d.has_value(), r.dtype, B, K, r.z.size(1)))
-    return chunked_loss({r.dtype, r.z, r.weight, r.bias, labels_of(r.labels), labels_of(r.labels_b), data(r.mix), r.d,
+    return chunked_loss({r.dtype, r.rounding, r.z, r.weight, r.bias, labels_of(r.labels), labels_of(r.labels_b), data(r.mix), r.d,
                          r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(), r.dz, r.weights, r.grad});
   const int64_t most = rows_at_once(B, K);
-  r.weight = as(r.weight, r.dtype);
+  r.weight = as(as(r.weight, r.rounding), r.dtype);
   if (most == B) return whole_rows(r, launch);
   for (int64_t first = 0; first < B; first += most) {
     const int64_t n = std::min(most, B - first);
@@ -160,7 +161,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check(on_device(z), kOp, ": z must be on ", kDevice);
   const int64_t B = z.size(0), Ct = z.size(1), K = weight.size(0);
   check(Ct > 0 && K > 0, kOp, ": channels and classes must not be empty, got z ", shape(z), " and weight ", shape(weight));
-  const DType own = dtype(weight, kOp, "weight"), t = product ? dtype(*product, kOp, "dtype") : own, acc = accumulator(t);
+  const DType own = dtype(weight, kOp, "weight"), asked = product ? dtype(*product, kOp, "dtype") : own;
+  const DType t = product_type(asked), acc = accumulator(t);
   check(accumulator(dtype(z, kOp, "z")) == acc, kOp, ": z and weight must both be float64 or neither, got ",
         name(z.scalar_type()), " and ", name(weight.scalar_type()));
   const Tensor labels_row = torch::stable::contiguous(labels);
@@ -185,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check(label_smoothing >= 0 && label_smoothing <= 1, kOp, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
 
   const LossWeights weights{ce, sr, fm, kl, temperature, label_smoothing};
-  const Tensor w = classifier(weight, t), z_acc = as(z, acc);
+  const Tensor w = classifier(weight, t, asked), z_acc = as(z, acc);
   const OptTensor bias_acc = as(bias, acc), mix_acc = as(mix, acc), pooled_acc = as(pooled_t, acc);
   const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
   const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),
@@ -210,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
                "classifier_loss's feature match");
   }
   if (B > 0)
-    all_rows({t, z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights, grad, B},
+    all_rows({t, asked, z_acc, w, bias_acc, logits_t, labels_row, labels_b_row, mix_acc, d, part_rows, top1_rows, dz, weights,
+              grad, B},
              launch);
   launched(loss_sum({acc, part_rows.const_data_ptr(), top1_rows.const_data_ptr<int64_t>(), loss.mutable_data_ptr(),
                      parts.mutable_data_ptr(), top1.mutable_data_ptr<int64_t>(), B, K, Ct, weights},

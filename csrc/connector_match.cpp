@@ -55,6 +55,8 @@ int tile_stage(const Tensor& u, const Tensor& weight) {
 // rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
 Tensor times_weight(const Tensor& rows, const Tensor& weight) {
 #ifndef IJCKD_CUDA
+  const DType t = dtype(rows, kOp, "u"), products = product_type(t);
+  if (products != t) return as(times_weight(as(rows, products), as(weight, products)), t);
   if (by_convolution(rows)) return conv_rows(rows, torch::stable::contiguous(weight));
 #endif
   return torch::stable::contiguous(matmul_nt(rows, weight));
@@ -252,17 +254,19 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Ten
                             launch.stream),
              "connector_match's backward pass");
   Tensor du = none(u, t), dweight = none(u, t);
+  const DType products = product_type(t);
+  const Tensor d_out = as(dy, products);
 #ifndef IJCKD_CUDA
-  if (by_convolution(dy) && (need_du || need_dweight)) {
-    const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
-    const auto [d_rows, d_weight] = conv_rows_backward(dy, rows, torch::stable::contiguous(weight), need_du, need_dweight);
-    return {d_rows ? torch::stable::view(*d_rows, {B, P, Cs}) : du, d_weight.value_or(dweight)};
+  if (by_convolution(d_out) && (need_du || need_dweight)) {
+    const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
+    const auto [d_rows, d_weight] = conv_rows_backward(d_out, rows, as(weight, products), need_du, need_dweight);
+    return {d_rows ? torch::stable::view(as(*d_rows, t), {B, P, Cs}) : du, d_weight ? as(*d_weight, t) : dweight};
   }
 #endif
-  if (need_du) du = torch::stable::view(torch::stable::contiguous(torch::stable::matmul(dy, weight)), {B, P, Cs});
+  if (need_du) du = torch::stable::view(as(torch::stable::matmul(d_out, as(weight, products)), t), {B, P, Cs});
   if (need_dweight) {
-    const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
-    dweight = torch::stable::contiguous(torch::stable::matmul(torch::stable::transpose(dy, 0, 1), rows));
+    const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
+    dweight = as(torch::stable::matmul(torch::stable::transpose(d_out, 0, 1), rows), t);
   }
   return {du, dweight};
 }

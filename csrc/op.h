@@ -120,6 +120,9 @@ constexpr const char* kDevice = "cuda";
 
 inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 
+// The dtype in which products of operands of dtype t are taken.
+inline DType product_type(DType t) { return t; }
+
 // libtorch_cuda's C shim is looked up at run time, so that this library compiles, links and loads beside a CPU-only torch too.
 class Launch {
  public:
@@ -142,6 +145,17 @@ class Launch {
 constexpr const char* kDevice = "cpu";
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
+
+// The dtype in which products of operands of dtype t are taken: float32 for bfloat16 where torch has no oneDNN for it, but a
+// plain loop many times slower than a product of floats. The results change by less than bfloat16's rounding.
+inline DType product_type(DType t) {
+#ifdef __x86_64__
+  static const bool bf16 =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (t == DType::bf16 && !bf16) return DType::f32;
+#endif
+  return t;
+}
 
 struct Launch {
   explicit Launch(const Tensor&) {}

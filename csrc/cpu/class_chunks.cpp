@@ -109,6 +109,12 @@ IJCKD_CLONES void add(double* to, double scale, double factor, const double* fro
 IJCKD_CLONES void round_to(c10::BFloat16* to, const float* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(to, i, from[i]);
 }
+IJCKD_CLONES void round_to(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(c10::BFloat16(from[i]));
+}
+IJCKD_CLONES void widen_to(float* to, const c10::BFloat16* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = load(from, i);
+}
 
 // columns [Ct] += sum over the rows of w [n, Ct]
 template <typename T, typename A>
@@ -130,7 +136,8 @@ class Chunks {
         K(loss.weight.size(0)),
         Ct(loss.z.size(1)),
         z(as(loss.z, t)),
-        wide(dtype(loss.weight, "classifier_loss", "weight") != t),
+        stored(dtype(loss.weight, "classifier_loss", "weight")),
+        by_pieces(stored != t || loss.rounding != t),
         match(loss.weights.sr != 0),
         w(loss.weight.const_data_ptr()),
         dz(static_cast<A*>(loss.dz.mutable_data_ptr())),
@@ -149,36 +156,38 @@ class Chunks {
     const Tensor logits = empty(z, {by_conv ? 0 : B * size}, t);
     if (match) hashes.resize((K + kHashedRows - 1) / kHashedRows);
     {
-      const Tensor rounded = empty(z, {wide ? size : 0, Ct}, t), product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
+      const Tensor converted = empty(z, {by_pieces ? size : 0, Ct}, t), product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
       if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
-      for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), rounded, logits, product);
+      for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), converted, logits, product);
     }
     finish();
   }
 
  private:
-  // Elements [first, first + n) of a wide W in T.
-  void round_elements(int64_t first, int64_t n, T* to) const {
-    if constexpr (std::is_same_v<T, c10::BFloat16>) round_to(to, static_cast<const float*>(w) + first, n);
+  // Elements [first, first + n) of W in T.
+  void convert(int64_t first, int64_t n, T* to) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (stored == DType::bf16) return widen_to(to, static_cast<const c10::BFloat16*>(w) + first, n);
+    if constexpr (!std::is_same_v<T, double>) round_to(to, static_cast<const float*>(w) + first, n);
   }
 
-  // Row k of W in T; `scratch` is for the rounded one.
+  // Row k of W in T; `scratch` is for a converted one.
   const T* weight_row(int64_t k, std::vector<T>& scratch) const {
-    if (!wide) return static_cast<const T*>(w) + k * Ct;
+    if (!by_pieces) return static_cast<const T*>(w) + k * Ct;
     scratch.resize(Ct);
-    round_elements(k * Ct, Ct, scratch.data());
+    convert(k * Ct, Ct, scratch.data());
     return scratch.data();
   }
 
   // Rows [k, k + n) of W in T, and their hashes on the way: what is read from memory here lies in a cache for the GEMMs.
-  Tensor weight_rows(int64_t k, int64_t n, const Tensor& rounded) {
-    const Tensor rows = wide ? rows_of(rounded, 0, n) : rows_of(c.weight, k, n);
-    if (!wide && !match) return rows;
+  Tensor weight_rows(int64_t k, int64_t n, const Tensor& converted) {
+    const Tensor rows = by_pieces ? rows_of(converted, 0, n) : rows_of(c.weight, k, n);
+    if (!by_pieces && !match) return rows;
     const T* data = static_cast<const T*>(rows.const_data_ptr());
     parallel_for((n + kHashedRows - 1) / kHashedRows, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t from = i * kHashedRows * Ct, elements = std::min(kHashedRows, n - i * kHashedRows) * Ct;
-        if (wide) round_elements(k * Ct + from, elements, static_cast<T*>(rounded.mutable_data_ptr()) + from);
+        if (by_pieces) convert(k * Ct + from, elements, static_cast<T*>(converted.mutable_data_ptr()) + from);
         if (match) hashes[k / kHashedRows + i] = content_hash(data + from, elements * int64_t(sizeof(T)));
       }
     });
@@ -204,8 +213,8 @@ class Chunks {
   }
 
   // Classes [k, k + n): logits, their exponentials in place, and what these add to the rows and to dz.
-  void chunk(int64_t k, int64_t n, const Tensor& rounded, const Tensor& buffer, const Tensor& product) {
-    const Tensor w_chunk = weight_rows(k, n, rounded);
+  void chunk(int64_t k, int64_t n, const Tensor& converted, const Tensor& buffer, const Tensor& product) {
+    const Tensor w_chunk = weight_rows(k, n, converted);
     Tensor logits;
     if (by_conv) {
       logits = conv_rows(z, w_chunk);
@@ -251,7 +260,7 @@ class Chunks {
     const A* d = static_cast<const A*>(data(c.d));
     OptTensor matched;
     if (match) {
-      const Tensor g = gram(c.weight, t, hashes);
+      const Tensor g = gram(c.weight, t, c.rounding, hashes);
       matched = empty(z, {B, Ct}, acc);
       if (by_convolution(*c.d))
         times_gram(g, *matched);
@@ -300,10 +309,11 @@ class Chunks {
   const DType t, acc;
   const bool by_conv = t == DType::f32 && c.z.size(0) >= kConvRows;
   const int64_t B, K, Ct;
-  const Tensor z;   // [B, Ct] T
-  const bool wide;  // W is float32, T bfloat16
+  const Tensor z;        // [B, Ct] T
+  const DType stored;    // of W
+  const bool by_pieces;  // W must be converted
   const bool match;
-  const void* w;  // [K, Ct] T, or float32 where `wide`
+  const void* w;  // [K, Ct]
   A* dz;          // [B, Ct]: the exponentials' part until finish
   const A* bias;  // [K] or null
   const A* mix;   // [B] or null

@@ -1,7 +1,7 @@
 #pragma once
 // classifier_loss on the CPU for many classes: chunk after chunk of the classifier's rows, so that logits exist for one chunk
-// only and W is read once for both GEMMs; a float32 W is rounded to bfloat16 by the chunk, too. Anchored softmax: with l_a the
-// label's logit, known before any GEMM,
+// only and W is read once for both GEMMs; a W that has not the GEMMs' dtype is converted by the chunk, too. Anchored softmax:
+// with l_a the label's logit, known before any GEMM,
 //   s = sum over k != a of exp(l_k - l_a),  cross-entropy = log1p(s),  dCE/dz = (sum over k != a of exp(l_k - l_a) w_k - s w_a) /
 //   (1 + s),
 // so no chunk needs another, and the loss of a confident sample keeps its digits where lse - l_a would cancel.
@@ -12,9 +12,10 @@
 namespace ijckd {
 
 struct ChunkedLoss {
-  DType dtype;              // T
+  DType dtype;              // T, of the GEMMs
+  DType rounding;           // what W is rounded to before it becomes T: T, or bfloat16 where T is float32
   Tensor z;                 // [B, Ct] A
-  Tensor weight;            // [K, Ct] T, or float32 where T is bfloat16; contiguous
+  Tensor weight;            // [K, Ct] T, float32 or bfloat16; contiguous
   OptTensor bias;           // [K] A
   const int64_t* labels;    // [B], in [0, K)
   const int64_t* labels_b;  // [B], or null

@@ -56,11 +56,11 @@ uint64_t join(uint64_t hash, uint64_t point, uint64_t value) {
 }
 
 // In chunks of classes, each by the library's GEMM; added in order.
-Tensor make_gram(const Tensor& weight, DType t) {
+Tensor make_gram(const Tensor& weight, DType t, DType rounding) {
   const int64_t K = weight.size(0), Ct = weight.size(1);
   const DType acc = accumulator(t);
   const Tensor g = empty(weight, {Ct, Ct}, acc);
-  if (t == acc) {
+  if (weight.scalar_type() == scalar(acc) && rounding == acc) {
     matmul_out(torch::stable::transpose(weight, 0, 1), weight, g);
     return g;
   }
@@ -68,7 +68,7 @@ Tensor make_gram(const Tensor& weight, DType t) {
   torch::stable::zero_(sum);
   const Tensor product = empty(weight, {Ct, Ct}, acc);
   for (int64_t k = 0; k < K; k += kGramRows) {
-    const Tensor w = as(as(rows_of(weight, k, std::min(kGramRows, K - k)), t), acc);
+    const Tensor w = as(as(rows_of(weight, k, std::min(kGramRows, K - k)), rounding), acc);
     matmul_out(torch::stable::transpose(w, 0, 1), w, product);
     float* to = g.mutable_data_ptr<float>();
     const float* from = product.const_data_ptr<float>();
@@ -108,7 +108,7 @@ Hash content_hash(const void* data, int64_t bytes) {
   return out;
 }
 
-Tensor gram(const Tensor& weight, DType t, const std::vector<Hash>& rows) {
+Tensor gram(const Tensor& weight, DType t, DType rounding, const std::vector<Hash>& rows) {
   // Never destroyed: torch may be gone by the time that static objects are.
   static auto* mutex = new std::mutex;
   static auto* kept = new std::list<Kept>;  // the last used first
@@ -121,7 +121,7 @@ Tensor gram(const Tensor& weight, DType t, const std::vector<Hash>& rows) {
         return i->g;
       }
   }
-  const Tensor g = make_gram(weight, t);
+  const Tensor g = make_gram(weight, t, rounding);
   const std::lock_guard lock(*mutex);
   kept->push_front({t, weight.size(0), weight.size(1), hash, g});
   if (kept->size() > kGrams) kept->pop_back();

@@ -20,8 +20,8 @@ constexpr int64_t kHashedRows = 64;  // rows of W, the last fewer, that are hash
 
 Hash content_hash(const void* data, int64_t bytes);
 
-// G [Ct, Ct] in T's accumulator, of weight [K, Ct], contiguous, rounded to T; `rows` are the hashes of its rows in T, in order.
-// Made once per classifier and kept; G of the last kGrams classifiers is kept (Ct^2 elements each).
-Tensor gram(const Tensor& weight, DType t, const std::vector<Hash>& rows);
+// G [Ct, Ct] in T's accumulator, of weight [K, Ct], contiguous, rounded to `rounding`; `rows` are the hashes of its rounded rows
+// in T, in order. Made once per classifier and kept; G of the last kGrams classifiers is kept (Ct^2 elements each).
+Tensor gram(const Tensor& weight, DType t, DType rounding, const std::vector<Hash>& rows);
 
 }  // namespace ijckd

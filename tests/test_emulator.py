@@ -166,6 +166,7 @@ HOPPER_FAULTS = {
     "one_thread_waits": "check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)",
     "expects_too_little": "synccheck: .* brings a barrier 16 bytes more than expected, in broken_hopper.cu",
     "expects_too_much": r"synccheck: all threads of .* at barrier_wait in .* \(phase 0 lacks 0 arrivals and 16 bytes\)",
+    "expects_first_only": "check: .* (16384 bytes more than expected|multiplies .* is under way|lands when its barrier's phase has been)",
     "expects_twice": "synccheck: .* arrives at a barrier once more than it was initialised for, in broken_hopper.cu",
     "one_arrival_too_many": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and 0 bytes\)",
     "never_expects": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and -32768 bytes\)",
@@ -184,6 +185,7 @@ HOPPER_FAULTS = {
     "one_warp_waits": r"racecheck: .* copies a tile to byte \d+ of .*; warp [123] has not waited for that, in broken_hopper.cu",
     "divergent_lane": "synccheck: .* is at multiply_add_64xNx16 in .*, others of its warp are at multiply_add_64xNx16 in",
     "warp_skips_one": "synccheck: .* multiply_add_64xNx16 in .*, with other operands or elsewhere than others of its warpgroup",
+    "warp_commits_sooner": "synccheck: .* commits a group of other multiplications than others of its warpgroup",
     "descriptors_differ_in_warp": "synccheck: .* with other descriptors than others of its warp",
     "descriptors_differ_in_warpgroup": "synccheck: .*, with other operands or elsewhere than others of its warpgroup",
     "seven_warps": "synccheck: .* is at warpgroup_fence in .*, but its warpgroup has 3 warps",
@@ -207,10 +209,15 @@ HOPPER_FAULTS = {
     "stores_to_stage": "racecheck: .* multiplies .*, which thread .* stored to with no fence towards the asynchronous proxy",
     "stores_before_copy": "racecheck: .* copies a tile to .*, which thread .* stored to with no fence",
     "loads_stage_without_wait": r"racecheck: .* loads byte \d+ of .*, into which the copy started by thread \(0, 0, 0\)",
+    "loads_beside_refill": "racecheck: .* (is under way|landed without its waiting for that|loaded with no barrier between)",
     "registers_touched": "racecheck: .* uses registers otherwise while a multiplication adds to them",
     "results_without_barrier": r"racecheck: .* stores to byte \d+ of .*; warp \d has (not )?waited for that",
-    "results_before_wait": r"racecheck: .* stores to byte \d+ of .*; warp \d has (not )?waited for that",
+    "results_before_wait": r"racecheck: .* (stores to byte \d+ of .*; warp \d has (not )?waited for that|uses registers otherwise)",
     "prefetch_past_the_end": "racecheck: .* stores to byte .* into which the copy .* (is under way|has landed without)",
+    "copy_at_the_end": "synccheck: block .* ended before anyone had waited for the copy started in broken_hopper.cu",
+    "one_of_two_copies_expected": "synccheck: block .* ended before anyone had waited for the copy started in broken_hopper.cu",
+    "one_of_two_copies_expected_and_waited_for": "synccheck: (.* lands when its barrier's phase has been completed|all threads of)",
+    "multiplication_at_the_end": "synccheck: .* returned before it had waited for the multiplication in broken_hopper.cu",
 }
 HOPPER_WRONG = ("descriptor_step", "wrong_stride", "wrong_transposition", "wrong_leading transposed")
 
@@ -281,7 +288,7 @@ def test_the_emulator_finds_every_fault_of_a_hopper_pipeline(broken, schedule, w
     for name, text in HOPPER_FAULTS.items():
         with pytest.raises(RuntimeError, match=text):
             product(name)
-    assert len(sound) == 4
+    assert len(sound) == 6
     for name in sound:
         broken.clear_counts()
         got, want = product(name)

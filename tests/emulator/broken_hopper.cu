@@ -20,11 +20,14 @@ using ijckd::warpgroup_wait;
 
 enum class Fault {
   none,
+  none_told_by_barrier,  // that copies have landed, instead of each thread's own wait
+  none_loading,          // from the stages, too
   no_wait,
   wrong_parity,
   one_thread_waits,
   expects_too_little,
   expects_too_much,
+  expects_first_only,
   expects_twice,
   one_arrival_too_many,
   never_expects,
@@ -43,6 +46,7 @@ enum class Fault {
   one_warp_waits,
   divergent_lane,
   warp_skips_one,
+  warp_commits_sooner,
   descriptors_differ_in_warp,
   descriptors_differ_in_warpgroup,
   seven_warps,
@@ -66,10 +70,15 @@ enum class Fault {
   stores_to_stage,
   stores_before_copy,
   loads_stage_without_wait,
+  loads_beside_refill,
   registers_touched,
   results_without_barrier,
   results_before_wait,
   prefetch_past_the_end,
+  copy_at_the_end,
+  one_of_two_copies_expected,
+  one_of_two_copies_expected_and_waited_for,
+  multiplication_at_the_end,
   descriptor_step,
   wrong_stride,
   wrong_leading,
@@ -128,7 +137,7 @@ __global__ void __launch_bounds__(kHopperThreads)
     if (kFault == Fault::expects_too_little) bytes -= 16;
     if (kFault == Fault::expects_too_much) bytes += 16;
     if (kFault == Fault::stage_never_filled && step == 1) return barrier_expect(barrier, 0);
-    if (kFault != Fault::never_expects) barrier_expect(barrier, bytes);
+    if (kFault != Fault::never_expects && kFault != Fault::expects_first_only) barrier_expect(barrier, bytes);
     if (kFault == Fault::expects_twice) barrier_expect(barrier, 0);
     if (kFault == Fault::tile_to_static_shared)
       load_tile(barriers, maps.a, barrier, step * kDepth, m0);
@@ -139,6 +148,7 @@ __global__ void __launch_bounds__(kHopperThreads)
         load_tile(b + panel * kDepth * 128, maps.b, barrier, n0 + panel * 64, step * kDepth);
     else
       load_tile(b, maps.b, barrier, step * kDepth, n0);
+    if (kFault == Fault::expects_first_only) barrier_expect(barrier, kOperandBytes);
   };
   const auto refill = [&](int step) {
     if (threadIdx.x == 0 && (step + kRing - 1 < steps || kFault == Fault::prefetch_past_the_end)) start(step + kRing - 1);
@@ -146,12 +156,14 @@ __global__ void __launch_bounds__(kHopperThreads)
   if (threadIdx.x == 0)
     for (int s = 0; s < kRing - 1 && s < steps; ++s) start(s);
 
-  float sum[kTile / 8][4] = {};
+  float sum[kTile / 8][4] = {}, loaded = 0;
   for (int step = 0; step < steps; ++step) {
     const uint32_t parity = (step / kRing & 1) ^ (kFault == Fault::wrong_parity);
-    if (kFault != Fault::no_wait && (kFault != Fault::one_thread_waits || threadIdx.x == 0))
-      barrier_wait(landed + step % kRing, parity);
+    constexpr bool kOneWaits = kFault == Fault::one_thread_waits || kFault == Fault::none_told_by_barrier;
+    if (kFault != Fault::no_wait && (!kOneWaits || threadIdx.x == 0)) barrier_wait(landed + step % kRing, parity);
+    if (kFault == Fault::none_told_by_barrier) __syncthreads();
     unsigned char *a = stages + step % kRing * kStageBytes, *b = a + kOperandBytes;
+    if (kFault == Fault::none_loading) loaded += static_cast<float>(reinterpret_cast<const T*>(a)[threadIdx.x]);
     if (kFault == Fault::stores_to_stage) a[2 * threadIdx.x] = 0;
     if (kFault == Fault::past_the_stages) b += kRingBytes;
     const int stride = kFault == Fault::wrong_stride ? kEightRows / 2 : kEightRows;
@@ -169,6 +181,10 @@ __global__ void __launch_bounds__(kHopperThreads)
       const uint64_t step_b = kTransposed ? 16 * 128 : 32, step_a = kFault == Fault::descriptor_step ? 16 : 32;
       const uint64_t at_a = descriptor_a + (k * step_a >> 4), at_b = descriptor_b + (k * step_b >> 4);
       if (kFault == Fault::warp_skips_one && warp == 1 && k == 2) continue;
+      if (kFault == Fault::warp_commits_sooner && warp == 1 && k == 2) {
+        warpgroup_commit();
+        warpgroup_fence();
+      }
       if (kFault == Fault::divergent_lane && lane == 7)
         multiply_add_64xNx16<T, kRead>(sum, at_a, at_b);
       else
@@ -183,6 +199,7 @@ __global__ void __launch_bounds__(kHopperThreads)
     if (kFault != Fault::one_warp_waits || warp % 4 == 0) warpgroup_wait<kFault == Fault::wait_one_too_few ? 2 : 1>();
     if (kFault != Fault::no_barrier_before_refill) __syncthreads();
     if (kFault != Fault::refill_before_wait) refill(step);
+    if (kFault == Fault::loads_beside_refill && step > 0) loaded += stages[(step - 1) % kRing * kStageBytes + threadIdx.x];
   }
   if (kFault == Fault::loads_stage_without_wait && threadIdx.x == 0) start(steps);
   if (kFault != Fault::no_final_wait && kFault != Fault::results_before_wait) warpgroup_wait<0>();
@@ -190,7 +207,8 @@ __global__ void __launch_bounds__(kHopperThreads)
   // The results go through the ring's memory, as those of a kernel that stores whole rows.
   float* results = reinterpret_cast<float*>(stages + kRingBytes) - kTile * kTile;
   if (kFault != Fault::results_without_barrier) __syncthreads();
-  if (kFault == Fault::loads_stage_without_wait) sum[0][0] += stages[steps % kRing * kStageBytes + threadIdx.x];
+  if (kFault == Fault::loads_stage_without_wait) loaded += stages[steps % kRing * kStageBytes + threadIdx.x];
+  sum[0][0] += 0 * loaded;
   for (int j = 0; j < kTile / 8; ++j)
     for (int h = 0; h < 2; ++h) {
       float* to = results + (warp * 16 + lane / 4 + 8 * h) * kTile + 8 * j + lane % 4 * 2;
@@ -201,6 +219,23 @@ __global__ void __launch_bounds__(kHopperThreads)
   for (int i = threadIdx.x; i < kTile * kTile; i += kHopperThreads) {
     const int row = m0 + i / kTile, col = n0 + i % kTile;
     if (row < M && col < N) out[int64_t(row) * N + col] = results[i];
+  }
+  if (kFault == Fault::copy_at_the_end && threadIdx.x == 0) start(steps);
+  if (kFault == Fault::one_of_two_copies_expected || kFault == Fault::one_of_two_copies_expected_and_waited_for) {
+    uint64_t* barrier = landed + steps % kRing;
+    if (threadIdx.x == 0) {
+      barrier_expect(barrier, kOperandBytes);
+      load_tile(stages, maps.a, barrier, 0, m0);
+      load_tile(stages + kOperandBytes, maps.a, barrier, 0, m0);
+    }
+    barrier_wait(barrier, steps / kRing & 1);
+    if (kFault == Fault::one_of_two_copies_expected_and_waited_for) barrier_wait(barrier, ~(steps / kRing) & 1);
+  }
+  if (kFault == Fault::multiplication_at_the_end) {
+    const uint64_t first = matrix_descriptor(stages, 16, kEightRows);
+    warpgroup_fence();
+    multiply_add_64xNx16<T, false>(sum, first, first);
+    warpgroup_commit();
   }
 }
 
@@ -251,11 +286,14 @@ const Tile kHopperTiles[] = {
     {"sound f16", run<__half, false, Fault::none>},
     {"sound bf16 transposed", run<__nv_bfloat16, true, Fault::none>},
     {"sound f16 transposed", run<__half, true, Fault::none>},
+    {"sound told by barrier", broken_run<Fault::none_told_by_barrier>},
+    {"sound loading", broken_run<Fault::none_loading>},
     {"no_wait", broken_run<Fault::no_wait>},
     {"wrong_parity", broken_run<Fault::wrong_parity>},
     {"one_thread_waits", broken_run<Fault::one_thread_waits>},
     {"expects_too_little", broken_run<Fault::expects_too_little>},
     {"expects_too_much", broken_run<Fault::expects_too_much>},
+    {"expects_first_only", broken_run<Fault::expects_first_only>},
     {"expects_twice", broken_run<Fault::expects_twice>},
     {"one_arrival_too_many", broken_run<Fault::one_arrival_too_many>},
     {"never_expects", broken_run<Fault::never_expects>},
@@ -274,6 +312,7 @@ const Tile kHopperTiles[] = {
     {"one_warp_waits", broken_run<Fault::one_warp_waits>},
     {"divergent_lane", broken_run<Fault::divergent_lane>},
     {"warp_skips_one", broken_run<Fault::warp_skips_one>},
+    {"warp_commits_sooner", broken_run<Fault::warp_commits_sooner>},
     {"descriptors_differ_in_warp", broken_run<Fault::descriptors_differ_in_warp>},
     {"descriptors_differ_in_warpgroup", broken_run<Fault::descriptors_differ_in_warpgroup>},
     {"seven_warps", broken_run<Fault::seven_warps>},
@@ -297,10 +336,15 @@ const Tile kHopperTiles[] = {
     {"stores_to_stage", broken_run<Fault::stores_to_stage>},
     {"stores_before_copy", broken_run<Fault::stores_before_copy>},
     {"loads_stage_without_wait", broken_run<Fault::loads_stage_without_wait>},
+    {"loads_beside_refill", broken_run<Fault::loads_beside_refill>},
     {"registers_touched", broken_run<Fault::registers_touched>},
     {"results_without_barrier", broken_run<Fault::results_without_barrier>},
     {"results_before_wait", broken_run<Fault::results_before_wait>},
     {"prefetch_past_the_end", broken_run<Fault::prefetch_past_the_end>},
+    {"copy_at_the_end", broken_run<Fault::copy_at_the_end>},
+    {"one_of_two_copies_expected", broken_run<Fault::one_of_two_copies_expected>},
+    {"one_of_two_copies_expected_and_waited_for", broken_run<Fault::one_of_two_copies_expected_and_waited_for>},
+    {"multiplication_at_the_end", broken_run<Fault::multiplication_at_the_end>},
     {"descriptor_step", broken_run<Fault::descriptor_step>},
     {"wrong_stride", broken_run<Fault::wrong_stride>},
     {"wrong_transposition", broken_run<Fault::wrong_transposition>},

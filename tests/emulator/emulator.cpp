@@ -474,7 +474,7 @@ void run_block() {
     if (!ran && !land_one()) throw std::runtime_error(deadlock());
   }
   for (const TileCopy& c : m.tiles)
-    if (c.barrier->seen_by_one <= c.phase)
+    if (!c.landed || c.barrier->seen_by_one <= c.phase)
       throw std::runtime_error("synccheck: " + block_name() + " ended before anyone had waited for the copy started in " +
                                where(c.place));
 }

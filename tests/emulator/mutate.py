@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -65,7 +65,7 @@ def has_code(header: str) -> bool:
 def mutable_files() -> dict[str, tuple[str, ...]]:
     """The units to compile anew when the file changes."""
     files = {f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS}
-    for unit in UNIT_KERNELS:
+    for unit in sorted(UNIT_KERNELS, key=lambda unit: (build.CSRC / "cuda" / unit).stat().st_size):
         for header in sorted(filter(has_code, included(f"cuda/{unit}"))):
             files[header] = (*files.get(header, ()), unit)
     return files
@@ -190,23 +190,28 @@ class Workshop:
             out.mkdir()
             changed = csrc / mutant.file
             changed.write_text(mutant.apply(changed.read_text()))
-            units = FILES[mutant.file]
-            try:
-                fresh = [build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAGS) for unit in units]
-            except RuntimeError:
-                return NOT_COMPILED, ""
-            kept = [p for p in self.objects if p.name not in {f.name for f in fresh}]
-            library = build.link([*fresh, *kept], out / "emulated_kernels.so")
-            names = [kernel for unit in units for kernel in UNIT_KERNELS[unit]]
-            command = [sys.executable, __file__, "--run", str(library), *names]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
-            except subprocess.TimeoutExpired:
-                return TIMED_OUT, ""
-            if done.returncode:
-                return "crash", str(done.returncode)
-            verdict, _, case = done.stdout.strip().partition("\t")
-            return verdict, case
+            for unit in FILES[mutant.file]:  # the quickest to compile first: mostly it is enough
+                try:
+                    fresh = build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAGS)
+                except RuntimeError:
+                    return NOT_COMPILED, ""
+                verdict, case = self.run(fresh, out / f"{fresh.stem}.so", UNIT_KERNELS[unit])
+                if verdict != SURVIVED:
+                    return verdict, case
+        return SURVIVED, ""
+
+    def run(self, fresh: pathlib.Path, library: pathlib.Path, kernels: Iterable[str]) -> tuple[str, str]:
+        """The cases of these kernels, with one object file in the place of its sound one."""
+        build.link([fresh, *(p for p in self.objects if p.name != fresh.name)], library)
+        command = [sys.executable, __file__, "--run", str(library), *kernels]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT, ""
+        if done.returncode:
+            return "crash", str(done.returncode)
+        verdict, _, case = done.stdout.strip().partition("\t")
+        return verdict, case
 
 
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:

@@ -146,13 +146,23 @@ constexpr const char* kDevice = "cpu";
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 
-// The dtype in which products of operands of dtype t are taken: float32 for bfloat16 where torch has no oneDNN for it, but a
-// plain loop many times slower than a product of floats. The results change by less than bfloat16's rounding.
+// Whether the processor has the AVX-512 that oneDNN, torch's library for convolutions and bfloat16, is at its best with.
+inline bool has_avx512() {
+#ifdef __x86_64__
+  static const bool has =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has;
+#else
+  return false;
+#endif
+}
+
+// The dtype in which products of operands of dtype t are taken: float32 for bfloat16 on an x86-64 processor where torch has no
+// oneDNN for it, but a plain loop many times slower than a product of floats. The results change by less than bfloat16's
+// rounding.
 inline DType product_type(DType t) {
 #ifdef __x86_64__
-  static const bool bf16 =
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (t == DType::bf16 && !bf16) return DType::f32;
+  if (t == DType::bf16 && !has_avx512()) return DType::f32;
 #endif
   return t;
 }

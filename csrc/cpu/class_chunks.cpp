@@ -136,6 +136,7 @@ class Chunks {
         K(loss.weight.size(0)),
         Ct(loss.z.size(1)),
         z(as(loss.z, t)),
+        by_conv(by_convolution(z)),
         stored(dtype(loss.weight, "classifier_loss", "weight")),
         by_pieces(stored != t || loss.rounding != t),
         match(loss.weights.sr != 0),
@@ -307,9 +308,9 @@ class Chunks {
 
   const ChunkedLoss& c;
   const DType t, acc;
-  const bool by_conv = t == DType::f32 && c.z.size(0) >= kConvRows;
   const int64_t B, K, Ct;
   const Tensor z;        // [B, Ct] T
+  const bool by_conv;    // its products
   const DType stored;    // of W
   const bool by_pieces;  // W must be converted
   const bool match;

@@ -1,8 +1,8 @@
 #pragma once
 // Rows times a float32 weight through torch's convolution, as a 1 x 1 kernel on a map one pixel wide: oneDNN's kernels, made for
-// the processor at hand, where torch's matrix product takes the BLAS library that it was built with, which for float32 may be
-// half as fast. With one thread torch itself goes back to that library. Not for an active autocast, which would round the
-// operands.
+// the processor at hand, where torch's matrix product takes the BLAS library that it was built with, which for float32 and
+// AVX-512 may be half as fast; with AVX2 both are alike, but for the convolution's own preparations. With one thread torch itself
+// goes back to that library. Not for an active autocast, which would round the operands.
 
 #include <array>
 #include <vector>
@@ -13,7 +13,9 @@ namespace ijckd {
 
 constexpr int64_t kConvRows = 64;  // with fewer rows a convolution's own preparations cost more than it gains
 
-inline bool by_convolution(const Tensor& rows) { return rows.scalar_type() == ScalarType::Float && rows.size(0) >= kConvRows; }
+inline bool by_convolution(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Float && rows.size(0) >= kConvRows && has_avx512();
+}
 
 namespace conv1x1 {
 

@@ -60,6 +60,7 @@ HEADERS = (
     "counts.h",
     "cuda/classifier_tiles.h",
     "cuda/connector_tiles.h",
+    "cuda/linear_tiles.h",
 )
 
 
@@ -373,7 +374,7 @@ def test_ops_on_emulated_kernels_equal_reference(tmp_path):
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
         "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
-        "or one_class or empty_batch or bad_values or hard_cases"
+        "or one_class or empty_batch or bad_values or hard_cases or linear"
     )
     files = ("test_ops.py", "test_numerics.py", "gpu_ops.py")
     done = subprocess.run(

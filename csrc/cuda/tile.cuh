@@ -31,6 +31,10 @@ struct Matrix {
 // panel per 64 columns).
 enum class B { kByColumn, kByDepth };
 
+// How a does: as rows of the output's rows (a [M, L], one panel), or as rows of the contraction (a [L, M], a panel per 64 of
+// them).
+enum class A { kByRow, kByDepth };
+
 // What a copy functor of `multiply` fills.
 template <typename T>
 struct Stage {
@@ -109,15 +113,18 @@ __device__ __forceinline__ void add_columns(float (&sums)[kBlocksN][4], const ui
 }
 
 struct Nothing {
-  template <typename Fragments>
-  __device__ void operator()(const Fragments&) const {}
+  template <typename... Args>
+  __device__ void operator()(const Args&...) const {}
 };
 
 // acc += a b over `steps` stages. `copy(Stage, step)` starts the copies of one stage; `also(fragments of b)` sees every 16 steps
-// of the contraction as they pass. Every thread of the block calls; a barrier must follow before `shared` is used anew.
-template <typename Shape, B kLayout, typename T, typename Copy, typename Also = Nothing>
+// of the contraction as they pass; `finish(stage of a)` may store there what `copy` has only begun to load, and comes after
+// products that run meanwhile. Every thread of the block calls; a barrier must follow before `shared` is used anew.
+template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy, typename Also = Nothing,
+          typename Finish = Nothing>
 __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
-                                                                      const Copy& copy, const Also& also = {}) {
+                                                                      const Copy& copy, const Also& also = {},
+                                                                      const Finish& finish = {}) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kBlocksM * 16, warp_n = warp % Shape::kWarpsN * Shape::kBlocksN * 8;
   const auto start = [&](int step) {
@@ -125,8 +132,14 @@ __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename S
     if (step < steps) copy(Stage<T>{stage, stage + Shape::kStageA}, step);
     copy_async_commit();  // empty past the end, so that the waits below may count
   };
+  const auto end = [&](int step) {
+    if (step < steps) finish(shared + step % Shape::kStages * Shape::kStage);
+  };
 #pragma unroll
-  for (int s = 0; s < Shape::kStages - 1; ++s) start(s);
+  for (int s = 0; s < Shape::kStages - 1; ++s) {
+    start(s);
+    end(s);
+  }
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<Shape::kStages - 2>();  // this step's copies have landed,
     __syncthreads();                        // everyone's; and everyone is done with the stage that is filled next
@@ -137,8 +150,15 @@ __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename S
     for (int k = 0; k < kDepth / 16; ++k) {
       uint32_t fa[Shape::kBlocksM][4], fb[Shape::kBlocksN][2];
 #pragma unroll
-      for (int i = 0; i < Shape::kBlocksM; ++i)
-        load_matrix_x4(fa[i], a + swizzled(warp_m + i * 16 + lane % 16, k * 2 + lane / 16));
+      for (int i = 0; i < Shape::kBlocksM; ++i) {
+        if constexpr (kLayoutA == A::kByRow) {
+          load_matrix_x4(fa[i], a + swizzled(warp_m + i * 16 + lane % 16, k * 2 + lane / 16));
+        } else {
+          const int m = warp_m + i * 16 + lane / 8 % 2 * 8;
+          load_matrix_x4_transposed(
+              fa[i], a + m / kDepth * kDepth * kDepth + swizzled(k * 16 + lane % 8 + lane / 16 * 8, m % kDepth / 8));
+        }
+      }
 #pragma unroll
       for (int j = 0; j < Shape::kBlocksN; j += 2) {
         uint32_t r[4];
@@ -156,6 +176,7 @@ __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename S
         for (int j = 0; j < Shape::kBlocksN; ++j) multiply_add_16x8x16<T>(acc[i][j], fa[i], fb[j]);
       also(fb);
     }
+    end(step + Shape::kStages - 1);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "counts.h"
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
+#include "cuda/linear_tiles.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -201,6 +202,18 @@ PYBIND11_MODULE(emulated_kernels, module) {
                           c.out<float>("mean"), c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
                          nullptr);
   });
+  def("linear_tiles", [](Call& c) {
+    return linear_tiles(
+        {int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.in<float>("bias"), c.in<float>("pooled_t"),
+         c.out<float>("z"), c.out<float>("squares"), c.out<float>("fm"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        nullptr);
+  });
+  def("linear_grad_tiles", [](Call& c) {
+    return linear_grad_tiles(
+        {c.dtype(), c.in<float>("grad_z"), c.in<float>("grad_fm"), c.in<float>("z"), c.in<float>("pooled_t"), c.in("u"),
+         c.in("weight"), c.out("du"), c.out("dweight"), c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        nullptr);
+  });
   def("row_loss_apart", [](Call& c) {
     RowLossApart r;
     r.dtype = c.dtype();
@@ -231,6 +244,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
   });
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);
+  module.def("linear_blocks", &linear_blocks);
   def("feature_grad", [](Call& c) {
     return feature_grad(
         {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},

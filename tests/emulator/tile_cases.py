@@ -407,6 +407,53 @@ def project_tiles(
     return [y, mean, m2]
 
 
+def linear_tiles(
+    kernels: ModuleType, t: DType, B: int, Cs: int, Ct: int, bias: bool = True, pooled: bool = False, stage: int = 1
+) -> list[Array]:
+    data = Data(t, f"linear_tiles {B} {Cs} {Ct}")
+    (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
+    (b, b64), (pooled_t, pooled64) = data.normal_acc(Ct), data.normal_acc(B, Ct)
+    z, squares, fm = data.out(B, Ct), data.out(kernels.linear_blocks(stage, B, Ct)), data.out()
+    kernels.linear_tiles(
+        stage=stage, dtype=t.name, u=u, weight=weight, bias=b if bias else None, pooled_t=pooled_t if pooled else None, z=z,
+        squares=squares if pooled else None, fm=None if pooled else fm, B=B, Cs=Cs, Ct=Ct,
+    )  # fmt: skip
+    want = u64 @ weight64.T + (b64 if bias else 0)
+    close("z", z, want, t, scale=4)
+    if pooled:
+        distance = np.square(want - pooled64).sum()
+        close("squares' share", squares.astype(np.float64).sum() / distance * np.ones(1), 1, t)
+    else:
+        assert fm == 0
+    return [z, squares, fm]
+
+
+def linear_grad_tiles(
+    kernels: ModuleType, t: DType, B: int, Cs: int, Ct: int, pooled: bool = False, wanted: str = "du dweight dbias"
+) -> list[Array]:
+    data = Data(t, f"linear_grad_tiles {B} {Cs} {Ct}")
+    (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
+    (grad_z, _), (z, _), (pooled_t, _) = (data.normal_acc(B, Ct) for _ in range(3))
+    grad_fm = np.full((), 3 * B * Ct, np.float32)  # so that the match weighs as much as grad_z
+    outs = {"du": data.out_stored(B, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
+    match = {"grad_fm": grad_fm, "z": z, "pooled_t": pooled_t}
+    kernels.linear_grad_tiles(
+        dtype=t.name, grad_z=grad_z, **{k: v if pooled else None for k, v in match.items()}, u=u, weight=weight,
+        **{k: v if k in wanted.split() else None for k, v in outs.items()}, B=B, Cs=Cs, Ct=Ct,
+    )  # fmt: skip
+    dz = grad_z + np.float32(6) * (z - pooled_t) if pooled else grad_z  # in float, as the kernel rounds it
+    rounded = t.decode(t.encode(dz))
+    want = {"du": rounded @ weight64, "dweight": rounded.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
+    for name, out in outs.items():
+        if name in wanted.split():
+            close(
+                name, out, want[name], t, stored=name != "dbias", scale=10 * max(B, Ct) ** 0.5 if name == "dbias" else 4
+            )
+        else:
+            assert np.isnan(t.decode(out) if name != "dbias" else out).all()
+    return list(outs.values())
+
+
 def all_cases() -> dict[str, Case]:
     found: dict[str, Case] = {}
 
@@ -426,6 +473,11 @@ def all_cases() -> dict[str, Case]:
                 add(row_loss_apart, t, B, K, **options)
         for edit in ("large", "ties", "labels"):
             add(row_loss_apart, t, 7, 300, edit=edit)
+        for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
+            for pooled in (False, True):
+                add(linear_grad_tiles, t, B, Cs, Ct, pooled=pooled)
+        for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
+            add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
         add(anchor_rows, t, 7, 1, 24, edit="labels")
@@ -435,12 +487,16 @@ def all_cases() -> dict[str, Case]:
         add(times_classifier, t, 5, 90, 72, False, stage=stage)
         for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
             add(project_tiles, t, N, Cs, Ct, False, wide=True, stage=stage)
+        for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
+            for bias, pooled in ((True, False), (False, True)):
+                add(linear_tiles, t, B, Cs, Ct, bias=bias, pooled=pooled, stage=stage)
         for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):
             add(project_tiles, t, N, Cs, Ct, True, stage=stage)
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
         add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True, stage=stage)  # large tiles
+        add(linear_tiles, BF16, 128 * 8 + 2, 24, 128 * 15 + 8, pooled=True, stage=stage)  # likewise
         for B, classes, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 129, 328)):
             add(logits_exp, BF16, B, classes, Ct, stage=stage)
             add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False, stage=stage)

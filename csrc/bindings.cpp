@@ -5,7 +5,8 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ijckd, m) {
-  // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling.
+  // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling. What backward alone reads is
+  // empty of a linear connector: y, count, yhat with one position, no BatchNorm, no ReLU and no map_t.
   m.def(
       "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
       "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
@@ -15,16 +16,20 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   m.def(
       "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, "
       "Tensor? pooled_t, bool relu, float eps) -> (Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
-  // Backward, in two steps for the same reason: the channel sums, then everything that needs them.
+  // Backward, in two steps for the same reason: the channel sums, then everything that needs them. grad_fm with a match.
   m.def(
-      "connector_channel_grads(Tensor grad_z, Tensor grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, Tensor res, "
-      "Tensor res_yhat, int positions, bool match_map) -> (Tensor grad_z, Tensor d_gamma, Tensor d_beta)");
+      "connector_channel_grads(Tensor grad_z, Tensor? grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, "
+      "Tensor res, Tensor res_yhat, int positions, bool match_map) -> (Tensor grad_z, Tensor d_gamma, Tensor d_beta)");
   m.def(
-      "connector_input_grads(Tensor grad_z, Tensor grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, Tensor "
+      "connector_input_grads(Tensor grad_z, Tensor? grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, Tensor "
       "weight, "
       "Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, bool relu, float "
       "eps, "
       "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
+  // All of backward for a linear connector; grad_fm and z with pooled_t.
+  m.def(
+      "connector_linear_grads(Tensor grad_z, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, Tensor weight, "
+      "bool need_du, bool need_dweight, bool need_dbias) -> (Tensor du, Tensor dweight, Tensor dbias)");
 
   // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass. The matrix products are in `dtype`, or in
   // the weight's own without it.

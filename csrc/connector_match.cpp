@@ -2,13 +2,17 @@
 // as in torch: passes over its images are left out, and what sums over them is 0.
 #include "connector_match.h"
 
+#include <algorithm>
+#include <initializer_list>
 #include <tuple>
+#include <utility>
 
 #include "op.h"
 #include "rows.h"
 
 #ifdef IJCKD_CUDA
 #include "cuda/connector_tiles.h"
+#include "cuda/linear_tiles.h"
 #include "cuda/stage.h"
 #else
 #include "cpu/conv1x1.h"
@@ -42,13 +46,24 @@ struct Projected {
 // Hopper GPU: by arithmetic, not yet measured. On earlier GPUs both use the same instructions.
 constexpr int64_t kTileDepth = 320;
 
+bool aligned(const OptTensor& t) { return !t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0; }
+
+// The stage whose tiles can read these rows [N, Cs] and this weight [Ct, Cs]; 0: none.
+int readable_stage(const Tensor& rows, const Tensor& weight) {
+  const bool half = rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half;
+  return half && weight.size(1) % 8 == 0 && aligned(rows) && aligned(weight) ? stage() : 0;
+}
+
 // The stage whose tiles serve the product; 0: the library's GEMM.
-int tile_stage(const Tensor& u, const Tensor& weight) {
-  const bool half = u.scalar_type() == ScalarType::BFloat16 || u.scalar_type() == ScalarType::Half;
-  const auto aligned = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; };
-  if (!half || weight.size(1) % 8 != 0 || weight.size(0) % 2 != 0 || !aligned(u) || !aligned(weight)) return 0;
-  const int most = stage();
-  return most == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : most;
+int tile_stage(const Tensor& rows, const Tensor& weight) {
+  const int readable = weight.size(0) % 2 == 0 ? readable_stage(rows, weight) : 0;
+  return readable == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : readable;
+}
+
+// That for a linear connector, of which every tensor of teacher channels is read in pieces of 16 bytes.
+int linear_stage(const Tensor& rows, const Tensor& weight, std::initializer_list<OptTensor> others) {
+  const bool whole = rows.size(0) > 0 && weight.size(0) % 8 == 0 && std::all_of(others.begin(), others.end(), aligned);
+  return whole ? readable_stage(rows, weight) : 0;
 }
 #endif
 
@@ -62,17 +77,23 @@ Tensor times_weight(const Tensor& rows, const Tensor& weight) {
   return torch::stable::contiguous(matmul_nt(rows, weight));
 }
 
-Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
+void check_projection(const Tensor& u, const Tensor& weight) {
   check(u.dim() == 3, kOp, ": u must be rows [B, P, Cs], got ", shape(u));
   check(weight.dim() == 2 && weight.size(1) == u.size(2), kOp, ": weight must be [Ct, Cs] with Cs = ", u.size(2), " like u, got ",
         shape(weight));
   check(on_device(u), kOp, ": u must be on ", kDevice);
   check_device(weight, kOp, "weight");
-  const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
+  dtype(u, kOp, "u");
   check(weight.scalar_type() == u.scalar_type(), kOp, ": weight must have u's dtype ", name(u.scalar_type()), ", got ",
         name(weight.scalar_type()));
+  check(u.size(1) > 0 && weight.size(0) > 0, kOp, ": positions and channels must not be empty, got u ", shape(u), " and weight ",
+        shape(weight));
+}
+
+Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
+  check_projection(u, weight);
+  const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
-  check(P > 0 && Ct > 0, kOp, ": positions and channels must not be empty, got u ", shape(u), " and weight ", shape(weight));
   const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
   Projected out{none(u, t), none(u, acc), none(u, acc)};
   int64_t rows_per_part = kStatRows;
@@ -135,9 +156,9 @@ struct Applied {
   Tensor z, fm, count, yhat, res, res_yhat;  // [B, Ct], [], [B, Ct], [B, Ct], [Ct], [Ct], all A
 };
 
-Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
-  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
-  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2);
+// Everything that Z, a map [B, P, Ct] made of u, meets.
+void check_match(const Tensor& u, int64_t Ct, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t) {
+  const int64_t B = u.size(0), P = u.size(1);
   check(!(map_t && pooled_t), kOp, ": give map_t or pooled_t, not both");
   check_shape(map_t, {B, P, Ct}, kOp, "map_t", "the teacher's map of Z's size, as rows [B, P, Ct]");
   check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct]");
@@ -147,9 +168,14 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   }
   check_device(map_t, kOp, "map_t");
   check_device(pooled_t, kOp, "pooled_t");
-  check(!map_t || map_t->scalar_type() == y.scalar_type(), kOp, ": map_t must have u's dtype ", name(y.scalar_type()), ", got ",
+  check(!map_t || map_t->scalar_type() == u.scalar_type(), kOp, ": map_t must have u's dtype ", name(u.scalar_type()), ", got ",
         map_t ? name(map_t->scalar_type()) : "");
+}
 
+Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
+  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2);
+  check_match(y, Ct, a, map_t, pooled_t);
   const OptTensor target = as(map_t, t);
   Applied out{empty(y, {B, Ct}, acc), empty(y, {}, acc), empty(y, {B, Ct}, acc),
               empty(y, {B, Ct}, acc), none(y, acc),      none(y, acc)};
@@ -190,13 +216,63 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   return out;
 }
 
+// A linear connector on vectors: its gradients need none of what the others keep for backward. ops.py:_is_linear is the same.
+bool is_linear(const Tensor& u, const OptTensor& bn_weight, const OptTensor& map_t, bool relu) {
+  return u.size(1) == 1 && !bn_weight && !map_t && !relu;
+}
+
+// Its z [B, Ct] and fm [], both A.
+std::pair<Tensor, Tensor> linear_match(const Tensor& u, const Tensor& weight, const AffineTensors& a, const OptTensor& pooled_t) {
+#ifdef IJCKD_CUDA
+  const int64_t B = u.size(0), Cs = u.size(2), Ct = weight.size(0);
+  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {B, Cs}), w = torch::stable::contiguous(weight);
+  if (const int stage = linear_stage(rows, w, {a.beta, pooled_t})) {
+    const OptTensor target = as(pooled_t, DType::f32);
+    const Tensor z = empty(u, {B, Ct}, DType::f32), fm = empty(u, {}, DType::f32);
+    OptTensor squares;
+    if (target) squares = empty(u, {linear_blocks(stage, B, Ct)}, DType::f32);
+    Launch launch(u);
+    launched(linear_tiles({.stage = stage,
+                           .dtype = dtype(u, kOp, "u"),
+                           .u = rows.const_data_ptr(),
+                           .weight = w.const_data_ptr(),
+                           .bias = static_cast<const float*>(data(a.beta)),
+                           .pooled_t = static_cast<const float*>(data(target)),
+                           .z = z.mutable_data_ptr<float>(),
+                           .squares = squares ? squares->mutable_data_ptr<float>() : nullptr,
+                           .fm = fm.mutable_data_ptr<float>(),
+                           .B = B,
+                           .Cs = Cs,
+                           .Ct = Ct},
+                          launch.stream),
+             "connector_match's projection");
+    if (target)
+      launched(column_sum({DType::f32, data(squares), fm.mutable_data_ptr(), squares->size(0), 1, 1 / (double(B) * double(Ct))},
+                          launch.stream),
+               "connector_match's feature loss");
+    return {z, fm};
+  }
+#endif
+  const Applied o = apply(project(u, weight, false).y, a, {}, pooled_t, false, 0);
+  return {o.z, o.fm};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
     const Tensor& u, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
     const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+  check_projection(u, weight);
+  const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
+  if (is_linear(u, bn_weight, map_t, relu)) {
+    const AffineTensors a = affine(bias, {}, {}, {}, {}, acc);
+    check_match(u, weight.size(0), a, {}, pooled_t);
+    const auto [z, fm] = linear_match(u, weight, a, pooled_t);
+    const auto unused = [&] { return none(u, acc); };
+    return {z, fm, unused(), unused(), none(u, t), unused(), unused(), unused(), unused()};
+  }
   const bool batch_stats = bn_weight && !mean;
   const Projected p = project(u, weight, batch_stats);
-  const AffineTensors a = affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean,
-                                 batch_stats ? OptTensor(p.var) : var, accumulator(dtype(u, kOp, "u")));
+  const AffineTensors a =
+      affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean, batch_stats ? OptTensor(p.var) : var, acc);
   const Applied o = apply(p.y, a, map_t, pooled_t, relu, eps);
   return {o.z, o.fm, p.mean, p.var, p.y, o.count, o.yhat, o.res, o.res_yhat};
 }
@@ -216,20 +292,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(const
   return {o.z, o.fm, o.count, o.yhat, o.res, o.res_yhat};
 }
 
-std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z, const Tensor& grad_fm, const Tensor& z,
+std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z, const OptTensor& grad_fm, const Tensor& z,
                                                            const OptTensor& pooled_t, const Tensor& count, const Tensor& yhat,
                                                            const Tensor& res, const Tensor& res_yhat, int64_t positions,
                                                            bool match_map) {
   const DType acc = dtype(z, kOp, "z");
   const int64_t B = z.size(0), Ct = z.size(1);
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
-  const Tensor g_in = as(grad_z, acc), fm_in = as(grad_fm, acc);
-  const OptTensor target = as(pooled_t, acc);
+  const Tensor g_in = as(grad_z, acc);
+  const OptTensor fm_in = as(grad_fm, acc), target = as(pooled_t, acc);
   Tensor g = empty(z, {B, Ct}, acc), d_gamma = empty(z, {Ct}, acc), d_beta = empty(z, {Ct}, acc);
   if (B == 0) return {g, torch::stable::zero_(d_gamma), torch::stable::zero_(d_beta)};
   Launch launch(z);
-  launched(channel_grads({acc, g_in.const_data_ptr(), fm_in.const_data_ptr(), z.const_data_ptr(), data(target),
-                          count.const_data_ptr(), yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
+  launched(channel_grads({acc, g_in.const_data_ptr(), data(fm_in), z.const_data_ptr(), data(target), count.const_data_ptr(),
+                          yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
                           match_map ? res_yhat.const_data_ptr() : nullptr, g.mutable_data_ptr(), d_gamma.mutable_data_ptr(),
                           d_beta.mutable_data_ptr(), B, positions, Ct},
                          launch.stream),
@@ -237,22 +313,11 @@ std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z,
   return {g, d_gamma, d_beta};
 }
 
-std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Tensor& grad_fm, const OptTensor& d_gamma,
-                                                 const OptTensor& d_beta, double n_stats, const Tensor& u, const Tensor& weight,
-                                                 const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight,
-                                                 const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
-                                                 const OptTensor& map_t, bool relu, double eps, bool need_du, bool need_dweight) {
-  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
-  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2), N = B * P, Cs = u.size(2);
-  const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, acc);
-  const OptTensor target = as(map_t, t);
-  const Tensor g = as(grad_z, acc), fm = as(grad_fm, acc), dy = empty(y, {N, Ct}, t);
-  Launch launch(y);
-  if (B > 0)
-    launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), fm.const_data_ptr(),
-                             data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
-                            launch.stream),
-             "connector_match's backward pass");
+// What y = u W^T hands on of its gradient dy [N, Ct], each where it is needed.
+std::tuple<Tensor, Tensor> product_grads(const Tensor& dy, const Tensor& u, const Tensor& weight, bool need_du,
+                                         bool need_dweight) {
+  const DType t = dtype(u, kOp, "u");
+  const int64_t B = u.size(0), P = u.size(1), Cs = u.size(2), N = B * P;
   Tensor du = none(u, t), dweight = none(u, t);
   const DType products = product_type(t);
   const Tensor d_out = as(dy, products);
@@ -271,6 +336,70 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Ten
   return {du, dweight};
 }
 
+std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const OptTensor& grad_fm, const OptTensor& d_gamma,
+                                                 const OptTensor& d_beta, double n_stats, const Tensor& u, const Tensor& weight,
+                                                 const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight,
+                                                 const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
+                                                 const OptTensor& map_t, bool relu, double eps, bool need_du, bool need_dweight) {
+  const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
+  const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2), N = B * P;
+  const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, acc);
+  const OptTensor target = as(map_t, t), fm = as(grad_fm, acc);
+  const Tensor g = as(grad_z, acc), dy = empty(y, {N, Ct}, t);
+  Launch launch(y);
+  if (B > 0)
+    launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), data(fm), data(d_gamma),
+                             data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
+                            launch.stream),
+             "connector_match's backward pass");
+  return product_grads(dy, u, weight, need_du, need_dweight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& grad_fm, const OptTensor& z,
+                                                          const OptTensor& pooled_t, const Tensor& u, const Tensor& weight,
+                                                          bool need_du, bool need_dweight, bool need_dbias) {
+  const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
+  const int64_t B = u.size(0), Ct = weight.size(0);
+  check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
+  const Tensor g = as(grad_z, acc);
+  const OptTensor fm = as(grad_fm, acc), target = as(pooled_t, acc);
+  Launch launch(u);
+#ifdef IJCKD_CUDA
+  const int64_t Cs = u.size(2);
+  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {B, Cs}), w = torch::stable::contiguous(weight);
+  if (linear_stage(rows, w, {g, z, target})) {
+    const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t), dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
+                 dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
+    launched(linear_grad_tiles({.dtype = t,
+                                .grad_z = g.const_data_ptr<float>(),
+                                .grad_fm = static_cast<const float*>(data(fm)),
+                                .z = static_cast<const float*>(data(z)),
+                                .pooled_t = static_cast<const float*>(data(target)),
+                                .u = rows.const_data_ptr(),
+                                .weight = w.const_data_ptr(),
+                                .du = need_du ? du.mutable_data_ptr() : nullptr,
+                                .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
+                                .dbias = need_dbias ? dbias.mutable_data_ptr<float>() : nullptr,
+                                .B = B,
+                                .Cs = Cs,
+                                .Ct = Ct},
+                               launch.stream),
+             "connector_match's gradients");
+    return {du, dweight, dbias};
+  }
+#endif
+  Tensor dz = empty(u, {B, Ct}, acc), sums = empty(u, {Ct}, acc);
+  if (B > 0)
+    launched(channel_grads({acc, g.const_data_ptr(), data(fm), data(z), data(target), nullptr, nullptr, nullptr, nullptr,
+                            dz.mutable_data_ptr(), nullptr, sums.mutable_data_ptr(), B, 1, Ct},
+                           launch.stream),
+             "connector_match's channel gradients");
+  else
+    torch::stable::zero_(sums);
+  const auto [du, dweight] = product_grads(as(dz, t), u, weight, need_du, need_dweight);
+  return {du, dweight, need_dbias ? sums : none(u, acc)};
+}
+
 }  // namespace
 }  // namespace ijckd
 
@@ -284,4 +413,5 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
   m.impl("connector_apply", TORCH_BOX(&ijckd::connector_apply));
   m.impl("connector_channel_grads", TORCH_BOX(&ijckd::connector_channel_grads));
   m.impl("connector_input_grads", TORCH_BOX(&ijckd::connector_input_grads));
+  m.impl("connector_linear_grads", TORCH_BOX(&ijckd::connector_linear_grads));
 }

@@ -96,15 +96,15 @@ int match_sums(const MatchSums& s, void* stream);
 struct ChannelGrads {
   DType dtype;
   const void* grad_z;    // [B, Ct] A
-  const void* grad_fm;   // [] A
-  const void* z;         // [B, Ct] A
+  const void* grad_fm;   // [] A, with a match
+  const void* z;         // [B, Ct] A, with pooled_t
   const void* pooled_t;  // [B, Ct] A, or null
-  const void* count;     // [B, Ct] A
-  const void* yhat;      // [B, Ct] A
+  const void* count;     // [B, Ct] A, or null: the P that it is where there is no ReLU
+  const void* yhat;      // [B, Ct] A, or null: no d_gamma
   const void* res;       // [Ct] A, or null without map match
   const void* res_yhat;  // [Ct] A, or null
   void* grad_out;        // [B, Ct] A  out
-  void* d_gamma;         // [Ct] A  out
+  void* d_gamma;         // [Ct] A  out, with yhat
   void* d_beta;          // [Ct] A  out
   int64_t B, P, Ct;
 };
@@ -117,7 +117,7 @@ struct MatchBackward {
   const void* map_t;  // [N, Ct] T, or null
   Affine affine;
   const void* grad_z;   // [B, Ct] A: channel_grads' grad_out
-  const void* grad_fm;  // [] A
+  const void* grad_fm;  // [] A, with map_t
   const void* d_gamma;  // [Ct] A: sums over all n_stats positions; null: BatchNorm did not use the batch's statistics
   const void* d_beta;   // [Ct] A, or null
   void* dy;             // [N, Ct] T  out

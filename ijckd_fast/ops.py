@@ -141,7 +141,14 @@ def _(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps
     if bn_weight is None or mean is not None:
         mean_out, var_out = mean_out.new_empty(0), var_out.new_empty(0)
     z, fm, count, yhat, res, res_yhat = _fake_apply(y, map_t)
+    if _is_linear(u, bn_weight, map_t, relu):
+        y, count, yhat = (x.new_empty(0) for x in (y, count, yhat))
     return z, fm, mean_out, var_out, y, count, yhat, res, res_yhat
+
+
+def _is_linear(u: Tensor, bn_weight: Tensor | None, map_t: Tensor | None, relu: bool) -> bool:
+    """A linear connector on vectors: backward needs no more than z = u weight^T + bias does. csrc/connector_match.cpp has the same."""
+    return u.shape[1] == 1 and bn_weight is None and map_t is None and not relu
 
 
 @torch.library.register_fake("ijckd::connector_project")
@@ -194,6 +201,13 @@ def _(
     return du, weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
 
 
+@torch.library.register_fake("ijckd::connector_linear_grads")
+def _(grad_z, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias):
+    du = u.new_empty(u.shape) if need_du else u.new_empty(0)
+    dweight = weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
+    return du, dweight, u.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc_dtype(u.dtype))
+
+
 _CONNECTOR_ARGS = ("u", "weight", "bias", "bn_weight", "bn_bias", "running_mean", "running_var", "map_t", "pooled_t")
 
 
@@ -203,10 +217,14 @@ def _connector_setup(ctx, inputs, output):
         if ctx.needs_input_grad[i]:
             raise RuntimeError(f"connector_match: {_CONNECTOR_ARGS[i]} must not require grad ({why}); detach it")
     z, _, mean_out, var_out, y, *pooled = output
+    ctx.linear = _is_linear(u, bn_weight, map_t, ctx.relu)
     ctx.batch_stats = bn_weight is not None and mean is None
     if ctx.batch_stats:
         mean, var = mean_out, var_out
-    ctx.save_for_backward(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, y, z, *pooled)
+    if ctx.linear:
+        ctx.save_for_backward(u, weight, bias, pooled_t, z if pooled_t is not None else None)
+    else:
+        ctx.save_for_backward(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, y, z, *pooled)
     ctx.mark_non_differentiable(*output[2:])
 
 
@@ -218,8 +236,25 @@ def _refuse_double_backward(op: str) -> None:
 
 def _connector_backward(ctx, grad_z, grad_fm, *_):
     _refuse_double_backward("connector_match")
-    du, dw, d_bias, d_gamma, d_beta = _connector_grads(ctx, grad_z, grad_fm)
+    du, dw, d_bias, d_gamma, d_beta = (_linear_grads if ctx.linear else _connector_grads)(ctx, grad_z, grad_fm)
     return du, dw, d_bias, d_gamma, d_beta, None, None, None, None, None, None
+
+
+def _linear_grads(ctx, grad_z, grad_fm):
+    """_connector_grads of a linear connector."""
+    u, weight, bias, pooled_t, z = ctx.saved_tensors
+    grad_z = u.new_zeros(u.shape[0], weight.shape[0], dtype=_acc_dtype(u.dtype)) if grad_z is None else grad_z
+    if pooled_t is None or grad_fm is None:
+        grad_fm = z = pooled_t = None
+    need_du, need_dw, need_d_bias = ctx.needs_input_grad[:3]
+    du, dw, d_bias = _ops.connector_linear_grads(grad_z, grad_fm, z, pooled_t, u, weight, need_du, need_dw, need_d_bias)
+    return (
+        du if need_du else None,
+        dw if need_dw else None,
+        d_bias.to(bias.dtype) if need_d_bias else None,
+        None,
+        None,
+    )
 
 
 def _connector_grads(ctx, grad_z, grad_fm, group=None, n_stats=None):
@@ -229,7 +264,8 @@ def _connector_grads(ctx, grad_z, grad_fm, group=None, n_stats=None):
     )
     positions = y.shape[1]
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-    grad_fm = z.new_zeros(()) if grad_fm is None else grad_fm
+    if grad_fm is None and (map_t is not None or pooled_t is not None):
+        grad_fm = z.new_zeros(())
     grad_z, d_gamma, d_beta = _ops.connector_channel_grads(
         grad_z, grad_fm, z, pooled_t, count, yhat, res, res_yhat, positions, map_t is not None
     )
@@ -294,7 +330,7 @@ class _SyncConnectorMatch(torch.autograd.Function):
         mean = (means * counts).sum(0) / n
         var = ((variances + (means - mean).square()) * counts).sum(0) / n
         z, fm, *pooled = _ops.connector_apply(y, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps)
-        ctx.relu, ctx.eps, ctx.group, ctx.batch_stats = relu, eps, group, True
+            ctx.relu, ctx.eps, ctx.group, ctx.batch_stats = relu, eps, group, True
         ctx.save_for_backward(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, y, z, *pooled)
         ctx.n_stats = n
         ctx.mark_non_differentiable(mean, var, n)

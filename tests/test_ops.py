@@ -199,6 +199,29 @@ def test_connector_match_gradient_of_channels_last_is_channels_last():
     assert du.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("match", ["pooled", None])
+@pytest.mark.parametrize("wanted", [("u",), ("weight",), ("bias",), ("u", "bias"), ("weight", "bias")], ids=str)
+def test_linear_connector_match_makes_the_gradients_that_are_asked_for(wanted, match):
+    leaves, keywords = connector_inputs((4, 6), norm="bias", match=match, relu=False)
+    gradients = []
+    for op in (ops.connector_match, reference.connector_match):
+        mine = {k: v.detach().clone().requires_grad_(k in wanted) for k, v in leaves.items()}
+        z, fm = op(*mine.values(), **keywords)
+        loss = z.square().sum() + (fm if match else 0)
+        gradients.append(torch.autograd.grad(loss, [mine[k] for k in wanted]))
+    assert_equal_to(*gradients)
+
+
+@pytest.mark.parametrize("reached", ["z", "fm"])
+def test_linear_connector_match_of_which_only_one_result_is_used(reached):
+    leaves, keywords = connector_inputs((4, 6), norm="bias", match="pooled", relu=False)
+    gradients = []
+    for op in (ops.connector_match, reference.connector_match):
+        z, fm = op(*leaves.values(), **keywords)
+        gradients.append(torch.autograd.grad(z.square().sum() if reached == "z" else fm, list(leaves.values())))
+    assert_equal_to(*gradients)
+
+
 @pytest.mark.parametrize(
     ("norm", "match", "relu"),
     [("train", "map", True), ("train", "pooled", False), ("eval", "map", True), ("bias", "map", False)],
@@ -578,8 +601,13 @@ def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
 
 
 def op_samples():
-    for norm, match, relu in (("train", "map", True), ("eval", "pooled", True), ("bias", None, False)):
-        leaves, keywords = connector_inputs((3, 4, 2, 2), 5, norm=norm, match=match, relu=relu)
+    for norm, match, relu, side in (
+        ("train", "map", True, 2),
+        ("eval", "pooled", True, 2),
+        ("bias", None, False, 2),
+        ("bias", "pooled", False, 1),  # a linear connector
+    ):
+        leaves, keywords = connector_inputs((3, 4, side, side), 5, norm=norm, match=match, relu=relu)
         u = leaves["u"].detach().flatten(2).transpose(1, 2).contiguous().requires_grad_()
         stats = (None, None) if norm != "eval" else (keywords["running_mean"], keywords["running_var"])
         map_t = keywords.get("map_t")
@@ -651,6 +679,17 @@ def op_samples():
             True,
         ),
     )
+    u, weight = torch.randn(3, 1, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
+    grad_z, z, pooled_t = torch.randn(3, 3, 5, dtype=F64).unbind()
+    for name, match, needs in (
+        ("pooled", (torch.ones((), dtype=F64), z, pooled_t), (True, True, True)),
+        ("du", (None, None, None), (True, False, False)),
+    ):
+        yield (
+            f"connector_linear_grads {name}",
+            torch.ops.ijckd.connector_linear_grads.default,
+            (grad_z, *match, u, weight, *needs),
+        )
 
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=name) for name, op, args in op_samples()])

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
   const A* pooled_t = static_cast<const A*>(g.pooled_t);
   const A *count = static_cast<const A*>(g.count), *yhat = static_cast<const A*>(g.yhat);
-  const A grad_fm = *static_cast<const A*>(g.grad_fm);
+  const A grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
   const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
   struct Image {
     A v, count, yhat;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
     const int64_t i = b * g.Ct + c;
     A v = grad_z[i];
     if constexpr (kPooled) v += c_pooled * (z[i] - pooled_t[i]);
-    return Image{v, count[i], yhat[i]};
+    return Image{v, count ? count[i] : A(g.P), yhat ? yhat[i] : A(0)};
   };
   A sums[2] = {0, 0};  // of v * count, v * yhat
   for_lane<kSumLanes, 8>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   if (!inside || threadIdx.y != 0) return;
   const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
   static_cast<A*>(g.d_beta)[c] = sums[0] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
-  static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
+  if (yhat) static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
 }
 
 // A thread per image and V channels, positions in a loop: dL/dy, row_math.h:position_grad.

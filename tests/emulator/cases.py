@@ -232,7 +232,10 @@ def match_sums(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
     return list(outs.values())
 
 
-def channel_grads(kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None) -> list[Array]:
+def channel_grads(
+    kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None, linear: bool = False
+) -> list[Array]:
+    """linear: without what is 1 and what is not wanted where there is neither ReLU nor BatchNorm."""
     data = Data(t, f"channel_grads {B} {P} {Ct}")
     names = ("grad_z", "z", "pooled_t", "count", "yhat")
     stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
@@ -247,13 +250,21 @@ def channel_grads(kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match:
     arrays |= {"res": res, "res_yhat": res_yhat} if match == "map" else {"res": None, "res_yhat": None}
     if match != "pooled":
         arrays["pooled_t"] = None
+    if match is None:
+        arrays["grad_fm"] = None
+    if linear:
+        arrays |= {"count": None, "yhat": None}
+        count = np.full_like(count, P)
     outs = {"grad_out": data.out(B, Ct), "d_gamma": data.out(Ct), "d_beta": data.out(Ct)}
     kernels.channel_grads(dtype=t.name, **arrays, **outs, B=B, P=P, Ct=Ct)
     g = grad_z + (2 * grad_fm / (B * Ct) * (z - pooled_t) if match == "pooled" else 0)
     c = 2 * grad_fm / (B * P * Ct) if match == "map" else 0
     close("grad_out", outs["grad_out"], g, t)
     close("d_beta", outs["d_beta"], (g * count).sum(0) / P + c * res64, t)
-    close("d_gamma", outs["d_gamma"], (g * yhat).sum(0) / P + c * res_yhat64, t)
+    if linear:
+        assert np.isnan(outs["d_gamma"]).all()
+    else:
+        close("d_gamma", outs["d_gamma"], (g * yhat).sum(0) / P + c * res_yhat64, t)
     return list(outs.values())
 
 
@@ -477,6 +488,8 @@ def all_cases() -> dict[str, Case]:
         for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41), (140, 2, 3)):
             for match in ("map", "pooled", None):
                 add(channel_grads, t, B, P, Ct, match)
+        for match in ("pooled", None):
+            add(channel_grads, t, 37, 1, 70, match, linear=True)
         for B in (0, 1, 255, 256, 300):
             add(loss_sum, t, B)
         add(loss_sum, t, 0, sr=0, kl=0)

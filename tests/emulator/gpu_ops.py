@@ -241,6 +241,56 @@ def test_connector_match_in_tiles_no_worse_than_eager(shape, norm, dtype, stage)
         assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["bias", "none"])
+@pytest.mark.parametrize("match", ["pooled", None])
+@pytest.mark.parametrize(
+    ("shape", "Ct"), [((1, 8), 8), ((67, 72), 136), ((5, 24, 1, 1), 72), ((9, 24), 33), ((9, 20), 32)]
+)
+def test_linear_connector_in_tiles_no_worse_than_eager(shape, Ct, match, norm, dtype, stage):
+    """The last two are sizes that tiles do not take."""
+    leaves, keywords = connector_inputs(shape, Ct, norm=norm, match=match, relu=False, dtype=dtype)
+    oracle = run_connector(
+        reference.connector_match,
+        {k: wide(v) for k, v in leaves.items()},
+        {k: wide(v) for k, v in keywords.items()},
+    )
+    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
+    for f, e, o in zip(fused, eager, oracle, strict=True):
+        assert f.dtype == e.dtype
+        assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("match", ["pooled", None])
+def test_a_linear_connector_in_tiles_does_not_round_its_result(match):
+    leaves, keywords = connector_inputs((9, 24), 40, norm="bias", match=match, relu=False, dtype=torch.bfloat16)
+    exact = wide(leaves["u"]) @ wide(leaves["weight"]).T + wide(leaves["bias"])
+    z, *_ = run_connector(ops.connector_match, leaves, keywords)
+    torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", ["u", "weight", "bias", "pooled_t", "head"])
+def test_a_linear_connector_of_tensors_at_odd_addresses(apart):
+    """Tiles do not take them; what does gives nearly the same."""
+    leaves, keywords = connector_inputs((9, 24), 40, norm="bias", match="pooled", relu=False, dtype=torch.bfloat16)
+    head = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
+
+    def odd(x):
+        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape)
+
+    results = []
+    for name in (None, apart):
+        mine = {k: (odd(v) if k == name else v.detach().clone()).requires_grad_() for k, v in leaves.items()}
+        pooled_t = odd(keywords["pooled_t"]) if name == "pooled_t" else keywords["pooled_t"]
+        z, fm = ops.connector_match(*mine.values(), relu=False, pooled_t=pooled_t)
+        outputs = torch.autograd.grad(
+            (z, fm), list(mine.values()), (odd(head) if name == "head" else head, fm.new_ones(()))
+        )
+        results.append([z.detach(), fm.detach(), *outputs])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, rtol=0.02, atol=0.02 * plain.abs().max().item())
+
+
 ALL_BUT_FM = {"kl": 0.9, "sr": 0.5, "mixed": True, "label_smoothing": 0.1}
 
 

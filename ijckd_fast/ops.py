@@ -212,6 +212,7 @@ _CONNECTOR_ARGS = ("u", "weight", "bias", "bn_weight", "bn_bias", "running_mean"
 
 
 def _connector_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else backward gets zeros for each of the outputs that have no gradient
     u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, ctx.relu, ctx.eps = inputs
     for i, why in ((5, "a statistic"), (6, "a statistic"), (7, "the teacher is frozen"), (8, "the teacher is frozen")):
         if ctx.needs_input_grad[i]:
@@ -330,7 +331,8 @@ class _SyncConnectorMatch(torch.autograd.Function):
         mean = (means * counts).sum(0) / n
         var = ((variances + (means - mean).square()) * counts).sum(0) / n
         z, fm, *pooled = _ops.connector_apply(y, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps)
-            ctx.relu, ctx.eps, ctx.group, ctx.batch_stats = relu, eps, group, True
+        ctx.set_materialize_grads(False)
+        ctx.relu, ctx.eps, ctx.group, ctx.batch_stats = relu, eps, group, True
         ctx.save_for_backward(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, y, z, *pooled)
         ctx.n_stats = n
         ctx.mark_non_differentiable(mean, var, n)
@@ -498,6 +500,7 @@ _LOSS_ARGS = ("z", "weight", "bias", "labels", "labels_b", "mix", "pooled_t", "l
 
 
 def _loss_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     for name, needs in zip(_LOSS_ARGS[1:], ctx.needs_input_grad[1:], strict=False):
         if needs:
             raise RuntimeError(
@@ -510,6 +513,8 @@ def _loss_setup(ctx, inputs, output):
 
 def _loss_backward(ctx, grad_loss, *_):
     _refuse_double_backward("classifier_loss")
+    if grad_loss is None:
+        return (None,) * 17
     (dz,) = ctx.saved_tensors
     # scaled on the device: asking whether grad_loss is 1 would make the host wait
     return ((dz * grad_loss).to(ctx.dtype), *[None] * 16)

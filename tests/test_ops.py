@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ijckd_fast
 from ijckd_fast import ops, reference
@@ -830,6 +831,26 @@ def test_classifier_loss_refuses():
         "pooled_t must not require grad",
         lambda: call(z, weight, bias, labels, pooled_t=pooled_t.clone().requires_grad_(), sr=1.0),
     )
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6)], ids=str)
+@pytest.mark.parametrize("match", ["map", None])
+def test_backward_makes_no_zeros_for_results_without_gradient(shape, match):
+    """On a GPU each would be a launch, and one as large as the map."""
+    leaves, keywords = connector_inputs(shape, norm="bias", match=match, relu=False)
+    z, fm = ops.connector_match(*leaves.values(), **keywords)
+    loss = ops.classifier_loss(z, torch.randn(9, 7, dtype=F64), None, torch.tensor([0, 3, 8, 1]))[0]
+    results, called = [loss, fm] if match else [loss], []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        torch.autograd.grad(results, list(leaves.values()), [torch.full_like(x, 2) for x in results])
+    assert "ijckd::connector" in "".join(called)
+    assert [name for name in called if "zero" in name] == []
 
 
 @pytest.mark.parametrize("op", ["connector_match", "classifier_loss"])

@@ -107,7 +107,9 @@ def test_connector_match_float64(shape, norm, match, relu):
 
 
 @pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
-@pytest.mark.parametrize(("shape", "Ct"), [((16, 48, 7, 7), 80), ((9, 33, 5, 3), 65), ((64, 96), 130)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "Ct"), [((16, 48, 7, 7), 80), ((9, 33, 5, 3), 65), ((64, 96), 130), ((70, 96), 200)], ids=str
+)
 @pytest.mark.parametrize(("norm", "match", "relu"), CONNECTORS)
 def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu, stage):
     channels_last = len(shape) == 4 and shape[1] % 2 == 0  # both layouts

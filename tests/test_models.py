@@ -274,6 +274,22 @@ def test_widths_of_our_own_resnets():
 
 # ---------------------------------------------------------------------------------------------------- weights from files
 
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_shortcut_is_its_strided_convolution_and_has_no_stride(stride):
+    """oneDNN's gradient of a strided 1x1 convolution of few channels writes past its memory."""
+    net = create_model("resnet8x0.25", 10, image_size=16).net
+    assert [
+        m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
+    ] == []
+    block = (net.layer1 if stride == 1 else net.layer2)[0].eval()
+    x = torch.randn(3, block.conv1.in_channels, 9, 8)
+    conv, norm = block.downsample
+    shortcut = norm(F.conv2d(x, conv.weight, stride=stride))
+    main = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
+    torch.testing.assert_close(block(x), (main + shortcut).relu())
+
+
 NAME = "resnet8x0.5"
 
 

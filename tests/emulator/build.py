@@ -27,7 +27,8 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
 # that a forgotten initialisation shows.
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
-KERNEL_FLAGS += ["-Wno-unknown-pragmas", "-fno-threadsafe-statics"]  # #pragma unroll; -fsanitize=thread would watch their guards
+KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # #pragma unroll
+KERNEL_FLAGS += ["-fno-threadsafe-statics"]  # whose guards -fsanitize=thread would watch
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
 # The other build, with the runtimes of two sanitizers, which see what stays within a thread's stack, and overflows.
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

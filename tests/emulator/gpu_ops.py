@@ -169,7 +169,9 @@ def test_each_stage_has_kernels_of_its_own():
         torch.ops.ijckd.limit_stage(before)
     assert not torch.equal(results[0][2], results[1][2])
     torch.testing.assert_close(results[0][2], results[1][2], rtol=0.02, atol=2e-4)
-    torch.testing.assert_close(results[1][2], results[2][2], rtol=2e-5, atol=1e-7)  # the same products, perhaps the same bits
+    torch.testing.assert_close(
+        results[1][2], results[2][2], rtol=2e-5, atol=1e-7
+    )  # the same products, perhaps the same bits
     with pytest.raises(RuntimeError, match="limit_stage: the stages are 0 to 2, got 3"):
         torch.ops.ijckd.limit_stage(3)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import math
 import pathlib
 import re
 import shutil
@@ -164,7 +165,11 @@ def mutants_of(file: str) -> Iterator[Mutant]:
         for at, condition in conjuncts(code):
             yield mutant(at, condition, "true")
         call = CALL.fullmatch(code.strip())
-        if call and call[0].count("(") == call[0].count(")") and not call[0].startswith(("__sync", "copy_async", "warpgroup_wait")):
+        if (
+            call
+            and call[0].count("(") == call[0].count(")")
+            and not call[0].startswith(("__sync", "copy_async", "warpgroup_wait"))
+        ):
             yield mutant(indent, call[0], ";")
         if STATEMENT.fullmatch(BRACKETS.sub("", code.strip())):
             yield mutant(indent, code.strip(), ";")
@@ -214,10 +219,15 @@ class Workshop:
         return verdict, case
 
 
+def size(case: str) -> int:
+    return math.prod(map(int, re.findall(r" (\d+)\b", case)))
+
+
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     kernels = build.load(pathlib.Path(library))
     everything = cases.CASES | tile_cases.CASES
     chosen = {name: case for name, case in everything.items() if name.split()[0] in names}
+    chosen = dict(sorted(chosen.items(), key=lambda item: size(item[0])))  # most mutants fall in a small one
     before: dict[str, list[bytes]] = {}
     runs = collections.deque((name, schedules.FIRST) for name in chosen)  # most mutants fall in the first order
     while runs:

@@ -348,7 +348,9 @@ def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any
     return [*cases.row_loss(Apart, stored, B, K, **options), gradient]
 
 
-def times_classifier(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool, stage: int = 1) -> list[Array]:
+def times_classifier(
+    kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool, stage: int = 1
+) -> list[Array]:
     data = Data(t, f"times_classifier {B} {K} {Ct}")
     stride = -(-K // 8) * 8
     wide = np.zeros((B, stride))
@@ -510,9 +512,7 @@ def all_cases() -> dict[str, Case]:
         smoothing = {"label_smoothing": 0} if stage == 2 else {}  # which stage 1 serves
         for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
             add(grad_rows, BF16, B, K, Ct, stage=stage, **smoothing)
-            add(
-                grad_rows, BF16, B, K, Ct, label_smoothing=0, two_labels=False, gram=False, pooled=False, stage=stage
-            )
+            add(grad_rows, BF16, B, K, Ct, label_smoothing=0, two_labels=False, gram=False, pooled=False, stage=stage)
             for chunk in ("first", "middle", "last"):
                 add(grad_rows, BF16, B, K + 8, Ct, chunk=chunk, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, ce=0, stage=stage)

@@ -46,7 +46,9 @@ def run(library, name, *arguments):
     moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments]
     tensors = [x for x in moved if isinstance(x, torch.Tensor)]
     torch.cuda.synchronize()
-    error = getattr(library, name)(*(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in moved))
+    error = getattr(library, name)(
+        *(ctypes.c_void_p(x.data_ptr()) if isinstance(x, torch.Tensor) else x for x in moved)
+    )
     assert error == 0, f"{name}: CUDA error {error}"
     return tensors[-1].cpu()
 

@@ -200,21 +200,24 @@ class Workshop:
                     fresh = build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAGS)
                 except RuntimeError:
                     return NOT_COMPILED, ""
-                verdict, case = self.run(fresh, out / f"{fresh.stem}.so", UNIT_KERNELS[unit])
+                verdict, case = self.run(fresh, UNIT_KERNELS[unit])
                 if verdict != SURVIVED:
                     return verdict, case
         return SURVIVED, ""
 
-    def run(self, fresh: pathlib.Path, library: pathlib.Path, kernels: Iterable[str]) -> tuple[str, str]:
+    def run(self, fresh: pathlib.Path, kernels: Iterable[str]) -> tuple[str, str]:
         """The cases of these kernels, with one object file in the place of its sound one."""
-        build.link([fresh, *(p for p in self.objects if p.name != fresh.name)], library)
+        others = [p for p in self.objects if p.name != fresh.name]
+        library = build.link([fresh, *others], fresh.parent / "emulated_kernels.so")
         command = [sys.executable, __file__, "--run", str(library), *kernels]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
         except subprocess.TimeoutExpired:
             return TIMED_OUT, ""
-        if done.returncode:
+        if done.returncode < 0:  # by a signal
             return "crash", str(done.returncode)
+        if done.returncode:
+            raise RuntimeError(f"the cases could not be run:\n{done.stderr}")
         verdict, _, case = done.stdout.strip().partition("\t")
         return verdict, case
 

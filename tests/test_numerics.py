@@ -1,6 +1,6 @@
 """Hard cases of classifier_loss in every dtype: errors of loss and gradient against float64 of the same inputs, beside eager's own.
 
-Runs on the CPU's ops; test_emulator.py runs it again on the CUDA kernels (IJCKD_KERNELS=cuda). A failure prints the whole table.
+Runs on the CPU's ops; test_emulated_ops.py runs it again on the CUDA kernels (IJCKD_KERNELS=cuda). A failure prints the whole table.
 """
 
 import math

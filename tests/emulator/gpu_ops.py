@@ -1,4 +1,4 @@
-"""Run by test_emulator.py beside test_ops.py, on emulated CUDA kernels: what the CPU's ops refuse and the GPU's take."""
+"""Run by test_emulated_ops.py beside test_ops.py, on emulated CUDA kernels: what the CPU's ops refuse and the GPU's take."""
 
 import pytest
 import torch

@@ -566,7 +566,8 @@ def _cpu_name() -> str:
     except OSError:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    vectors = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512: the library's products depend on it
+    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {vectors}"
 
 
 def _commit() -> str:

@@ -107,7 +107,7 @@ void whole_rows(const Rows& r, const Launch& launch) {
 }
 
 #ifdef IJCKD_CUDA
-Tensor classifier(const Tensor& weight, DType t, DType) { return as(weight, t); }
+Tensor classifier(const Tensor& weight, DType rounding) { return as(weight, rounding); }
 
 void all_rows(const Rows& r, const Launch& launch) { whole_rows(r, launch); }
 #else
@@ -115,11 +115,11 @@ OptTensor maybe_rows_of(const OptTensor& t, int64_t first, int64_t n) {
   return t ? OptTensor(rows_of(*t, first, n)) : OptTensor();
 }
 
-// For bfloat16 a float32 classifier, and where bfloat16's products are taken in float32 any, stays as it is: class chunks convert
-// it piece by piece, and no copy of the whole exists.
-Tensor classifier(const Tensor& weight, DType t, DType rounding) {
-  const bool by_pieces = rounding == DType::bf16 && (t != rounding || weight.scalar_type() == ScalarType::Float);
-  return by_pieces ? torch::stable::contiguous(weight) : as(weight, t);
+// A float32 classifier stays as it is for bfloat16 products: class chunks round it piece by piece, and no copy of the whole
+// exists. They also widen one in bfloat16 where its products are taken in float32.
+Tensor classifier(const Tensor& weight, DType rounding) {
+  const bool by_pieces = rounding == DType::bf16 && weight.scalar_type() == ScalarType::Float && weight.is_contiguous();
+  return by_pieces ? weight : as(weight, rounding);
 }
 
 // By class chunks where they serve; else some rows after others, so that never more than a few megabytes of logits exist.
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   check(label_smoothing >= 0 && label_smoothing <= 1, kOp, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
 
   const LossWeights weights{ce, sr, fm, kl, temperature, label_smoothing};
-  const Tensor w = classifier(weight, t, asked), z_acc = as(z, acc);
+  const Tensor w = classifier(weight, asked), z_acc = as(z, acc);
   const OptTensor bias_acc = as(bias, acc), mix_acc = as(mix, acc), pooled_acc = as(pooled_t, acc);
   const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
   const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),

@@ -142,11 +142,11 @@ def build_ops(folder: pathlib.Path) -> None:
     includes = [f"-I{CSRC}", "-isystem", f"{torch}/include"]
     includes += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     gpu = ["-DIJCKD_CUDA", "-DIJCKD_SMALL_CHUNKS", "-include", str(HERE / "host_on_cpu.h")]
-    objects = [compile_kernels(CSRC / "cuda" / unit, folder) for unit in UNITS]
+    objects = [built("kernels") / f"{pathlib.Path(name).stem}.o" for name in (*UNITS, "emulator.cpp")]
     for source in [*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")]:
         objects.append(compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]))
     torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))
-    link([*objects, build_runtime(folder)], folder / "_C.so", torch_libraries)
+    link(objects, folder / "_C.so", torch_libraries)
 
 
 BUILDERS = {"kernels": build_kernels, "broken": build_broken, "sanitized": build_sanitized, "ops": build_ops}

@@ -12,16 +12,21 @@ def wide(x):
     return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-@pytest.mark.parametrize("match", ["map", "pooled"])
-def test_connector_match_float16_no_worse_than_eager(match):
-    leaves, keywords = connector_inputs((16, 48, 7, 7), 80, match=match, dtype=torch.float16, channels_last=True)
+def connector_results(leaves, keywords):
+    """(fused, eager, float64's) of every result and gradient of connector_match"""
     oracle = run_connector(
         reference.connector_match,
         {k: wide(v) for k, v in leaves.items()},
         {k: wide(v) for k, v in keywords.items()},
     )
     fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
-    for f, e, o in zip(fused, eager, oracle, strict=True):
+    return zip(fused, eager, oracle, strict=True)
+
+
+@pytest.mark.parametrize("match", ["map", "pooled"])
+def test_connector_match_float16_no_worse_than_eager(match):
+    leaves, keywords = connector_inputs((16, 48, 7, 7), 80, match=match, dtype=torch.float16, channels_last=True)
+    for f, e, o in connector_results(leaves, keywords):
         assert_no_worse_than_eager(f, e, o)
 
 
@@ -233,13 +238,7 @@ def test_gram_of_another_size_is_refused():
 @pytest.mark.parametrize("shape", [(1, 8, 7, 7), (5, 24, 3, 5), (67, 72)])
 def test_connector_match_in_tiles_no_worse_than_eager(shape, norm, dtype, stage):
     leaves, keywords = connector_inputs(shape, 136, norm=norm, match="map", dtype=dtype, channels_last=len(shape) == 4)
-    oracle = run_connector(
-        reference.connector_match,
-        {k: wide(v) for k, v in leaves.items()},
-        {k: wide(v) for k, v in keywords.items()},
-    )
-    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
-    for f, e, o in zip(fused, eager, oracle, strict=True):
+    for f, e, o in connector_results(leaves, keywords):
         assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
 
 
@@ -252,13 +251,7 @@ def test_connector_match_in_tiles_no_worse_than_eager(shape, norm, dtype, stage)
 def test_linear_connector_in_tiles_no_worse_than_eager(shape, Ct, match, norm, dtype, stage):
     """The last two are sizes that tiles do not take."""
     leaves, keywords = connector_inputs(shape, Ct, norm=norm, match=match, relu=False, dtype=dtype)
-    oracle = run_connector(
-        reference.connector_match,
-        {k: wide(v) for k, v in leaves.items()},
-        {k: wide(v) for k, v in keywords.items()},
-    )
-    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
-    for f, e, o in zip(fused, eager, oracle, strict=True):
+    for f, e, o in connector_results(leaves, keywords):
         assert f.dtype == e.dtype
         assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
 

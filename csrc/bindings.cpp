@@ -26,9 +26,10 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, bool relu, float "
       "eps, "
       "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
-  // All of backward for a linear connector; grad_fm and z with pooled_t.
+  // All of backward for a linear connector; grad_fm and z with pooled_t. grad_z is what it says times scale [].
   m.def(
-      "connector_linear_grads(Tensor grad_z, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, Tensor weight, "
+      "connector_linear_grads(Tensor grad_z, Tensor? scale, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, Tensor "
+      "weight, "
       "bool need_du, bool need_dweight, bool need_dbias) -> (Tensor du, Tensor dweight, Tensor dbias)");
 
   // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass. The matrix products are in `dtype`, or in
@@ -37,6 +38,13 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
       "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad, "
       "ScalarType? dtype, Tensor? gram) -> "
+      "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
+
+  // The same of z = u projection^T + projection_bias, u [B, 1, Cs]: a linear connector on vectors.
+  m.def(
+      "projected_classifier_loss(Tensor u, Tensor projection, Tensor? projection_bias, Tensor weight, Tensor? bias, "
+      "Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, Tensor? logits_t, float label_smoothing, float ce, "
+      "float sr, float fm, float kl, float temperature, bool grad, ScalarType? dtype, Tensor? gram) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.

@@ -1,5 +1,5 @@
-// Host side of classifier_loss: checks, allocation, library GEMMs around the passes of classifier_loss.h. The CPU has
-// a second way, by chunks of classes (cpu/class_chunks.h).
+// Host side of classifier_loss, with or without a linear connector before it: checks, allocation, library GEMMs around the passes
+// of classifier_loss.h. The CPU has a second way, by chunks of classes (cpu/class_chunks.h).
 #include "classifier_loss.h"
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "op.h"
+#include "projection.h"
 #include "rows.h"
 
 #ifdef IJCKD_CUDA
@@ -21,17 +22,15 @@
 namespace ijckd {
 namespace {
 
-constexpr const char* kOp = "classifier_loss";
-
-void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* arg) {
+void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* op, const char* arg) {
   if (!labels) return;
-  check_shape(labels, {B}, kOp, arg, "[B]");
-  check_device(labels, kOp, arg);
-  check(labels->scalar_type() == ScalarType::Long, kOp, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
+  check_shape(labels, {B}, op, arg, "[B]");
+  check_device(labels, op, arg);
+  check(labels->scalar_type() == ScalarType::Long, op, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
 #ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN and the row is counted
   const int64_t* l = labels->const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b)
-    check(l[b] >= 0 && l[b] < K, kOp, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
+    check(l[b] >= 0 && l[b] < K, op, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
 #else
   (void)K;
 #endif
@@ -139,7 +138,7 @@ void all_rows(Rows r, const Launch& launch) {
     some.mix = maybe_rows_of(r.mix, first, n);
     some.top1_rows = rows_of(r.top1_rows, first, n);
     if (r.grad) some.dz = rows_of(r.dz, first, n);
-    some.part_rows = empty(r.z, {kParts, n}, dtype(r.z, kOp, "z"));
+    some.part_rows = empty(r.z, {kParts, n}, accumulator(r.dtype));
     whole_rows(some, launch);
     const int64_t bytes = int64_t(r.part_rows.element_size());
     for (const int part : {kPartCe, kPartSr, kPartKl})
@@ -149,62 +148,65 @@ void all_rows(Rows r, const Launch& launch) {
 }
 #endif
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, const Tensor& weight, const OptTensor& bias,
-                                                           const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
-                                                           const OptTensor& pooled_t, const OptTensor& logits_t,
-                                                           double label_smoothing, double ce, double sr, double fm, double kl,
-                                                           double temperature, bool grad, std::optional<ScalarType> product,
-                                                           const OptTensor& gram) {
-  check(z.dim() == 2, kOp, ": z must be [B, Ct], got ", shape(z));
-  check(weight.dim() == 2 && weight.size(1) == z.size(1), kOp, ": weight must be [K, Ct] with Ct = ", z.size(1), " like z, got ",
-        shape(weight));
-  check(on_device(z), kOp, ": z must be on ", kDevice);
-  const int64_t B = z.size(0), Ct = z.size(1), K = weight.size(0);
-  check(Ct > 0 && K > 0, kOp, ": channels and classes must not be empty, got z ", shape(z), " and weight ", shape(weight));
-  const DType own = dtype(weight, kOp, "weight"), asked = product ? dtype(*product, kOp, "dtype") : own;
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, parts, top1, dz
+
+// Of z, or of what a projection makes; `op` is whose name errors give.
+Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>& projection, const Tensor& weight,
+             const OptTensor& bias, const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
+             const OptTensor& pooled_t, const OptTensor& logits_t, double label_smoothing, double ce, double sr, double fm,
+             double kl, double temperature, bool grad, std::optional<ScalarType> product, const OptTensor& gram) {
+  const Tensor& input = projection ? projection->u : *z;
+  const char* name_of = projection ? "u" : "z";
+  const int64_t B = input.size(0), Ct = projection ? projection->weight.size(0) : z->size(1);
+  check(weight.dim() == 2 && weight.size(1) == Ct, op, ": weight must be [K, Ct] with Ct = ", Ct,
+        projection ? " like projection" : " like z", ", got ", shape(weight));
+  const int64_t K = weight.size(0);
+  check(Ct > 0 && K > 0, op, ": channels and classes must not be empty, got ", Ct, " channels and weight ", shape(weight));
+  const DType own = dtype(weight, op, "weight"), asked = product ? dtype(*product, op, "dtype") : own;
   const DType t = product_type(asked), acc = accumulator(t);
-  check(accumulator(dtype(z, kOp, "z")) == acc, kOp, ": z and weight must both be float64 or neither, got ",
-        name(z.scalar_type()), " and ", name(weight.scalar_type()));
+  check(accumulator(dtype(input, op, name_of)) == acc, op, ": ", name_of, " and weight must both be float64 or neither, got ",
+        name(input.scalar_type()), " and ", name(weight.scalar_type()));
   const Tensor labels_row = torch::stable::contiguous(labels);
   const OptTensor labels_b_row = labels_b ? OptTensor(torch::stable::contiguous(*labels_b)) : OptTensor();
-  check_labels(labels_row, B, K, "labels");
-  check_labels(labels_b_row, B, K, "labels_b");
-  check(labels_b.has_value() == mix.has_value(), kOp, ": labels_b and mix go together, got only ", mix ? "mix" : "labels_b");
-  check_shape(bias, {K}, kOp, "bias", "[K]");
-  check_shape(mix, {B}, kOp, "mix", "[B]");
-  check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct] like z");
-  check_shape(logits_t, {B, K}, kOp, "logits_t", "[B, K]");
+  check_labels(labels_row, B, K, op, "labels");
+  check_labels(labels_b_row, B, K, op, "labels_b");
+  check(labels_b.has_value() == mix.has_value(), op, ": labels_b and mix go together, got only ", mix ? "mix" : "labels_b");
+  check_shape(bias, {K}, op, "bias", "[K]");
+  check_shape(mix, {B}, op, "mix", "[B]");
+  check_shape(pooled_t, {B, Ct}, op, "pooled_t", "[B, Ct]");
+  check_shape(logits_t, {B, K}, op, "logits_t", "[B, K]");
   for (const auto& [x, arg] : {std::pair{OptTensor(weight), "weight"},
                                {bias, "bias"},
                                {mix, "mix"},
                                {pooled_t, "pooled_t"},
                                {logits_t, "logits_t"},
                                {gram, "gram"}})
-    check_device(x, kOp, arg);
-  check(fm == 0 || pooled_t, kOp, ": fm = ", fm, " needs pooled_t");
-  check((sr == 0 && kl == 0) || pooled_t || logits_t, kOp, ": sr = ", sr, " and kl = ", kl, " need pooled_t or logits_t");
-  check(temperature > 0, kOp, ": temperature must be > 0, got ", temperature);
-  check(label_smoothing >= 0 && label_smoothing <= 1, kOp, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
+    check_device(x, op, arg);
+  check(fm == 0 || pooled_t, op, ": fm = ", fm, " needs pooled_t");
+  check((sr == 0 && kl == 0) || pooled_t || logits_t, op, ": sr = ", sr, " and kl = ", kl, " need pooled_t or logits_t");
+  check(temperature > 0, op, ": temperature must be > 0, got ", temperature);
+  check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
 
   const LossWeights weights{ce, sr, fm, kl, temperature, label_smoothing};
-  const Tensor w = classifier(weight, asked), z_acc = as(z, acc);
+  const Tensor w = classifier(weight, asked);
   const OptTensor bias_acc = as(bias, acc), mix_acc = as(mix, acc), pooled_acc = as(pooled_t, acc);
-  const Tensor part_rows = empty(z, {kParts, B}, acc), top1_rows = torch::stable::new_empty(z, {B}, ScalarType::Long);
-  const Tensor loss = empty(z, {}, acc), parts = empty(z, {kParts}, acc),
-               top1 = torch::stable::new_empty(z, {}, ScalarType::Long);
-  const Tensor dz = empty(z, {grad ? B : 0, Ct}, acc);
-  Launch launch(z);
+  const Tensor part_rows = empty(input, {kParts, B}, acc), top1_rows = torch::stable::new_empty(input, {B}, ScalarType::Long);
+  const Tensor loss = empty(input, {}, acc), parts = empty(input, {kParts}, acc),
+               top1 = torch::stable::new_empty(input, {}, ScalarType::Long);
+  const Tensor dz = empty(input, {grad ? B : 0, Ct}, acc);
+  Launch launch(input);
 
 #ifdef IJCKD_CUDA
-  if (gram) check_shape(gram, {2, Ct, Ct}, kOp, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
-  const TiledLoss tiled{z_acc, w,    bias_acc, labels_row, labels_b_row, mix_acc, pooled_acc, logits_t,
-                        gram,  loss, parts,    top1,       dz,           weights, grad};
+  if (gram) check_shape(gram, {2, Ct, Ct}, op, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
+  const TiledLoss tiled{as(z, acc), projection, w,    bias_acc, labels_row, labels_b_row, mix_acc, pooled_acc,
+                        logits_t,   gram,       loss, parts,    top1,       dz,           weights, grad};
   if (tiled_loss(tiled, launch)) return {loss, parts, top1, dz};
 #endif
 
+  const Tensor z_acc = projection ? projected(*projection) : as(*z, acc);
   OptTensor d;
   if (pooled_t) {
-    d = empty(z, {B, Ct}, acc);
+    d = empty(input, {B, Ct}, acc);
     void* fm_rows = static_cast<char*>(part_rows.mutable_data_ptr()) + kPartFm * B * part_rows.element_size();
     if (B > 0)
       launched(feature_diff({acc, z_acc.const_data_ptr(), pooled_acc->const_data_ptr(), d->mutable_data_ptr(), fm_rows, B, Ct},
@@ -222,6 +224,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> classifier_loss(const Tensor& z, cons
   return {loss, parts, top1, dz};
 }
 
+Loss classifier_loss(const Tensor& z, const Tensor& weight, const OptTensor& bias, const Tensor& labels,
+                     const OptTensor& labels_b, const OptTensor& mix, const OptTensor& pooled_t, const OptTensor& logits_t,
+                     double label_smoothing, double ce, double sr, double fm, double kl, double temperature, bool grad,
+                     std::optional<ScalarType> product, const OptTensor& gram) {
+  constexpr const char* op = "classifier_loss";
+  check(z.dim() == 2, op, ": z must be [B, Ct], got ", shape(z));
+  check(on_device(z), op, ": z must be on ", kDevice);
+  return loss_of(op, z, {}, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl, temperature,
+                 grad, product, gram);
+}
+
+Loss projected_classifier_loss(const Tensor& u, const Tensor& projection, const OptTensor& projection_bias, const Tensor& weight,
+                               const OptTensor& bias, const Tensor& labels, const OptTensor& labels_b, const OptTensor& mix,
+                               const OptTensor& pooled_t, const OptTensor& logits_t, double label_smoothing, double ce, double sr,
+                               double fm, double kl, double temperature, bool grad, std::optional<ScalarType> product,
+                               const OptTensor& gram) {
+  constexpr const char* op = "projected_classifier_loss";
+  check_projection(u, projection, op, "projection");
+  check(u.size(1) == 1, op, ": u must be vectors [B, 1, Cs], got ", shape(u));
+  check_shape(projection_bias, {projection.size(0)}, op, "projection_bias", "[Ct]");
+  check_device(projection_bias, op, "projection_bias");
+  const Projection from{u, projection, as(projection_bias, accumulator(dtype(u, op, "u")))};
+  return loss_of(op, {}, from, weight, bias, labels, labels_b, mix, pooled_t, logits_t, label_smoothing, ce, sr, fm, kl,
+                 temperature, grad, product, gram);
+}
+
 }  // namespace
 }  // namespace ijckd
 
@@ -231,4 +259,5 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CUDA, m) {
 STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
 #endif
   m.impl("classifier_loss", TORCH_BOX(&ijckd::classifier_loss));
+  m.impl("projected_classifier_loss", TORCH_BOX(&ijckd::projected_classifier_loss));
 }

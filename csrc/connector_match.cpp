@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "op.h"
+#include "projection.h"
 #include "rows.h"
 
 #ifdef IJCKD_CUDA
@@ -60,11 +61,6 @@ int tile_stage(const Tensor& rows, const Tensor& weight) {
   return readable == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : readable;
 }
 
-// That for a linear connector, of which every tensor of teacher channels is read in pieces of 16 bytes.
-int linear_stage(const Tensor& rows, const Tensor& weight, std::initializer_list<OptTensor> others) {
-  const bool whole = rows.size(0) > 0 && weight.size(0) % 8 == 0 && std::all_of(others.begin(), others.end(), aligned);
-  return whole ? readable_stage(rows, weight) : 0;
-}
 #endif
 
 // rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
@@ -77,21 +73,8 @@ Tensor times_weight(const Tensor& rows, const Tensor& weight) {
   return torch::stable::contiguous(matmul_nt(rows, weight));
 }
 
-void check_projection(const Tensor& u, const Tensor& weight) {
-  check(u.dim() == 3, kOp, ": u must be rows [B, P, Cs], got ", shape(u));
-  check(weight.dim() == 2 && weight.size(1) == u.size(2), kOp, ": weight must be [Ct, Cs] with Cs = ", u.size(2), " like u, got ",
-        shape(weight));
-  check(on_device(u), kOp, ": u must be on ", kDevice);
-  check_device(weight, kOp, "weight");
-  dtype(u, kOp, "u");
-  check(weight.scalar_type() == u.scalar_type(), kOp, ": weight must have u's dtype ", name(u.scalar_type()), ", got ",
-        name(weight.scalar_type()));
-  check(u.size(1) > 0 && weight.size(0) > 0, kOp, ": positions and channels must not be empty, got u ", shape(u), " and weight ",
-        shape(weight));
-}
-
 Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
-  check_projection(u, weight);
+  check_projection(u, weight, kOp, "weight");
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
   const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
@@ -222,25 +205,26 @@ bool is_linear(const Tensor& u, const OptTensor& bn_weight, const OptTensor& map
 }
 
 // Its z [B, Ct] and fm [], both A.
-std::pair<Tensor, Tensor> linear_match(const Tensor& u, const Tensor& weight, const AffineTensors& a, const OptTensor& pooled_t) {
+std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& pooled_t) {
 #ifdef IJCKD_CUDA
-  const int64_t B = u.size(0), Cs = u.size(2), Ct = weight.size(0);
-  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {B, Cs}), w = torch::stable::contiguous(weight);
-  if (const int stage = linear_stage(rows, w, {a.beta, pooled_t})) {
+  const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
+  if (const int stage = linear_stage(p, {pooled_t})) {
+    const Tensor rows = torch::stable::contiguous(p.u), w = torch::stable::contiguous(p.weight);
     const OptTensor target = as(pooled_t, DType::f32);
-    const Tensor z = empty(u, {B, Ct}, DType::f32), fm = empty(u, {}, DType::f32);
+    const Tensor z = empty(p.u, {B, Ct}, DType::f32), fm = empty(p.u, {}, DType::f32);
     OptTensor squares;
-    if (target) squares = empty(u, {linear_blocks(stage, B, Ct)}, DType::f32);
-    Launch launch(u);
+    if (target) squares = empty(p.u, {linear_blocks(stage, B, Ct)}, DType::f32);
+    Launch launch(p.u);
     launched(linear_tiles({.stage = stage,
-                           .dtype = dtype(u, kOp, "u"),
+                           .dtype = dtype(p.u, kOp, "u"),
                            .u = rows.const_data_ptr(),
                            .weight = w.const_data_ptr(),
-                           .bias = static_cast<const float*>(data(a.beta)),
+                           .bias = static_cast<const float*>(data(p.bias)),
                            .pooled_t = static_cast<const float*>(data(target)),
                            .z = z.mutable_data_ptr<float>(),
                            .squares = squares ? squares->mutable_data_ptr<float>() : nullptr,
                            .fm = fm.mutable_data_ptr<float>(),
+                           .anchors = {},
                            .B = B,
                            .Cs = Cs,
                            .Ct = Ct},
@@ -253,19 +237,21 @@ std::pair<Tensor, Tensor> linear_match(const Tensor& u, const Tensor& weight, co
     return {z, fm};
   }
 #endif
-  const Applied o = apply(project(u, weight, false).y, a, {}, pooled_t, false, 0);
+  AffineTensors a;
+  a.beta = p.bias;
+  const Applied o = apply(project(p.u, p.weight, false).y, a, {}, pooled_t, false, 0);
   return {o.z, o.fm};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
     const Tensor& u, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
     const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
-  check_projection(u, weight);
+  check_projection(u, weight, kOp, "weight");
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   if (is_linear(u, bn_weight, map_t, relu)) {
     const AffineTensors a = affine(bias, {}, {}, {}, {}, acc);
     check_match(u, weight.size(0), a, {}, pooled_t);
-    const auto [z, fm] = linear_match(u, weight, a, pooled_t);
+    const auto [z, fm] = linear_match({u, weight, a.beta}, pooled_t);
     const auto unused = [&] { return none(u, acc); };
     return {z, fm, unused(), unused(), none(u, t), unused(), unused(), unused(), unused()};
   }
@@ -304,8 +290,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z,
   Tensor g = empty(z, {B, Ct}, acc), d_gamma = empty(z, {Ct}, acc), d_beta = empty(z, {Ct}, acc);
   if (B == 0) return {g, torch::stable::zero_(d_gamma), torch::stable::zero_(d_beta)};
   Launch launch(z);
-  launched(channel_grads({acc, g_in.const_data_ptr(), data(fm_in), z.const_data_ptr(), data(target), count.const_data_ptr(),
-                          yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
+  launched(channel_grads({acc, g_in.const_data_ptr(), nullptr, data(fm_in), z.const_data_ptr(), data(target),
+                          count.const_data_ptr(), yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
                           match_map ? res_yhat.const_data_ptr() : nullptr, g.mutable_data_ptr(), d_gamma.mutable_data_ptr(),
                           d_beta.mutable_data_ptr(), B, positions, Ct},
                          launch.stream),
@@ -355,23 +341,25 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
   return product_grads(dy, u, weight, need_du, need_dweight);
 }
 
-std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& grad_fm, const OptTensor& z,
-                                                          const OptTensor& pooled_t, const Tensor& u, const Tensor& weight,
-                                                          bool need_du, bool need_dweight, bool need_dbias) {
+std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale, const OptTensor& grad_fm,
+                                                          const OptTensor& z, const OptTensor& pooled_t, const Tensor& u,
+                                                          const Tensor& weight, bool need_du, bool need_dweight,
+                                                          bool need_dbias) {
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), Ct = weight.size(0);
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
   const Tensor g = as(grad_z, acc);
-  const OptTensor fm = as(grad_fm, acc), target = as(pooled_t, acc);
+  const OptTensor factor = as(scale, acc), fm = as(grad_fm, acc), target = as(pooled_t, acc);
   Launch launch(u);
 #ifdef IJCKD_CUDA
-  const int64_t Cs = u.size(2);
-  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {B, Cs}), w = torch::stable::contiguous(weight);
-  if (linear_stage(rows, w, {g, z, target})) {
+  if (linear_stage({u, weight, {}}, {g, z, target})) {
+    const int64_t Cs = u.size(2);
+    const Tensor rows = torch::stable::contiguous(u), w = torch::stable::contiguous(weight);
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t), dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
                  dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
     launched(linear_grad_tiles({.dtype = t,
                                 .grad_z = g.const_data_ptr<float>(),
+                                .scale = static_cast<const float*>(data(factor)),
                                 .grad_fm = static_cast<const float*>(data(fm)),
                                 .z = static_cast<const float*>(data(z)),
                                 .pooled_t = static_cast<const float*>(data(target)),
@@ -390,8 +378,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
 #endif
   Tensor dz = empty(u, {B, Ct}, acc), sums = empty(u, {Ct}, acc);
   if (B > 0)
-    launched(channel_grads({acc, g.const_data_ptr(), data(fm), data(z), data(target), nullptr, nullptr, nullptr, nullptr,
-                            dz.mutable_data_ptr(), nullptr, sums.mutable_data_ptr(), B, 1, Ct},
+    launched(channel_grads({acc, g.const_data_ptr(), data(factor), data(fm), data(z), data(target), nullptr, nullptr, nullptr,
+                            nullptr, dz.mutable_data_ptr(), nullptr, sums.mutable_data_ptr(), B, 1, Ct},
                            launch.stream),
              "connector_match's channel gradients");
   else
@@ -401,6 +389,31 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
 }
 
 }  // namespace
+
+void check_projection(const Tensor& u, const Tensor& weight, const char* op, const char* weight_arg) {
+  check(u.dim() == 3, op, ": u must be rows [B, P, Cs], got ", shape(u));
+  check(weight.dim() == 2 && weight.size(1) == u.size(2), op, ": ", weight_arg, " must be [Ct, Cs] with Cs = ", u.size(2),
+        " like u, got ", shape(weight));
+  check(on_device(u), op, ": u must be on ", kDevice);
+  check_device(weight, op, weight_arg);
+  dtype(u, op, "u");
+  check(weight.scalar_type() == u.scalar_type(), op, ": ", weight_arg, " must have u's dtype ", name(u.scalar_type()), ", got ",
+        name(weight.scalar_type()));
+  check(u.size(1) > 0 && weight.size(0) > 0, op, ": positions and channels must not be empty, got u ", shape(u), " and ",
+        weight_arg, " ", shape(weight));
+}
+
+Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
+
+#ifdef IJCKD_CUDA
+// Every tensor of teacher channels is read in pieces of 16 bytes.
+int linear_stage(const Projection& p, std::initializer_list<OptTensor> others) {
+  const bool whole =
+      p.u.size(0) > 0 && p.weight.size(0) % 8 == 0 && aligned(p.bias) && std::all_of(others.begin(), others.end(), aligned);
+  return whole ? readable_stage(torch::stable::contiguous(p.u), torch::stable::contiguous(p.weight)) : 0;
+}
+#endif
+
 }  // namespace ijckd
 
 #ifdef IJCKD_CUDA

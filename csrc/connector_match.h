@@ -96,6 +96,7 @@ int match_sums(const MatchSums& s, void* stream);
 struct ChannelGrads {
   DType dtype;
   const void* grad_z;    // [B, Ct] A
+  const void* scale;     // [] A, what grad_z is multiplied by, or null: 1
   const void* grad_fm;   // [] A, with a match
   const void* z;         // [B, Ct] A, with pooled_t
   const void* pooled_t;  // [B, Ct] A, or null

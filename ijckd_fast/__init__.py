@@ -11,11 +11,19 @@ __all__ = [
     "classifier_gram",
     "classifier_loss",
     "connector_match",
+    "projected_classifier_loss",
     "take_bad_rows",
 ]
 
 if TYPE_CHECKING:
-    from ijckd_fast.ops import FrozenClassifier, classifier_gram, classifier_loss, connector_match, take_bad_rows
+    from ijckd_fast.ops import (
+        FrozenClassifier,
+        classifier_gram,
+        classifier_loss,
+        connector_match,
+        projected_classifier_loss,
+        take_bad_rows,
+    )
 
     HAS_CUDA_LIBRARY: bool
 

@@ -6,6 +6,7 @@ wraps and what a checkpoint holds. `Distiller` keeps the teacher beside it, froz
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,6 +41,9 @@ class Learner(nn.Module):
     """Student backbone, its own classifier iff the objective trains it, and the connector iff there is one.
 
     Every parameter gets a gradient in every step. `student`'s classifier is dropped in place if it is not needed.
+
+    projects_in_loss  whether a training step leaves the connector's projection to the loss, which has one op for both: where the
+                      connector works on vectors and what it makes goes through the teacher's classifier
     """
 
     def __init__(self, student: Tapped, objective: Objective, teacher_channels: int | None, head: str) -> None:
@@ -56,6 +60,8 @@ class Learner(nn.Module):
             assert teacher_channels is not None
             connector = build_connector(objective.connector, student.channels, teacher_channels)
             self.connector = connector.to(next(student.parameters()))  # the student's device and dtype
+        on_vectors = self.connector is not None and not self.connector.takes_map
+        self.projects_in_loss = head == "fused" and on_vectors and objective.uses_teacher_head
 
     def forward(
         self,
@@ -63,11 +69,13 @@ class Learner(nn.Module):
         map_t: Tensor | None = None,
         pooled_t: Tensor | None = None,
         map_size_t: tuple[int, int] | None = None,
+        project: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """images [B, 3, S, S] -> (z [B, Ct] | None, fm [] | None, student logits [B, K] | None)
 
         map_t       [B, Ct, Ht, Wt] or pooled_t [B, Ct]: what the connector's output is matched against
         map_size_t  (Ht, Wt) where there is no map_t but the net was trained against maps (inference)
+        project     False, of a connector on vectors: in z's place the vectors [B, Cin] that its projection takes, and no fm
 
         SimKD's rule for maps of unequal size: the larger one is average-pooled to the smaller, the student's before the
         connector.
@@ -82,7 +90,10 @@ class Learner(nn.Module):
                 size = (min(map_s.shape[2], map_size_t[0]), min(map_s.shape[3], map_size_t[1]))
                 x = _pool_to(map_s, size)
                 map_t = None if map_t is None else _pool_to(map_t, size)
-            z, fm = self.connector(x, map_t=map_t, pooled_t=pooled_t, head=self.head)
+            if project:
+                z, fm = self.connector(x, map_t=map_t, pooled_t=pooled_t, head=self.head)
+            else:
+                z = self.connector.trunk(x)
         if self.student.classifier is not None:
             logits_s = self.student.classifier(pooled_s)
         return z, fm, logits_s
@@ -191,7 +202,10 @@ class Distiller:
             self._map_sizes_t[images.shape[2:]] = (map_t.shape[2], map_t.shape[3])
 
         match_pooled = pooled_t if o.fm > 0 and o.match == "pooled" else None
-        z, fm, logits_s = self.trained(images, map_t, match_pooled)
+        if self.learner.projects_in_loss:
+            z, fm, logits_s = self.trained(images, project=False)
+        else:
+            z, fm, logits_s = self.trained(images, map_t, match_pooled)
 
         loss: Tensor | None = None
         correct: Tensor | None = None
@@ -215,31 +229,42 @@ class Distiller:
     def _through_teacher_head(
         self, z: Tensor, pooled_t: Tensor | None, labels: Tensor, labels_b: Tensor | None, mix: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Terms through the teacher's classifier (z [B, Ct]): their weighted sum, the terms, the top-1 count."""
+        """Terms through the teacher's classifier: their weighted sum, the terms, the top-1 count.
+
+        z  [B, Ct], or [B, Cin] where the loss projects; then the pooled match is one of the terms
+        """
         o = self.objective
         ce = o.ce if o.ce_head == "teacher" else 0.0
         kl = o.kl if o.kl_head == "teacher" else 0.0
         classifier = self._classifier
         weight, gram = classifier.weight, None
-        classifier_loss = ops.classifier_loss if self.head == "fused" else reference.classifier_loss
         if self.head == "fused" and weight.is_cuda:  # the CPU's op rounds the classifier and keeps its gram itself
             weight, gram = self._frozen.prepared(weight, match=o.sr > 0 and kl == 0)
-        loss, terms, correct = classifier_loss(
-            z if o.uses_teacher_head else z.detach(),  # without a loss term only the count is wanted
+        fm = 0.0
+        if self.learner.projects_in_loss:
+            connector, fm = self.learner.connector, o.fm
+            assert connector is not None
+            op = functools.partial(ops.projected_classifier_loss, z, connector.weight, connector.bias)
+        else:
+            classifier_loss = ops.classifier_loss if self.head == "fused" else reference.classifier_loss
+            # without a loss term only the count is wanted
+            op = functools.partial(classifier_loss, z if o.uses_teacher_head else z.detach())
+        loss, terms, correct = op(
             weight,
             classifier.bias,
             labels,
             labels_b=labels_b,
             mix=mix,
             label_smoothing=self.label_smoothing,
-            pooled_t=pooled_t if o.sr > 0 or kl > 0 else None,
+            pooled_t=pooled_t if o.sr > 0 or kl > 0 or fm > 0 else None,
             temperature=o.temperature,
             ce=ce,
             sr=o.sr,
+            fm=fm,
             kl=kl,
             gram=gram,
         )
-        named = (("ce", ce, 0), ("sr", o.sr, 1), ("kl", kl, 3))
+        named = (("ce", ce, 0), ("sr", o.sr, 1), ("fm", fm, 2), ("kl", kl, 3))
         return loss, {name: terms[column] for name, weight, column in named if weight > 0}, correct
 
     def _student_head_terms(

@@ -1,6 +1,7 @@
-"""Contract of the two fused ops: docstring, shapes for the compiler (fake), gradients (autograd). The C++ is in csrc/.
+"""Contract of the fused ops: docstring, shapes for the compiler (fake), gradients (autograd). The C++ is in csrc/.
 
-`connector_match` and `classifier_loss` are what other code imports; `reference.py` has both in plain PyTorch with the same signatures.
+`connector_match`, `classifier_loss` and, of both in one where the connector is linear, `projected_classifier_loss` are what other code
+imports; `reference.py` has them in plain PyTorch with the same signatures.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
+
+
+def _own_products(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """For calls of ops on x under autocast: a CPU op's own float32 products stay so, whatever autocast would make of them."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return torch.autocast("cpu", enabled=False)
+    return contextlib.nullcontext()
 
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -117,11 +125,12 @@ def connector_match(
     weight = weight.flatten(1)  # [Ct, Cs]
     mean, var = (None, None) if batch_stats or bn_weight is None else (running_mean, running_var)
     args = (u, weight, bias, bn_weight, bn_bias)
-    if process_group is None:
-        z, fm, mean, var, *_ = _ops.connector_match(*args, mean, var, map_t, pooled_t, relu, eps)
-        n_stats: Tensor | int = B * positions
-    else:
-        z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(*args, map_t, pooled_t, relu, eps, process_group)
+    n_stats: Tensor | int = B * positions
+    with _own_products(u):
+        if process_group is None:
+            z, fm, mean, var, *_ = _ops.connector_match(*args, mean, var, map_t, pooled_t, relu, eps)
+        else:
+            z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(*args, map_t, pooled_t, relu, eps, process_group)
     nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
     if batch_stats and running_mean is not None and running_var is not None and not nothing:
         with torch.no_grad():
@@ -202,7 +211,7 @@ def _(
 
 
 @torch.library.register_fake("ijckd::connector_linear_grads")
-def _(grad_z, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias):
+def _(grad_z, scale, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias):
     du = u.new_empty(u.shape) if need_du else u.new_empty(0)
     dweight = weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
     return du, dweight, u.new_empty(weight.shape[0] if need_dbias else 0, dtype=_acc_dtype(u.dtype))
@@ -248,7 +257,9 @@ def _linear_grads(ctx, grad_z, grad_fm):
     if pooled_t is None or grad_fm is None:
         grad_fm = z = pooled_t = None
     need_du, need_dw, need_d_bias = ctx.needs_input_grad[:3]
-    du, dw, d_bias = _ops.connector_linear_grads(grad_z, grad_fm, z, pooled_t, u, weight, need_du, need_dw, need_d_bias)
+    du, dw, d_bias = _ops.connector_linear_grads(
+        grad_z, None, grad_fm, z, pooled_t, u, weight, need_du, need_dw, need_d_bias
+    )
     return (
         du if need_du else None,
         dw if need_dw else None,
@@ -419,12 +430,76 @@ def classifier_loss(
         gram,
     )
     # the op's own float32 products stay so, whatever autocast would make of them
-    with (
-        torch.autocast("cpu", enabled=False)
-        if dtype is not None and z.device.type == "cpu"
-        else contextlib.nullcontext()
-    ):
+    with _own_products(z):
         loss, parts, top1, _ = _ops.classifier_loss(*args)
+    return loss, parts, top1
+
+
+def projected_classifier_loss(
+    u: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    labels_b: Tensor | None = None,
+    mix: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pooled_t: Tensor | None = None,
+    logits_t: Tensor | None = None,
+    ce: float = 1.0,
+    sr: float = 0.0,
+    fm: float = 0.0,
+    kl: float = 0.0,
+    temperature: float = 4.0,
+    gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear connector on vectors and `classifier_loss` on what it makes, in one op: z = u projection^T + projection_bias.
+
+    On a GPU of sm_80 and newer, in bfloat16, where classifier_loss takes its anchored way and the classes fit one chunk
+    (csrc/cuda/tiled_loss.cpp): 3 launches forward and 1 backward. Elsewhere what `connector_match` and `classifier_loss` do.
+
+    u                [B, Cs], float64/float32/bfloat16 (float16 on a GPU); gets a gradient
+    projection       [Ct, Cs], dtype of u; gets a gradient
+    projection_bias  [Ct] or None; gets a gradient
+    weight ... gram  as for `classifier_loss`, in u's place of z: float64 goes with float64
+    returns          as `classifier_loss`; z is not kept
+    autocast         u and projection are cast to the autocast dtype; z is float32, and the rest as for `classifier_loss`
+    raises           RuntimeError as `classifier_loss`, for anything of it that requires grad, and for u and projection as
+                     `connector_match`
+    """
+    op = "projected_classifier_loss"
+    _check_library(u, op)
+    if u.dim() != 2:
+        raise RuntimeError(f"{op}: u must be [B, Cs], got {list(u.shape)}")
+    dtype = _autocast_dtype(u)
+    if dtype is not None:
+        u, projection = u.to(dtype), projection.to(dtype)
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, projection, projection_bias))
+    args = (
+        _rows(u),
+        projection,
+        projection_bias,
+        weight,
+        bias,
+        labels,
+        labels_b,
+        mix,
+        pooled_t,
+        logits_t,
+        label_smoothing,
+        ce,
+        sr,
+        fm,
+        kl,
+        temperature,
+        grad,
+        dtype,
+        gram,
+    )
+    with _own_products(u):
+        loss, parts, top1, _ = _ops.projected_classifier_loss(*args)
     return loss, parts, top1
 
 
@@ -456,7 +531,8 @@ class FrozenClassifier:
         Autocast itself would cast a frozen weight anew in every step: it keeps casts of what is trained only.
 
         weight  [K, Ct], no gradient
-        match   whether the loss has a logit match, for which the gram is made where it is the cheaper way (bfloat16, 3 Ct < K)
+        match   whether the loss has a logit match, for which the gram is made where it can be the cheaper way (bfloat16; 3 Ct < K, or
+                channels so few that it spares more launches than it costs)
         """
         device = weight.device.type
         amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
@@ -464,7 +540,8 @@ class FrozenClassifier:
         made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
         if self._prepared is None or made_from != self._made_from:
             rounded = weight.detach().to(dtype)
-            wanted = match and dtype == torch.bfloat16 and 3 * weight.shape[1] < weight.shape[0]
+            K, Ct = weight.shape
+            wanted = match and dtype == torch.bfloat16 and (3 * Ct < K or Ct <= 1024)
             self._prepared = rounded, classifier_gram(rounded) if wanted else None
             self._made_from = made_from
             self._weight = weight.detach()
@@ -496,16 +573,48 @@ def _(
     return z.new_empty((), dtype=acc), z.new_empty(4, dtype=acc), z.new_empty((), dtype=torch.int64), dz
 
 
-_LOSS_ARGS = ("z", "weight", "bias", "labels", "labels_b", "mix", "pooled_t", "logits_t")
+@torch.library.register_fake("ijckd::projected_classifier_loss")
+def _(
+    u,
+    projection,
+    projection_bias,
+    weight,
+    bias,
+    labels,
+    labels_b,
+    mix,
+    pooled_t,
+    logits_t,
+    label_smoothing,
+    ce,
+    sr,
+    fm,
+    kl,
+    temperature,
+    grad,
+    dtype,
+    gram,
+):
+    acc = _acc_dtype(u.dtype)
+    dz = u.new_empty(u.shape[0] if grad else 0, projection.shape[0], dtype=acc)
+    return u.new_empty((), dtype=acc), u.new_empty(4, dtype=acc), u.new_empty((), dtype=torch.int64), dz
+
+
+_FROZEN_ARGS = ("weight", "bias", "labels", "labels_b", "mix", "pooled_t", "logits_t")
+
+
+def _refuse_gradients(op: str, trained: str, needs_input_grad: tuple[bool, ...]) -> None:
+    """Of what follows the trained arguments."""
+    for name, needs in zip(_FROZEN_ARGS, needs_input_grad, strict=False):
+        if needs:
+            raise RuntimeError(
+                f"{op}: {name} must not require grad: the classifier and the teacher are frozen and only {trained} trained; detach it"
+            )
 
 
 def _loss_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    for name, needs in zip(_LOSS_ARGS[1:], ctx.needs_input_grad[1:], strict=False):
-        if needs:
-            raise RuntimeError(
-                f"classifier_loss: {name} must not require grad: the classifier and the teacher are frozen and only z is trained; detach it"
-            )
+    _refuse_gradients("classifier_loss", "z is", ctx.needs_input_grad[1:])
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[3])
     ctx.mark_non_differentiable(*output[1:])
@@ -521,6 +630,30 @@ def _loss_backward(ctx, grad_loss, *_):
 
 
 torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)
+
+
+def _projected_loss_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    _refuse_gradients("projected_classifier_loss", "u and its projection are", ctx.needs_input_grad[3:])
+    u, projection, projection_bias = inputs[:3]
+    ctx.save_for_backward(u, projection, projection_bias, output[3])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _projected_loss_backward(ctx, grad_loss, *_):
+    _refuse_double_backward("projected_classifier_loss")
+    if grad_loss is None:
+        return (None,) * 19
+    u, projection, projection_bias, dz = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = _ops.connector_linear_grads(dz, grad_loss, None, None, None, u, projection, *needs)
+    du, dw, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return du, dw, d_bias if d_bias is None else d_bias.to(projection_bias.dtype), *[None] * 16
+
+
+torch.library.register_autograd(
+    "ijckd::projected_classifier_loss", _projected_loss_backward, setup_context=_projected_loss_setup
+)
 
 
 class BadRows(NamedTuple):

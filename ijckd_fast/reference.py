@@ -1,9 +1,11 @@
-"""The oracle: both fused ops in plain PyTorch, same names and signatures as `ijckd_fast.ops`, never tuned.
+"""The oracle: the fused ops in plain PyTorch, same names and signatures as `ijckd_fast.ops`, never tuned.
 
 Selected by a test or by `--head reference`; never a silent fallback. Imports nothing of ours.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -121,3 +123,17 @@ def classifier_loss(
     parts = torch.stack([ce_part, sr_part, fm_part, kl_part]).detach()
     top1 = (logits.detach().argmax(1) == labels).sum()
     return loss, parts, top1
+
+
+def projected_classifier_loss(
+    u: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    **terms: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contract: `ijckd_fast.ops.projected_classifier_loss`; terms: classifier_loss's keywords."""
+    z, _ = connector_match(u, projection, projection_bias, relu=False)  # [B, Ct]
+    return classifier_loss(z, weight, bias, labels, **terms)

@@ -72,6 +72,11 @@ class Workload(NamedTuple):
         return match if self.K is None else f"ce+sr+{match}"
 
     @property
+    def projects_in_loss(self) -> bool:
+        """Whether the head is one op, of which z is no result."""
+        return self.Cs is not None and self.K is not None and self.side == 0
+
+    @property
     def sizes(self) -> str:
         """One word, for the table."""
         named = [("B", self.B), ("Cs", self.Cs), ("Ct", self.Ct), ("K", self.K)]
@@ -209,13 +214,13 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
 
 def fused_loss(
     w: Workload, t: dict[str, Tensor], op: Any = ops, frozen: ops.FrozenClassifier | None = None
-) -> tuple[Tensor, Tensor]:
-    """(loss [], z [B, Ct]) by our two ops; with op=reference and float64 tensors, the oracle.
+) -> tuple[Tensor, Tensor | None]:
+    """(loss [], z [B, Ct] where it is a result) by our ops; with op=reference and float64 tensors, the oracle.
 
     On a GPU the frozen classifier is prepared once, outside the steps that are timed, as the trainer does.
     """
     z, match = t.get("z"), None
-    if w.Cs is not None:
+    if w.Cs is not None and not w.projects_in_loss:
         teacher = {"map_t": t["map_t"]} if w.side else {"pooled_t": t["pooled_t"]}
         bn = {k: t[k] for k in ("bn_weight", "bn_bias", "running_mean", "running_var") if k in t}
         z, match = op.connector_match(
@@ -224,16 +229,21 @@ def fused_loss(
     if w.K is None:
         return match, z
     terms: dict[str, Any] = {} if w.ce_only else {"sr": 1.0, "pooled_t": t["pooled_t"]}
-    if w.Cs is None and not w.ce_only:
+    if not w.side and not w.ce_only:
         terms["fm"] = 1.0
     weight = t["weight"]
     if frozen is not None and weight.is_cuda:
         weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only)
-    loss, _, _ = op.classifier_loss(z, weight, t.get("bias"), t["labels"], **terms)
+    classifier = (weight, t.get("bias"), t["labels"])
+    if w.projects_in_loss:
+        return op.projected_classifier_loss(t["u"], t["projection"], t["projection_bias"], *classifier, **terms)[
+            0
+        ], None
+    loss, _, _ = op.classifier_loss(z, *classifier, **terms)
     return loss if match is None else loss + match, z
 
 
-def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The same as one writes it in PyTorch; no top-1 and no separate parts, which ours also returns."""
     z, match = t.get("z"), None
     if w.side:
@@ -250,13 +260,13 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     loss = F.cross_entropy(logits, t["labels"])
     if not w.ce_only:
         loss = loss + match + F.mse_loss(logits, F.linear(t["pooled_t"], t["weight"], t["bias"]))
-    return loss, z
+    return loss, None if w.projects_in_loss else z
 
 
-def result_names(t: dict[str, Tensor], mode: str) -> list[str]:
+def result_names(w: Workload, t: dict[str, Tensor], mode: str) -> list[str]:
     """What a step returns, in order."""
     gradients = [f"gradient of {k}" for k, v in t.items() if v.requires_grad] if mode == "both" else []
-    return ["loss", "z", *gradients]
+    return ["loss", *([] if w.projects_in_loss else ["z"]), *gradients]
 
 
 def make_step(loss_of: Callable[..., Any], t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
@@ -271,11 +281,11 @@ def make_step(loss_of: Callable[..., Any], t: dict[str, Tensor], mode: str, dtyp
     def step() -> list[Tensor]:
         if mode == "forward":
             with torch.no_grad(), autocast():
-                return list(loss_of(t))
+                return [x for x in loss_of(t) if x is not None]
         with autocast():
             loss, z = loss_of(t)
         gradients = torch.autograd.grad(loss * scale if scale != 1 else loss, leaves)
-        return [loss.detach(), z.detach(), *gradients]
+        return [loss.detach(), *([] if z is None else [z.detach()]), *gradients]
 
     return step
 
@@ -501,7 +511,7 @@ def measure(
     """Checks, then times, every contender on one workload. WrongResult if ours is wrong; a baseline that fails is left out, and said so."""
     torch._dynamo.reset()  # one compilation per workload; without it torch would count the ninth as one too many
     t = make_tensors(w, dtype, device)
-    names = result_names(t, mode)
+    names = result_names(w, t, mode)
 
     def as64(x: Tensor) -> Tensor:
         return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x

@@ -41,6 +41,8 @@ VARIANTS = [
     ("ijckd-pooled", {"connector": "mlp"}, {"connector": "mlp"}),
     ("ijckd-pooled", {"match": "map", "connector": "bottleneck:4"}, {"match": "map", "connector": "bottleneck:4"}),
     ("srrl", {"kl": 1.0}, {"kl_s": 1}),
+    ("srrl", {"connector": "linear", "fm": 0.4}, {"connector": "linear", "fm": 0.4}),
+    ("srrl", {"connector": "mlp", "sr": 0.0}, {"connector": "mlp", "sr": 0}),
     ("srrl", {"sr": 0.0, "match": "map"}, {"sr": 0, "match": "map"}),
     ("srrl", {"infer_head": "teacher"}, {"infer": "teacher"}),
     ("simkd", {"ce": 0.1}, {"ce_t": 0.1}),
@@ -202,12 +204,16 @@ def test_loss_and_gradients_are_those_of_torch_functions(name, overrides, row, m
     assert all(not part.requires_grad for part in out.parts.values())
 
 
+@pytest.mark.parametrize("connector", [None, "linear"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_parts_are_the_unweighted_terms(name):
+def test_parts_are_the_unweighted_terms(name, connector):
+    if connector and PRESETS[name].match != "pooled":
+        pytest.skip("matches maps, or nothing")
     student, teacher = pair()
     images, labels = batch()
     weights = {k: 0.5 for k in ("ce", "sr", "fm", "kl") if getattr(PRESETS[name], k) > 0}
-    out = Distiller(student, teacher, get_objective(name, **weights)).train().step(images, labels, progress=10)
+    objective = get_objective(name, **weights, connector=connector)
+    out = Distiller(student, teacher, objective).train().step(images, labels, progress=10)
     total = sum(out.parts[k] * weight for k, weight in weights.items()) + out.parts.get("dkd", 0) * 0.5
     assert set(out.parts) == set(weights) | ({"dkd"} if name == "dkd" else set())
     torch.testing.assert_close(out.loss, total, **CLOSE)
@@ -223,19 +229,45 @@ def test_presets_are_the_table():
         assert (o.temperature, o.dkd_warmup) == (4.0, 20.0)
 
 
+def record_calls(monkeypatch):
+    """The ops of both heads that are called from here on, as (module, op)."""
+    calls = []
+    for module in (ops, reference):
+        for op in ("connector_match", "classifier_loss", "projected_classifier_loss"):
+            original, key = getattr(module, op), (module.__name__.split(".")[1], op)
+            monkeypatch.setattr(module, op, lambda *a, f=original, k=key, **kw: (calls.append(k), f(*a, **kw))[1])
+    return calls
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_step_calls_each_op_of_its_head_once(name, head, monkeypatch):
-    calls = []
-    for module in (ops, reference):
-        for op in ("connector_match", "classifier_loss"):
-            original, key = getattr(module, op), (module.__name__.split(".")[1], op)
-            monkeypatch.setattr(module, op, lambda *a, f=original, k=key, **kw: (calls.append(k), f(*a, **kw))[1])
+    calls = record_calls(monkeypatch)
     distiller = Distiller(*pair(torch.float32), get_objective(name), head=head).train()
     distiller.step(*batch(torch.float32), progress=0)
     module = "ops" if head == "fused" else "reference"
     with_connector = "connector" in TABLE[name]
     assert calls == ([(module, "connector_match"), (module, "classifier_loss")] if with_connector else [])
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("connector", ["linear", "mlp"])
+@pytest.mark.parametrize(("name", "sr"), [("ijckd-pooled", 1.0), ("srrl", 1.0), ("srrl", 0.0)])
+def test_a_connector_on_vectors_and_the_loss_are_one_op(name, sr, connector, head, monkeypatch):
+    """Where a loss goes through the teacher's classifier; and in prediction there is no loss."""
+    calls = record_calls(monkeypatch)
+    distiller = Distiller(*pair(torch.float32), get_objective(name, sr=sr, connector=connector), head=head).train()
+    distiller.step(*batch(torch.float32), progress=0)
+    if head == "reference":  # of which one may call the other
+        assert {module for module, _ in calls} == {"reference"}
+        assert ("reference", "projected_classifier_loss") not in calls
+    elif sr or name == "ijckd-pooled":
+        assert calls == [("ops", "projected_classifier_loss")]
+    else:
+        assert calls == [("ops", "connector_match")]
+    calls.clear()
+    distiller.eval().learner(batch(torch.float32)[0])
+    assert calls == [("ops" if head == "fused" else "reference", "connector_match")]
 
 
 # ------------------------------------------------------------------------------------------------ the teacher is frozen

@@ -592,9 +592,132 @@ def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
         again, doubled = frozen.prepared(weight, match=True)
         assert torch.equal(again, 2 * rounded)
         torch.testing.assert_close(doubled, 4 * gram)
-        wide = torch.randn(24, 8)
-        assert frozen.prepared(wide, match=True)[1] is None  # K = 3 Ct: W d is as cheap
+        assert frozen.prepared(torch.randn(24, 8), match=True)[1] is not None  # K = 3 Ct, but few channels
+        assert frozen.prepared(torch.randn(24, 1032), match=True)[1] is None  # W d is cheaper
     assert frozen.prepared(weight.double(), match=True)[0].dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# projected_classifier_loss
+
+
+def projected_inputs(B=5, Cs=4, Ct=6, K=9, dtype=F64, seed=0):
+    """(what gets a gradient, what loss_inputs gives besides z)"""
+    _, *rest = loss_inputs(B, Ct, K, dtype, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    u, projection = (torch.randn(*s, generator=g, dtype=F64).to(dtype) for s in ((B, Cs), (Ct, Cs)))
+    bias = torch.randn(Ct, generator=g, dtype=F64).to(F64 if dtype == F64 else torch.float32)
+    return [u, projection, bias], rest
+
+
+def run_projected(module, leaves, weight, bias, labels, labels_b, mix, pooled_t, **changed):
+    """[loss, parts, top1, gradient of every leaf]"""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    keywords = loss_keywords(labels_b, mix, pooled_t, **changed)
+    loss, parts, top1 = module.projected_classifier_loss(*leaves, weight, bias, labels, **keywords)
+    (2.5 * loss).backward()
+    assert not parts.requires_grad
+    return [loss.detach(), parts, top1, *[x.grad for x in leaves if x is not None]]
+
+
+@pytest.mark.parametrize("case", LOSS_CASES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("B", [5, 0])
+def test_projected_classifier_loss_equals_reference(case, biased, B):
+    leaves, args = projected_inputs(B)
+    changed = dict(LOSS_CASES[case])
+    args[3], args[4] = changed.pop("labels_b", args[3]), changed.pop("mix", args[4])
+    leaves[2] = leaves[2] if biased else None
+    fused, oracle = (run_projected(m, leaves, *args, **changed) for m in (ops, reference))
+    assert_equal_to(fused, oracle, equal_nan=True)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_projected_classifier_loss_makes_the_gradients_that_are_asked_for(wanted):
+    leaves, (weight, bias, labels, *rest) = projected_inputs()
+    gradients = []
+    for module in (ops, reference):
+        mine = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(leaves)]
+        loss, *_ = module.projected_classifier_loss(*mine, weight, bias, labels, **loss_keywords(*rest))
+        gradients.append(torch.autograd.grad(loss, [mine[i] for i in wanted]))
+    assert_equal_to(*gradients)
+    with torch.no_grad():
+        again, *_ = ops.projected_classifier_loss(*mine, weight, bias, labels, **loss_keywords(*rest))
+    assert_equal_to([again], [loss.detach()])
+
+
+def test_projected_classifier_loss_gradcheck():
+    leaves, (weight, bias, labels, *rest) = projected_inputs()
+
+    def op(*leaves):
+        return ops.projected_classifier_loss(*leaves, weight, bias, labels, **loss_keywords(*rest))[0]
+
+    assert torch.autograd.gradcheck(op, tuple(x.requires_grad_() for x in leaves))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projected_classifier_loss_no_worse_than_eager(dtype):
+    leaves, (weight, bias, *rest) = projected_inputs(64, 48, 96, 203, dtype)
+    wide = [x.double() if x.is_floating_point() else x for x in (weight, bias, *rest)]
+    oracle = run_projected(reference, [x.double() for x in leaves], *wide)
+    fused = run_projected(ops, leaves, weight, bias, *rest)
+    eager = run_projected(reference, leaves, weight, bias.to(dtype), *rest)
+    for i in (0, 1, 3, 4, 5):
+        assert fused[i].dtype == eager[i].dtype
+        assert_no_worse_than_eager(fused[i], eager[i], oracle[i])
+
+
+def test_projected_classifier_loss_under_autocast():
+    leaves, (weight, *rest) = projected_inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run_projected(ops, leaves, weight, *rest)
+    half = [leaves[0].bfloat16(), leaves[1].bfloat16(), leaves[2]]
+    wanted = run_projected(ops, half, weight.bfloat16(), *rest)
+    assert_equal_to(got, [*wanted[:3], *(x.float() for x in wanted[3:])], 0)
+
+
+def test_projected_classifier_loss_refuses():
+    leaves, (weight, bias, labels, *_) = projected_inputs()
+    u, projection, c = leaves
+    call = ops.projected_classifier_loss
+    op = "projected_classifier_loss: "
+    _refused(op + "u must be [B, Cs], got [5, 4, 1]", lambda: call(u[..., None], projection, c, weight, bias, labels))
+    _refused(
+        op + "projection must be [Ct, Cs] with Cs = 4 like u, got [6, 3]",
+        lambda: call(u, projection[:, :3], c, weight, bias, labels),
+    )
+    _refused(
+        op + "projection must have u's dtype float64, got float32",
+        lambda: call(u, projection.float(), c, weight, bias, labels),
+    )
+    _refused(
+        op + "projection_bias must be [Ct] = [6], got [5]",
+        lambda: call(u, projection, c[:5], weight, bias, labels),
+    )
+    _refused(
+        op + "weight must be [K, Ct] with Ct = 6 like projection, got [9, 5]",
+        lambda: call(u, projection, c, weight[:, :5], bias, labels),
+    )
+    _refused(
+        op + "u and weight must both be float64 or neither, got float64 and float32",
+        lambda: call(u, projection, c, weight.float(), bias, labels),
+    )
+    _refused(op + "labels must be [B] = [5], got [4]", lambda: call(u, projection, c, weight, bias, labels[:4]))
+    _refused(
+        op + "labels must lie in [0, K) = [0, 9), got 9 at position 0",
+        lambda: call(u, projection, c, weight, bias, torch.full((5,), 9)),
+    )
+    _refused(
+        op
+        + "weight must not require grad: the classifier and the teacher are frozen and only u and its projection are",
+        lambda: call(u, projection, c, weight.clone().requires_grad_(), bias, labels),
+    )
+    rows = u[:, None].expand(5, 2, 4)
+    terms = (None,) * 4 + (0.0, 1.0, 0.0, 0.0, 0.0, 4.0, False, None, None)
+    _refused(
+        op + "u must be vectors [B, 1, Cs], got [5, 2, 4]",
+        lambda: torch.ops.ijckd.projected_classifier_loss(rows, projection, c, weight, bias, labels, *terms),
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -620,30 +743,12 @@ def op_samples():
             1e-5,
         )
         yield f"connector_match {norm} {match}", torch.ops.ijckd.connector_match.default, (*args, *rest)
-    z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs()
-    yield (
-        "classifier_loss",
-        torch.ops.ijckd.classifier_loss.default,
-        (
-            z.requires_grad_(),
-            weight,
-            bias,
-            labels,
-            labels_b,
-            mix,
-            pooled_t,
-            None,
-            0.1,
-            0.7,
-            0.5,
-            0.3,
-            0.9,
-            3.0,
-            True,
-            None,
-            None,
-        ),
-    )
+    z, *rest = loss_inputs()
+    terms = (None, 0.1, 0.7, 0.5, 0.3, 0.9, 3.0, True, None, None)
+    yield "classifier_loss", torch.ops.ijckd.classifier_loss.default, (z.requires_grad_(), *rest, *terms)
+    (u, *projection), rest = projected_inputs()
+    trained = [x.requires_grad_() for x in (u[:, None].clone(), *projection)]
+    yield "projected_classifier_loss", torch.ops.ijckd.projected_classifier_loss.default, (*trained, *rest, *terms)
     yield "take_counts", torch.ops.ijckd.take_counts.default, (torch.empty(0),)
     u = torch.randn(3, 4, 6, dtype=F64)
     weight = torch.randn(5, 6, dtype=F64)
@@ -682,9 +787,10 @@ def op_samples():
     )
     u, weight = torch.randn(3, 1, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
     grad_z, z, pooled_t = torch.randn(3, 3, 5, dtype=F64).unbind()
+    one = torch.ones((), dtype=F64)
     for name, match, needs in (
-        ("pooled", (torch.ones((), dtype=F64), z, pooled_t), (True, True, True)),
-        ("du", (None, None, None), (True, False, False)),
+        ("pooled", (None, one, z, pooled_t), (True, True, True)),
+        ("du", (one, None, None, None), (True, False, False)),
     ):
         yield (
             f"connector_linear_grads {name}",
@@ -799,9 +905,7 @@ def test_classifier_loss_refuses():
     )
     _refused("z must be a floating-point tensor", lambda: call(z.long(), weight, None, labels))
     _refused("float16 is for the GPU", lambda: call(z.float(), weight.half(), None, labels))
-    _refused(
-        "pooled_t must be [B, Ct] like z = [5, 6], got [5, 5]", lambda: call(z, weight, None, labels, pooled_t=z[:, :5])
-    )
+    _refused("pooled_t must be [B, Ct] = [5, 6], got [5, 5]", lambda: call(z, weight, None, labels, pooled_t=z[:, :5]))
     _refused(
         "logits_t must be [B, K] = [5, 9], got [9, 5]", lambda: call(z, weight, None, labels, logits_t=z.new_ones(9, 5))
     )
@@ -853,9 +957,12 @@ def test_backward_makes_no_zeros_for_results_without_gradient(shape, match):
     assert [name for name in called if "zero" in name] == []
 
 
-@pytest.mark.parametrize("op", ["connector_match", "classifier_loss"])
+@pytest.mark.parametrize("op", ["connector_match", "classifier_loss", "projected_classifier_loss"])
 def test_double_backward_is_refused(op):
-    if op == "connector_match":
+    if op == "projected_classifier_loss":
+        (x, *projection), (weight, bias, labels, *_) = projected_inputs()
+        out = ops.projected_classifier_loss(x.requires_grad_(), *projection, weight, bias, labels)[0]
+    elif op == "connector_match":
         leaves, keywords = connector_inputs()
         x = leaves["u"]
         out = ops.connector_match(x, leaves["weight"], map_t=keywords["map_t"])[1]

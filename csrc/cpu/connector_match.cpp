@@ -228,6 +228,7 @@ int channel_grads(const ChannelGrads& g, void*) {
     const A *z = static_cast<const A*>(g.z), *pooled_t = static_cast<const A*>(g.pooled_t);
     const A *yhat = static_cast<const A*>(g.yhat), *res = static_cast<const A*>(g.res);
     const A *res_yhat = static_cast<const A*>(g.res_yhat), grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
+    const A scale = g.scale ? *static_cast<const A*>(g.scale) : A(1);
     A *grad_out = static_cast<A*>(g.grad_out), *d_gamma = static_cast<A*>(g.d_gamma), *d_beta = static_cast<A*>(g.d_beta);
     const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
     const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
@@ -238,7 +239,7 @@ int channel_grads(const ChannelGrads& g, void*) {
     for (int64_t b = 0; b < g.B; ++b)
       for (int64_t c = 0; c < g.Ct; ++c) {
         const int64_t i = b * g.Ct + c;
-        grad_out[i] = grad_z[i] + (pooled_t ? c_pooled * (z[i] - pooled_t[i]) : A(0));
+        grad_out[i] = scale * grad_z[i] + (pooled_t ? c_pooled * (z[i] - pooled_t[i]) : A(0));
         d_beta[c] += grad_out[i] / A(g.P) * (count ? count[i] : A(g.P));
         if (yhat) d_gamma[c] += grad_out[i] / A(g.P) * yhat[i];
       }

@@ -1,8 +1,6 @@
 // Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next launch, in
 // tile order, so equal inputs give equal bits.
-#include "counts.h"
-#include "cuda/classifier_tiles.h"
-#include "device.cuh"
+#include "anchors.cuh"
 #include "hopper_tile.cuh"
 
 namespace ijckd {
@@ -14,8 +12,6 @@ using bf16 = __nv_bfloat16;
 constexpr int kRowThreads = 128;
 constexpr float kLog2e = 1.44269504f;
 
-__device__ void count_row(int64_t* counts, int what) { atomicAdd(reinterpret_cast<unsigned long long*>(counts + what), 1ull); }
-
 // --------------------------------------------------------------------------------------------------------------------
 // anchor_rows
 
@@ -23,40 +19,28 @@ __device__ void count_row(int64_t* counts, int what) { atomicAdd(reinterpret_cas
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRows p) {
   __shared__ float slots[kRowThreads];
-  const int64_t b = blockIdx.x, row = b * p.Ct;
-  const auto class_row = [&](int64_t k) { return static_cast<const T*>(p.weight) + k * p.Ct; };
-  const auto valid = [&](int64_t k) { return k >= 0 && k < p.K; };
-  const int64_t label = p.labels[b], label_b = p.labels_b ? p.labels_b[b] : label;
-  const T *w_a = class_row(valid(label) ? label : 0), *w_b = class_row(valid(label_b) ? label_b : 0);
-
-  float dot_a = 0, dot_b = 0, square = 0;
-  for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads) {
-    const float2 z = load_pair(p.z + row + c);
-    store_pair(static_cast<T*>(p.z_t) + row + c, z);
-    const float2 zr = load_pair(static_cast<T*>(p.z_t) + row + c), a = load_pair(w_a + c), w = load_pair(w_b + c);
-    dot_a += zr.x * a.x + zr.y * a.y;
-    dot_b += zr.x * w.x + zr.y * w.y;
-    if (!p.pooled_t) continue;
-    const float2 t = load_pair(p.pooled_t + row + c), d{z.x - t.x, z.y - t.y};
-    square += d.x * d.x + d.y * d.y;
-    if (p.d_t) store_pair(static_cast<T*>(p.d_t) + row + c, d);
-    if (p.d_split) {
-      bf16 *high = static_cast<bf16*>(p.d_split) + row + c, *low = high + p.B * p.Ct;
-      store_pair(high, d);
-      const float2 h = load_pair(high);
-      store_pair(low, float2{d.x - h.x, d.y - h.y});
-    }
-  }
+  const int64_t b = blockIdx.x;
+  const RowLabels labels(p.anchors, b);
+  RowDots dots;
+  for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads)
+    dots.meet<T>(p.anchors, labels, load_pair(p.z + b * p.Ct + c), p.pooled_t, b, c, p.B, p.Ct);
   const auto sum = [&](float v) { return block_reduce<kRowThreads>(v, slots, Sum{}); };
-  dot_a = sum(dot_a), dot_b = sum(dot_b), square = sum(square);
-  if (threadIdx.x != 0) return;
-  if (p.pooled_t) p.fm_rows[b] = square;
-  if (!p.anchor) return;
-  if (p.bias && valid(label) && valid(label_b)) dot_a += p.bias[label], dot_b += p.bias[label_b];
-  // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
-  p.anchor[b] = valid(label) && valid(label_b) && fabsf(dot_a) < INFINITY ? dot_a : NAN;
-  p.logit_b[b] = dot_b;
-  if (!valid(label) || !valid(label_b)) count_row(p.counts, kBadLabels);
+  dots.a = sum(dots.a), dots.b = sum(dots.b), dots.square = sum(dots.square);
+  if (threadIdx.x == 0) dots.store(p.anchors, labels, 0, b, p.B);
+}
+
+// The sum over the parts of a row.
+__device__ float row_total(const float* parts, int n, int64_t B, int64_t b) {
+  float sum = 0;
+  for (int part = 0; part < n; ++part) sum += parts[part * B + b];
+  return sum;
+}
+
+// NaN where it is not finite: an infinite anchor would hide itself, every other exponential 0 and the loss that of a perfect
+// sample.
+__device__ float row_anchor(const RowParts& rows, int64_t B, int64_t b) {
+  const float anchor = row_total(rows.anchor, rows.parts, B, b);
+  return fabsf(anchor) < INFINITY ? anchor : NAN;
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -84,28 +68,18 @@ struct RowSums {
   }
 };
 
-// What the tiles of logits_exp multiply.
-template <typename Shape>
-struct LogitsOperands {
-  using Operand = typename Shape::template Operand<bf16>;
-  Operand z;        // [B, Ct]
-  Operand weight;   // [classes, Ct]
-  Operand d_split;  // [2 B, Ct], with gram
-  Operand gram;     // [2 Ct, Ct], with gram
-};
-
 // e_k and the sums of one tile of classes.
 template <typename Shape>
-__device__ void exp_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, bf16* shared, int tile_m, int tile_n) {
+__device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, bf16* shared, int tile_m, int tile_n) {
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), [&](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.z, m0, step * kDepth);
-    copy_b<Shape, B::kByColumn>(stage, from.weight, n0, step * kDepth);
-  });
+  multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), tile_at<B::kByColumn>(from, m0, n0));
 
   __syncthreads();                                     // the last stage has been read: its memory now holds the rows' sums
   RowSums* rows = reinterpret_cast<RowSums*>(shared);  // [kM, kWarpsN]
+  float* anchors = reinterpret_cast<float*>(rows + Shape::kM * Shape::kWarpsN);  // [kM]
+  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) anchors[m] = m0 + m < p.B ? row_anchor(p.rows, p.B, m0 + m) : 0;
+  __syncthreads();
   const float* bias = p.bias ? p.bias + p.first_class : nullptr;
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i) {
@@ -114,8 +88,8 @@ __device__ void exp_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, 
     int label[2];  // in the tile; outside it, somewhere else
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int b = m0 + tile_row<Shape>(i, half);
-      anchor[half] = b < p.B ? p.anchor[b] : 0;
+      const int m = tile_row<Shape>(i, half), b = m0 + m;
+      anchor[half] = anchors[m];
       const int64_t from_n0 = b < p.B ? p.labels[b] - p.first_class - n0 : -1;
       label[half] = from_n0 >= 0 && from_n0 < Shape::kN ? int(from_n0) : -1;
     }
@@ -170,13 +144,13 @@ __device__ void exp_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, 
 
 // G d of one tile of channels, and d . (G d) over them.
 template <typename Shape>
-__device__ void gram_tile(const LogitsExp& p, const LogitsOperands<Shape>& from, bf16* shared, int tile_m, int tile_n) {
+__device__ void gram_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, bf16* shared, int tile_m, int tile_n) {
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, steps = ceil_div(p.Ct, kDepth), lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByColumn>(acc, shared, 3 * steps, [&](const auto& stage, int step) {
     const int product = step / steps, depth = step % steps * kDepth;  // low high, high low, high high: the small ones first
-    copy_a<Shape>(stage, from.d_split, m0 + (product == 0 ? int(p.B) : 0), depth);
-    copy_b<Shape, B::kByColumn>(stage, from.gram, n0 + (product == 1 ? int(p.Ct) : 0), depth);
+    copy_a<Shape>(stage, from.a, m0 + (product == 0 ? int(p.B) : 0), depth);
+    copy_b<Shape, B::kByColumn>(stage, from.b, n0 + (product == 1 ? int(p.Ct) : 0), depth);
   });
 
   __syncthreads();                                 // as in exp_tile
@@ -211,15 +185,16 @@ __device__ void gram_tile(const LogitsExp& p, const LogitsOperands<Shape>& from,
 // Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from memory.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
-    logits_exp_tile_kernel(const LogitsExp p, const __grid_constant__ LogitsOperands<Shape> from) {
+    logits_exp_tile_kernel(const LogitsExp p, const __grid_constant__ Operands<bf16, Shape> logits,
+                           const __grid_constant__ Operands<bf16, Shape> gram) {
   extern __shared__ __align__(1024) unsigned char stages[];
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
   const int class_tiles = ceil_div(p.classes, Shape::kN);
   if (tile_n < class_tiles)
-    exp_tile<Shape>(p, from, shared, tile_m, tile_n);
+    exp_tile<Shape>(p, logits, shared, tile_m, tile_n);
   else
-    gram_tile<Shape>(p, from, shared, tile_m, tile_n - class_tiles);
+    gram_tile<Shape>(p, gram, shared, tile_m, tile_n - class_tiles);
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -233,14 +208,13 @@ __device__ Top row_top(const GradRows& p, int64_t b) {
   return top;
 }
 
-// Whether exponentials of row b did not fit their format; not where the anchor is NaN.
-__device__ bool saturated(const GradRows& p, int64_t b, Top top) { return top.value - p.anchor[b] > kSaturation; }
+// Whether exponentials of a row did not fit their format; not where the anchor is NaN.
+__device__ bool saturated(Top top, float anchor) { return top.value - anchor > kSaturation; }
 
 // s of row b; NaN where its anchor is, which a row of one class would not notice.
-__device__ float row_others(const GradRows& p, int64_t b) {
-  float s = 0;
-  for (int t = 0; t < p.sums.class_tiles; ++t) s += p.sums.others[t * p.B + b];
-  return p.anchor[b] == p.anchor[b] ? s : NAN;
+__device__ float row_others(const GradRows& p, int64_t b, float anchor) {
+  const float s = row_total(p.sums.others, p.sums.class_tiles, p.B, b);
+  return anchor == anchor ? s : NAN;
 }
 
 // The losses of all rows and their means, by one block; rows are shared out in a fixed way.
@@ -253,25 +227,24 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
     const Top top = row_top(p, b);
     hits += top.index == p.labels[b];
     if (w.ce != 0) {
-      float row = log1pf(row_others(p, b)), logits = 0;
-      if (saturated(p, b, top)) {  // of each tile only its largest logit: off by less than log K, of more than kSaturation
+      const float anchor = row_anchor(p.rows, p.B, b);
+      float row = log1pf(row_others(p, b, anchor)), logits = 0;
+      if (saturated(top, anchor)) {  // of each tile only its largest logit: off by less than log K, of more than kSaturation
         float sum = 0;
         for (int t = 0; t < p.sums.class_tiles; ++t) sum += expf(p.sums.best[t * p.B + b] - top.value);
-        row = top.value - p.anchor[b] + logf(sum);
+        row = top.value - anchor + logf(sum);
         count_row(p.counts, kSaturated);
       }
-      if (p.sums.logits)
-        for (int t = 0; t < p.sums.class_tiles; ++t) logits += p.sums.logits[t * p.B + b];
-      if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (p.anchor[b] - p.logit_b[b]);
-      row += eps * (p.anchor[b] - logits / float(p.K));
+      if (p.sums.logits) logits = row_total(p.sums.logits, p.sums.class_tiles, p.B, b);
+      if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (anchor - row_total(p.rows.logit_b, p.rows.parts, p.B, b));
+      row += eps * (anchor - logits / float(p.K));
       ce += row;
     }
     if (w.sr != 0) {
-      float square = 0;
-      for (int t = 0; t < p.sums.gram_tiles; ++t) square += p.sums.square[t * p.B + b];
+      const float square = row_total(p.sums.square, p.sums.gram_tiles, p.B, b);
       sr += square < 0 ? 0 : square;  // |W d|^2 is not below 0; NaN stays NaN
     }
-    if (w.fm != 0) fm += p.fm_rows[b];
+    if (w.fm != 0) fm += row_total(p.rows.fm, p.rows.parts, p.B, b);
   }
   const auto sum = [&](double v) { return block_reduce<kThreads>(v, slots, Sum{}); };
   ce = sum(ce) / double(p.B);
@@ -295,9 +268,10 @@ struct RowScale {
 
 __device__ RowScale row_scale(const GradRows& p, int64_t b) {
   if (p.weights.ce == 0) return {};
-  const float s = row_others(p, b), total = 1 + s, c = float(p.weights.ce / double(p.B));
+  const float anchor = row_anchor(p.rows, p.B, b), s = row_others(p, b, anchor), total = 1 + s,
+              c = float(p.weights.ce / double(p.B));
   const float share = p.labels_b ? p.mix[b] : 1, q = 1 - float(p.weights.label_smoothing);
-  if (saturated(p, b, row_top(p, b))) return {0, -c * q * share, -c * q * (1 - share), true};
+  if (saturated(row_top(p, b), anchor)) return {0, -c * q * share, -c * q * (1 - share), true};
   // p_a - q_a = (1 - share of a in the target) - s / total: a confident sample's gradient keeps its digits
   return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share), false};
 }
@@ -353,19 +327,11 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
   }
 }
 
-// What the tiles of grad_rows multiply.
-template <typename Shape>
-struct GradOperands {
-  using Operand = typename Shape::template Operand<bf16>;
-  Operand e;       // [B, stride_e]
-  Operand weight;  // [classes, Ct]
-};
-
 // With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
 // for one large block to a multiprocessor only.
 template <typename Shape, bool kSums>
 __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
-    grad_rows_tile_kernel(const GradRows p, const __grid_constant__ GradOperands<Shape> from) {
+    grad_rows_tile_kernel(const GradRows p, const __grid_constant__ Operands<bf16, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   if (p.last && blockIdx.x == 0) return mean_losses<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
   bf16* shared = reinterpret_cast<bf16*>(stages);
@@ -375,10 +341,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
   typename Shape::Accumulators acc = {};
   float sums[Shape::kBlocksN][4] = {};
   const int steps = p.weights.ce != 0 ? ceil_div(p.classes, kDepth) : 0;
-  const auto copy = [&](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.e, m0, step * kDepth);
-    copy_b<Shape, B::kByDepth>(stage, from.weight, n0, step * kDepth);
-  };
+  const auto copy = tile_at<B::kByDepth>(from, m0, n0);
   if constexpr (kSums)
     multiply<Shape, B::kByDepth>(acc, shared, steps, copy, [&](const uint32_t (&fragments)[Shape::kBlocksN][2]) {
       if (threadIdx.x / 32 < Shape::kWarpsN) add_columns<bf16>(sums, fragments);
@@ -453,41 +416,23 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
 // --------------------------------------------------------------------------------------------------------------------
 // times_classifier
 
-// What the tiles of times_classifier multiply.
-template <typename T, typename Shape>
-struct TimesOperands {
-  using Operand = typename Shape::template Operand<T>;
-  Operand gradient;  // [B, stride]
-  Operand weight;    // [K, Ct]
-};
-
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
-    times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ TimesOperands<T, Shape> from) {
+    times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), [&](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.gradient, m0, step * kDepth);
-    copy_b<Shape, B::kByDepth>(stage, from.weight, n0, step * kDepth);
-  });
+  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), tile_at<B::kByDepth>(from, m0, n0));
   const float share = 1 / float(p.B), c = float(2 * p.fm / (double(p.B) * double(p.Ct)));
-#pragma unroll
-  for (int i = 0; i < Shape::kBlocksM; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int j = 0; j < Shape::kBlocksN; ++j) {
-        const int b = m0 + tile_row<Shape>(i, half), n = n0 + tile_column<Shape>(j);
-        if (b >= p.B || n >= p.Ct) continue;
-        const int64_t at = b * p.Ct + n;
-        float2 v{share * acc[i][j][2 * half], share * acc[i][j][2 * half + 1]};
-        if (p.fm != 0) {
-          const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
-          v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
-        }
-        store_pair(p.dz + at, v);
-      }
+  for_pairs<Shape>(acc, m0, n0, p.B, p.Ct, [&](int64_t b, int n, float2 product) {
+    const int64_t at = b * p.Ct + n;
+    float2 v{share * product.x, share * product.y};
+    if (p.fm != 0) {
+      const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+      v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
+    }
+    store_pair(p.dz + at, v);
+  });
 }
 
 }  // namespace
@@ -504,19 +449,15 @@ int anchor_rows(const AnchorRows& a, void* stream) {
 int logits_exp(const LogitsExp& l, void* stream) {
   return with_tile(l.stage, l.B, l.classes, [&](auto shape) {
     using Shape = decltype(shape);
-    const int B = int(l.B), Ct = int(l.Ct);
-    LogitsOperands<Shape> from{};
-    int error = make_operand(&from.z, Matrix<bf16>{static_cast<const bf16*>(l.z_t), B, Ct, Ct}, Shape::kM);
-    const bf16* weight = static_cast<const bf16*>(l.weight) + l.first_class * Ct;
-    if (!error) error = make_operand(&from.weight, Matrix<bf16>{weight, int(l.classes), Ct, Ct}, Shape::kN);
-    if (!error && l.gram) {
-      error = make_operand(&from.d_split, Matrix<bf16>{static_cast<const bf16*>(l.d_split), 2 * B, Ct, Ct}, Shape::kM);
-      if (!error) error = make_operand(&from.gram, Matrix<bf16>{static_cast<const bf16*>(l.gram), 2 * Ct, Ct, Ct}, Shape::kN);
-    }
+    Operands<bf16, Shape> logits{}, gram{};
+    const bf16* weight = static_cast<const bf16*>(l.weight) + l.first_class * l.Ct;
+    int error = make_operands<B::kByColumn>(&logits, matrix<bf16>(l.z_t, l.B, l.Ct), matrix<bf16>(weight, l.classes, l.Ct));
+    if (!error && l.gram)
+      error = make_operands<B::kByColumn>(&gram, matrix<bf16>(l.d_split, 2 * l.B, l.Ct), matrix<bf16>(l.gram, 2 * l.Ct, l.Ct));
     if (error) return error;
-    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(B, Shape::kM), Shape::kThreads,
-                          stream, l, from);
+    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
+    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM), Shape::kThreads,
+                          stream, l, logits, gram);
   });
 }
 
@@ -525,16 +466,14 @@ int grad_rows(const GradRows& g, void* stream) {
   const int stage = sums ? 1 : g.stage;  // the columns' sums are taken from what warps have in registers
   return with_tile(stage, g.B, g.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    GradOperands<Shape> from{};
-    const int Ct = int(g.Ct);
+    Operands<bf16, Shape> from{};
     if (g.grad) {
-      int error =
-          make_operand(&from.e, Matrix<bf16>{static_cast<const bf16*>(g.e), int(g.B), int(g.stride_e), g.stride_e}, Shape::kM);
-      const bf16* weight = static_cast<const bf16*>(g.weight) + g.first_class * Ct;
-      if (!error) error = make_operand(&from.weight, Matrix<bf16>{weight, int(g.classes), Ct, Ct}, kDepth);
-      if (error) return error;
+      const bf16* weight = static_cast<const bf16*>(g.weight) + g.first_class * g.Ct;
+      if (const int error =
+              make_operands<B::kByDepth>(&from, matrix<bf16>(g.e, g.B, g.stride_e), matrix<bf16>(weight, g.classes, g.Ct)))
+        return error;
     }
-    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
+    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(g.Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
     const auto start = [&](auto kernel) {
       return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g, from);
     };
@@ -550,13 +489,10 @@ template <typename T>
 int start_times_classifier(const TimesClassifier& t, void* stream) {
   return with_tile(t.stage, t.B, t.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    TimesOperands<T, Shape> from{};
-    const int Ct = int(t.Ct);
-    int error =
-        make_operand(&from.gradient, Matrix<T>{static_cast<const T*>(t.gradient), int(t.B), int(t.stride), t.stride}, Shape::kM);
-    if (!error) error = make_operand(&from.weight, Matrix<T>{static_cast<const T*>(t.weight), int(t.K), Ct, Ct}, kDepth);
-    if (error) return error;
-    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(Ct, Shape::kN);
+    Operands<T, Shape> from{};
+    if (const int error = make_operands<B::kByDepth>(&from, matrix<T>(t.gradient, t.B, t.stride), matrix<T>(t.weight, t.K, t.Ct)))
+      return error;
+    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN);
     return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, t, from);
   });
 }

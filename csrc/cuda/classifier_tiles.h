@@ -1,7 +1,8 @@
 #pragma once
 // classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu, in the order of use.
 //
-// Two ways. The anchored one, for bfloat16: anchor_rows, then for every chunk of classes logits_exp and grad_rows. Where the loss
+// Two ways. The anchored one, for bfloat16: anchor_rows, or linear_tiles.h:linear_tiles where it makes z itself, then for every
+// chunk of classes logits_exp and grad_rows. Where the loss
 // needs what only whole rows of logits can give (temperature KL, a teacher's logits) or float16's range is too small for
 // exponentials that are not yet probabilities: anchor_rows for its rounding alone, connector_tiles.h:project_tiles,
 // row_loss_apart, times_classifier, classifier_loss.h:loss_sum.
@@ -29,23 +30,35 @@ namespace ijckd {
 
 constexpr float kSaturation = 76;  // nats: exp(76) times 2^17 classes is still a float
 
+// Sums over each row's channels, taken in `parts` of them: the sum over the parts, in their order, is the row's.
+struct RowParts {
+  float* anchor;   // [parts, B], or null: the label's logit of the rounded z; NaN where a label lies outside [0, K)
+  float* logit_b;  // [parts, B], with anchor: labels_b's logit
+  float* fm;       // [parts, B], or null: d^2
+  int parts;
+};
+
 // What each row needs before the GEMMs.
-struct AnchorRows {
-  DType dtype;              // T: bfloat16 or float16
-  const float* z;           // [B, Ct]
-  const float* pooled_t;    // [B, Ct], or null
+struct Anchors {
   const void* weight;       // [K, Ct] T
   const float* bias;        // [K], or null
-  const int64_t* labels;    // [B]; one outside [0, K) makes the row's anchor NaN
+  const int64_t* labels;    // [B]
   const int64_t* labels_b;  // [B], or null
   void* z_t;                // [B, Ct] T  out: z rounded
   void* d_t;                // [B, Ct] T  out, or null: d = z - pooled_t, formed in float, rounded
   void* d_split;            // [2, B, Ct] bfloat16  out, or null: d's high and low parts
-  float* anchor;            // [B]  out, or null: the label's logit of the rounded z; NaN where it is not finite
-  float* logit_b;           // [B]  out, with anchor: labels_b's logit
-  float* fm_rows;           // [B]  out, with pooled_t: sum over Ct of d^2
-  int64_t* counts;          // [kCounts] in and out, with anchor: counts.h
-  int64_t B, K, Ct;
+  RowParts rows;            // out
+  int64_t* counts;          // [kCounts] in and out, with rows.anchor: counts.h
+  int64_t K;
+};
+
+// In one part.
+struct AnchorRows {
+  DType dtype;            // T: bfloat16 or float16
+  const float* z;         // [B, Ct]
+  const float* pooled_t;  // [B, Ct], or null
+  Anchors anchors;
+  int64_t B, Ct;
 };
 int anchor_rows(const AnchorRows& a, void* stream);
 
@@ -65,11 +78,11 @@ int class_tile(int stage, int64_t B, int64_t classes);
 
 // Classes [first_class, first_class + classes): their e_k, and the tiles' sums. With gram, G d too.
 struct LogitsExp {
-  int stage;            // 1 or 2: stage.h
-  const void* z_t;      // [B, Ct] bfloat16
-  const void* weight;   // [K, Ct] bfloat16
-  const float* bias;    // [K], or null
-  const float* anchor;  // [B]
+  int stage;           // 1 or 2: stage.h
+  const void* z_t;     // [B, Ct] bfloat16
+  const void* weight;  // [K, Ct] bfloat16
+  const float* bias;   // [K], or null
+  RowParts rows;
   const int64_t* labels;
   void* e;              // [B, stride_e] bfloat16  out, or null: not wanted; columns past the classes are 0
   int64_t stride_e;     // classes rounded up to a multiple of 8
@@ -97,17 +110,17 @@ struct GradRows {
   float* weight_sums_out;       // [Ct]  out: these classes included; null with the last, or without smoothing or grad
   // read with the last classes:
   TileSums sums;
-  const void* z_t;                          // [B, Ct] bfloat16
-  const float* bias;                        // [K], or null
-  const float *anchor, *logit_b, *fm_rows;  // [B], [B] or null, [B] or null
-  const int64_t *labels, *labels_b;         // [B], [B] or null
-  const float* mix;                         // [B], with labels_b
-  const float *z, *pooled_t;                // [B, Ct], for the feature match
-  const float* gram_d;                      // [B, Ct], or null without logit match
-  float* loss;                              // []  out
-  float* parts;                             // [kParts]  out
-  int64_t* top1;                            // []  out
-  int64_t* counts;                          // [kCounts] in and out: counts.h
+  const void* z_t;    // [B, Ct] bfloat16
+  const float* bias;  // [K], or null
+  RowParts rows;
+  const int64_t *labels, *labels_b;  // [B], [B] or null
+  const float* mix;                  // [B], with labels_b
+  const float *z, *pooled_t;         // [B, Ct], for the feature match
+  const float* gram_d;               // [B, Ct], or null without logit match
+  float* loss;                       // []  out
+  float* parts;                      // [kParts]  out
+  int64_t* top1;                     // []  out
+  int64_t* counts;                   // [kCounts] in and out: counts.h
   int64_t B, K, Ct;
   LossWeights weights;
 };

@@ -210,6 +210,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
   const A* pooled_t = static_cast<const A*>(g.pooled_t);
   const A *count = static_cast<const A*>(g.count), *yhat = static_cast<const A*>(g.yhat);
+  const A scale = g.scale ? *static_cast<const A*>(g.scale) : A(1);
   const A grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
   const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
   struct Image {
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   };
   const auto load = [&](int64_t b) {
     const int64_t i = b * g.Ct + c;
-    A v = grad_z[i];
+    A v = scale * grad_z[i];
     if constexpr (kPooled) v += c_pooled * (z[i] - pooled_t[i]);
     return Image{v, count ? count[i] : A(g.P), yhat ? yhat[i] : A(0)};
   };

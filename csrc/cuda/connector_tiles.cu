@@ -30,44 +30,25 @@ __device__ __forceinline__ void column_sums(float* warps, const Value& value) {
   __syncthreads();
 }
 
-// What the tiles multiply.
-template <typename T, typename Shape>
-struct ProjectOperands {
-  using Operand = typename Shape::template Operand<T>;
-  Operand u;       // [N, Cs]
-  Operand weight;  // [Ct, Cs]
-};
-
 // Blocks go through the channels' tiles first: those in flight together share their rows of u.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
-    project_tile_kernel(const ProjectTiles p, const __grid_constant__ ProjectOperands<T, Shape> from) {
+    project_tile_kernel(const ProjectTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const int tiles_n = ceil_div(p.Ct, Shape::kN), part = blockIdx.x / tiles_n;
   const int m0 = part * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), [&](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.u, m0, step * kDepth);
-    copy_b<Shape, B::kByColumn>(stage, from.weight, n0, step * kDepth);
-  });
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
 
-#pragma unroll
-  for (int i = 0; i < Shape::kBlocksM; ++i)
-#pragma unroll
-    for (int j = 0; j < Shape::kBlocksN; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = m0 + tile_row<Shape>(i, half);
-        const int c = n0 + tile_column<Shape>(j);
-        if (row >= p.N || c >= p.Ct) continue;
-        if (p.wide) {  // rows of an odd number of floats are not aligned to pairs
-          float* y = static_cast<float*>(p.y) + row * p.Ct + c;
-          y[0] = acc[i][j][2 * half];
-          if (c + 1 < p.Ct) y[1] = acc[i][j][2 * half + 1];
-        } else {
-          store_pair(static_cast<T*>(p.y) + row * p.Ct + c, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
-        }
-      }
+  for_pairs<Shape>(acc, m0, n0, p.N, p.Ct, [&](int64_t row, int c, float2 v) {
+    if (p.wide) {  // rows of an odd number of floats are not aligned to pairs
+      float* y = static_cast<float*>(p.y) + row * p.Ct + c;
+      y[0] = v.x;
+      if (c + 1 < p.Ct) y[1] = v.y;
+    } else {
+      store_pair(static_cast<T*>(p.y) + row * p.Ct + c, v);
+    }
+  });
   if (!p.mean) return;
 
   __syncthreads();                                  // the last stage has been read: its memory now holds the columns' sums
@@ -98,11 +79,9 @@ template <typename T>
 int start_project(const ProjectTiles& p, void* stream) {
   return with_tile(p.stage, p.N, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    ProjectOperands<T, Shape> from{};
-    const int Cs = int(p.Cs);
-    int error = make_operand(&from.u, Matrix<T>{static_cast<const T*>(p.u), int(p.N), Cs, Cs}, Shape::kM);
-    if (!error) error = make_operand(&from.weight, Matrix<T>{static_cast<const T*>(p.weight), int(p.Ct), Cs, Cs}, Shape::kN);
-    if (error) return error;
+    Operands<T, Shape> from{};
+    if (const int error = make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.N, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
+      return error;
     const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
     return launch_sharing(Shape::kSharedBytes, project_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, p, from);
   });

@@ -69,6 +69,25 @@ int make_operand(CUtensorMap* to, const Matrix<T>& from, int tile_rows) {
   return static_cast<int>(result);  // the driver's codes are the runtime's
 }
 
+// Both operands of a product, as a kernel takes them.
+template <typename T, typename Shape>
+struct Operands {
+  typename Shape::template Operand<T> a, b;
+};
+
+// Rows of `cols` elements, one after the other.
+template <typename T>
+__host__ __device__ Matrix<T> matrix(const void* data, int64_t rows, int64_t cols) {
+  return {static_cast<const T*>(data), static_cast<int>(rows), static_cast<int>(cols), cols};
+}
+
+// Returns 0 or an error code.
+template <B kLayout, typename T, typename Shape>
+int make_operands(Operands<T, Shape>* to, const Matrix<T>& a, const Matrix<T>& b) {
+  const int error = make_operand(&to->a, a, Shape::kM);
+  return error ? error : make_operand(&to->b, b, kLayout == B::kByColumn ? Shape::kN : kDepth);
+}
+
 // What a copy functor of `multiply` fills, and the barrier that sees it land.
 template <typename T>
 struct LandingStage {
@@ -90,6 +109,15 @@ __device__ __forceinline__ void copy_b(const LandingStage<T>& stage, const CUten
     for (int panel = 0; panel < Shape::kN / kDepth; ++panel)
       load_tile(stage.b + panel * kDepth * kDepth, b, stage.landed, n + panel * kDepth, depth);
   }
+}
+
+// The copy functor for the output's tile at row m0, column n0.
+template <B kLayout, typename T, typename Shape>
+__device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, int n0) {
+  return [&from, m0, n0](const auto& stage, int step) {
+    copy_a<Shape>(stage, from.a, m0, step * kDepth);
+    copy_b<Shape, kLayout>(stage, from.b, n0, step * kDepth);
+  };
 }
 
 // acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread. Every thread

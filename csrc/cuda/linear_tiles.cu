@@ -1,50 +1,74 @@
 // Kernels of linear_tiles.h.
+#include "anchors.cuh"
 #include "cuda/linear_tiles.h"
-#include "device.cuh"
 #include "hopper_tile.cuh"
 
 namespace ijckd {
 namespace {
 
-// What the tiles of linear_tiles multiply.
+// What becomes of a tile of z where classifier_loss follows. `rows` [kM, kWarpsN].
 template <typename T, typename Shape>
-struct LinearOperands {
-  using Operand = typename Shape::template Operand<T>;
-  Operand u;       // [B, Cs]
-  Operand weight;  // [Ct, Cs]
-};
-
-// Blocks go through the channels' tiles first: those in flight together share their rows of u.
-template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
-    linear_tile_kernel(const LinearTiles p, const __grid_constant__ LinearOperands<T, Shape> from) {
-  extern __shared__ __align__(1024) unsigned char stages[];
-  const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
-  typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), [&](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.u, m0, step * kDepth);
-    copy_b<Shape, B::kByColumn>(stage, from.weight, n0, step * kDepth);
-  });
-
-  float square = 0;
+__device__ __forceinline__ void store_anchors(const LinearTiles& p, const typename Shape::Accumulators& acc, RowDots* rows,
+                                              int m0, int n0) {
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i)
 #pragma unroll
-    for (int j = 0; j < Shape::kBlocksN; ++j)
+    for (int half = 0; half < 2; ++half) {
+      const int m = tile_row<Shape>(i, half), b = m0 + m;
+      RowDots dots;
+      if (b < p.B) {
+        const RowLabels labels(p.anchors, b);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t b = m0 + tile_row<Shape>(i, half);
-        const int c = n0 + tile_column<Shape>(j);
-        if (b >= p.B || c >= p.Ct) continue;
-        const float2 bias = p.bias ? load_pair(p.bias + c) : float2{0, 0};
-        const float2 z{acc[i][j][2 * half] + bias.x, acc[i][j][2 * half + 1] + bias.y};
-        store_pair(p.z + b * p.Ct + c, z);
-        if (!p.pooled_t) continue;
-        const float2 t = load_pair(p.pooled_t + b * p.Ct + c);
-        square += (z.x - t.x) * (z.x - t.x) + (z.y - t.y) * (z.y - t.y);
+        for (int j = 0; j < Shape::kBlocksN; ++j) {
+          const int c = n0 + tile_column<Shape>(j);
+          if (c >= p.Ct) continue;
+          const float2 bias = p.bias ? load_pair(p.bias + c) : float2{0, 0};
+          const float2 z{acc[i][j][2 * half] + bias.x, acc[i][j][2 * half + 1] + bias.y};
+          store_pair(p.z + b * p.Ct + c, z);
+          dots.meet<T>(p.anchors, labels, z, p.pooled_t, b, c, p.B, p.Ct);
+        }
       }
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) {
+        RowDots other;
+        other.a = shuffle_xor(dots.a, mask);
+        other.b = shuffle_xor(dots.b, mask);
+        other.square = shuffle_xor(dots.square, mask);
+        dots.add(other);
+      }
+      if (threadIdx.x % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = dots;
+    }
+  __syncthreads();
+  for (int m = threadIdx.x; m < Shape::kM && m0 + m < p.B; m += Shape::kThreads) {
+    RowDots dots = rows[m * Shape::kWarpsN];
+    for (int n = 1; n < Shape::kWarpsN; ++n) dots.add(rows[m * Shape::kWarpsN + n]);
+    dots.store(p.anchors, RowLabels(p.anchors, m0 + m), n0 / Shape::kN, m0 + m, p.B);
+  }
+}
+
+// Blocks go through the channels' tiles first: those in flight together share their rows of u.
+template <typename T, typename Shape, bool kAnchors>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    linear_tile_kernel(const LinearTiles p, const __grid_constant__ Operands<T, Shape> from) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
+  if constexpr (kAnchors) {
+    __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
+    return store_anchors<T, Shape>(p, acc, reinterpret_cast<RowDots*>(stages), m0, n0);
+  }
+
+  float square = 0;
+  for_pairs<Shape>(acc, m0, n0, p.B, p.Ct, [&](int64_t b, int c, float2 product) {
+    const float2 bias = p.bias ? load_pair(p.bias + c) : float2{0, 0}, z{product.x + bias.x, product.y + bias.y};
+    store_pair(p.z + b * p.Ct + c, z);
+    if (!p.pooled_t) return;
+    const float2 t = load_pair(p.pooled_t + b * p.Ct + c);
+    square += (z.x - t.x) * (z.x - t.x) + (z.y - t.y) * (z.y - t.y);
+  });
   if (p.pooled_t) {
-    __syncthreads();  // the last stage has been read: its memory now holds the threads' sums
+    __syncthreads();  // likewise the threads' sums
     square = block_reduce<Shape::kThreads>(square, reinterpret_cast<float*>(stages), Sum{});
     if (threadIdx.x == 0) p.squares[blockIdx.x] = square;
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -76,10 +100,10 @@ template <bool kPooled>
 struct Window {
   static constexpr int kRows = kDepth * kDepth / (GradTile::kThreads * kChunk), kMatched = kPooled ? kRows : 1;
   float grad_z[kRows][kChunk], z[kMatched][kChunk], pooled_t[kMatched][kChunk];
-  float c;  // of z - pooled_t in dz
+  float scale, c;  // of grad_z and of z - pooled_t in dz
 
   __device__ __forceinline__ explicit Window(const LinearGradTiles& p)
-      : c(kPooled ? 2 * *p.grad_fm / float(double(p.B) * double(p.Ct)) : 0) {}
+      : scale(p.scale ? *p.scale : 1), c(kPooled ? 2 * *p.grad_fm / float(double(p.B) * double(p.Ct)) : 0) {}
 
   static __device__ __forceinline__ int row_of(int i) { return (i * GradTile::kThreads + threadIdx.x) / 8; }
 
@@ -106,9 +130,9 @@ struct Window {
 
   __device__ __forceinline__ float dz(int i, int k) const {
     if constexpr (kPooled)
-      return grad_z[i][k] + c * (z[i][k] - pooled_t[i][k]);
+      return scale * grad_z[i][k] + c * (z[i][k] - pooled_t[i][k]);
     else
-      return grad_z[i][k];
+      return scale * grad_z[i][k];
   }
 
   template <typename T>
@@ -126,7 +150,7 @@ template <A kLayout, bool kPooled, typename T>
 __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared, int tile, const void* b_data, void* out,
                                              int64_t rows, int64_t depth) {
   using Shape = GradTile;
-  const Matrix<T> b{static_cast<const T*>(b_data), int(depth), int(p.Cs), p.Cs};
+  const Matrix<T> b = matrix<T>(b_data, depth, p.Cs);
   const int tiles_n = ceil_div(p.Cs, Shape::kN), m0 = tile / tiles_n * Shape::kM, n0 = tile % tiles_n * Shape::kN;
   Window<kPooled> window(p);
   const auto copy = [&](const Stage<T>& stage, int step) {
@@ -139,17 +163,8 @@ __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByDepth, kLayout>(acc, shared, ceil_div(depth, kDepth), copy, Nothing{},
                                         [&](T* stage_a) { window.store(stage_a); });
-#pragma unroll
-  for (int i = 0; i < Shape::kBlocksM; ++i)
-#pragma unroll
-    for (int j = 0; j < Shape::kBlocksN; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = m0 + tile_row<Shape>(i, half);
-        const int col = n0 + tile_column<Shape>(j);
-        if (row < rows && col < p.Cs)
-          store_pair(static_cast<T*>(out) + row * p.Cs + col, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
-      }
+  for_pairs<Shape>(acc, m0, n0, rows, p.Cs,
+                   [&](int64_t row, int col, float2 v) { store_pair(static_cast<T*>(out) + row * p.Cs + col, v); });
 }
 
 // dbias of channels [col, col + 64), from dz before its rounding. warps [kThreads / 32, 64].
@@ -197,23 +212,28 @@ template <typename T>
 int start_linear(const LinearTiles& p, void* stream) {
   return with_tile(p.stage, p.B, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    LinearOperands<T, Shape> from{};
-    const int Cs = int(p.Cs);
-    int error = make_operand(&from.u, Matrix<T>{static_cast<const T*>(p.u), int(p.B), Cs, Cs}, Shape::kM);
-    if (!error) error = make_operand(&from.weight, Matrix<T>{static_cast<const T*>(p.weight), int(p.Ct), Cs, Cs}, Shape::kN);
-    if (error) return error;
+    Operands<T, Shape> from{};
+    if (const int error = make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.B, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
+      return error;
     const int blocks = ceil_div(p.B, Shape::kM) * ceil_div(p.Ct, Shape::kN);
-    return launch_sharing(Shape::kSharedBytes, linear_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, p, from);
+    const auto start = [&](auto kernel) {
+      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p, from);
+    };
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (p.anchors.z_t) return start(linear_tile_kernel<T, Shape, true>);
+    return start(linear_tile_kernel<T, Shape, false>);
   });
 }
 
 }  // namespace
 
 int64_t linear_blocks(int stage, int64_t B, int64_t Ct) {
-  return with_tile(stage, B, Ct, [&](auto shape) {
-    using Shape = decltype(shape);
-    return int64_t(ceil_div(B, Shape::kM)) * ceil_div(Ct, Shape::kN);
-  });
+  return with_tile(stage, B, Ct, [&](auto shape) { return int64_t(ceil_div(B, decltype(shape)::kM)); }) *
+         linear_parts(stage, B, Ct);
+}
+
+int64_t linear_parts(int stage, int64_t B, int64_t Ct) {
+  return with_tile(stage, B, Ct, [&](auto shape) { return int64_t(ceil_div(Ct, decltype(shape)::kN)); });
 }
 
 int linear_tiles(const LinearTiles& p, void* stream) {

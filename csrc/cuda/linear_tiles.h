@@ -7,11 +7,12 @@
 
 #include <cstdint>
 
+#include "classifier_tiles.h"
 #include "dtype.h"
 
 namespace ijckd {
 
-// z = u W^T + bias, in float as it comes from the product.
+// z = u W^T + bias, in float as it comes from the product; with what classifier_loss wants of it, where that follows.
 struct LinearTiles {
   int stage;              // 1 or 2: stage.h
   DType dtype;            // T: bfloat16 or float16
@@ -22,17 +23,20 @@ struct LinearTiles {
   float* z;               // [B, Ct]  out
   float* squares;         // [linear_blocks(stage, B, Ct)]  out, with pooled_t: parts of the sum of (z - pooled_t)^2
   float* fm;              // []  out, without pooled_t: 0
+  Anchors anchors;  // out, in linear_parts(stage, B, Ct) parts, T bfloat16; then squares and fm are not. z_t null: not wanted
   int64_t B, Cs, Ct;
 };
 int linear_tiles(const LinearTiles& p, void* stream);
 
 int64_t linear_blocks(int stage, int64_t B, int64_t Ct);
+int64_t linear_parts(int stage, int64_t B, int64_t Ct);
 
-// With dz = grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with a match), rounded to T for the products only:
+// With dz = scale grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with a match), rounded to T for the products only:
 // du = dz W,  dweight = dz^T u,  dbias = dz's sum over the images. At least one of the three is wanted.
 struct LinearGradTiles {
   DType dtype;            // T
   const float* grad_z;    // [B, Ct]
+  const float* scale;     // [], or null: 1
   const float* grad_fm;   // [], with pooled_t
   const float* z;         // [B, Ct], with pooled_t
   const float* pooled_t;  // [B, Ct], or null

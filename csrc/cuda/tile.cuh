@@ -190,4 +190,20 @@ __device__ __forceinline__ int tile_column(int j) {
   return threadIdx.x / 32 % Shape::kWarpsN * Shape::kBlocksN * 8 + j * 8 + threadIdx.x % 4 * 2;
 }
 
+// Calls use(row, column, pair) for every accumulator pair of the tile at m0, n0 that lies in [0, rows) x [0, cols).
+template <typename Shape, typename Use>
+__device__ __forceinline__ void for_pairs(const typename Shape::Accumulators& acc, int m0, int n0, int64_t rows, int64_t cols,
+                                          const Use& use) {
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < Shape::kBlocksN; ++j) {
+        const int64_t row = m0 + tile_row<Shape>(i, half);
+        const int column = n0 + tile_column<Shape>(j);
+        if (row < rows && column < cols) use(row, column, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
+      }
+}
+
 }  // namespace ijckd

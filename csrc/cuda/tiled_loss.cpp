@@ -5,17 +5,21 @@
 #include "counts.h"
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
+#include "cuda/linear_tiles.h"
 #include "cuda/stage.h"
 
 namespace ijckd {
 namespace {
 
 #ifdef IJCKD_SMALL_CHUNKS  // tests/emulator: several chunks at sizes that a CPU can emulate
-constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72;
+constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72, kTwoLaunches = 1 << 20;
 #else
 constexpr int64_t kWhole = 1 << 24;      // exponentials up to which all classes are one chunk: 32 MiB, most of a large GPU's L2
 constexpr int64_t kChunk = 1 << 23;      // exponentials in a chunk: with their rows of W they stay in L2 between the two GEMMs
 constexpr int64_t kLeastClasses = 1024;  // in a chunk
+// Operations of the tensor cores that take about as long as the two launches which the anchored way spares: by arithmetic (5 us,
+// 200 TFLOP/s in products that small), not yet measured.
+constexpr int64_t kTwoLaunches = 1 << 30;
 #endif
 constexpr int64_t kMostLogits = 1 << 23;  // float logits that are kept where whole rows of them are needed: 32 MiB
 
@@ -35,18 +39,20 @@ const T* in(const OptTensor& t) {
 
 // The anchored way (classifier_tiles.h).
 void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
-  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
+  const int64_t B = t.labels.size(0), Ct = t.weight.size(1), K = t.weight.size(0);
+  const Tensor z = t.z ? *t.z : empty(t.weight, {B, Ct}, DType::f32);
   const bool match = t.weights.sr != 0, smoothing = t.weights.ce != 0 && t.weights.label_smoothing != 0;
   const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
   const int64_t stride_e = round_up(size, 8);
 
-  const Tensor z_t = empty(t.z, {B, Ct}, DType::bf16), rows = empty(t.z, {3, B}, DType::f32);
-  float* anchor = rows.mutable_data_ptr<float>();
-  float *logit_b = anchor + B, *fm_rows = t.pooled_t ? anchor + 2 * B : nullptr;
+  const int parts = t.projection ? static_cast<int>(linear_parts(stage, B, Ct)) : 1;
+  const Tensor z_t = empty(z, {B, Ct}, DType::bf16), sums_of_rows = empty(z, {3, parts, B}, DType::f32);
+  float* anchor = sums_of_rows.mutable_data_ptr<float>();
+  const RowParts rows{anchor, anchor + parts * B, t.pooled_t ? anchor + 2 * parts * B : nullptr, parts};
   OptTensor d_split, gram_d, e, weight_sums;
-  if (match) d_split = empty(t.z, {2, B, Ct}, DType::bf16), gram_d = empty(t.z, {B, Ct}, DType::f32);
-  if (t.grad) e = empty(t.z, {B, stride_e}, DType::bf16);
-  if (t.grad && smoothing) weight_sums = empty(t.z, {2, Ct}, DType::f32);
+  if (match) d_split = empty(z, {2, B, Ct}, DType::bf16), gram_d = empty(z, {B, Ct}, DType::f32);
+  if (t.grad) e = empty(z, {B, stride_e}, DType::bf16);
+  if (t.grad && smoothing) weight_sums = empty(z, {2, Ct}, DType::f32);
 
   const auto tiles = [&](int64_t classes) {
     const int width = class_tile(stage, B, classes);
@@ -59,9 +65,9 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   }
   const int64_t first_tile_width = class_tile(stage, B, size);
   const int gram_tiles = match ? static_cast<int>((Ct + first_tile_width - 1) / first_tile_width) : 0;
-  const Tensor sums = empty(t.z, {3, class_tiles, B}, DType::f32);  // others, logits, best
-  const Tensor classes = torch::stable::new_empty(t.z, {class_tiles, B}, ScalarType::Int);
-  const Tensor square = empty(t.z, {gram_tiles, B}, DType::f32);
+  const Tensor sums = empty(z, {3, class_tiles, B}, DType::f32);  // others, logits, best
+  const Tensor classes = torch::stable::new_empty(z, {class_tiles, B}, ScalarType::Int);
+  const Tensor square = empty(z, {gram_tiles, B}, DType::f32);
   float* others = sums.mutable_data_ptr<float>();
   const int64_t of_tiles = class_tiles * B;
   const TileSums tile_sums{others,
@@ -74,10 +80,27 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
 
   const int64_t* labels = in<int64_t>(t.labels);
   const int64_t* labels_b = in<int64_t>(t.labels_b);
-  launched(anchor_rows({DType::bf16, in<float>(t.z), in<float>(t.pooled_t), data(t.weight), in<float>(t.bias), labels, labels_b,
-                        z_t.mutable_data_ptr(), nullptr, out<void>(d_split), anchor, logit_b, fm_rows, counts, B, K, Ct},
-                       launch.stream),
-           "classifier_loss's anchors");
+  const Anchors anchors{data(t.weight), in<float>(t.bias),  labels, labels_b, z_t.mutable_data_ptr(),
+                        nullptr,        out<void>(d_split), rows,   counts,   K};
+  const float* pooled_t = in<float>(t.pooled_t);
+  if (t.projection)
+    launched(linear_tiles({.stage = stage,
+                           .dtype = DType::bf16,
+                           .u = torch::stable::contiguous(t.projection->u).const_data_ptr(),
+                           .weight = torch::stable::contiguous(t.projection->weight).const_data_ptr(),
+                           .bias = in<float>(t.projection->bias),
+                           .pooled_t = pooled_t,
+                           .z = z.mutable_data_ptr<float>(),
+                           .squares = nullptr,
+                           .fm = nullptr,
+                           .anchors = anchors,
+                           .B = B,
+                           .Cs = t.projection->u.size(2),
+                           .Ct = Ct},
+                          launch.stream),
+             "classifier_loss's projection");
+  else
+    launched(anchor_rows({DType::bf16, in<float>(z), pooled_t, anchors, B, Ct}, launch.stream), "classifier_loss's anchors");
   int tile = 0;
   for (int64_t k = 0, chunk = 0; k < K; k += size, ++chunk) {
     const int64_t n = std::min(size, K - k);
@@ -86,7 +109,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                          .z_t = z_t.const_data_ptr(),
                          .weight = data(t.weight),
                          .bias = in<float>(t.bias),
-                         .anchor = anchor,
+                         .rows = rows,
                          .labels = labels,
                          .e = out<void>(e),
                          .stride_e = round_up(n, 8),
@@ -94,8 +117,8 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                          .first_tile = tile,
                          .gram = gram_here ? data(t.gram) : nullptr,
                          .d_split = data(d_split),
-                         .z = in<float>(t.z),
-                         .pooled_t = in<float>(t.pooled_t),
+                         .z = in<float>(z),
+                         .pooled_t = pooled_t,
                          .gram_d = out<float>(gram_d),
                          .B = B,
                          .Ct = Ct,
@@ -121,14 +144,12 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                         .sums = tile_sums,
                         .z_t = z_t.const_data_ptr(),
                         .bias = in<float>(t.bias),
-                        .anchor = anchor,
-                        .logit_b = logit_b,
-                        .fm_rows = fm_rows,
+                        .rows = rows,
                         .labels = labels,
                         .labels_b = labels_b,
                         .mix = in<float>(t.mix),
-                        .z = in<float>(t.z),
-                        .pooled_t = in<float>(t.pooled_t),
+                        .z = in<float>(z),
+                        .pooled_t = pooled_t,
                         .gram_d = in<float>(gram_d),
                         .loss = out<float>(t.loss),
                         .parts = out<float>(t.parts),
@@ -145,33 +166,32 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
 
 // That with whole rows of logits, in float.
 void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
-  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
+  const Tensor z = t.z ? *t.z : projected(*t.projection);
+  const int64_t B = z.size(0), Ct = z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
   const DType type = dtype(t.weight, "classifier_loss", "weight");
   const bool match = t.weights.sr != 0 || t.weights.kl != 0, features = match && t.pooled_t;
   const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
-  const Tensor rows = empty(t.z, {stacked, Ct}, type), logits = empty(t.z, {stacked, K}, DType::f32);
-  const Tensor parts = empty(t.z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(t.z, {B}, ScalarType::Long);
+  const Tensor rows = empty(z, {stacked, Ct}, type), logits = empty(z, {stacked, K}, DType::f32);
+  const Tensor parts = empty(z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(z, {B}, ScalarType::Long);
   OptTensor logits_t;
   if (match && !features) logits_t = as(*t.logits_t, DType::f32);
   char* z_t = static_cast<char*>(rows.mutable_data_ptr());
   float* l = logits.mutable_data_ptr<float>();
   float* part_rows = parts.mutable_data_ptr<float>();
   launched(anchor_rows({.dtype = type,
-                        .z = in<float>(t.z),
+                        .z = in<float>(z),
                         .pooled_t = in<float>(t.pooled_t),
-                        .weight = data(t.weight),
-                        .bias = nullptr,
-                        .labels = in<int64_t>(t.labels),
-                        .labels_b = nullptr,
-                        .z_t = z_t,
-                        .d_t = features ? z_t + B * Ct * 2 : nullptr,
-                        .d_split = nullptr,
-                        .anchor = nullptr,
-                        .logit_b = nullptr,
-                        .fm_rows = t.pooled_t ? part_rows + kPartFm * B : nullptr,
-                        .counts = nullptr,
+                        .anchors = {.weight = data(t.weight),
+                                    .bias = nullptr,
+                                    .labels = in<int64_t>(t.labels),
+                                    .labels_b = nullptr,
+                                    .z_t = z_t,
+                                    .d_t = features ? z_t + B * Ct * 2 : nullptr,
+                                    .d_split = nullptr,
+                                    .rows = {nullptr, nullptr, t.pooled_t ? part_rows + kPartFm * B : nullptr, 1},
+                                    .counts = nullptr,
+                                    .K = K},
                         .B = B,
-                        .K = K,
                         .Ct = Ct},
                        launch.stream),
            "classifier_loss's rounding");
@@ -189,7 +209,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                          launch.stream),
            "classifier_loss's logits");
   OptTensor gradient;
-  if (t.grad) gradient = empty(t.z, {B, stride}, type);
+  if (t.grad) gradient = empty(z, {B, stride}, type);
   launched(row_loss_apart({.rows = {.dtype = DType::f32,
                                     .logits = l,
                                     .bias = data(t.bias),
@@ -219,7 +239,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                              .dtype = type,
                              .gradient = data(gradient),
                              .weight = data(t.weight),
-                             .z = in<float>(t.z),
+                             .z = in<float>(z),
                              .pooled_t = in<float>(t.pooled_t),
                              .dz = out<float>(t.dz),
                              .B = B,
@@ -234,7 +254,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
 }  // namespace
 
 bool tiled_loss(const TiledLoss& t, const Launch& launch) {
-  const int64_t B = t.z.size(0), Ct = t.z.size(1), K = t.weight.size(0);
+  const int64_t B = t.labels.size(0), Ct = t.weight.size(1), K = t.weight.size(0);
   const bool bf16 = t.weight.scalar_type() == ScalarType::BFloat16, half = bf16 || t.weight.scalar_type() == ScalarType::Half;
   if (B == 0 || !half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.weight, 16) || !aligned(t.gram, 16) || !aligned(t.z, 8) ||
       !aligned(t.pooled_t, 8))
@@ -242,13 +262,21 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   const int tile_stage = stage();
   if (tile_stage == 0) return false;
   const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;
-  // Without the logits' own difference G costs three products of Ct columns, with it one of K.
-  const bool by_gram = t.gram && t.pooled_t && (3 * Ct < K || !few);
+  // By G the logit match costs three products of Ct columns, by the logits' own difference one of K.
+  const bool by_gram = t.gram && t.pooled_t && (!few || 2 * B * Ct * (3 * Ct - K) < kTwoLaunches);
   const bool by_anchor = bf16 && t.weights.kl == 0 && (!match || by_gram);
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  by_anchor ? anchored(t, tile_stage, counts, launch) : whole_rows(t, tile_stage, counts, launch);
+  if (!by_anchor) {
+    whole_rows(t, tile_stage, counts, launch);
+  } else if (t.projection && (t.projection->u.scalar_type() != ScalarType::BFloat16 || !linear_stage(*t.projection, {}))) {
+    TiledLoss of_z = t;
+    of_z.z = projected(*t.projection), of_z.projection.reset();
+    anchored(of_z, tile_stage, counts, launch);
+  } else {
+    anchored(t, tile_stage, counts, launch);
+  }
   return true;
 }
 

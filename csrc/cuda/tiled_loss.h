@@ -1,25 +1,27 @@
 #pragma once
 // Host side of classifier_loss on tensor cores: which arguments it serves, workspace, the order of the launches of
-// classifier_tiles.h. The anchored way takes three launches where the classes fit one chunk, two more for each further one; that
-// with whole rows of logits five.
+// classifier_tiles.h. The anchored way takes three launches where the classes fit one chunk, two more for each further one; a
+// linear connector's projection is the first of them. That with whole rows of logits takes five.
 
 #include "classifier_loss.h"
 #include "op.h"
+#include "projection.h"
 
 namespace ijckd {
 
 struct TiledLoss {
-  Tensor z;                  // [B, Ct] float32
-  Tensor weight;             // [K, Ct] T
-  OptTensor bias;            // [K] float32
-  Tensor labels;             // [B]
-  OptTensor labels_b;        // [B]
-  OptTensor mix;             // [B] float32, with labels_b
-  OptTensor pooled_t;        // [B, Ct] float32
-  OptTensor logits_t;        // [B, K], any dtype; read only where pooled_t is not given
-  OptTensor gram;            // [2, Ct, Ct] bfloat16, ops.py:classifier_gram
-  Tensor loss, parts, top1;  // [], [kParts], []  out
-  Tensor dz;                 // [B, Ct] float32  out: dloss/dz if `grad`
+  OptTensor z;                           // [B, Ct] float32, or
+  std::optional<Projection> projection;  // what makes it
+  Tensor weight;                         // [K, Ct] T
+  OptTensor bias;                        // [K] float32
+  Tensor labels;                         // [B]
+  OptTensor labels_b;                    // [B]
+  OptTensor mix;                         // [B] float32, with labels_b
+  OptTensor pooled_t;                    // [B, Ct] float32
+  OptTensor logits_t;                    // [B, K], any dtype; read only where pooled_t is not given
+  OptTensor gram;                        // [2, Ct, Ct] bfloat16, ops.py:classifier_gram
+  Tensor loss, parts, top1;              // [], [kParts], []  out
+  Tensor dz;                             // [B, Ct] float32  out: dloss/dz if `grad`
   LossWeights weights;
   bool grad;
 };

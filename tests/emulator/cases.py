@@ -235,7 +235,7 @@ def match_sums(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
 def channel_grads(
     kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None, linear: bool = False
 ) -> list[Array]:
-    """linear: without what is 1 and what is not wanted where there is neither ReLU nor BatchNorm."""
+    """linear: without what is 1 and what is not wanted where there is neither ReLU nor BatchNorm, and with a factor of grad_z."""
     data = Data(t, f"channel_grads {B} {P} {Ct}")
     names = ("grad_z", "z", "pooled_t", "count", "yhat")
     stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
@@ -252,9 +252,11 @@ def channel_grads(
         arrays["pooled_t"] = None
     if match is None:
         arrays["grad_fm"] = None
+    arrays["scale"] = np.full((), 0.375, t.accumulator) if linear else None
     if linear:
         arrays |= {"count": None, "yhat": None}
         count = np.full_like(count, P)
+        grad_z = 0.375 * grad_z
     outs = {"grad_out": data.out(B, Ct), "d_gamma": data.out(Ct), "d_beta": data.out(Ct)}
     kernels.channel_grads(dtype=t.name, **arrays, **outs, B=B, P=P, Ct=Ct)
     g = grad_z + (2 * grad_fm / (B * Ct) * (z - pooled_t) if match == "pooled" else 0)

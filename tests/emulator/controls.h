@@ -17,6 +17,7 @@ inline void bind_controls(pybind11::module_& module) {
       .value("random", Schedule::random);
   py::enum_<Async>(module, "Async", py::module_local()).value("lazy", Async::lazy).value("eager", Async::eager);
   py::class_<Counts>(module, "Counts", py::module_local())
+      .def_readonly("launches", &Counts::launches)
       .def_readonly("copies", &Counts::copies)
       .def_readonly("load_matrix", &Counts::load_matrix)
       .def_readonly("multiply_add", &Counts::multiply_add)

@@ -1287,6 +1287,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     m.dynamic.access = Access::out;
     m.dynamic.shared = true;
   }
+  ++m.counts.launches;
   m.body = body;
   m.started = started;
   m.grid = g;
@@ -1341,6 +1342,9 @@ EMULATOR_ATOMIC(atomicAdd, int, +=)
 EMULATOR_ATOMIC(atomicAdd, unsigned long long, +=)
 EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
 #undef EMULATOR_ATOMIC
+
+// For those who load a library that is no Python module.
+extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { return emulator::counts().launches; }
 
 // What -fsanitize=thread calls; the names are the compiler's.
 extern "C" {

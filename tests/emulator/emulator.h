@@ -55,6 +55,7 @@ void set_async(Async async);
 
 // What kernels have done since the last clear_counts().
 struct Counts {
+  int64_t launches = 0;
   uint64_t copies = 0;          // asynchronous
   uint64_t load_matrix = 0;     // warp-wide instructions
   uint64_t multiply_add = 0;    // warp-wide instructions

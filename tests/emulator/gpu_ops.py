@@ -1,10 +1,15 @@
 """Run by test_emulated_ops.py beside test_ops.py, on emulated CUDA kernels: what the CPU's ops refuse and the GPU's take."""
 
+import ctypes
+import pathlib
+
 import pytest
 import torch
 from test_ops import assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import ijckd_fast
 from ijckd_fast import ops, reference
 
 
@@ -284,6 +289,98 @@ def test_a_linear_connector_of_tensors_at_odd_addresses(apart):
         results.append([z.detach(), fm.detach(), *outputs])
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(other, plain, rtol=0.02, atol=0.02 * plain.abs().max().item())
+
+
+def projected_inputs(B, Cs, Ct, K, case, dtype=torch.bfloat16):
+    """(u, projection, its bias), and of the loss all but z."""
+    _, *rest, keywords = tiled_inputs(B, Ct, K, **TILED[case])
+    g = torch.Generator().manual_seed(1)
+    u, projection = torch.randn(B, Cs, generator=g), torch.randn(Ct, Cs, generator=g) / Cs**0.5
+    rest[0] = rest[0].to(dtype)
+    return [u.to(dtype), projection.to(dtype), torch.randn(Ct, generator=g)], (*rest, keywords)
+
+
+def projected(module, leaves, weight, bias, labels, keywords, **more):
+    """[loss, parts, gradients of the leaves, top1]"""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    loss, parts, top1 = module.projected_classifier_loss(*leaves, weight, bias, labels, **keywords, **more)
+    (1.7 * loss).backward()
+    return [loss.detach(), parts, *[x.grad for x in leaves], top1]
+
+
+def in_two(leaves, weight, bias, labels, keywords, **more):
+    """projected() by the two ops."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    z, _ = ops.connector_match(*leaves, relu=False)
+    loss, parts, top1 = ops.classifier_loss(z, weight, bias, labels, **keywords, **more)
+    (1.7 * loss).backward()
+    return [loss.detach(), parts, *[x.grad for x in leaves], top1]
+
+
+@pytest.mark.parametrize("case", TILED)
+@pytest.mark.parametrize(
+    ("B", "Cs", "Ct", "K"), [(1, 8, 8, 1), (5, 24, 72, 70), (3, 64, 200, 3000), (70, 40, 136, 203)]
+)
+def test_projected_tiles_equal_those_of_the_two_ops(case, B, Cs, Ct, K, stage):
+    """Nearly: the label's logit is summed in another order."""
+    leaves, (weight, bias, labels, keywords) = projected_inputs(B, Cs, Ct, K, case)
+    gram = ops.classifier_gram(weight) if stage else None
+    fused, apart = (f(leaves, weight, bias, labels, keywords, gram=gram) for f in (_fused, in_two))
+    for f, a in zip(fused, apart, strict=True):
+        assert f.dtype == a.dtype
+        tolerance = 2**-7 if f.dtype == torch.bfloat16 else 2e-5  # a sum may fall on the other side of a rounding
+        torch.testing.assert_close(f, a, rtol=tolerance, atol=tolerance * 1e-2 * a.abs().max().item() + 1e-9)
+
+
+def _fused(*args, **more):
+    return projected(ops, *args, **more)
+
+
+@pytest.mark.parametrize("case", ["ce", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "Cs", "Ct", "K"), [(70, 40, 136, 203), (9, 20, 32, 90), (9, 24, 36, 90)])
+def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
+    """The last two are sizes that tiles do not take."""
+    leaves, (weight, bias, labels, keywords) = projected_inputs(B, Cs, Ct, K, case, dtype)
+    exact = {k: wide(v) for k, v in keywords.items()}
+    oracle = projected(reference, list(map(wide, leaves)), *map(wide, (weight, bias, labels)), exact)
+    fused = projected(ops, leaves, weight, bias, labels, keywords)
+    eager = projected(reference, leaves, weight, bias.to(dtype), labels, keywords)
+    for f, e, o in zip(fused[:-1], eager, oracle, strict=False):
+        assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps * o.abs().max().item() + 1e-6)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_linear_connector_and_the_classifier_in_tiles_are_four_launches(gradients):
+    """Of ours, and of torch's none: what a GPU would be given beside them shows as other calls than of memory and views."""
+    leaves, (weight, bias, labels, keywords) = projected_inputs(17, 40, 72, 203, "all")
+    gram = ops.classifier_gram(weight)
+    leaves = [x.requires_grad_(gradients) for x in leaves]
+    count = ctypes.CDLL(str(next(pathlib.Path(ijckd_fast.__file__).parent.glob("_C.so")))).emulated_launches
+    count.restype = ctypes.c_int64
+    called = set()
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.name().partition("::")[2].partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    before = count()
+    with Recorded():
+        loss, *_ = ops.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
+        if gradients:
+            torch.autograd.grad(loss, leaves, torch.full((), 2.0))
+    assert count() - before == (4 if gradients else 3)
+    assert called <= {
+        "projected_classifier_loss",
+        "connector_linear_grads",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "full",
+        "transpose",
+        "view",
+    }
 
 
 ALL_BUT_FM = {"kl": 0.9, "sr": 0.5, "mixed": True, "label_smoothing": 0.1}

@@ -54,6 +54,22 @@ class Call {
   void* inout(const char* name) { return array(name, emulator::Access::inout); }
 
   Affine affine() { return {in("mean"), in("var"), in("gamma"), in("beta"), real("eps")}; }
+  RowParts row_parts(emulator::Access access) {
+    const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
+    return {floats("anchor"), floats("logit_b"), floats("fm_rows"), int(integer("row_parts"))};
+  }
+  Anchors anchors() {
+    return {in("classifier"),
+            in<float>("classifier_bias"),
+            in<int64_t>("labels"),
+            in<int64_t>("labels_b"),
+            out("z_t"),
+            out("d_t"),
+            out("d_split"),
+            row_parts(emulator::Access::out),
+            inout<int64_t>("counts"),
+            integer("K")};
+  }
   TileSums sums(emulator::Access access) {
     const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
     return {floats("others"),
@@ -123,10 +139,10 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       nullptr);
   });
   def("channel_grads", [](Call& c) {
-    return channel_grads(
-        {c.dtype(), c.in("grad_z"), c.in("grad_fm"), c.in("z"), c.in("pooled_t"), c.in("count"), c.in("yhat"), c.in("res"),
-         c.in("res_yhat"), c.out("grad_out"), c.out("d_gamma"), c.out("d_beta"), c.integer("B"), c.integer("P"), c.integer("Ct")},
-        nullptr);
+    return channel_grads({c.dtype(), c.in("grad_z"), c.in("scale"), c.in("grad_fm"), c.in("z"), c.in("pooled_t"), c.in("count"),
+                          c.in("yhat"), c.in("res"), c.in("res_yhat"), c.out("grad_out"), c.out("d_gamma"), c.out("d_beta"),
+                          c.integer("B"), c.integer("P"), c.integer("Ct")},
+                         nullptr);
   });
   def("match_backward", [](Call& c) {
     return match_backward(
@@ -149,18 +165,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
                     nullptr);
   });
   def("anchor_rows", [](Call& c) {
-    return anchor_rows(
-        {c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.in("weight"), c.in<float>("bias"), c.in<int64_t>("labels"),
-         c.in<int64_t>("labels_b"), c.out("z_t"), c.out("d_t"), c.out("d_split"), c.out<float>("anchor"), c.out<float>("logit_b"),
-         c.out<float>("fm_rows"), c.inout<int64_t>("counts"), c.integer("B"), c.integer("K"), c.integer("Ct")},
-        nullptr);
+    return anchor_rows({c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.anchors(), c.integer("B"), c.integer("Ct")},
+                       nullptr);
   });
   def("logits_exp", [](Call& c) {
-    return logits_exp({int(c.integer("stage")), c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.in<float>("anchor"),
-                       c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out),
-                       int(c.integer("first_tile")), c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"),
-                       c.out<float>("gram_d"), c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
-                      nullptr);
+    return logits_exp(
+        {int(c.integer("stage")), c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.row_parts(emulator::Access::in),
+         c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out), int(c.integer("first_tile")),
+         c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("gram_d"), c.integer("B"),
+         c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
+        nullptr);
   });
   def("grad_rows", [](Call& c) {
     return grad_rows({int(c.integer("stage")),
@@ -178,9 +192,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.sums(emulator::Access::in),
                       c.in("z_t"),
                       c.in<float>("bias"),
-                      c.in<float>("anchor"),
-                      c.in<float>("logit_b"),
-                      c.in<float>("fm_rows"),
+                      c.row_parts(emulator::Access::in),
                       c.in<int64_t>("labels"),
                       c.in<int64_t>("labels_b"),
                       c.in<float>("mix"),
@@ -203,16 +215,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
                          nullptr);
   });
   def("linear_tiles", [](Call& c) {
-    return linear_tiles(
-        {int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.in<float>("bias"), c.in<float>("pooled_t"),
-         c.out<float>("z"), c.out<float>("squares"), c.out<float>("fm"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
-        nullptr);
+    return linear_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.in<float>("bias"),
+                         c.in<float>("pooled_t"), c.out<float>("z"), c.out<float>("squares"), c.out<float>("fm"),
+                         c.flag("anchored") ? c.anchors() : Anchors{}, c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+                        nullptr);
   });
   def("linear_grad_tiles", [](Call& c) {
-    return linear_grad_tiles(
-        {c.dtype(), c.in<float>("grad_z"), c.in<float>("grad_fm"), c.in<float>("z"), c.in<float>("pooled_t"), c.in("u"),
-         c.in("weight"), c.out("du"), c.out("dweight"), c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
-        nullptr);
+    return linear_grad_tiles({c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"), c.in<float>("z"),
+                              c.in<float>("pooled_t"), c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"),
+                              c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+                             nullptr);
   });
   def("row_loss_apart", [](Call& c) {
     RowLossApart r;
@@ -245,6 +257,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);
   module.def("linear_blocks", &linear_blocks);
+  module.def("linear_parts", &linear_parts);
   def("feature_grad", [](Call& c) {
     return feature_grad(
         {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},

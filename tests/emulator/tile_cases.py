@@ -23,6 +23,27 @@ def _split(x: Array) -> tuple[Array, Array]:
     return np.stack([high, low]), BF16.decode(high) + BF16.decode(low)
 
 
+def _anchored(
+    data: Data, z: Array, weight64: Array, labels: Array, labels_b: Array | None, b64: Array | None, edit: str
+) -> tuple[Array, Array, Array]:
+    """anchor [B] of the rounded z, logit_b [B], which rows are valid [B]; edits labels, and z, in place."""
+    t, B, K = data.t, len(labels), len(weight64)
+    if edit == "labels":
+        labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
+        if labels_b is not None:
+            labels_b[4:6] = [K, -1]
+    valid = (labels >= 0) & (labels < K)
+    if labels_b is not None:
+        valid &= (labels_b >= 0) & (labels_b < K)
+    with np.errstate(invalid="ignore"):
+        logits = t.decode(t.encode(z)) @ weight64.T + (0 if b64 is None else b64)
+    anchor, logit_b = np.full(B, np.nan), np.full(B, np.nan)
+    rows = np.flatnonzero(valid)
+    anchor[rows] = logits[rows, labels[rows]]
+    logit_b[rows] = logits[rows, (labels if labels_b is None else labels_b)[rows]]
+    return anchor, logit_b, valid
+
+
 def anchor_rows(
     kernels: ModuleType,
     t: DType,
@@ -41,37 +62,30 @@ def anchor_rows(
     weight, weight64 = data.normal(K, Ct)
     b, b64 = data.normal_acc(K)
     labels, labels_b = data.labels(B, K), data.labels(B, K)
-    if edit == "labels":
-        labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
-        labels_b[4:6] = [K, -1]
-    elif edit == "infinite":
+    if edit == "infinite":
         z[0, 0] = np.inf
         z[1, 0] = np.nan
         z64[:2, 0] = z[:2, 0]
+    wanted, wanted_b, valid = _anchored(
+        data, z, weight64, labels, labels_b if two_labels else None, b64 if bias else None, edit
+    )
     z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
     anchor, logit_b, fm_rows, counts = data.out(B), data.out(B), data.out(B), np.array([3, 5])
     kernels.anchor_rows(
-        dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, weight=weight, bias=b if bias else None, labels=labels,
-        labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
+        dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, classifier=weight, classifier_bias=b if bias else None,
+        labels=labels, labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
         d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
-        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None, counts=counts if anchors else None,
-        B=B, K=K, Ct=Ct,
+        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None, row_parts=1,
+        counts=counts if anchors else None, B=B, K=K, Ct=Ct,
     )  # fmt: skip
     np.testing.assert_array_equal(t.decode(z_t), t.decode(t.encode(z)))
-    valid = (labels >= 0) & (labels < K)
-    if two_labels:
-        valid &= (labels_b >= 0) & (labels_b < K)
-    with np.errstate(invalid="ignore"):
-        logits = t.decode(z_t) @ weight64.T + (b64 if bias else 0)
-        rows = np.flatnonzero(valid)
-        wanted = np.full(B, np.nan)
-        wanted[rows] = logits[rows, labels[rows]]
-        wanted[~np.isfinite(wanted)] = np.nan
     if anchors:
-        close("anchor", anchor, wanted, t, scale=Ct**0.5)
+        finite = np.isfinite(wanted)
+        close("anchor", anchor[finite], wanted[finite], t, scale=Ct**0.5)
+        np.testing.assert_array_equal(anchor[~finite], wanted[~finite])
         np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
-    if anchors and two_labels and not edit:
-        close("logit_b", logit_b, logits[np.arange(B), labels_b], t, scale=Ct**0.5)
+        valid &= np.isfinite(wanted_b)
+        close("logit_b", logit_b[valid], wanted_b[valid], t, scale=Ct**0.5)
     if teacher:
         d = (z - pooled_t).astype(np.float32)
         finite = np.isfinite(z64).all(1)
@@ -82,6 +96,17 @@ def anchor_rows(
         else:
             np.testing.assert_array_equal(d_split[:, finite], _split(d)[0][:, finite])
     return [z_t, d_t, d_split, anchor, fm_rows]
+
+
+def _in_parts(data: Data, x: Array, parts: int) -> tuple[Array, Array]:
+    """x [B] of float32 as a sum of parts [parts, B], and what their sum in order is."""
+    shares = data.random.standard_normal((parts, len(x))).astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        shares[-1] = x - (shares[:-1].sum(0) if parts > 1 else 0)
+        total = np.zeros(len(x), np.float32)
+        for share in shares:
+            total += share
+    return shares, total
 
 
 def logits_exp(
@@ -96,6 +121,7 @@ def logits_exp(
     smoothing: bool = True,
     bias: bool = True,
     store: bool = True,
+    parts: int = 1,
     stage: int = 1,
     edit: str = "",
 ) -> list[Array]:
@@ -119,8 +145,10 @@ def logits_exp(
     anchor = logits[np.arange(B), labels].astype(np.float32)
     if edit == "far":  # every class above the label by more than float's exponent
         anchor -= 1000
-    if edit == "nan":
-        anchor[0] = np.nan
+    if edit == "nan":  # also where it is only infinite
+        anchor[:3] = [np.nan, np.inf, -np.inf]
+    in_parts, anchor = _in_parts(data, anchor, parts)
+    anchor[~np.isfinite(anchor)] = np.nan
     stride_e = -(-classes // 8) * 8
     tile = kernels.class_tile(stage, B, classes)
     tiles, gram_tiles = -(-classes // tile), -(-Ct // tile) if gram else 0
@@ -134,7 +162,8 @@ def logits_exp(
     g = weight64.T @ weight64
     g_split, g64 = _split(g)
     kernels.logits_exp(
-        stage=stage, z_t=z_t, weight=weight, bias=b if bias else None, anchor=anchor, labels=labels, e=e if store else None,
+        stage=stage, z_t=z_t, weight=weight, bias=b if bias else None, anchor=in_parts, logit_b=None,
+        fm_rows=None, row_parts=parts, labels=labels, e=e if store else None,
         stride_e=stride_e, others=others, logits=sums if smoothing else None, best=best, best_class=best_class,
         square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
         gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
@@ -200,6 +229,7 @@ def grad_rows(
     two_labels: bool = True,
     grad: bool = True,
     bias: bool = True,
+    row_parts: int = 1,
     stage: int = 1,
     edit: str = "",
     **changed: float,
@@ -250,7 +280,7 @@ def grad_rows(
         # its logits are NaN too: no class is the best, not even -1
         best[:, B // 2], best_class[:, B // 2] = -np.inf, -1
         top[B // 2] = K
-        anchor[B - 1] = anchor64[B - 1] = np.nan
+        anchor[B - 1] = anchor64[B - 1] = np.inf
         labels[B - 1] = K
     if edit == "saturated":
         # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
@@ -262,6 +292,11 @@ def grad_rows(
         biases[:9] = -np.inf  # masked classes, the first that every warp meets
         biases64 = biases.astype(np.float64)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
+    (anchor, in_all), (logit_b, b_in_all), (fm_rows, fm_in_all) = (
+        _in_parts(data, x, row_parts) for x in (anchor, logit_b, fm_rows)
+    )
+    anchor64, logit_b64, fm_rows64 = (x.astype(np.float64) for x in (in_all, b_in_all, fm_in_all))
+    anchor64[~np.isfinite(anchor64)] = np.nan
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
         stage=stage, e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
@@ -269,8 +304,7 @@ def grad_rows(
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
         gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor,
-        logit_b=logit_b, fm_rows=fm_rows if pooled else None,
-        labels=labels,
+        logit_b=logit_b, fm_rows=fm_rows if pooled else None, row_parts=row_parts, labels=labels,
         labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
         gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
         **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
@@ -410,40 +444,88 @@ def project_tiles(
 
 
 def linear_tiles(
-    kernels: ModuleType, t: DType, B: int, Cs: int, Ct: int, bias: bool = True, pooled: bool = False, stage: int = 1
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    Cs: int,
+    Ct: int,
+    bias: bool = True,
+    pooled: bool = False,
+    anchored: bool = False,
+    two_labels: bool = True,
+    stage: int = 1,
+    edit: str = "",
 ) -> list[Array]:
+    """anchored: with what anchor_rows makes, of a classifier of 40 classes."""
     data = Data(t, f"linear_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
     (b, b64), (pooled_t, pooled64) = data.normal_acc(Ct), data.normal_acc(B, Ct)
     z, squares, fm = data.out(B, Ct), data.out(kernels.linear_blocks(stage, B, Ct)), data.out()
+    options: dict[str, Any] = {}
+    parts, K = kernels.linear_parts(stage, B, Ct), 40
+    (classifier, classifier64), (c, c64) = data.normal(K, Ct), data.normal_acc(K)
+    z_t, d_split = data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
+    anchor, logit_b, fm_rows = (data.out(parts, B) for _ in range(3))
+    labels, labels_b, counts = data.labels(B, K), data.labels(B, K) if two_labels else None, np.array([3, 5])
+    want = u64 @ weight64.T + (b64 if bias else 0)
+    if anchored:
+        _, _, valid = _anchored(data, want, classifier64, labels, labels_b, None, edit)
+        options = {
+            "classifier": classifier, "classifier_bias": c if bias else None, "labels": labels, "labels_b": labels_b,
+            "z_t": z_t, "d_t": None, "d_split": d_split if pooled else None, "anchor": anchor, "logit_b": logit_b,
+            "fm_rows": fm_rows if pooled else None, "row_parts": parts, "counts": counts, "K": K,
+        }  # fmt: skip
     kernels.linear_tiles(
         stage=stage, dtype=t.name, u=u, weight=weight, bias=b if bias else None, pooled_t=pooled_t if pooled else None, z=z,
-        squares=squares if pooled else None, fm=None if pooled else fm, B=B, Cs=Cs, Ct=Ct,
+        squares=squares if pooled and not anchored else None, fm=None if pooled or anchored else fm, anchored=anchored,
+        **options, B=B, Cs=Cs, Ct=Ct,
     )  # fmt: skip
-    want = u64 @ weight64.T + (b64 if bias else 0)
     close("z", z, want, t, scale=4)
-    if pooled:
+    if anchored:
+        np.testing.assert_array_equal(z_t, t.encode(z))
+        rounded, biases = t.decode(z_t), c64 if bias else np.zeros(K)
+        rows, second = np.flatnonzero(valid), labels if labels_b is None else labels_b
+        for name, got, of in (("anchor", anchor, labels), ("logit_b", logit_b, second)):
+            ours = (rounded[rows] * classifier64[of[rows]]).sum(1) + biases[of[rows]]
+            close(name, got.astype(np.float64).sum(0)[rows], ours, t, scale=Ct**0.5)
+        assert np.isnan(anchor.sum(0)[~valid]).all()
+        np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+        if pooled:
+            d = z - pooled_t
+            np.testing.assert_array_equal(d_split, _split(d)[0])
+            close("fm_rows", fm_rows.astype(np.float64).sum(0) / np.square(d.astype(np.float64)).sum(1), np.ones(B), t)
+    elif pooled:
         distance = np.square(want - pooled64).sum()
         close("squares' share", squares.astype(np.float64).sum() / distance * np.ones(1), 1, t)
     else:
         assert fm == 0
-    return [z, squares, fm]
+    return [z, squares, fm, z_t, d_split, anchor, logit_b, fm_rows]
 
 
 def linear_grad_tiles(
-    kernels: ModuleType, t: DType, B: int, Cs: int, Ct: int, pooled: bool = False, wanted: str = "du dweight dbias"
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    Cs: int,
+    Ct: int,
+    pooled: bool = False,
+    scaled: bool = False,
+    wanted: str = "du dweight dbias",
 ) -> list[Array]:
     data = Data(t, f"linear_grad_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
     (grad_z, _), (z, _), (pooled_t, _) = (data.normal_acc(B, Ct) for _ in range(3))
+    scale = np.full((), 0.37, np.float32)
     grad_fm = np.full((), 3 * B * Ct, np.float32)  # so that the match weighs as much as grad_z
     outs = {"du": data.out_stored(B, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
     match = {"grad_fm": grad_fm, "z": z, "pooled_t": pooled_t}
     kernels.linear_grad_tiles(
-        dtype=t.name, grad_z=grad_z, **{k: v if pooled else None for k, v in match.items()}, u=u, weight=weight,
+        dtype=t.name, grad_z=grad_z, scale=scale if scaled else None,
+        **{k: v if pooled else None for k, v in match.items()}, u=u, weight=weight,
         **{k: v if k in wanted.split() else None for k, v in outs.items()}, B=B, Cs=Cs, Ct=Ct,
     )  # fmt: skip
-    dz = grad_z + np.float32(6) * (z - pooled_t) if pooled else grad_z  # in float, as the kernel rounds it
+    dz = scale * grad_z if scaled else grad_z  # in float, as the kernel rounds it
+    dz = dz + np.float32(6) * (z - pooled_t) if pooled else dz
     rounded = t.decode(t.encode(dz))
     want = {"du": rounded @ weight64, "dweight": rounded.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
     for name, out in outs.items():
@@ -478,6 +560,8 @@ def all_cases() -> dict[str, Case]:
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
             for pooled in (False, True):
                 add(linear_grad_tiles, t, B, Cs, Ct, pooled=pooled)
+        for pooled in (False, True):
+            add(linear_grad_tiles, t, 67, 72, 136, pooled=pooled, scaled=True)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
             add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
         for edit in ("labels", "infinite"):
@@ -498,12 +582,20 @@ def all_cases() -> dict[str, Case]:
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
         add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True, stage=stage)  # large tiles
-        add(linear_tiles, BF16, 128 * 8 + 2, 24, 128 * 15 + 8, pooled=True, stage=stage)  # likewise
+        for anchored in (False, True):
+            add(
+                linear_tiles, BF16, 128 * 8 + 2, 24, 128 * 15 + 8, pooled=True, anchored=anchored, stage=stage
+            )  # likewise
+        for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
+            add(linear_tiles, BF16, B, Cs, Ct, anchored=True, pooled=True, stage=stage)
+            add(linear_tiles, BF16, B, Cs, Ct, anchored=True, two_labels=False, bias=False, stage=stage)
+        add(linear_tiles, BF16, 7, 24, 72, anchored=True, edit="labels", stage=stage)
         for B, classes, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 129, 328)):
             add(logits_exp, BF16, B, classes, Ct, stage=stage)
             add(logits_exp, BF16, B, classes, Ct, gram=True, smoothing=False, bias=False, stage=stage)
         add(logits_exp, BF16, 5, 150, 72, first_class=256, stage=stage)
         add(logits_exp, BF16, 5, 150, 72, store=False, stage=stage)
+        add(logits_exp, BF16, 66, 150, 72, parts=3, stage=stage)
         for edit in ("ties", "far", "nan", "broken"):
             add(logits_exp, BF16, 5, 150, 72, edit=edit, stage=stage)
         add(logits_exp, BF16, 5, 70, 136, gram=True, stage=stage)  # its last stage is the first in memory
@@ -516,6 +608,7 @@ def all_cases() -> dict[str, Case]:
             for chunk in ("first", "middle", "last"):
                 add(grad_rows, BF16, B, K + 8, Ct, chunk=chunk, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, ce=0, stage=stage)
+        add(grad_rows, BF16, 5, 90, 72, row_parts=3, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, ce=1, sr=1, fm=1, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, grad=False, stage=stage, **smoothing)
         for edit in ("hits", "saturated", "nan"):

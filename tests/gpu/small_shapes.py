@@ -17,7 +17,7 @@ from ijckd_fast import ops  # noqa: E402
 
 
 def main(device: str) -> None:
-    """Forward and backward of both ops: every dtype but float64, maps and vectors, with and without BatchNorm."""
+    """Forward and backward of every op: every dtype but float64, maps and vectors, with and without BatchNorm."""
 
     def moved(x):
         return x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
@@ -47,6 +47,10 @@ def main(device: str) -> None:
         for sizes, kl in (((5, 24, 203), 0.9), ((5, 24, 203), 0.0), ((130, 72, 8069), 0.0)):
             args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
             tables.run_loss(ops.classifier_loss, *args, kl=kl, gram=ops.classifier_gram(args[1]))
+            runs += 1
+        for sizes in ((5, 8, 24, 203), (130, 24, 136, 1031)):
+            leaves, args = ([moved(x) for x in xs] for xs in tables.projected_inputs(*sizes, dtype))
+            tables.run_projected(ops, leaves, *args, kl=0.0, gram=ops.classifier_gram(args[0]))
             runs += 1
         runs += 1
     if device == "cuda":

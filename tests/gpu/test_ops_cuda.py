@@ -195,6 +195,26 @@ def test_classifier_loss_bfloat16_with_gram_no_worse_than_eager(case, sizes):
     assert abs(fused_hits - hits) <= 1 + B // 100  # rounding may turn near ties
 
 
+@pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
+@pytest.mark.parametrize("kl", [0.0, 0.9])
+@pytest.mark.parametrize("sizes", [(5, 24, 72, 203), (130, 40, 200, 3001), (1024, 512, 2048, 1000)], ids=str)
+def test_projected_classifier_loss_no_worse_than_eager(sizes, kl, dtype, stage):
+    """Small and large tiles, on both of the classifier's ways."""
+    B, Cs, Ct, K = sizes if DEVICE == "cuda" else (5, 24, 72, 203)
+    (u, projection, bias), args = tables.projected_inputs(B, Cs, Ct, K, dtype)
+    leaves, (weight, *args) = moved(([u, projection / Cs**0.5, bias], args))
+    weight = weight / Ct**0.5
+    # where the logit match comes from G; else from W itself
+    gram = ops.classifier_gram(weight) if dtype == torch.bfloat16 and 3 * Ct < K and kl == 0 else None
+    oracle = tables.run_projected(reference, doubled(leaves), *doubled((weight, *args)), kl=kl)
+    fused = tables.run_projected(ops, leaves, weight, *args, kl=kl, gram=gram)
+    classifier_bias, *rest = args
+    eager = tables.run_projected(reference, leaves, weight, classifier_bias.to(dtype), *rest, kl=kl)
+    fused, eager, oracle = ([x.cpu() for x in results] for results in (fused, eager, oracle))
+    assert_rule(fused[:2], eager[:2], oracle[:2], dtype, least=8.0)  # means of log-probabilities
+    assert_rule(fused[3:], eager[3:], oracle[3:], dtype, half_units=0.5)
+
+
 def test_label_out_of_range_is_nan_on_a_gpu():
     """Refusing it would make the host wait: the row's loss is NaN, and with it the batch's."""
     if DEVICE == "cpu":
@@ -280,13 +300,16 @@ def test_opcheck(op, args):
 # promises
 
 
-def head_inputs(dtype, kl=0.9):
-    """The whole head, connector with map match and classifier with every loss, at sizes of several blocks.
+def head_inputs(dtype, kl=0.9, on="maps"):
+    """The whole head, connector with map match (on vectors: a linear one) and classifier with every loss, at sizes of several blocks.
 
     In bfloat16 with kl 0 the classifier's kernels are the anchored ones, with it those that keep whole rows of logits.
     """
     dtype = torch.float32 if DEVICE == "cpu" and dtype == torch.float16 else dtype
-    leaves, keywords = tables.connector_inputs((32, 96, 7, 7), 200, dtype=dtype, channels_last=True)
+    if on == "maps":
+        leaves, keywords = tables.connector_inputs((32, 96, 7, 7), 200, dtype=dtype, channels_last=True)
+    else:
+        leaves, keywords = tables.connector_inputs((32, 96), 200, norm="bias", match=None, dtype=dtype)[0], {}
     _, weight, bias, labels, labels_b, mix, pooled_t = tables.loss_inputs(32, 200, 1003, dtype)
     terms = tables.loss_keywords(labels_b, mix, pooled_t, kl=kl)
     leaves, keywords, classifier, terms = moved((leaves, keywords, (weight, bias, labels), terms))
@@ -295,30 +318,38 @@ def head_inputs(dtype, kl=0.9):
     return leaves, keywords, classifier, terms
 
 
-HEADS = [(F64, 0.9), *((t, 0.9) for t in DTYPES), (torch.bfloat16, 0.0)]
+HEADS = [
+    (F64, 0.9, "maps"),
+    *((t, 0.9, "maps") for t in DTYPES),
+    (torch.bfloat16, 0.0, "maps"),
+    (torch.bfloat16, 0.0, "vectors"),
+]
 
 
 def run_head(leaves, keywords, classifier, terms):
-    """Loss, its parts, top-1, z, the map match and the gradient of every leaf."""
+    """Loss, its parts, top-1, the gradient of every leaf, and, of maps, z and the map match."""
     named = dict(leaves)
+    if leaves["u"].dim() == 2:
+        loss, parts, top1 = ops.projected_classifier_loss(*named.values(), *classifier, **terms)
+        return [loss.detach(), parts, top1, *torch.autograd.grad(loss, list(leaves.values()))]
     z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
     loss, parts, top1 = ops.classifier_loss(z, *classifier, **terms)
     gradients = torch.autograd.grad(loss + fm, list(leaves.values()))
-    return [loss.detach(), parts, top1, z.detach(), fm.detach(), *gradients]
+    return [loss.detach(), parts, top1, *gradients, z.detach(), fm.detach()]
 
 
-@pytest.mark.parametrize(("dtype", "kl"), HEADS, ids=str)
-def test_repeats_are_bitwise_equal(dtype, kl):
-    inputs = head_inputs(dtype, kl)
+@pytest.mark.parametrize(("dtype", "kl", "on"), HEADS, ids=str)
+def test_repeats_are_bitwise_equal(dtype, kl, on):
+    inputs = head_inputs(dtype, kl, on)
     first = [x.clone() for x in run_head(*inputs)]
     for _ in range(9):
         assert all(torch.equal(a, b) for a, b in zip(run_head(*inputs), first, strict=True))
 
 
 @gpu_only
-@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
-def test_host_never_waits(dtype, kl):
-    inputs = head_inputs(dtype, kl)
+@pytest.mark.parametrize(("dtype", "kl", "on"), HEADS[1:], ids=str)
+def test_host_never_waits(dtype, kl, on):
+    inputs = head_inputs(dtype, kl, on)
     run_head(*inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -338,10 +369,10 @@ def test_the_sync_test_can_fail():
 
 
 @gpu_only
-@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
-def test_cuda_graph_capture(dtype, kl):
-    """Forward and backward of both ops in one graph; replayed on new inputs it gives the bits of a plain run."""
-    leaves, keywords, classifier, terms = head_inputs(dtype, kl)
+@pytest.mark.parametrize(("dtype", "kl", "on"), HEADS[1:], ids=str)
+def test_cuda_graph_capture(dtype, kl, on):
+    """Forward and backward of the head in one graph; replayed on new inputs it gives the bits of a plain run."""
+    leaves, keywords, classifier, terms = head_inputs(dtype, kl, on)
     keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}  # every call would move them
     inputs = (leaves, keywords, classifier, terms)
     side_stream = torch.cuda.Stream()
@@ -363,14 +394,16 @@ def test_cuda_graph_capture(dtype, kl):
 
 
 @gpu_only
-@pytest.mark.parametrize(("dtype", "kl"), HEADS[1:], ids=str)
-def test_compiled_whole(dtype, kl):
+@pytest.mark.parametrize(("dtype", "kl", "on"), HEADS[1:], ids=str)
+def test_compiled_whole(dtype, kl, on):
     """torch.compile takes forward and backward without a graph break and gives the bits of a plain run."""
-    leaves, keywords, classifier, terms = head_inputs(dtype, kl)
+    leaves, keywords, classifier, terms = head_inputs(dtype, kl, on)
     keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}
 
     def head(*tensors):
         named = dict(zip(leaves, tensors, strict=True))
+        if on == "vectors":
+            return ops.projected_classifier_loss(*tensors, *classifier, **terms)[0]
         z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
         return ops.classifier_loss(z, *classifier, **terms)[0] + fm
 

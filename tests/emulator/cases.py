@@ -115,10 +115,23 @@ def at_odd_address(x: Array) -> Array:
 
 
 def feature_diff(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
+    """B 0: a launch that CUDA refuses, and whose error is the caller's alone."""
     data = Data(t, f"feature_diff {B} {Ct}")
     (z, z64), (pooled_t, pooled64) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
     d, rows = data.out(B, Ct), data.out(B)
-    kernels.feature_diff(dtype=t.name, z=z, pooled_t=pooled_t, d=d, square_rows=rows, B=B, Ct=Ct)
+    call = functools.partial(
+        kernels.feature_diff, dtype=t.name, z=z, pooled_t=pooled_t, d=d, square_rows=rows, B=B, Ct=Ct
+    )
+    if B == 0:
+        refused = ""
+        try:
+            call()
+        except RuntimeError as error:
+            refused = str(error)
+        assert "invalid configuration argument" in refused, f"a launch without blocks: {refused or 'no error'}"
+        assert kernels.last_error() == 0, f"error {kernels.last_error()} was left behind"
+        return []
+    call()
     close("d", d, z64 - pooled64, t)
     close("square_rows", rows, np.square(z64 - pooled64).sum(1), t)
     return [d, rows]
@@ -431,6 +444,31 @@ def take_counts(kernels: ModuleType, t: DType, first: int) -> list[Array]:
     return [counts, out]
 
 
+def device_counts(kernels: ModuleType, t: DType, device: int) -> list[Array]:
+    """Whether or not the device has them, the thread's capture mode is the one from before and no error stays."""
+    before = kernels.capture_mode()
+    kernels.set_device(device)
+    try:
+        error, found = kernels.device_counts()
+    finally:
+        kernels.set_device(0)
+    assert found == (error == 0) == (device == 0), f"error {error}, found {found}"
+    assert kernels.capture_mode() == before, f"capture mode {before} became {kernels.capture_mode()}"
+    assert kernels.last_error() == 0, f"error {kernels.last_error()} was left behind"
+    return []
+
+
+def compute_capability(kernels: ModuleType, t: DType, device: int) -> list[Array]:
+    kernels.set_device(device)
+    try:
+        got = kernels.compute_capability()
+    finally:
+        kernels.set_device(0)
+    wanted = {0: 90, 1: 86}.get(device, 0)
+    assert got == wanted, f"device {device} has {got}, wanted {wanted}"
+    return []
+
+
 def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Array]:
     data = Data(t, f"loss_sum {B}")
     w, K, Ct = WEIGHTS | changed, 21, 5
@@ -496,9 +534,13 @@ def all_cases() -> dict[str, Case]:
             add(loss_sum, t, B)
         add(loss_sum, t, 0, sr=0, kl=0)
         add(take_counts, t, 7)
+        add(feature_diff, t, 0, 4)
         for part in ("ce", "sr", "fm", "kl"):
             add(loss_sum, t, 5, **{part: 0})
         add(loss_sum, t, 5, ce=1, sr=1, fm=1, kl=1)
+    for device in (0, 1, -1):
+        add(compute_capability, F32, device)
+        add(device_counts, F32, device)
     for t in DTYPES:
         for N, Ct in ((1, 1), (2, 66), (7, 31), (9, 64), (127, 34), (128, 8), (129, 33), (300, 72)):
             add(channel_stats, t, N, Ct, 0, False)

@@ -26,6 +26,9 @@ inline void bind_controls(pybind11::module_& module) {
       .def_readonly("warpgroup_multiply_add", &Counts::warpgroup_multiply_add);
   module.def("set_schedule", &emulator::set_schedule, py::arg("schedule"), py::arg("seed") = 1);
   module.def("set_async", &emulator::set_async);
+  module.def("set_device", &emulator::set_device);
+  module.def("capture_mode", &emulator::capture_mode);
+  module.def("last_error", &emulator::last_error);
   module.def("counts", [] { return emulator::counts(); });
   module.def("clear_counts", &emulator::clear_counts);
 }

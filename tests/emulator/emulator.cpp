@@ -240,6 +240,9 @@ struct Machine {
   std::vector<Region> arrays;  // of the call
   bool arrays_named = false;
   std::map<const void*, size_t> dynamic_limits;  // of kernels that asked for more
+  int device = 0;
+  cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+  cudaError_t last_error = cudaSuccess;
 
   // of the launch
   void (*body)(void*) = nullptr;
@@ -901,6 +904,15 @@ void set_schedule(Schedule schedule, unsigned seed) {
 
 void set_async(Async async) { m.async = async; }
 
+void set_device(int device) { m.device = device; }
+int capture_mode() { return m.capture_mode; }
+int last_error() { return m.last_error; }
+
+cudaError_t remembered(cudaError_t error) {
+  if (error != cudaSuccess) m.last_error = error;
+  return error;
+}
+
 const Counts& counts() { return m.counts; }
 void clear_counts() { m.counts = {}; }
 
@@ -1269,6 +1281,11 @@ void* dynamic_shared(size_t align) {
   return reinterpret_cast<void*>(m.dynamic.begin);
 }
 
+cudaError_t find_symbol() {
+  if (m.device != 0) return remembered(cudaErrorNoDevice);
+  return remembered(m.capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported);
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* started,
                    size_t started_bytes) {
   const dim3 g = config.gridDim, b = config.blockDim;
@@ -1375,23 +1392,31 @@ void __ubsan_handle_type_mismatch_v1(const emulator::Place* place, uintptr_t add
 #endif
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorNotSupported;  // here, not by CUDA
-  if (value < 0 || size_t(value) > emulator::kLargeSharedLimit) return cudaErrorInvalidValue;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
+    return emulator::remembered(cudaErrorNotSupported);  // here, not by CUDA
+  if (value < 0 || size_t(value) > emulator::kLargeSharedLimit) return emulator::remembered(cudaErrorInvalidValue);
   emulator::m.dynamic_limits[kernel] = value;
   return cudaSuccess;
 }
 
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }  // launches return theirs
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulator::m.capture_mode);
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaGetLastError() { return std::exchange(emulator::m.last_error, cudaSuccess); }
+
+cudaError_t cudaGetDevice(int* device) {
+  if (emulator::m.device < 0 || emulator::m.device > 1) return emulator::remembered(cudaErrorNoDevice);
+  *device = emulator::m.device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor)
-    return cudaErrorInvalidValue;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;  // what the emulated instructions need
+    return emulator::remembered(cudaErrorInvalidValue);
+  const int capability = device == 0 ? 90 : 86;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
   return cudaSuccess;
 }
 
@@ -1412,6 +1437,10 @@ const char* cudaGetErrorString(cudaError_t code) {
       return "invalid configuration argument";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
     case cudaErrorNotSupported:
       return "the emulator has no such attribute";
     default:

@@ -53,6 +53,14 @@ enum class Async { lazy, eager };
 
 void set_async(Async async);
 
+// The current device for what the host asks of it: 0 is of capability 9.0, what the emulated instructions need, 1 of 8.6; there
+// is no other.
+void set_device(int device);
+
+// What the host leaves behind on its thread: CUDA's codes.
+int capture_mode();
+int last_error();
+
 // What kernels have done since the last clear_counts().
 struct Counts {
   int64_t launches = 0;
@@ -102,6 +110,8 @@ void barrier(Place place);
 
 // Runs `body(started)` as every thread of `kernel`; `started` holds the kernel's parameters. What the CUDA runtime refuses is
 // refused with its error code.
+cudaError_t remembered(cudaError_t error);  // it, which cudaGetLastError then gives too
+cudaError_t find_symbol();                  // as the runtime would, which may have to load code first
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* started,
                    size_t started_bytes);
 

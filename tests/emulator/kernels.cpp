@@ -13,6 +13,7 @@
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
 #include "cuda/linear_tiles.h"
+#include "cuda/stage.h"
 #include "rows.h"
 
 namespace py = pybind11;
@@ -254,6 +255,12 @@ PYBIND11_MODULE(emulated_kernels, module) {
          c.out<float>("dz"), c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
         nullptr);
   });
+  module.def("device_counts", [] {
+    int64_t* counts = nullptr;
+    const int error = device_counts(&counts);
+    return std::pair(error, counts != nullptr);
+  });
+  module.def("compute_capability", &compute_capability);
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);
   module.def("linear_blocks", &linear_blocks);

@@ -571,7 +571,7 @@ def all_cases() -> dict[str, Case]:
         for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
             add(times_classifier, t, B, K, Ct, True, stage=stage)
         add(times_classifier, t, 5, 90, 72, False, stage=stage)
-        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (64, 264, 203)):
+        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (5, 24, 72), (64, 264, 203)):
             add(project_tiles, t, N, Cs, Ct, False, wide=True, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             for bias, pooled in ((True, False), (False, True)):

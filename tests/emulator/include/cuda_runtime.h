@@ -60,8 +60,9 @@ unsigned long long atomicExch(unsigned long long* p, unsigned long long v);
 
 template <typename T>
 cudaError_t cudaGetSymbolAddress(void** address, const T& symbol) {
-  *address = const_cast<T*>(&symbol);
-  return cudaSuccess;
+  const cudaError_t error = emulator::find_symbol();
+  if (error == cudaSuccess) *address = const_cast<T*>(&symbol);
+  return error;
 }
 
 template <typename... Params, typename... Args>
@@ -71,5 +72,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<Params...> params;
   } started{kernel, {std::forward<Args>(args)...}};
   const auto thread = [](void* s) { std::apply(static_cast<Started*>(s)->kernel, static_cast<Started*>(s)->params); };
-  return emulator::launch(*config, reinterpret_cast<const void*>(kernel), thread, &started, sizeof started);
+  return emulator::remembered(emulator::launch(*config, reinterpret_cast<const void*>(kernel), thread, &started, sizeof started));
 }

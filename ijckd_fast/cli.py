@@ -181,7 +181,7 @@ def evaluate(arguments: list[str]) -> int:
             loader,
             device=device,
             amp_dtype=amp_dtype,
-            teacher=None if teacher is None else teacher.predictions,
+            teacher=teacher,
         )
     params, macs = distiller.deployed_cost(config.image_size)
     against = ""
@@ -189,6 +189,7 @@ def evaluate(arguments: list[str]) -> int:
         against = f", agreement with the teacher {result.agreement:.2f} % (its own top-1: {teacher.top1:.2f} %)"
     print(
         f"{path} (step {state['step']}): {config.student} by {config.objective} on {result.images} images of {index.root}/val"
+        + ("" if result.images == len(index) else f" ({len(index) - result.images} more could not be read)")
     )
     print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %{against}")
     print(

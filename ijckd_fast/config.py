@@ -82,6 +82,11 @@ class TrainConfig:
     index_verify: Literal["full", "fast"] = _setting(
         "full", "first scan of the data: decode every file, or headers only"
     )
+    unreadable_limit: int | None = _setting(
+        None,
+        "files that may turn out unreadable during the run before it stops; until then another image of the class stands in for"
+        " each; default: a thousandth of them, at least 8",
+    )
     workers: int = _setting(2, "decoding threads")
     prefetch: int = _setting(2, "batches decoded ahead")
 
@@ -138,7 +143,7 @@ class TrainConfig:
 _LEAST = {
     "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 1,
     "prefetch": 1, "log_interval": 1, "eval_every": 1, "checkpoint_minutes": 0, "checkpoint_steps": 1, "nonfinite_limit": 0,
-    "seed": 0, "train_per_class": 1,
+    "seed": 0, "train_per_class": 1, "unreadable_limit": 0,
 }  # fmt: skip
 
 # Headings of the help, by the first setting below each.
@@ -156,6 +161,7 @@ FREE_ON_RESUME = frozenset(
     {
         "data_dir", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher", "index_verify", "workers",
         "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps", "nonfinite_limit", "tensorboard",
+        "unreadable_limit",
     }
 )  # fmt: skip
 

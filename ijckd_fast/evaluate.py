@@ -17,10 +17,11 @@ class Evaluation(NamedTuple):
     """Shares of the split's images in percent.
 
     top1, top5   where the label is the highest, or among the five highest logits (all of them if K < 5)
-    agreement    where the highest logit is the teacher's highest; None if there was no teacher to compare with
-    images       how many there were, each counted once
+    agreement    where the highest logit is the teacher's highest, of the images that both saw; None without a teacher to compare with
+    images       how many there were, each counted once: all of the split's that could be read
     seconds      wall clock, reading the images included
     predictions  [images] int64 on the CPU, in the order of the loader
+    ids          [images] int64 on the CPU, which images they are of
     """
 
     top1: float
@@ -29,6 +30,7 @@ class Evaluation(NamedTuple):
     images: int
     seconds: float
     predictions: Tensor
+    ids: Tensor
 
     def row(self) -> dict[str, float | int | None]:
         """As written to log.jsonl, units in the key names."""
@@ -49,29 +51,37 @@ def evaluate(
     *,
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
-    teacher: Tensor | None = None,
+    teacher: Evaluation | None = None,
 ) -> Evaluation:
     """One pass over `loader` (each image once); the host waits for the device once, at the end.
 
     logits_of  images [B, 3, S, S] -> logits [B, K], e.g. Distiller.predict or Distiller.teacher_logits
     amp_dtype  autocast to it; None: float32
-    teacher    [images] int64, the teacher's predictions in the loader's order (Evaluation.predictions of it)
+    teacher    the teacher's own evaluation on the same split
     raises     UserError when the loader gives no image
     """
     start = time.perf_counter()
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
-    predictions = []
-    for images, labels, _ids in loader:
+    predictions, seen = [], []
+    for images, labels, ids in loader:
         with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             logits = logits_of(images)  # [B, K]
         highest = logits.topk(min(5, logits.shape[1]), 1).indices  # [B, 5]
         hit = highest == labels[:, None]
         hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
         predictions.append(highest[:, 0])
+        seen.append(ids)
     if not predictions:
         raise UserError("there is no image to evaluate on: the validation split is empty")
-    predicted = torch.cat(predictions).cpu()
+    predicted, of = torch.cat(predictions).cpu(), torch.cat(seen).cpu()
     images_seen = len(predicted)
     top1, top5 = (100 * count / images_seen for count in hits.tolist())
-    agreement = None if teacher is None else 100 * (predicted == teacher).sum().item() / images_seen
-    return Evaluation(top1, top5, agreement, images_seen, time.perf_counter() - start, predicted)
+    agreement = None if teacher is None else _agreement(predicted, of, teacher)
+    return Evaluation(top1, top5, agreement, images_seen, time.perf_counter() - start, predicted, of)
+
+
+def _agreement(predicted: Tensor, ids: Tensor, teacher: Evaluation) -> float | None:
+    """Percent of equal predictions; a file that could be read in one of the two passes only counts in neither."""
+    of_teacher = dict(zip(teacher.ids.tolist(), teacher.predictions.tolist(), strict=True))
+    both = [(p, of_teacher[i]) for p, i in zip(predicted.tolist(), ids.tolist(), strict=True) if i in of_teacher]
+    return 100 * sum(p == t for p, t in both) / len(both) if both else None

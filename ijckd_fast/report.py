@@ -39,6 +39,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
 | deployed | {summary["params"]:,} parameters, {summary["macs"]:,} multiply-accumulates per image (backbone, connector, classifier) |
 | speed | {summary["images_per_s"]:,.0f} images/s (median over the log, loader included), {summary["seconds"]:,.0f} s in all |
 | skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
+| unreadable files | {summary["unreadable_files"]} (went bad after they were indexed) |
 
 | validation | step | top-1 % | top-5 % | agreement with the teacher % |
 |---|---|---|---|---|

@@ -12,7 +12,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,17 @@ from rich.console import Console
 
 from ijckd_fast import checkpoint, ops, report, run_folder
 from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
-from ijckd_fast.data import Augment, EvalPlan, Index, Loader, TrainPlan, build_index, make_loader
+from ijckd_fast.data import (
+    Augment,
+    EvalPlan,
+    Index,
+    Loader,
+    Plan,
+    TooManyUnreadable,
+    TrainPlan,
+    build_index,
+    make_loader,
+)
 from ijckd_fast.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
@@ -90,7 +100,12 @@ def train(
         total_steps = config.epochs * plan.steps_per_epoch
         if config.max_steps is not None:
             total_steps = min(total_steps, config.max_steps)
-        val_loader = closing.enter_context(build_val_loader(config, val_index, device))
+
+        def say_bad_file(what: str) -> Callable[[str, str], None]:
+            return lambda path, why: show.say(f"warning: {path} cannot be read any more ({why}): {what}")
+
+        val_loader = build_val_loader(config, val_index, device, on_bad=say_bad_file("it is left out"))
+        closing.enter_context(val_loader)
 
         # --- models
         distiller = build_distiller(config, train_index.num_classes, device)
@@ -189,19 +204,17 @@ def train(
             save(run_folder.LAST)  # what lies there is damaged, or later than the point to go on from
 
         # --- the loop; the host waits for the device only where it logs, evaluates or saves
-        batches = iter(
-            closing.enter_context(
-                make_loader(
-                    config.data_backend,
-                    plan,
-                    threads=config.workers,
-                    prefetch=config.prefetch,
-                    start=step,
-                    stop=total_steps,
-                    device=device,
-                )
+        loader = closing.enter_context(
+            _loader(
+                config,
+                plan,
+                device,
+                start=step,
+                stop=total_steps,
+                on_bad=say_bad_file("another image of its class stands in for it"),
             )
         )
+        batches = iter(loader)
         if config.head == "fused":
             ops.take_bad_rows(device)  # what this process did before is not this run's
         stop = closing.enter_context(stop_signal())
@@ -210,8 +223,15 @@ def train(
         watch = Stopwatch(device)
         saved_at = time.perf_counter()
         while step < total_steps:
-            with watch.waiting():
-                images, labels, _ids = next(batches)  # [B, 3, S, S], [B]
+            try:
+                with watch.waiting():
+                    images, labels, _ids = next(batches)  # [B, 3, S, S], [B]
+            except TooManyUnreadable as error:
+                save(run_folder.LAST)
+                raise UserError(
+                    f"{error}. Stopped at step {step}, everything is saved: mend the data and continue with ijckd-fast train "
+                    f"--resume {folder}, or allow more with --unreadable-limit"
+                ) from error
             lr = learning_rate(
                 step,
                 steps_per_epoch=plan.steps_per_epoch,
@@ -260,6 +280,7 @@ def train(
                     "lr": lr,
                     **watch.take(),
                     "skipped_steps": skipped,
+                    "unreadable_files": len(loader.bad_files),
                 }
                 log.write("train", step, row)
                 show.row(step, row)
@@ -286,7 +307,7 @@ def train(
                         val_loader,
                         device=device,
                         amp_dtype=amp_dtype,
-                        teacher=None if teacher_val is None else teacher_val.predictions,
+                        teacher=teacher_val,
                     )
                     distiller.train()
                 evaluated = {"step": step, "epoch": epoch, **evaluation.row()}
@@ -323,6 +344,7 @@ def train(
             "macs": macs,
             "images_per_s": statistics.median(row["images_per_s"] for row in rows if row["kind"] == "train"),
             "skipped_steps": skipped,
+            "unreadable_files": len(loader.bad_files) + len(val_loader.bad_files),
             "seconds": seconds + time.perf_counter() - started,
         }
         report.write_report(folder, summary, rows)
@@ -421,10 +443,14 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
 
-def build_val_loader(config: TrainConfig, index: Index, device: torch.device) -> Loader:
+def build_val_loader(config: TrainConfig, index: Index, device: torch.device, **more: Any) -> Loader:
     """Every image of `index` once, in its order; may be iterated again and again."""
-    plan = EvalPlan(index, augment_of(config), config.batch_size)
-    return make_loader(config.data_backend, plan, threads=config.workers, prefetch=config.prefetch, device=device)
+    return _loader(config, EvalPlan(index, augment_of(config), config.batch_size), device, **more)
+
+
+def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) -> Loader:
+    settings = {"threads": config.workers, "prefetch": config.prefetch, "bad_limit": config.unreadable_limit}
+    return make_loader(config.data_backend, plan, device=device, **settings, **more)
 
 
 def build_distiller(config: TrainConfig, num_classes: int, device: torch.device) -> Distiller:
@@ -466,10 +492,10 @@ def teacher_on_val(
     path = folder / run_folder.TEACHER
     if path.exists():
         kept = np.load(path)
-        if kept["key"].item() == key:
-            predictions = torch.from_numpy(kept["predictions"])
+        if kept["key"].item() == key and "ids" in kept:
+            predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
             top1, top5, seconds = kept["top1_top5_seconds"].tolist()
-            return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions)
+            return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
     evaluation = evaluate(
         distiller.eval().teacher_logits,
         val_loader,
@@ -481,6 +507,7 @@ def teacher_on_val(
             file,
             key=key,
             predictions=evaluation.predictions.numpy(),
+            ids=evaluation.ids.numpy(),
             top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
         )
     return evaluation

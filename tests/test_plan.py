@@ -330,3 +330,18 @@ def test_impossible_shards_are_refused(batch_size, rank, world):
 def test_impossible_augmentation_is_refused(setting):
     with pytest.raises(UserError):
         Augment(**setting)
+
+
+def test_a_stand_in_is_seen_with_the_crop_of_the_image_whose_place_it_takes():
+    """One that is in the batch anyway is not seen twice with one crop."""
+    index = make_index(12)
+    before, after = (TrainPlan(index, Augment(), 12, seed=3) for _ in range(2))
+    bad = int(before.batch(0).ids[5])
+    after.stand_ins.add(bad, "gone")
+    a, b = before.batch(0), after.batch(0)
+    assert b.ids[5] != bad
+    assert b.labels.tolist() == a.labels.tolist()
+    assert np.delete(b.ids, 5).tolist() == np.delete(a.ids, 5).tolist()
+    for field in ("anchor", "shape", "flip", "size"):
+        assert np.array_equal(getattr(a, field), getattr(b, field))
+    assert b.kept.all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from tiny_run import config, differing, distilled, options, settings, write_teac
 
 from ijckd_fast import checkpoint, cli, models, optimize, run_folder
 from ijckd_fast.config import FREE_ON_RESUME
+from ijckd_fast.data import build_index
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import Stopped
 from ijckd_fast.train import train as loud_train
@@ -175,6 +178,61 @@ def test_disk_full_at_a_checkpoint_then_resumed(data, tmp_path, monkeypatch):
     assert checkpoint.load(folder / "last.pt")["step"] == 6
     train(config(data, folder, checkpoint_steps=3), resume=True)
     _assert_same_end(folder, tmp_path / "undisturbed")
+
+
+def _rot(path: Path) -> bytes:
+    """Damage that a look at length and time does not show; returns what was there."""
+    good, status = path.read_bytes(), path.stat()
+    path.write_bytes(bytes(len(good)))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return good
+
+
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_files_that_rot_after_indexing_do_not_stop_a_run(tmp_path, backend, teacher):
+    data = write_tree(tmp_path / "data")
+    for split in ("train", "val"):
+        build_index(data, split)
+    _rot(data / "train" / "bee" / "003.jpg")
+    _rot(data / "val" / "cat" / "002.jpg")
+    said = io.StringIO()
+    settings = {"epochs": 2, "data_backend": backend, "eval_every": 1, **distilled(teacher)}
+    summary = train(config(data, tmp_path / "run", **settings), console=Console(file=said, width=1000))
+    assert summary["complete"]
+    assert summary["unreadable_files"] == 2
+    assert summary["last"]["images"] == 17
+    assert summary["last"]["agreement_percent"] is not None
+    for path, what in (
+        ("train/bee/003.jpg", "another image of its class stands in"),
+        ("val/cat/002.jpg", "it is left out"),
+    ):
+        (line,) = [line for line in said.getvalue().splitlines() if path in line]
+        assert "cannot be read any more" in line
+        assert what in line
+    assert [row["unreadable_files"] for row in _figures(tmp_path / "run") if "loss" in row][-1] == 1
+    assert "| unreadable files | 2" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_too_many_unreadable_files_stop_the_run_where_it_can_go_on(data, tmp_path):
+    undisturbed = train(config(data, tmp_path / "undisturbed", epochs=2))
+    own = write_tree(tmp_path / "data")
+    for split in ("train", "val"):
+        build_index(own, split)
+    bad = own / "train" / "bee" / "003.jpg"
+    good = _rot(bad)
+    with pytest.raises(UserError) as caught:
+        train(config(own, tmp_path / "run", epochs=2, unreadable_limit=0))
+    assert "1 file of" in str(caught.value)
+    assert str(bad) in str(caught.value)
+    assert f"everything is saved: mend the data and continue with ijckd-fast train --resume {tmp_path / 'run'}" in str(
+        caught.value
+    )
+    status = bad.stat()
+    bad.write_bytes(good)
+    os.utime(bad, ns=(status.st_atime_ns, status.st_mtime_ns))
+    resumed = train(config(own, tmp_path / "run", epochs=2), resume=True)
+    assert resumed["last"]["top1_percent"] == undisturbed["last"]["top1_percent"]
+    _assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_resume_refuses_what_would_change_the_result(data, teacher, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from ijckd_fast.config import load_preset, make_config, preset_names
 from ijckd_fast.data import Batch
 from ijckd_fast.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import evaluate
+from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.models import create_model
 from ijckd_fast.objectives import PRESETS, get_objective
 from ijckd_fast.optimize import Ema, FiniteGuard, learning_rate, sgd
@@ -173,13 +173,19 @@ def test_evaluate_counts_every_image_once():
     teacher = torch.randint(0, 7, (23,))
     ids = torch.arange(23)
     loader = [Batch(logits[part], labels[part], ids[part]) for part in ids.split(5)]
-    result = evaluate(lambda images: images, loader, device=torch.device("cpu"), teacher=teacher)
+    of_teacher = Evaluation(0.0, 0.0, None, 23, 1.0, teacher.flip(0), ids.flip(0))  # seen in another order
+    result = evaluate(lambda images: images, loader, device=torch.device("cpu"), teacher=of_teacher)
     order = logits.argsort(1, descending=True)
     assert result.images == 23
     assert result.top1 == pytest.approx(100 * (order[:, 0] == labels).float().mean().item())
     assert result.top5 == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).float().mean().item())
     assert result.agreement == pytest.approx(100 * (order[:, 0] == teacher).float().mean().item())
     assert torch.equal(result.predictions, order[:, 0])
+    assert torch.equal(result.ids, ids)
+    # a file that only one of the two could read
+    some = result._replace(predictions=teacher[3:], ids=ids[3:])
+    result = evaluate(lambda images: images, loader[:4], device=torch.device("cpu"), teacher=some)
+    assert result.agreement == pytest.approx(100 * (order[3:20, 0] == teacher[3:20]).float().mean().item())
     with pytest.raises(UserError, match="no image to evaluate on"):
         evaluate(lambda images: images, [], device=torch.device("cpu"))
 
@@ -199,7 +205,7 @@ def test_learns_and_leaves_a_complete_folder(data, tmp_path):
     assert summary["best"]["top1_percent"] == max(row["top1_percent"] for row in evaluations) > 60
     assert summary["params"] == 5_395
     train_row = {"kind", "step", "epoch", "loss", "ce", "grad_norm", "top1_train_percent", "lr", "images_per_s"}
-    assert train_row | {"loader_wait_percent", "skipped_steps"} == set(rows[0])
+    assert train_row | {"loader_wait_percent", "skipped_steps", "unreadable_files"} == set(rows[0])
     assert json.loads((tmp_path / "summary.json").read_text())["last"] == summary["last"]
     environment = json.loads((tmp_path / "env.json").read_text())
     assert environment["torch"] == torch.__version__

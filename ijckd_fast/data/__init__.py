@@ -6,7 +6,7 @@ from typing import Any
 
 from ijckd_fast.data.digits import write_digits
 from ijckd_fast.data.index import IMAGE_EXTENSIONS, Index, build_index
-from ijckd_fast.data.loader import Batch, Loader
+from ijckd_fast.data.loader import Batch, Loader, TooManyUnreadable
 from ijckd_fast.data.pillow import PillowLoader
 from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Plan, TrainPlan
 from ijckd_fast.data.synthetic import SyntheticLoader
@@ -24,6 +24,7 @@ __all__ = [
     "PillowLoader",
     "Plan",
     "SyntheticLoader",
+    "TooManyUnreadable",
     "TrainPlan",
     "build_index",
     "make_loader",

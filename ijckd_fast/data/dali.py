@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,9 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from ijckd_fast.data.loader import Loader
+from ijckd_fast.data.loader import Loader, Unreadable
 from ijckd_fast.data.pillow import make_image
 from ijckd_fast.data.plan import BatchPlan, TrainPlan
-from ijckd_fast.errors import UserError
 
 _FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
 
@@ -43,8 +43,8 @@ class DaliLoader(Loader):
 
     _pipeline: Pipeline | None = None
 
-    def _open(self) -> None:
-        self._planned = self.start
+    def _open(self, step: int | None = None) -> None:
+        self._planned = self.start if step is None else step
         self._in_flight: deque[BatchPlan] = deque()
         self._pipeline = self._build(self._next_batch, self.plan.batch_size, self.prefetch)
 
@@ -109,34 +109,51 @@ class DaliLoader(Loader):
         return pipeline
 
     def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
-        assert self._pipeline is not None
-        try:
-            (images,) = self._pipeline.run()
-        except RuntimeError:
-            self._pipeline = None
-            self._blame_a_file()
-            raise  # every file alone is fine: not the data's fault, so DALI's own text stands
-        # No copy: the tensor holds DALI's buffer, which DALI reuses only when the tensor is gone.
-        return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), self._in_flight.popleft()
+        while True:
+            assert self._pipeline is not None
+            try:
+                (images,) = self._pipeline.run()
+            except RuntimeError:  # of which file, DALI often does not say; and the pipeline is no longer valid
+                self._pipeline = None
+                if not self._set_bad_files_aside():
+                    raise  # every file alone is fine: not the data's fault, so DALI's own text stands
+                self._open(step)
+            else:
+                # No copy: the tensor holds DALI's buffer, which DALI reuses only when the tensor is gone.
+                return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), self._in_flight.popleft()
 
-    def _blame_a_file(self) -> None:
-        """Raises UserError for the first file in flight that fails alone: DALI's message often names no file.
-
-        Pillow is asked first, because it says what is wrong.
-        """
-        suspects = [(plan, i) for plan in self._in_flight for i in range(len(plan.ids))]
-        for plan, i in suspects:
-            make_image(plan, i, self.plan.augment.image_size)
-        alone = self._build(lambda k: _inputs(*suspects[k]), batch_size=1, prefetch=1)
-        for plan, i in suspects:
+    def _set_bad_files_aside(self) -> bool:
+        """Whether any file of the batches in flight fails alone. Pillow is asked first, because it says what is wrong."""
+        bad = False
+        rows = [(plan, i) for plan in self._in_flight for i in range(len(plan.ids))]
+        sound = []
+        with ThreadPoolExecutor(self.threads) as pool:
+            errors = pool.map(lambda row: self._error(*row), rows)
+            for row, error in zip(rows, errors, strict=True):
+                if error is None:
+                    sound.append(row)
+                else:
+                    self._set_aside(*row, error)
+                    bad = True
+        if bad:
+            return True
+        alone = self._build(lambda k: _inputs(*sound[k]), batch_size=1, prefetch=1)
+        for row in sound:
             try:
                 alone.run()
             except RuntimeError as error:
                 why = str(error).split("\n\n")[0]
-                raise UserError(
-                    f"an image that DALI can decode was wanted at {plan.paths[i]}, found one that only Pillow can "
-                    f"({why}); save it as an ordinary JPEG or choose --data-backend pillow"
-                ) from error
+                self._set_aside(*row, f"an image that only Pillow can decode, not DALI ({why})")
+                return True
+        return False
+
+    def _error(self, plan: BatchPlan, i: int) -> str | None:
+        """Why Pillow cannot make this image, or None."""
+        try:
+            make_image(plan, i, self.plan.augment.image_size)
+        except Unreadable as error:
+            return error.why
+        return None
 
     def _release(self) -> None:
         self._pipeline = None  # the last reference: DALI stops its threads and frees its buffers

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +29,35 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
+class Unreadable(UserError):
+    """A file that was good when it was indexed and is not now: `path`, and why."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(
+            f"an image as it was indexed was wanted at {path}, found: {why}; restore the file or build the index again"
+        )
+        self.path, self.why = path, why
+
+
+class TooManyUnreadable(UserError):
+    """More files than the loader's limit could not be read."""
+
+
+# Errors of the machine, which say nothing about the file.
+_NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+def blames_file(error: BaseException) -> bool:
+    """Whether an error in reading a file is the file's."""
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in _NOT_THE_FILE
+
+
+def _warn(path: str, why: str) -> None:
+    warnings.warn(
+        f"{path} cannot be read any more ({why}): in training another image of its class stands in for it", stacklevel=2
+    )
+
+
 class Loader:
     """Iterates over the batches of a plan. Every `iter()` begins again at `start`; only one iteration runs at a time.
 
@@ -35,8 +68,11 @@ class Loader:
     stop      one after the last step; None = the plan's end (a TrainPlan has none)
     device    where batches are delivered
     dtype     of the images
-    raises    UserError for a nonsensical number; while iterating, for a file that cannot be read or is not what was
-              indexed, naming it. The iteration then is over; nothing is skipped silently.
+    bad_limit files that may turn out unreadable before the loader gives up; None = a thousandth of the index, at least 8
+    on_bad    called with path and reason of each of them, once; default: a warning
+    raises    UserError for a nonsensical number; TooManyUnreadable while iterating
+    A file that cannot be read any more, or is not what was indexed, does not end the iteration. In training an image with the
+    same label stands in for it, always the same one (plan.py:StandIns); evaluation leaves it out, and no other in its place.
     Neither threads nor prefetch, start or stop change the bits of a step's batch. A batch stays valid while it is
     referenced, also after close(). Use as a context manager, or close().
     """
@@ -51,6 +87,8 @@ class Loader:
         stop: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        bad_limit: int | None = None,
+        on_bad: Callable[[str, str], None] = _warn,
     ) -> None:
         for name, value, least in (("threads", threads, 1), ("prefetch", prefetch, 1), ("start", start, 0)):
             if value < least:
@@ -63,6 +101,8 @@ class Loader:
         self.stop: int | None = min(ends) if ends else None
         self.device = torch.device(device)
         self.dtype = dtype
+        self.bad_limit = max(8, len(plan.index) // 1000) if bad_limit is None else bad_limit
+        self.on_bad = on_bad
         self._step: int | None = None  # of the next batch; None = not iterating
 
     def __len__(self) -> int:
@@ -75,25 +115,51 @@ class Loader:
         self.close()
         return self
 
+    @property
+    def bad_files(self) -> list[tuple[str, str]]:
+        """(path, reason) of every file of this plan that turned out unreadable."""
+        return [(self.plan.index.absolute(i), why) for i, why in self.plan.stand_ins.reasons.items()]
+
     def __next__(self) -> Batch:
-        step = self.start if self._step is None else self._step
-        if self._exhausted(step):
-            self._release()
-            self._step = step  # asked again, the answer is the same
-            raise StopIteration
-        try:
-            if self._step is None:
-                self._open()
-            images, plan = self._fetch(step)
-        except BaseException:
-            self.close()
-            raise
-        self._step = step + 1
-        return Batch(
-            images.to(self.device, self.dtype, non_blocking=True),
-            torch.from_numpy(plan.labels).to(self.device, non_blocking=True),
-            torch.from_numpy(plan.ids).to(self.device, non_blocking=True),
-        )
+        while True:
+            step = self.start if self._step is None else self._step
+            if self._exhausted(step):
+                self._release()
+                self._step = step  # asked again, the answer is the same
+                raise StopIteration
+            try:
+                if self._step is None:
+                    self._open()
+                images, plan = self._fetch(step)
+            except BaseException:
+                self.close()
+                raise
+            self._step = step + 1
+            labels, ids = torch.from_numpy(plan.labels), torch.from_numpy(plan.ids)
+            if not plan.kept.all():
+                kept = torch.from_numpy(np.flatnonzero(plan.kept))
+                images, labels, ids = images[kept.to(images.device)], labels[kept], ids[kept]
+            if len(ids) > 0:
+                return Batch(
+                    images.to(self.device, self.dtype, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                    ids.to(self.device, non_blocking=True),
+                )
+
+    def _set_aside(self, plan: BatchPlan, i: int, why: str) -> None:
+        """Image i of a batch cannot be read: from here on another one stands in for it."""
+        reasons = self.plan.stand_ins.reasons
+        if int(plan.ids[i]) in reasons:
+            return
+        self.plan.stand_ins.add(int(plan.ids[i]), why)
+        self.on_bad(plan.paths[i], why)
+        if len(reasons) > self.bad_limit:
+            files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
+            raise TooManyUnreadable(
+                f"{files} of {self.plan.index.root}/{self.plan.index.split} cannot be read any more, more than the "
+                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}). Is the disk whole and mounted? Build the index "
+                "again to leave them out for good"
+            )
 
     def close(self) -> None:
         """Ends the iteration, its threads and its memory. The next iteration begins at `start` again."""

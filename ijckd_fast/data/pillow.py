@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ijckd_fast.data.loader import Loader
+from ijckd_fast.data.loader import Loader, Unreadable, blames_file
 from ijckd_fast.data.plan import BatchPlan
-from ijckd_fast.errors import UserError
 
 
 def decode(path: str) -> Image.Image:
     """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
 
-    raises UserError naming the path when it cannot be read or decoded
+    raises Unreadable when it cannot be read or decoded
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
@@ -26,22 +25,17 @@ def decode(path: str) -> Image.Image:
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
-        raise UserError(unreadable(path, f"{type(error).__name__}: {error}")) from error
-
-
-def unreadable(path: str, why: str) -> str:
-    """The sentence for a file that was good when it was indexed and is not now."""
-    return f"an image as it was indexed was wanted at {path}, found: {why}; restore the file or build the index again"
+        if not blames_file(error):
+            raise
+        raise Unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
 def make_image(plan: BatchPlan, i: int, image_size: int) -> np.ndarray:
-    """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises UserError naming the file."""
+    """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
     image = decode(plan.paths[i])
     if (image.height, image.width) != tuple(plan.size[i]):
         was = f"{plan.size[i][1]}x{plan.size[i][0]}"
-        raise UserError(
-            unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
-        )
+        raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
     (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
     if plan.resize is None:  # crop first, so that no pixel outside it enters the resize (resize(box=...) would let it)
         image = image.crop((x, y, x + w, y + h)).resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -72,8 +66,24 @@ class PillowLoader(Loader):
             self._ahead.append((plan, [self._pool.submit(self._normalised, plan, i) for i in range(len(plan.ids))]))
             self._planned += 1
         plan, futures = self._ahead.popleft()
+        while not self._all_read(plan, futures):
+            anew = self.plan.batch(step)
+            for i in np.flatnonzero(anew.ids != plan.ids).tolist():
+                futures[i] = self._pool.submit(self._normalised, anew, i)
+            plan = anew
         images = np.stack([future.result() for future in futures])  # [B, S, S, 3] float32
         return torch.from_numpy(images).permute(0, 3, 1, 2), plan
+
+    def _all_read(self, plan: BatchPlan, futures: list[Future[np.ndarray]]) -> bool:
+        """Waits for the whole batch; what cannot be read is set aside."""
+        bad = False
+        for i, future in enumerate(futures):
+            try:
+                future.result()
+            except Unreadable as error:
+                self._set_aside(plan, i, error.why)
+                bad = True
+        return not bad
 
     def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
         pixels = make_image(plan, i, self.plan.augment.image_size)

@@ -59,7 +59,8 @@ class Augment:
 class BatchPlan:
     """One process's share of one batch. B = its number of images; y before x, height before width.
 
-    ids     [B] int64, positions in the index
+    ids     [B] int64, positions in the index: of the stand-in where there is one
+    kept    [B] bool, False where evaluation leaves the row out because its own image cannot be read
     paths   [B] absolute paths
     labels  [B] int64
     size    [B, 2] int32, (h, w) the stored image must have, as it was indexed
@@ -72,6 +73,7 @@ class BatchPlan:
     """
 
     ids: np.ndarray
+    kept: np.ndarray
     paths: list[str]
     labels: np.ndarray
     size: np.ndarray
@@ -79,6 +81,44 @@ class BatchPlan:
     shape: np.ndarray
     flip: np.ndarray
     resize: np.ndarray | None
+
+
+class StandIns:
+    """Images of an index that turned out unreadable while they were used, and those that stand in for them.
+
+    An image's stand-in is the next readable one with its label, in index order and around. Which that is depends on which images
+    are unreadable alone, not on when each was found to be.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._chosen: dict[int, int] = {}
+        self.reasons: dict[int, str] = {}  # by id, in order of discovery
+
+    def add(self, i: int, why: str) -> None:
+        """Image i cannot be read. Raises UserError where no image with its label is left."""
+        self.reasons.setdefault(i, why)
+        for bad in self.reasons:
+            if self._chosen.get(bad, i) == i:  # had none yet, or this one
+                self._chosen[bad] = self._next(bad)
+
+    def _next(self, i: int) -> int:
+        same = np.flatnonzero(self._index.labels == self._index.labels[i])
+        at = int(np.searchsorted(same, i))
+        for candidate in (*same[at:].tolist(), *same[:at].tolist()):
+            if candidate not in self.reasons:
+                return candidate
+        name = self._index.classes[self._index.labels[i]]
+        raise UserError(
+            f"no image of class {name!r} in {self._index.root}/{self._index.split} can be read any more, the last one was "
+            f"{self._index.absolute(i)} ({self.reasons[i]}); is the disk still there?"
+        )
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """ids [B], with each unreadable image's replaced by its stand-in's."""
+        if not self._chosen:
+            return ids
+        return np.array([self._chosen.get(i, i) for i in ids.tolist()], np.int64)
 
 
 class TrainPlan:
@@ -98,6 +138,7 @@ class TrainPlan:
     ) -> None:
         _check_shard(batch_size, rank, world)
         self.index, self.augment, self.batch_size, self.seed = index, augment, batch_size, seed
+        self.stand_ins = StandIns(index)
         self.rank, self.world = rank, world
         self.steps_per_epoch = len(index) // (batch_size * world)
         if self.steps_per_epoch == 0:
@@ -114,14 +155,18 @@ class TrainPlan:
         if epoch != self._epoch:  # a sort of all ids: once per epoch, not per batch
             self._epoch, self._order = epoch, permutation(self.seed ^ _ORDER_SALT, epoch, len(self.index))
         first = (k * self.world + self.rank) * self.batch_size
-        ids = self._order[first : first + self.batch_size]
+        planned = self._order[first : first + self.batch_size]
+        ids = self.stand_ins.of(planned)
         size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
-        anchor, shape, flip = random_resized_crop(self.seed, epoch, ids, size, self.augment)
-        return _batch(self.index, ids, size, anchor, shape, flip, None)
+        # drawn for the planned image: a stand-in that is in the batch anyway is seen with two crops
+        anchor, shape, flip = random_resized_crop(self.seed, epoch, planned, size, self.augment)
+        return _batch(self.index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None)
 
 
 class EvalPlan:
     """Every image exactly once over all ranks, in index order, none doubled, none left out.
+
+    An image that cannot be read any more has a stand-in in its row, so that batches keep their size, but the row is not kept.
 
     batch_size  images per process; the last batch may be smaller, none is empty
     Rank r takes images r, r + world, ...; ranks may differ by one batch (and have none when there are fewer images than
@@ -131,6 +176,7 @@ class EvalPlan:
     def __init__(self, index: Index, augment: Augment, batch_size: int, rank: int = 0, world: int = 1) -> None:
         _check_shard(batch_size, rank, world)
         self.index, self.augment, self.batch_size = index, augment, batch_size
+        self.stand_ins = StandIns(index)
         self.rank, self.world = rank, world
         self._ids = np.arange(rank, len(index), world)
         self.num_batches = -(-len(self._ids) // batch_size)
@@ -143,11 +189,12 @@ class EvalPlan:
         """Batch k in [0, num_batches)."""
         if not 0 <= k < self.num_batches:
             raise IndexError(f"batch {k} of {self.num_batches}")
-        ids = self._ids[k * self.batch_size : (k + 1) * self.batch_size]
+        planned = self._ids[k * self.batch_size : (k + 1) * self.batch_size]
+        ids = self.stand_ins.of(planned)
         size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
         resize, anchor = resize_and_center_crop(size, self.augment.eval_resize, self.augment.image_size)
         shape = np.full_like(size, self.augment.image_size)
-        return _batch(self.index, ids, size, anchor, shape, np.zeros(len(ids), np.int32), resize)
+        return _batch(self.index, ids, ids == planned, size, anchor, shape, np.zeros(len(ids), np.int32), resize)
 
 
 Plan = TrainPlan | EvalPlan
@@ -163,6 +210,7 @@ def _check_shard(batch_size: int, rank: int, world: int) -> None:
 def _batch(
     index: Index,
     ids: np.ndarray,
+    kept: np.ndarray,
     size: np.ndarray,
     anchor: np.ndarray,
     shape: np.ndarray,
@@ -170,7 +218,9 @@ def _batch(
     resize: np.ndarray | None,
 ) -> BatchPlan:
     paths = [index.absolute(i) for i in ids]
-    return BatchPlan(ids.copy(), paths, index.labels[ids], np.ascontiguousarray(size), anchor, shape, flip, resize)
+    return BatchPlan(
+        ids.copy(), kept, paths, index.labels[ids], np.ascontiguousarray(size), anchor, shape, flip, resize
+    )
 
 
 def random_resized_crop(

@@ -270,7 +270,7 @@ def grad_rows(
         best[0, 1], best_class[0, 1] = -np.inf, -1  # a tile of NaN
         top = best_class[best.argmax(0), np.arange(B)]
         labels = np.where(np.arange(B) % 3 < 2, top, labels)
-    elif edit == "saturated":
+    elif edit.startswith("saturated"):
         saturated[[0, B - 1]] = True
         anchor[saturated] -= 500
         anchor64[saturated] -= 500
@@ -290,7 +290,9 @@ def grad_rows(
     if edit == "saturated":  # and all below 0, where leftovers in memory, taken for logits, would be the largest
         biases -= 640
         biases[:9] = -np.inf  # masked classes, the first that every warp meets
-        biases64 = biases.astype(np.float64)
+    elif edit == "saturated, flat":  # no class has all of a row's probability; a masked one among others
+        biases[K // 2] = -np.inf
+    biases64 = biases.astype(np.float64)
     loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
     (anchor, in_all), (logit_b, b_in_all), (fm_rows, fm_in_all) = (
         _in_parts(data, x, row_parts) for x in (anchor, logit_b, fm_rows)
@@ -331,7 +333,7 @@ def grad_rows(
     ce = ce_rows.mean() if w["ce"] else 0
     sr = np.maximum(square64.sum(0), 0).mean() / K if sr_weight else 0
     fm = fm_rows64.mean() / Ct if fm_weight else 0
-    scale = 100 if edit == "saturated" else 4
+    scale = 100 if saturated.any() else 4
     close("parts", parts, np.array([ce, sr, fm, 0]), t, scale=scale)
     close(
         "loss",
@@ -359,7 +361,7 @@ def grad_rows(
     if fm_weight:
         want = want + 2 * fm_weight / (B * Ct) * (z64 - pooled64)
     size = np.nanmax(abs(want))
-    close("dz", dz / size, want / size, t, scale=100 if edit == "saturated" else 4)
+    close("dz", dz / size, want / size, t, scale=scale)
     return [loss, parts, dz]
 
 
@@ -611,7 +613,7 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 5, 90, 72, row_parts=3, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, ce=1, sr=1, fm=1, stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, grad=False, stage=stage, **smoothing)
-        for edit in ("hits", "saturated", "nan"):
+        for edit in ("hits", "saturated", "saturated, flat", "nan"):
             add(grad_rows, BF16, 5, 300, 72, edit=edit, stage=stage, **smoothing)
         add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last", stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False, stage=stage, **smoothing)

@@ -301,8 +301,8 @@ def grad_rows(
     anchor64[~np.isfinite(anchor64)] = np.nan
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
-        stage=stage, e=e, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes, first=first, last=last, grad=grad,
-        dz=dz, weight_sums_in=sums_in if smoothing and not first else None,
+        stage=stage, e=e if grad else None, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes,
+        first=first, last=last, grad=grad, dz=dz if grad else None, weight_sums_in=sums_in if smoothing and not first else None,
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
         best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
         gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor,

@@ -69,6 +69,15 @@ class TrainConfig:
     scale: tuple[float, float] = _setting((0.08, 1.0), "random crop: least and most share of the image area")
     ratio: tuple[float, float] = _setting((3 / 4, 4 / 3), "random crop: least and most width / height")
     hflip: float = _setting(0.5, "probability of a horizontal flip in training")
+    mixup: float = _setting(0.0, "alpha of the blending of images in pairs, 0.1 to 1; 0: off. Both nets see the blend")
+    cutmix: float = _setting(
+        0.0,
+        "alpha of the cutting of a box from one image into another, 0.1 to 1; 0: off. With mixup: either, at even odds",
+    )
+    repeats: int = _setting(1, "views of each image in an epoch (repeated augmentation), of so many times fewer images")
+    sizes: tuple[str, ...] = _setting(
+        (), "progressive resizing, PIXELS@EPOCH of each change, e.g. 128@0,192@30; default: image_size throughout"
+    )
     eval_resize: int | None = _setting(
         None, "evaluation: shorter side before the centre crop, pixels; default: image_size * 256 / 224"
     )

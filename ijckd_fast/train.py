@@ -225,7 +225,7 @@ def train(
         while step < total_steps:
             try:
                 with watch.waiting():
-                    images, labels, _ids = next(batches)  # [B, 3, S, S], [B]
+                    batch = next(batches)  # images [B, 3, S, S], labels [B], and those of mixing
             except TooManyUnreadable as error:
                 save(run_folder.LAST)
                 raise UserError(
@@ -248,7 +248,13 @@ def train(
             guard.before_forward()
             with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                 try:
-                    out = distiller.step(images, labels, progress=step / plan.steps_per_epoch)
+                    out = distiller.step(
+                        batch.images,
+                        batch.labels,
+                        labels_b=batch.labels_b,
+                        mix=batch.mix,
+                        progress=step / plan.steps_per_epoch,
+                    )
                 except (RuntimeError, ValueError) as error:
                     if config.batch_size > 1 or "per channel" not in str(error):
                         raise
@@ -265,7 +271,7 @@ def train(
                 ema.update(step)
 
             meter.add(ok, {"loss": out.loss.detach(), **out.parts, "grad_norm": grad_norm, "correct": out.correct})
-            watch.count(len(labels))
+            watch.count(len(batch.labels))
             show.step(step)
             epoch = step / plan.steps_per_epoch
 
@@ -431,7 +437,19 @@ def augment_of(config: TrainConfig) -> Augment:
         eval_resize=config.eval_resize,
         mean=config.mean,
         std=config.std,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        repeats=config.repeats,
+        sizes=_progressive(config.sizes),
     )
+
+
+def _progressive(sizes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """('128@0', '192@30') -> ((0, 128), (30, 192))"""
+    pairs = [text.split("@") for text in sizes]
+    if not all(len(pair) == 2 and pair[0].isdecimal() and pair[1].isdecimal() for pair in pairs):
+        raise UserError(f"--sizes must be PIXELS@EPOCH for every change, e.g. 128@0,192@30, got {','.join(sizes)}")
+    return tuple((int(epoch), int(side)) for side, epoch in pairs)
 
 
 def build_indexes(config: TrainConfig) -> tuple[Index, Index]:

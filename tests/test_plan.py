@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ijckd_fast.data import Augment, EvalPlan, Index, TrainPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.plan import random_resized_crop, resize_and_center_crop
+from ijckd_fast.data.plan import mixing, random_resized_crop, resize_and_center_crop
 from ijckd_fast.errors import UserError
 
 
@@ -345,3 +345,146 @@ def test_a_stand_in_is_seen_with_the_crop_of_the_image_whose_place_it_takes():
     for field in ("anchor", "shape", "flip", "size"):
         assert np.array_equal(getattr(a, field), getattr(b, field))
     assert b.kept.all()
+
+
+# --- mixing, views, sizes ---------------------------------------------------------------------------------------------
+
+
+def same_distribution(a, b) -> bool:
+    """The two-sample Kolmogorov-Smirnov test at 1e-6: a chance in a million that equal distributions fail."""
+    at = np.sort(np.concatenate([a, b]))
+    distance = abs(
+        np.searchsorted(np.sort(a), at, "right") / len(a) - np.searchsorted(np.sort(b), at, "right") / len(b)
+    ).max()
+    return distance < math.sqrt(-math.log(1e-6 / 2) / 2 * (1 / len(a) + 1 / len(b)))
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (1600, 90)])
+def test_random_resized_crop_has_torchvision_s_distribution(size):
+    """100,000 draws of each; the last shape takes the central fallback at times."""
+    n, (width, height) = 100_000, size
+    augment = Augment()
+    stored = np.tile(np.array([[height, width]], np.int32), (n, 1))
+    anchor, shape, _ = random_resized_crop(11, 3, np.arange(n), stored, augment)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    crop = torchvision.transforms.RandomResizedCrop
+    theirs = np.array(
+        [crop.get_params(image, list(augment.scale), list(augment.ratio)) for _ in range(n)]
+    )  # i, j, h, w
+    ours = np.concatenate([anchor, shape], 1)
+    features = {
+        "y": (ours[:, 0], theirs[:, 0]),
+        "x": (ours[:, 1], theirs[:, 1]),
+        "height": (ours[:, 2], theirs[:, 2]),
+        "width": (ours[:, 3], theirs[:, 3]),
+        "area": tuple(c[:, 2] * c[:, 3] for c in (ours, theirs)),
+        "ratio": tuple(c[:, 3] / c[:, 2] for c in (ours, theirs)),
+        "bottom": tuple(c[:, 0] + c[:, 2] for c in (ours, theirs)),
+        "right": tuple(c[:, 1] + c[:, 3] for c in (ours, theirs)),
+    }
+    different = [name for name, (a, b) in features.items() if not same_distribution(a, b)]
+    assert different == []
+    assert not same_distribution(ours[:, 2], theirs[:, 2] + 8)  # the test can fail
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0])
+def test_mixup_blends_by_the_beta_distribution(alpha):
+    plan = mixing(3, 7, np.arange(100_000), 224, Augment(mixup=alpha))
+    assert np.array_equal(plan.partner, np.arange(100_000) ^ 1)
+    assert np.array_equal(plan.blend, plan.share)
+    assert not plan.box.any(1).any() or not (plan.box[:, 2:] - plan.box[:, :2]).any()
+    assert np.array_equal(plan.blend[::2], plan.blend[1::2])  # one draw for a pair
+    assert same_distribution(plan.blend[::2], np.random.default_rng(0).beta(alpha, alpha, 50_000).astype(np.float32))
+
+
+def test_cutmix_cuts_boxes_of_the_drawn_area():
+    plan = mixing(3, 7, np.arange(100_000), 224, Augment(cutmix=1.0))
+    assert (plan.blend == 1).all()
+    assert (plan.box >= 0).all()
+    assert (plan.box <= 224).all()
+    assert (plan.box[:, :2] <= plan.box[:, 2:]).all()
+    area = (plan.box[:, 2:] - plan.box[:, :2]).astype(np.int64).prod(1)
+    np.testing.assert_allclose(plan.share, 1 - area / 224**2, atol=1e-6)
+    inner = (plan.box[:, :2] > 0).all(1) & (plan.box[:, 2:] < 224).all(1)
+    sides = plan.box[inner, 2:] - plan.box[inner, :2]
+    assert (sides[:, 0] == sides[:, 1]).all()
+    # the authors' rand_bbox, on other random numbers
+    g = np.random.default_rng(0)
+    half = (224 * np.sqrt(1 - g.beta(1.0, 1.0, 50_000))).astype(int) // 2
+    edges = [(np.clip(c - half, 0, 224), np.clip(c + half, 0, 224)) for c in g.integers(224, size=(2, 50_000))]
+    theirs = 1 - (edges[0][1] - edges[0][0]) * (edges[1][1] - edges[1][0]) / 224**2
+    assert same_distribution(plan.share[::2], theirs.astype(np.float32))
+    assert same_distribution(plan.box[::2, 0], edges[0][0])
+    assert same_distribution(plan.box[::2, 3], edges[1][1])
+
+
+def test_with_both_a_pair_is_blended_or_cut():
+    plan = mixing(3, 7, np.arange(100_000), 32, Augment(mixup=0.2, cutmix=1.0))
+    cut = (plan.box[:, 2:] > plan.box[:, :2]).all(1)
+    assert (plan.blend[cut] == 1).all()
+    assert 0.45 < (plan.blend == 1).mean() < 0.58  # half, and the blends that are 1 as good as 1
+    assert np.array_equal(cut[::2], cut[1::2])
+
+
+def test_mixing_does_not_depend_on_the_number_of_processes():
+    augment = Augment(mixup=0.4, cutmix=1.0, repeats=2)
+    index = make_index(64)
+    whole = TrainPlan(index, augment, 16, seed=1)
+    halves = [TrainPlan(index, augment, 8, seed=1, rank=rank, world=2) for rank in range(2)]
+    for step in (0, 3, 5):
+        one, two = whole.batch(step), [plan.batch(step) for plan in halves]
+        assert np.array_equal(one.ids, np.concatenate([part.ids for part in two]))
+        for field in ("blend", "box", "share"):
+            parts = [getattr(part.mixing, field) for part in two]
+            assert np.array_equal(getattr(one.mixing, field), np.concatenate(parts))
+        partners = np.concatenate([two[0].mixing.partner, two[1].mixing.partner + 8])
+        assert np.array_equal(one.mixing.partner, partners)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_partners_come_in_pairs_of_different_images(n, repeats):
+    keys = np.arange(n) // repeats
+    plan = mixing(0, 0, keys, 16, Augment(mixup=1.0, repeats=repeats))
+    assert np.array_equal(plan.partner[plan.partner], np.arange(n))
+    alone = plan.partner == np.arange(n)
+    assert (plan.share[alone] == 1).all()
+    assert (keys[plan.partner[~alone]] != keys[~alone]).all()
+    assert alone.sum() <= 2 * repeats - 1
+
+
+def test_an_epoch_of_repeated_views():
+    index = make_index(60)
+    plan = TrainPlan(index, Augment(repeats=3), 12, seed=2)
+    assert plan.steps_per_epoch == 5
+    seen = [plan.batch(k) for k in range(5)]
+    ids = np.concatenate([batch.ids for batch in seen])
+    assert np.array_equal(ids[::3], ids[1::3])
+    assert np.array_equal(ids[::3], ids[2::3])
+    assert len(set(ids.tolist())) == 20
+    crops = np.concatenate([np.concatenate([batch.anchor, batch.shape], 1) for batch in seen])
+    assert (crops[::3] != crops[1::3]).any(1).mean() > 0.9
+    assert (crops[1::3] != crops[2::3]).any(1).mean() > 0.9
+    once = TrainPlan(index, Augment(), 12, seed=2).batch(0)
+    first = np.flatnonzero(np.isin(once.ids, ids[::3]))[0]
+    where = np.flatnonzero(ids[::3] == once.ids[first])[0]
+    assert np.array_equal(
+        crops[::3][where], np.concatenate([once.anchor[first], once.shape[first]])
+    )  # the first view is the usual one
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"mixup": 0.05}, "mixup must be an alpha from 0.1 to 1, or 0 for none, found 0.05"),
+        ({"cutmix": 2.0}, "cutmix must be an alpha from 0.1 to 1"),
+        ({"repeats": 0}, "repeats .* must be at least 1, found 0"),
+        ({"sizes": ((1, 128),)}, "epochs rising from 0"),
+        ({"sizes": ((0, 128), (5, 160), (5, 192))}, "epochs rising from 0"),
+        ({"sizes": ((0, 0),)}, "side in pixels"),
+    ],
+)
+def test_augmentations_that_make_no_sense_are_refused(setting, text):
+    with pytest.raises(UserError, match=text):
+        Augment(**setting)

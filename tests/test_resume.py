@@ -139,6 +139,35 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     monkeypatch.setattr(sgd, "step", stepping)
 
 
+def test_mixed_views_of_growing_images_go_on_where_they_stopped(data, teacher, tmp_path, monkeypatch):
+    """Every batch is the plan's: nothing of mixing, views and sizes is state of the run."""
+    options = {
+        **distilled(teacher), "epochs": 3, "mixup": 0.2, "cutmix": 1.0, "repeats": 2, "sizes": ("12@0", "16@1", "20@2"),
+    }  # fmt: skip
+    undisturbed = train(config(data, tmp_path / "undisturbed", **options))
+    plain = train(config(data, tmp_path / "plain", **{**options, "mixup": 0.0, "cutmix": 0.0}))
+    assert plain["last"] != undisturbed["last"]
+    settings = config(data, tmp_path / "stopped", **options)
+    _stop_at(monkeypatch, 7)
+    with pytest.raises(Stopped):
+        train(settings)
+    train(settings, resume=True)
+    _assert_same_end(tmp_path / "stopped", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"sizes": ("128",)}, "--sizes must be PIXELS@EPOCH for every change, e.g. 128@0,192@30, got 128"),
+        ({"sizes": ("128@1",)}, "epochs rising from 0"),
+        ({"mixup": 3.0}, "mixup must be an alpha from 0.1 to 1"),
+    ],
+)
+def test_augmentations_that_make_no_sense_are_refused(data, tmp_path, setting, text):
+    with pytest.raises(UserError, match=text):
+        train(config(data, tmp_path / "run", **setting))
+
+
 def test_dropout_continues_its_random_numbers(data, tmp_path, monkeypatch):
     features = models.Tapped.features
 

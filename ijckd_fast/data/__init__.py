@@ -8,7 +8,7 @@ from ijckd_fast.data.digits import write_digits
 from ijckd_fast.data.index import IMAGE_EXTENSIONS, Index, build_index
 from ijckd_fast.data.loader import Batch, Loader, TooManyUnreadable
 from ijckd_fast.data.pillow import PillowLoader
-from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Plan, TrainPlan
+from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TrainPlan
 from ijckd_fast.data.synthetic import SyntheticLoader
 from ijckd_fast.errors import UserError, did_you_mean
 
@@ -21,6 +21,7 @@ __all__ = [
     "EvalPlan",
     "Index",
     "Loader",
+    "Mixing",
     "PillowLoader",
     "Plan",
     "SyntheticLoader",

@@ -32,7 +32,8 @@ def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
     part = slice(None) if only is None else slice(only, only + 1)
     paths = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
     target = plan.shape if plan.resize is None else plan.resize
-    return paths, plan.size[part], plan.anchor[part], target[part], plan.flip[part]
+    result = np.full_like(target, plan.image_size)
+    return paths, plan.size[part], plan.anchor[part], target[part], result[part], plan.flip[part]
 
 
 class DaliLoader(Loader):
@@ -59,7 +60,6 @@ class DaliLoader(Loader):
 
     def _build(self, source: Callable[[int], tuple], batch_size: int, prefetch: int) -> Pipeline:
         augment = self.plan.augment
-        size = augment.image_size
         training = isinstance(self.plan, TrainPlan)
         pipeline = Pipeline(
             batch_size=batch_size,
@@ -69,13 +69,13 @@ class DaliLoader(Loader):
         )
         with pipeline:
             # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop in training, of the
-            # resized image in evaluation.
-            path, stored, anchor, target, flip = fn.external_source(
+            # resized image in evaluation. result: (h, w) of what comes out.
+            path, stored, anchor, target, result, flip = fn.external_source(
                 source=source,
-                num_outputs=5,
+                num_outputs=6,
                 batch=True,
-                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32],
-                ndim=[1, 1, 1, 1, 0],
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32, types.INT32],
+                ndim=[1, 1, 1, 1, 1, 0],
             )
             encoded = fn.io.file.read(path)
             # The decoder must not see a file whose header cannot be parsed: DALI 2.4.0 then crashes the process in a
@@ -91,10 +91,10 @@ class DaliLoader(Loader):
                 output_type=types.RGB,
                 adjust_orientation=False,
             )
-            resize_to = [size, size] if training else fn.cast(target, dtype=types.FLOAT)
+            resize_to = fn.cast(result if training else target, dtype=types.FLOAT)
             image = fn.resize(image, size=resize_to, interp_type=types.INTERP_LINEAR, antialias=True)
             if not training:
-                image = fn.slice(image, anchor, [size, size], axes=[0, 1])
+                image = fn.slice(image, anchor, result, axes=[0, 1])
             pipeline.set_outputs(
                 fn.crop_mirror_normalize(
                     image,
@@ -150,7 +150,7 @@ class DaliLoader(Loader):
     def _error(self, plan: BatchPlan, i: int) -> str | None:
         """Why Pillow cannot make this image, or None."""
         try:
-            make_image(plan, i, self.plan.augment.image_size)
+            make_image(plan, i)
         except Unreadable as error:
             return error.why
         return None

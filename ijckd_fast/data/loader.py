@@ -12,21 +12,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijckd_fast.data.plan import BatchPlan, Plan
+from ijckd_fast.data.plan import BatchPlan, Mixing, Plan
 from ijckd_fast.errors import UserError
 
 
 class Batch(NamedTuple):
     """Everything on the loader's device.
 
-    images  [B, 3, S, S] normalised RGB, the loader's dtype, channels_last
-    labels  [B] int64
-    ids     [B] int64, positions in the index
+    images    [B, 3, S, S] normalised RGB, the loader's dtype, channels_last
+    labels    [B] int64
+    ids       [B] int64, positions in the index
+    labels_b  [B] int64, of the image that was mixed in; None where the plan mixes nothing
+    mix       [B] float32 in [0, 1], share of `labels`; with labels_b
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
+    labels_b: Tensor | None = None
+    mix: Tensor | None = None
+
+
+def mixed(batch: Batch, mixing: Mixing) -> Batch:
+    """The batch with its images blended and cut into one another as the plan says, where the images lie."""
+    device = batch.images.device
+    partner, box = (torch.from_numpy(x).to(device, non_blocking=True) for x in (mixing.partner, mixing.box))
+    share = torch.from_numpy(mixing.share).to(device, non_blocking=True)
+    blend = torch.from_numpy(mixing.blend).to(device, batch.images.dtype, non_blocking=True)[:, None, None, None]
+    other = batch.images[partner]
+    pixel = torch.arange(batch.images.shape[2], device=device)
+    y0, x0, y1, x1 = box[:, :, None].unbind(1)  # [B, 1] each
+    inside = ((pixel >= y0) & (pixel < y1))[:, None, :, None] & ((pixel >= x0) & (pixel < x1))[:, None, None, :]
+    # lerp gives the image itself, to the bit, where blend is 1
+    images = torch.where(inside, other, torch.lerp(other, batch.images, blend))
+    images = images.contiguous(memory_format=torch.channels_last)
+    return batch._replace(images=images, labels_b=batch.labels[partner], mix=share)
 
 
 class Unreadable(UserError):
@@ -140,11 +160,12 @@ class Loader:
                 kept = torch.from_numpy(np.flatnonzero(plan.kept))
                 images, labels, ids = images[kept.to(images.device)], labels[kept], ids[kept]
             if len(ids) > 0:
-                return Batch(
+                batch = Batch(
                     images.to(self.device, self.dtype, non_blocking=True),
                     labels.to(self.device, non_blocking=True),
                     ids.to(self.device, non_blocking=True),
                 )
+                return batch if plan.mixing is None else mixed(batch, plan.mixing)
 
     def _set_aside(self, plan: BatchPlan, i: int, why: str) -> None:
         """Image i of a batch cannot be read: from here on another one stands in for it."""

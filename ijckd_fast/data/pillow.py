@@ -30,7 +30,7 @@ def decode(path: str) -> Image.Image:
         raise Unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
-def make_image(plan: BatchPlan, i: int, image_size: int) -> np.ndarray:
+def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
     image = decode(plan.paths[i])
     if (image.height, image.width) != tuple(plan.size[i]):
@@ -38,7 +38,7 @@ def make_image(plan: BatchPlan, i: int, image_size: int) -> np.ndarray:
         raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
     (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
     if plan.resize is None:  # crop first, so that no pixel outside it enters the resize (resize(box=...) would let it)
-        image = image.crop((x, y, x + w, y + h)).resize((image_size, image_size), Image.Resampling.BILINEAR)
+        image = image.crop((x, y, x + w, y + h)).resize((plan.image_size, plan.image_size), Image.Resampling.BILINEAR)
     else:
         nh, nw = plan.resize[i].tolist()
         image = image.resize((nw, nh), Image.Resampling.BILINEAR).crop((x, y, x + w, y + h))
@@ -86,7 +86,7 @@ class PillowLoader(Loader):
         return not bad
 
     def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
-        pixels = make_image(plan, i, self.plan.augment.image_size)
+        pixels = make_image(plan, i)
         return (pixels.astype(np.float32) - self._shift) * self._scale  # [S, S, 3] float32
 
     def _release(self) -> None:

@@ -14,6 +14,9 @@ from ijckd_fast.errors import UserError
 
 _TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
 _ORDER_SALT = 0x0DE2  # keeps the epoch's order unrelated to the crops of the same seed and epoch
+_MIX_SALT = 0x313D  # and the mixing unrelated to both
+_BETA_TRIES = 40  # of which one at least serves but for a chance of 2^-40
+_REPEAT_BIT = 48  # ids are below 2^48: the bits above tell the views of one image in one epoch apart
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,12 @@ class Augment:
     hflip        probability of a horizontal flip in training
     eval_resize  shorter side before the evaluation's centre crop, pixels; at least image_size
     mean, std    per RGB channel, in units of [0, 1]
+    mixup        alpha of the Beta distribution that two training images are blended by (Zhang et al. 2018), in [0.1, 1]; 0 = off
+    cutmix       alpha of the one that a box is cut from the one into the other by (Yun et al. 2019), likewise; with both, each
+                 pair of images takes one of the two at even odds
+    repeats      views of each image in an epoch, side by side in the batches (repeated augmentation, Hoffer et al. 2020); the
+                 epoch keeps its length and sees so many times fewer images
+    sizes        progressive resizing: (first epoch, side) pairs, epochs rising from 0, instead of image_size in training
     raises       UserError for values that make no sense
     """
 
@@ -36,8 +45,29 @@ class Augment:
     eval_resize: int = 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    repeats: int = 1
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def size_at(self, epoch: int) -> int:
+        """Side of the training images in an epoch, pixels."""
+        return next((size for first, size in reversed(self.sizes) if first <= epoch), self.image_size)
 
     def __post_init__(self) -> None:
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if alpha != 0 and not 0.1 <= alpha <= 1:
+                raise UserError(
+                    f"{name} must be an alpha from 0.1 to 1, or 0 for none, found {alpha}; 0.2 and 1 are usual"
+                )
+        if self.repeats < 1:
+            raise UserError(f"repeats (views of an image in an epoch) must be at least 1, found {self.repeats}")
+        epochs = [epoch for epoch, _ in self.sizes]
+        if self.sizes and (epochs[0] != 0 or epochs != sorted(set(epochs)) or min(size for _, size in self.sizes) < 1):
+            raise UserError(
+                f"sizes must be (first epoch, side in pixels) pairs with epochs rising from 0, found {self.sizes}; as settings e.g. "
+                "128@0,192@30"
+            )
         if self.image_size < 1:
             raise UserError(f"image_size must be at least 1 pixel, found {self.image_size}")
         if self.eval_resize < self.image_size:
@@ -56,6 +86,22 @@ class Augment:
 
 
 @dataclass(eq=False)
+class Mixing:
+    """How the images of a training batch are mixed in pairs, after augmentation. S = side of the images.
+
+    partner  [B] int64, row of the batch whose image is mixed in; the row itself for one without a partner
+    blend    [B] float32, weight of the row's own image in the blend, 1 - blend is the partner's
+    box      [B, 4] int32 (y0, x0, y1, x1) in [0, S], pixels [y0, y1) x [x0, x1) that are the partner's alone
+    share    [B] float32, weight of the row's own label: mix of ops.classifier_loss
+    """
+
+    partner: np.ndarray
+    blend: np.ndarray
+    box: np.ndarray
+    share: np.ndarray
+
+
+@dataclass(eq=False)
 class BatchPlan:
     """One process's share of one batch. B = its number of images; y before x, height before width.
 
@@ -69,6 +115,8 @@ class BatchPlan:
     flip    [B] int32, 1 = mirror left to right
     resize  training: None. The crop is cut from the stored image, then resized to image_size.
             evaluation: [B, 2] int32, (h, w). The whole image is resized to it, then the crop, of image_size, is cut.
+    image_size  side of the square result, pixels
+    mixing  None: images stay apart
     Resizing is antialiased bilinear throughout.
     """
 
@@ -81,6 +129,8 @@ class BatchPlan:
     shape: np.ndarray
     flip: np.ndarray
     resize: np.ndarray | None
+    image_size: int
+    mixing: Mixing | None = None
 
 
 class StandIns:
@@ -127,7 +177,8 @@ class TrainPlan:
     batch_size   images per process; the global batch has batch_size * world
     seed         of order and augmentation
     rank, world  this process and how many there are. The images of global batch k, and their augmentation, depend on
-                 batch_size * world only: rank r of world takes the r-th of its equal slices.
+                 batch_size * world only: rank r of world takes the r-th of its equal slices. Mixing pairs images of one
+                 slice, neighbours but for repeats, so that it is the same too where batch_size is a multiple of 2 * repeats.
     raises       UserError when the data holds less than one global batch
     """
 
@@ -155,12 +206,18 @@ class TrainPlan:
         if epoch != self._epoch:  # a sort of all ids: once per epoch, not per batch
             self._epoch, self._order = epoch, permutation(self.seed ^ _ORDER_SALT, epoch, len(self.index))
         first = (k * self.world + self.rank) * self.batch_size
-        planned = self._order[first : first + self.batch_size]
+        place, view = np.divmod(np.arange(first, first + self.batch_size), self.augment.repeats)
+        planned = self._order[place]
+        keys = planned + (view << _REPEAT_BIT)
         ids = self.stand_ins.of(planned)
         size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
         # drawn for the planned image: a stand-in that is in the batch anyway is seen with two crops
-        anchor, shape, flip = random_resized_crop(self.seed, epoch, planned, size, self.augment)
-        return _batch(self.index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None)
+        anchor, shape, flip = random_resized_crop(self.seed, epoch, keys, size, self.augment)
+        side = self.augment.size_at(epoch)
+        batch = _batch(self.index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None, side)
+        if self.augment.mixup or self.augment.cutmix:
+            batch.mixing = mixing(self.seed, epoch, keys, side, self.augment)
+        return batch
 
 
 class EvalPlan:
@@ -194,7 +251,8 @@ class EvalPlan:
         size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
         resize, anchor = resize_and_center_crop(size, self.augment.eval_resize, self.augment.image_size)
         shape = np.full_like(size, self.augment.image_size)
-        return _batch(self.index, ids, ids == planned, size, anchor, shape, np.zeros(len(ids), np.int32), resize)
+        flip = np.zeros(len(ids), np.int32)
+        return _batch(self.index, ids, ids == planned, size, anchor, shape, flip, resize, self.augment.image_size)
 
 
 Plan = TrainPlan | EvalPlan
@@ -216,11 +274,11 @@ def _batch(
     shape: np.ndarray,
     flip: np.ndarray,
     resize: np.ndarray | None,
+    image_size: int,
 ) -> BatchPlan:
     paths = [index.absolute(i) for i in ids]
-    return BatchPlan(
-        ids.copy(), kept, paths, index.labels[ids], np.ascontiguousarray(size), anchor, shape, flip, resize
-    )
+    size = np.ascontiguousarray(size)
+    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size)
 
 
 def random_resized_crop(
@@ -228,7 +286,7 @@ def random_resized_crop(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """torchvision.transforms.RandomResizedCrop.get_params, vectorised: ten tries, then the central fallback.
 
-    ids      [n] int64; size [n, 2] int (h, w) of the stored images
+    ids      [n] int64, or other keys below 2^63; size [n, 2] int (h, w) of the stored images
     returns  anchor [n, 2] int32 (y, x), shape [n, 2] int32 (h, w), flip [n] int32 in {0, 1}
     A pure function of (seed, epoch, id, size): neither batch nor position in it matter.
     """
@@ -254,6 +312,46 @@ def random_resized_crop(
     x = np.where(found, np.floor(draws[row, 4 * taken + 3] * (width - w + 1)), (width - w) // 2)
     flip = draws[:, 4 * _TRIES] < augment.hflip
     return np.stack([y, x], 1).astype(np.int32), np.stack([h, w], 1).astype(np.int32), flip.astype(np.int32)
+
+
+def mixing(seed: int, epoch: int, keys: np.ndarray, side: int, augment: Augment) -> Mixing:
+    """mixup's and cutmix's draws, one for both images of a pair.
+
+    keys     [B] int64, of the images as random_resized_crop takes them
+    side     of the images, pixels
+    A pure function of (seed, epoch, keys): image i goes with image i + repeats, or i - repeats, so that no view meets
+    another of its own image.
+    """
+    row, apart = np.arange(len(keys)), augment.repeats
+    lower = row % (2 * apart) < apart
+    partner = np.where(lower, row + apart, row - apart)
+    partner = np.where(partner < len(keys), partner, row)
+    leader = np.minimum(row, partner)  # whose draws serve the pair
+    draws = uniforms(seed ^ _MIX_SALT, epoch, keys[leader], 3 + 2 * _BETA_TRIES)
+    cut = draws[:, 0] < 0.5 if augment.mixup and augment.cutmix else np.full(len(keys), augment.cutmix > 0)
+    alpha = np.where(cut, augment.cutmix, augment.mixup)
+    share = np.where(partner == row, 1.0, _beta(alpha, draws[:, 3:]))
+
+    half = np.floor(side * np.sqrt(1 - share) / 2 * cut)  # [B], of a box around a point anywhere in the image
+    y, x = np.floor(draws[:, 1] * side), np.floor(draws[:, 2] * side)
+    box = np.stack([y - half, x - half, y + half, x + half], 1).clip(0, side).astype(np.int32)
+    area = (box[:, 2] - box[:, 0]).astype(np.float64) * (box[:, 3] - box[:, 1])
+    blend = np.where(cut, 1.0, share)
+    share = np.where(cut, 1 - area / side**2, share)  # what the border has cut off is not the partner's
+    return Mixing(partner, blend.astype(np.float32), box, share.astype(np.float32))
+
+
+def _beta(alpha: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Beta(alpha, alpha) by Johnk's method: the first pair u^(1/alpha), v^(1/alpha) whose sum is at most 1 gives u / (u + v).
+
+    alpha [B] in [0.1, 1] (0 where the result is not used), draws [B, 2 tries] in [0, 1); returns [B] in [0, 1]
+    """
+    power = 1 / np.maximum(alpha, 0.1)
+    x, y = (draws[:, i::2] ** power[:, None] for i in (0, 1))  # [B, tries]
+    serves = (x + y <= 1) & (x + y > 0)
+    taken = serves.argmax(1)
+    x, y = x[np.arange(len(x)), taken], y[np.arange(len(y)), taken]
+    return x / np.maximum(x + y, np.finfo(np.float64).tiny)
 
 
 def resize_and_center_crop(size: np.ndarray, shorter: int, crop: int) -> tuple[np.ndarray, np.ndarray]:

@@ -15,18 +15,19 @@ class SyntheticLoader(Loader):
     A consumer that writes into the images changes those of all batches.
     """
 
-    _noise: Tensor | None = None
+    _noise: dict[int, Tensor]
 
     def _open(self) -> None:
-        size = self.plan.augment.image_size
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(self.plan.batch_size, size, size, 3, generator=generator)
-        self._noise = noise.to(self.device, self.dtype).permute(0, 3, 1, 2)
+        self._noise = {}  # by side
 
     def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
-        assert self._noise is not None
         plan = self.plan.batch(step)
-        return self._noise[: len(plan.ids)], plan
+        size = plan.image_size
+        if size not in self._noise:
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(self.plan.batch_size, size, size, 3, generator=generator)
+            self._noise[size] = noise.to(self.device, self.dtype).permute(0, 3, 1, 2)
+        return self._noise[size][: len(plan.ids)], plan
 
     def _release(self) -> None:
-        self._noise = None
+        self._noise = {}

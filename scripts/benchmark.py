@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Times the fused ops against whatever else computes the same: `scripts/benchmark.py op --help`.
+"""Times the fused ops against whatever else computes the same, and the data loaders against torchvision's: `scripts/benchmark.py op
+--help`, `scripts/benchmark.py loader --help`.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's, else the workload
 is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits every contender alike.
@@ -33,7 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough: the package need not be installed
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
+
+import loader_benchmark  # noqa: E402
 
 from ijckd_fast import ops, reference  # noqa: E402
 
@@ -753,6 +756,7 @@ def parser() -> argparse.ArgumentParser:
         help="append the rows to this file, each workload's once it is done; without a name results/op.csv",
     )
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
+    loader_benchmark.add_parser(commands)
     return top
 
 
@@ -833,8 +837,11 @@ def run_op(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
+    args = parser().parse_args(argv)
     try:
-        return run_op(parser().parse_args(argv))
+        if args.what == "loader":
+            return loader_benchmark.run(args, environment(args.device))
+        return run_op(args)
     except Usage as usage:
         print(f"benchmark: {usage}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a change that no
 case notices is a hole in the tests, unless it changes nothing that can be seen.
 
-    python tests/emulator/mutate.py              all mutants, two at a time (about an hour)
+    python tests/emulator/mutate.py              all mutants, two at a time (about two hours)
     python tests/emulator/mutate.py --missing    those without a row: after a change to the kernels, or where an earlier run was ended
     python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases
     python tests/emulator/mutate.py --only STR   those of which file or code holds STR; goes with the others
@@ -32,7 +32,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from emulator import build, cases, schedules, tile_cases
 
 TABLE = build.HERE / "mutants.csv"
-KEY = ("file", "code", "column", "was", "became")
+KEY = ("file", "code", "nth", "column", "was", "became")
 COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
 LONG = 0.4  # seconds; a longer case runs in the first order only
 ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
@@ -110,6 +110,7 @@ class Mutant:
     file: str  # under csrc/
     line: int
     code: str  # the line, without indentation
+    nth: int  # among the file's lines that are equal to it, from 1
     column: int  # in `code`
     was: str
     became: str
@@ -117,7 +118,7 @@ class Mutant:
     @property
     def key(self) -> tuple[str, ...]:
         """Names the mutant also after lines above it have moved."""
-        return (self.file, self.code, str(self.column), self.was, self.became)
+        return (self.file, self.code, str(self.nth), str(self.column), self.was, self.became)
 
     @property
     def drops_order(self) -> bool:
@@ -137,6 +138,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
     lines = (build.CSRC / file).read_text().split("\n")
     declares = file.endswith(".h") and file != "row_math.h"  # structs, between a few functions
     in_code = not declares
+    equal: collections.Counter[str] = collections.Counter()
     for number, whole in enumerate(lines, 1):
         code = whole.split("//")[0].rstrip()
         begins = declares and whole.startswith("IJCKD_HD ")
@@ -145,9 +147,11 @@ def mutants_of(file: str) -> Iterator[Mutant]:
         if declares:
             in_code = not code.endswith("}") if begins else code != "}"
         indent = len(code) - len(code.lstrip())
+        equal[code.strip()] += 1
+        nth = equal[code.strip()]
 
-        def mutant(at: int, was: str, became: str, number=number, code=code, indent=indent) -> Mutant:
-            return Mutant(file, number, code.strip(), at - indent, was, became)
+        def mutant(at: int, was: str, became: str, number=number, code=code, indent=indent, nth=nth) -> Mutant:
+            return Mutant(file, number, code.strip(), nth, at - indent, was, became)
 
         for m in PATTERN.finditer(code):
             yield mutant(m.start(), m[0], SWAPS[m[0]])
@@ -176,7 +180,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
 
 
 def all_mutants() -> list[Mutant]:
-    return [m for file in FILES for m in mutants_of(file)]
+    return list(dict.fromkeys(m for file in FILES for m in mutants_of(file)))  # two rules may make the same change
 
 
 class Workshop:

@@ -31,7 +31,11 @@ using SmallHopperTile = HopperTile<64, 64, 4>;
 using LargeHopperTile = HopperTile<128, 128, 3>;
 
 // Small tiles fill the GPU where there are few of them; large ones read memory half as often.
+#ifdef IJCKD_SMALL_SIZES  // tests/emulator, as in tiled_loss.cpp
+constexpr int kEnoughTiles = 6;
+#else
 constexpr int kEnoughTiles = 128;
+#endif
 
 // Runs `body(Shape{})` for the shape that suits an output of [rows, columns] at that stage (stage.h).
 template <typename F>

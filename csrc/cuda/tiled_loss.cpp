@@ -11,7 +11,7 @@
 namespace ijckd {
 namespace {
 
-#ifdef IJCKD_SMALL_CHUNKS  // tests/emulator: several chunks at sizes that a CPU can emulate
+#ifdef IJCKD_SMALL_SIZES  // tests/emulator: several chunks at sizes that a CPU can emulate
 constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72, kTwoLaunches = 1 << 20;
 #else
 constexpr int64_t kWhole = 1 << 24;      // exponentials up to which all classes are one chunk: 32 MiB, most of a large GPU's L2

@@ -27,6 +27,8 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 # No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
 # that a forgotten initialisation shows.
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
+SMALL = "-DIJCKD_SMALL_SIZES"  # large tiles, and several chunks of classes, at sizes that a CPU can emulate
+KERNEL_FLAGS += [SMALL]
 KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # #pragma unroll
 KERNEL_FLAGS += ["-fno-threadsafe-statics"]  # whose guards -fsanitize=thread would watch
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
@@ -141,7 +143,7 @@ def build_ops(folder: pathlib.Path) -> None:
     torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
     includes = [f"-I{CSRC}", "-isystem", f"{torch}/include"]
     includes += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    gpu = ["-DIJCKD_CUDA", "-DIJCKD_SMALL_CHUNKS", "-include", str(HERE / "host_on_cpu.h")]
+    gpu = ["-DIJCKD_CUDA", SMALL, "-include", str(HERE / "host_on_cpu.h")]
     objects = [built("kernels") / f"{pathlib.Path(name).stem}.o" for name in (*UNITS, "emulator.cpp")]
     for source in [*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")]:
         objects.append(compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]))

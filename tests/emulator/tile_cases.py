@@ -607,11 +607,9 @@ def all_cases() -> dict[str, Case]:
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
-        add(project_tiles, BF16, 128 * 16 + 3, 72, 1032, True, stage=stage)  # large tiles
+        add(project_tiles, BF16, 128 * 2 + 3, 72, 264, True, stage=stage)  # large tiles
         for anchored in (False, True):
-            add(
-                linear_tiles, BF16, 128 * 8 + 2, 24, 128 * 15 + 8, pooled=True, anchored=anchored, stage=stage
-            )  # likewise
+            add(linear_tiles, BF16, 128 * 2 + 2, 24, 264, pooled=True, anchored=anchored, stage=stage)  # likewise
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             add(linear_tiles, BF16, B, Cs, Ct, anchored=True, pooled=True, stage=stage)
             add(linear_tiles, BF16, B, Cs, Ct, anchored=True, two_labels=False, bias=False, stage=stage)
@@ -626,7 +624,7 @@ def all_cases() -> dict[str, Case]:
             add(logits_exp, BF16, 5, 150, 72, edit=edit, stage=stage)
         add(logits_exp, BF16, 5, 70, 136, gram=True, stage=stage)  # its last stage is the first in memory
         add(logits_exp, BF16, 2, 21841, 8, stage=stage)
-        add(logits_exp, BF16, 130, 128 * 63 + 5, 72, gram=True, stage=stage)  # large tiles
+        add(logits_exp, BF16, 130, 128 * 2 + 5, 72, gram=True, stage=stage)  # large tiles
         smoothing = {"label_smoothing": 0} if stage == 2 else {}  # which stage 1 serves
         for B, K, Ct in ((1, 9, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
             add(grad_rows, BF16, B, K, Ct, stage=stage, **smoothing)
@@ -642,7 +640,7 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last", stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False, stage=stage, **smoothing)
         add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
-        add(grad_rows, BF16, 128 * 8 + 2, 72, 128 * 15 + 8, stage=stage, **smoothing)  # large tiles
+        add(grad_rows, BF16, 128 * 2 + 2, 72, 264, stage=stage, **smoothing)  # large tiles
     for odd in ("gradient", "weight"):
         add(times_classifier, BF16, 5, 90, 72, True, stage=2, odd=odd)
     for odd in ("z_t", "weight"):

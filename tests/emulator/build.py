@@ -4,6 +4,7 @@ code in a `_C.so` whose ops take CPU tensors. Built files lie in build/emulator 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 HERE = pathlib.Path(__file__).parent.resolve()
@@ -84,7 +87,11 @@ def compile_kernels(
     for header in source.parent.glob("*.cuh"):
         if header.name in REPLACED:
             continue
-        (folder / header.name).write_text(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
+        with tempfile.NamedTemporaryFile(
+            "w", dir=folder, delete=False
+        ) as whole:  # another unit may be reading the one there
+            whole.write(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
+        pathlib.Path(whole.name).replace(folder / header.name)
     translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
     cuda = cuda_include()
     includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{include}", "-isystem", cuda, "-isystem", f"{cuda}/cccl"]
@@ -95,6 +102,12 @@ def compile_kernels(
 def compile_host(source: pathlib.Path, compiled: pathlib.Path, includes: list[str]) -> pathlib.Path:
     run([compiler(), *HOST_FLAGS, *COMMON_FLAGS, *includes, "-c", source, "-o", compiled])
     return compiled
+
+
+def together(compile_one: Callable[[pathlib.Path], pathlib.Path], sources: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The objects, compiled two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
 
 
 def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, ...] = ()) -> pathlib.Path:
@@ -116,26 +129,32 @@ def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib
 
 
 def build_kernels(folder: pathlib.Path) -> None:
-    objects = [compile_kernels(CSRC / "cuda" / unit, folder) for unit in UNITS]
+    objects = together(lambda source: compile_kernels(source, folder), [CSRC / "cuda" / unit for unit in UNITS])
     link([*objects, build_runtime(folder), build_bindings(folder)], folder / "emulated_kernels.so")
 
 
 def build_broken(folder: pathlib.Path) -> None:
-    objects = [compile_kernels(HERE / unit, folder) for unit in ("broken.cu", "broken_tile.cu", "broken_hopper.cu")]
+    sources = [HERE / unit for unit in ("broken.cu", "broken_tile.cu", "broken_hopper.cu")]
+    objects = together(lambda source: compile_kernels(source, folder), sources)
     link([*objects, build_runtime(folder), build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
 
 
 def build_sanitized(folder: pathlib.Path) -> None:
     sources = [*(CSRC / "cuda" / unit for unit in UNITS), HERE / "broken_locals.cu"]
-    objects = [compile_kernels(source, folder, flags=SANITIZED) for source in sources]
+    objects = together(lambda source: compile_kernels(source, folder, flags=SANITIZED), sources)
     objects += [build_runtime(folder, *SANITIZED), built("kernels") / "kernels_bindings.o"]
     link(objects, folder / "emulated_kernels.so", tuple(SANITIZED))
 
 
 def sanitizer_environment() -> dict[str, str]:
-    """In which a process that was not built so can load build_sanitized's library."""
-    found = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    return {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    """In which a process that was not built so can load build_sanitized's library, and that can throw."""
+    found = [
+        subprocess.run(
+            [compiler(), f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 
 def build_ops(folder: pathlib.Path) -> None:
@@ -145,8 +164,10 @@ def build_ops(folder: pathlib.Path) -> None:
     includes += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     gpu = ["-DIJCKD_CUDA", SMALL, "-include", str(HERE / "host_on_cpu.h")]
     objects = [built("kernels") / f"{pathlib.Path(name).stem}.o" for name in (*UNITS, "emulator.cpp")]
-    for source in [*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")]:
-        objects.append(compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]))
+    objects += together(
+        lambda source: compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]),
+        [*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")],
+    )
     torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))
     link(objects, folder / "_C.so", torch_libraries)
 
@@ -164,19 +185,17 @@ def built(what: str) -> pathlib.Path:
         digest.update(source.read_bytes())
     parent = ROOT / "build" / "emulator"
     folder = parent / f"{what}-{digest.hexdigest()[:16]}"
-    if not folder.exists():
-        parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.glob(f"{what}-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=parent) as temporary:
-            unfinished = pathlib.Path(temporary) / what
-            unfinished.mkdir()
-            BUILDERS[what](unfinished)
-            try:
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / f"{what}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        if not folder.exists():
+            for old in parent.glob(f"{what}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=parent) as temporary:
+                unfinished = pathlib.Path(temporary) / what
+                unfinished.mkdir()
+                BUILDERS[what](unfinished)
                 unfinished.rename(folder)
-            except OSError:  # another process was faster
-                if not folder.exists():
-                    raise
     return folder
 
 

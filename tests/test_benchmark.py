@@ -278,3 +278,28 @@ def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
     ):
         done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
         assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+
+
+def test_loader_rows(capsys, tmp_path):
+    saved = tmp_path / "loader.csv"
+    quick = ["loader", "--images", "60", "--batch", "8", "--steps", "6", "--repeats", "1", "--threads", "1"]
+    assert benchmark.main([*quick, "--image-size", "32", "--save", str(saved)]) == 0
+    rows, _ = rows_of(capsys)
+    assert [row["contender"] for row in rows] == ["dali", "pillow"]
+    for row in rows:
+        assert (row["what"], row["baseline"], row["threads"], row["images"]) == ("loader", "torchvision", 1, 54)
+        assert row["ratio"] == pytest.approx(row["images_per_s"] / row["baseline_images_per_s"], rel=1e-3)
+        assert 0 < row["plan_percent"] < 100
+    with saved.open(newline="") as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == ["dali", "pillow"]
+    with pytest.raises(SystemExit):
+        benchmark.main([*quick, "--steps", "4"])
+    assert "must be above 4, got 4" in capsys.readouterr().err
+
+
+def test_photos_are_like_imagenet_s(tmp_path):
+    benchmark.loader_benchmark.write_photos(tmp_path, 20, classes=2)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 20
+    assert {path.parts[-3] for path in files} == {"train", "val"}
+    assert 80_000 < sum(path.stat().st_size for path in files) / 20 < 140_000

@@ -16,12 +16,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
-# What needs more packages than torch and numpy is imported where it is used: the other half of benchmark.py must run without.
+if TYPE_CHECKING:
+    import numpy as np
+
+# What needs more packages than torch is imported where it is used: the other half of benchmark.py must run without.
 
 COLUMNS = (
     "what", "workload", "device", "threads", "contender", "baseline", "images_per_s", "baseline_images_per_s", "ratio",
@@ -47,6 +49,7 @@ def write_photos(
     size    (width, height) of most; a third is upright, and sides vary by a tenth
     Pictures are noise whose spectrum falls as a photograph's, at quality 90: about 110 kB each at 500 x 375, as ImageNet's mean.
     """
+    import numpy as np
     from PIL import Image
 
     g = np.random.default_rng(seed)
@@ -60,6 +63,8 @@ def write_photos(
 
 def _photo(g: np.random.Generator, height: int, width: int) -> np.ndarray:
     """[height, width, 3] uint8: noise with a 1/f amplitude spectrum, its colours correlated."""
+    import numpy as np
+
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     falls = 1 / np.maximum(np.hypot(fy, fx), 1 / max(height, width)) ** 1.1
     spectrum = g.standard_normal((2, 3, *falls.shape))

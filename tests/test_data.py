@@ -324,13 +324,21 @@ def test_too_many_unreadable_files_end_the_iteration(own, backend):
     assert len(collected(EvalPlan(own, WHOLE, 6), backend, bad_limit=3)[1]) == 3
 
 
-def test_a_class_of_which_nothing_can_be_read_ends_the_iteration(own):
+def test_a_class_of_which_nothing_can_be_read_ends_training_and_not_an_evaluation(own):
     for i in np.flatnonzero(own.labels == own.labels[17]):
         Path(own.absolute(i)).unlink()
     with pytest.raises(
-        UserError, match=r"no image of class .* can be read any more, the last one was .*is the disk still there"
+        TooManyUnreadable,
+        match=r"no image of class .* can be read any more, the last one was .*is the disk still there",
     ):
         collected(TrainPlan(own, WHOLE, 6, seed=0), bad_limit=99)
+    got, said, _ = collected(EvalPlan(own, WHOLE, 6), bad_limit=99)
+    assert [i for ids, _, _ in got for i in ids] == np.flatnonzero(own.labels != own.labels[17]).tolist()
+    assert len(said) == 12
+    for path in own.paths:
+        Path(own.root, path).unlink(missing_ok=True)
+    with pytest.raises(TooManyUnreadable, match=r"no image in .* can be read any more"):
+        collected(EvalPlan(own, WHOLE, 6), bad_limit=99)
 
 
 def test_trouble_of_the_machine_is_no_file_s_fault(own, monkeypatch):

@@ -6,9 +6,9 @@ from typing import Any
 
 from ijckd_fast.data.digits import write_digits
 from ijckd_fast.data.index import IMAGE_EXTENSIONS, Index, build_index
-from ijckd_fast.data.loader import Batch, Loader, TooManyUnreadable
+from ijckd_fast.data.loader import Batch, Loader
 from ijckd_fast.data.pillow import PillowLoader
-from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TrainPlan
+from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, TrainPlan
 from ijckd_fast.data.synthetic import SyntheticLoader
 from ijckd_fast.errors import UserError, did_you_mean
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijckd_fast.data.plan import BatchPlan, Mixing, Plan
+from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable
 from ijckd_fast.errors import UserError
 
 
@@ -57,10 +57,6 @@ class Unreadable(UserError):
             f"an image as it was indexed was wanted at {path}, found: {why}; restore the file or build the index again"
         )
         self.path, self.why = path, why
-
-
-class TooManyUnreadable(UserError):
-    """More files than the loader's limit could not be read."""
 
 
 # Errors of the machine, which say nothing about the file.

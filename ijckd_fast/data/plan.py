@@ -133,34 +133,39 @@ class BatchPlan:
     mixing: Mixing | None = None
 
 
+class TooManyUnreadable(UserError):
+    """More files cannot be read any more than may be, or than can be replaced."""
+
+
 class StandIns:
     """Images of an index that turned out unreadable while they were used, and those that stand in for them.
 
-    An image's stand-in is the next readable one with its label, in index order and around. Which that is depends on which images
-    are unreadable alone, not on when each was found to be.
+    An image's stand-in is the next readable one with its label (any_label: with whatever label), in index order and around. Which
+    that is depends on which images are unreadable alone, not on when each was found to be.
     """
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, *, any_label: bool = False) -> None:
         self._index = index
+        self._any_label = any_label
         self._chosen: dict[int, int] = {}
         self.reasons: dict[int, str] = {}  # by id, in order of discovery
 
     def add(self, i: int, why: str) -> None:
-        """Image i cannot be read. Raises UserError where no image with its label is left."""
+        """Image i cannot be read. Raises TooManyUnreadable where no image is left that could stand in for it."""
         self.reasons.setdefault(i, why)
         for bad in self.reasons:
             if self._chosen.get(bad, i) == i:  # had none yet, or this one
                 self._chosen[bad] = self._next(bad)
 
     def _next(self, i: int) -> int:
-        same = np.flatnonzero(self._index.labels == self._index.labels[i])
+        same = np.flatnonzero(self._any_label | (self._index.labels == self._index.labels[i]))
         at = int(np.searchsorted(same, i))
         for candidate in (*same[at:].tolist(), *same[:at].tolist()):
             if candidate not in self.reasons:
                 return candidate
-        name = self._index.classes[self._index.labels[i]]
-        raise UserError(
-            f"no image of class {name!r} in {self._index.root}/{self._index.split} can be read any more, the last one was "
+        which = "" if self._any_label else f" of class {self._index.classes[self._index.labels[i]]!r}"
+        raise TooManyUnreadable(
+            f"no image{which} in {self._index.root}/{self._index.split} can be read any more, the last one was "
             f"{self._index.absolute(i)} ({self.reasons[i]}); is the disk still there?"
         )
 
@@ -233,7 +238,7 @@ class EvalPlan:
     def __init__(self, index: Index, augment: Augment, batch_size: int, rank: int = 0, world: int = 1) -> None:
         _check_shard(batch_size, rank, world)
         self.index, self.augment, self.batch_size = index, augment, batch_size
-        self.stand_ins = StandIns(index)
+        self.stand_ins = StandIns(index, any_label=True)  # of rows that are not kept
         self.rank, self.world = rank, world
         self._ids = np.arange(rank, len(index), world)
         self.num_batches = -(-len(self._ids) // batch_size)

@@ -29,6 +29,28 @@ __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRo
   if (threadIdx.x == 0) dots.store(p.anchors, labels, 0, b, p.B);
 }
 
+// Sums over rows that one thread has gathered.
+struct LossSums {
+  double part[kParts] = {}, hits = 0;
+};
+
+// Of all threads of the block: the means, their weighted sum, the hits. A part without weight must be 0.
+template <int kThreads>
+__device__ void store_losses(const Losses& losses, LossSums sums, const LossWeights& weights, int64_t B, int64_t K, int64_t Ct,
+                             double* slots) {
+  const double terms[kParts] = {1, double(K), double(Ct), 1};  // of a row's part
+  const double weight[kParts] = {weights.ce, weights.sr, weights.fm, weights.kl};
+  double loss = 0;
+#pragma unroll
+  for (int i = 0; i < kParts; ++i) {
+    const double mean = block_reduce<kThreads>(sums.part[i], slots, Sum{}) / (double(B) * terms[i]);
+    loss += weight[i] * mean;
+    if (threadIdx.x == 0) losses.parts[i] = float(mean);
+  }
+  const double hits = block_reduce<kThreads>(sums.hits, slots, Sum{});  // exact: far below 2^53
+  if (threadIdx.x == 0) *losses.loss = float(loss), *losses.top1 = int64_t(hits);
+}
+
 // The sum over the parts of a row.
 __device__ float row_total(const float* parts, int n, int64_t B, int64_t b) {
   float sum = 0;
@@ -222,10 +244,10 @@ template <int kThreads>
 __device__ void mean_losses(const GradRows& p, double* slots) {
   const LossWeights& w = p.weights;
   const float eps = float(w.label_smoothing);
-  double ce = 0, sr = 0, fm = 0, hits = 0;
+  LossSums sums;
   for (int64_t b = threadIdx.x; b < p.B; b += kThreads) {
     const Top top = row_top(p, b);
-    hits += top.index == p.labels[b];
+    sums.hits += top.index == p.labels[b];
     if (w.ce != 0) {
       const float anchor = row_anchor(p.rows, p.B, b);
       float row = log1pf(row_others(p, b, anchor)), logits = 0;
@@ -238,26 +260,15 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
       if (p.sums.logits) logits = row_total(p.sums.logits, p.sums.class_tiles, p.B, b);
       if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (anchor - row_total(p.rows.logit_b, p.rows.parts, p.B, b));
       row += eps * (anchor - logits / float(p.K));
-      ce += row;
+      sums.part[kPartCe] += row;
     }
     if (w.sr != 0) {
       const float square = row_total(p.sums.square, p.sums.gram_tiles, p.B, b);
-      sr += square < 0 ? 0 : square;  // |W d|^2 is not below 0; NaN stays NaN
+      sums.part[kPartSr] += square < 0 ? 0 : square;  // |W d|^2 is not below 0; NaN stays NaN
     }
-    if (w.fm != 0) fm += row_total(p.rows.fm, p.rows.parts, p.B, b);
+    if (w.fm != 0) sums.part[kPartFm] += row_total(p.rows.fm, p.rows.parts, p.B, b);
   }
-  const auto sum = [&](double v) { return block_reduce<kThreads>(v, slots, Sum{}); };
-  ce = sum(ce) / double(p.B);
-  sr = sum(sr) / (double(p.B) * double(p.K));
-  fm = sum(fm) / (double(p.B) * double(p.Ct));
-  hits = sum(hits);
-  if (threadIdx.x != 0) return;
-  p.parts[kPartCe] = float(ce);
-  p.parts[kPartSr] = float(sr);
-  p.parts[kPartFm] = float(fm);
-  p.parts[kPartKl] = 0;
-  *p.loss = float(w.ce * ce + w.sr * sr + w.fm * fm);  // a part without weight is 0
-  *p.top1 = int64_t(hits);
+  store_losses<kThreads>(p.losses, sums, w, p.B, p.K, p.Ct, slots);
 }
 
 // Coefficients of a row's gradient: of (e W), w_a and w_b.
@@ -416,18 +427,35 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
 // --------------------------------------------------------------------------------------------------------------------
 // times_classifier
 
+// By one block, as mean_losses.
+template <int kThreads>
+__device__ void mean_rows(const TimesClassifier& p, double* slots) {
+  const LossWeights& w = p.weights;
+  LossSums sums;
+  for (int64_t b = threadIdx.x; b < p.B; b += kThreads) {
+    sums.hits += double(p.top1_rows[b]);
+    if (w.ce != 0) sums.part[kPartCe] += p.part_rows[kPartCe * p.B + b];
+    if (w.sr != 0) sums.part[kPartSr] += p.part_rows[kPartSr * p.B + b];
+    if (w.kl != 0) sums.part[kPartKl] += p.part_rows[kPartKl * p.B + b];
+    if (w.fm != 0) sums.part[kPartFm] += row_total(p.rows.fm, p.rows.parts, p.B, b);
+  }
+  store_losses<kThreads>(p.losses, sums, w, p.B, p.K, p.Ct, slots);
+}
+
+// The last block takes the losses, the others a tile of dz each: with the first one for them registers did not suffice.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  if (blockIdx.x == gridDim.x - 1) return mean_rows<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
   const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), tile_at<B::kByDepth>(from, m0, n0));
-  const float share = 1 / float(p.B), c = float(2 * p.fm / (double(p.B) * double(p.Ct)));
+  const float share = 1 / float(p.B), c = float(2 * p.weights.fm / (double(p.B) * double(p.Ct)));
   for_pairs<Shape>(acc, m0, n0, p.B, p.Ct, [&](int64_t b, int n, float2 product) {
     const int64_t at = b * p.Ct + n;
     float2 v{share * product.x, share * product.y};
-    if (p.fm != 0) {
+    if (c != 0) {
       const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
       v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
     }
@@ -490,9 +518,11 @@ int start_times_classifier(const TimesClassifier& t, void* stream) {
   return with_tile(t.stage, t.B, t.Ct, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<T, Shape> from{};
-    if (const int error = make_operands<B::kByDepth>(&from, matrix<T>(t.gradient, t.B, t.stride), matrix<T>(t.weight, t.K, t.Ct)))
-      return error;
-    const int blocks = ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN);
+    if (t.grad)
+      if (const int error =
+              make_operands<B::kByDepth>(&from, matrix<T>(t.gradient, t.B, t.stride), matrix<T>(t.weight, t.K, t.Ct)))
+        return error;
+    const int blocks = 1 + (t.grad ? ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN) : 0);
     return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, t, from);
   });
 }

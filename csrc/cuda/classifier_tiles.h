@@ -1,11 +1,10 @@
 #pragma once
 // classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu, in the order of use.
 //
-// Two ways. The anchored one, for bfloat16: anchor_rows, or linear_tiles.h:linear_tiles where it makes z itself, then for every
-// chunk of classes logits_exp and grad_rows. Where the loss
-// needs what only whole rows of logits can give (temperature KL, a teacher's logits) or float16's range is too small for
-// exponentials that are not yet probabilities: anchor_rows for its rounding alone, connector_tiles.h:project_tiles,
-// row_loss_apart, times_classifier, classifier_loss.h:loss_sum.
+// Two ways, both begun by anchor_rows, or by linear_tiles.h:linear_tiles where z is made too. The anchored one, for bfloat16:
+// then logits_exp and grad_rows for every chunk of classes. Where the loss needs what only whole rows of logits can give
+// (temperature KL, a teacher's logits) or float16's range is too small for exponentials that are not yet probabilities: of the
+// first step the rounding alone, then connector_tiles.h:project_tiles, row_loss_apart, times_classifier.
 //
 // Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said otherwise
 // arrays are float. Every function returns 0 or a CUDA error code.
@@ -62,6 +61,13 @@ struct AnchorRows {
 };
 int anchor_rows(const AnchorRows& a, void* stream);
 
+// What the batch comes to.
+struct Losses {
+  float* loss;    // []  out
+  float* parts;   // [kParts]  out
+  int64_t* top1;  // []  out
+};
+
 // Per tile of classes (of G's columns) and row, written by logits_exp and summed in tile order by grad_rows: [tiles, B] each.
 struct TileSums {
   float* others;    // sum of e_k
@@ -117,10 +123,8 @@ struct GradRows {
   const float* mix;                  // [B], with labels_b
   const float *z, *pooled_t;         // [B, Ct], for the feature match
   const float* gram_d;               // [B, Ct], or null without logit match
-  float* loss;                       // []  out
-  float* parts;                      // [kParts]  out
-  int64_t* top1;                     // []  out
-  int64_t* counts;                   // [kCounts] in and out: counts.h
+  Losses losses;
+  int64_t* counts;  // [kCounts] in and out: counts.h
   int64_t B, K, Ct;
   LossWeights weights;
 };
@@ -135,17 +139,22 @@ struct RowLossApart {
 };
 int row_loss_apart(const RowLossApart& r, void* stream);
 
-// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B.
+// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B, and the losses as classifier_loss.h:loss_sum has them.
 struct TimesClassifier {
-  int stage;              // 1 or 2
-  DType dtype;            // T
-  const void* gradient;   // [B, stride] T
-  const void* weight;     // [K, Ct] T
-  const float* z;         // [B, Ct]
-  const float* pooled_t;  // [B, Ct], or null where fm is 0
-  float* dz;              // [B, Ct]  out
+  int stage;               // 1 or 2
+  DType dtype;             // T
+  bool grad;               // false: the losses only
+  const void* gradient;    // [B, stride] T
+  const void* weight;      // [K, Ct] T
+  const float* z;          // [B, Ct]
+  const float* pooled_t;   // [B, Ct], or null where weights.fm is 0
+  float* dz;               // [B, Ct]  out
+  const float* part_rows;  // [kParts, B]: row_loss_apart's; of kPartFm rows.fm instead
+  RowParts rows;
+  const int64_t* top1_rows;  // [B]
+  Losses losses;
   int64_t B, K, Ct, stride;
-  double fm;
+  LossWeights weights;
 };
 int times_classifier(const TimesClassifier& t, void* stream);
 

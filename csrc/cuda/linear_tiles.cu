@@ -219,9 +219,7 @@ int start_linear(const LinearTiles& p, void* stream) {
     const auto start = [&](auto kernel) {
       return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p, from);
     };
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (p.anchors.z_t) return start(linear_tile_kernel<T, Shape, true>);
-    return start(linear_tile_kernel<T, Shape, false>);
+    return p.anchors.z_t ? start(linear_tile_kernel<T, Shape, true>) : start(linear_tile_kernel<T, Shape, false>);
   });
 }
 

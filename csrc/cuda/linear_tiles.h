@@ -23,7 +23,7 @@ struct LinearTiles {
   float* z;               // [B, Ct]  out
   float* squares;         // [linear_blocks(stage, B, Ct)]  out, with pooled_t: parts of the sum of (z - pooled_t)^2
   float* fm;              // []  out, without pooled_t: 0
-  Anchors anchors;  // out, in linear_parts(stage, B, Ct) parts, T bfloat16; then squares and fm are not. z_t null: not wanted
+  Anchors anchors;        // out, in linear_parts(stage, B, Ct) parts; then squares and fm are not. z_t null: not wanted
   int64_t B, Cs, Ct;
 };
 int linear_tiles(const LinearTiles& p, void* stream);

@@ -37,6 +37,37 @@ const T* in(const OptTensor& t) {
   return static_cast<const T*>(data(t));
 }
 
+Losses losses(const TiledLoss& t) { return {out<float>(t.loss), out<float>(t.parts), out<int64_t>(t.top1)}; }
+
+// Into how many parts the first launch cuts its sums over a row's channels.
+int first_parts(const TiledLoss& t, int stage) {
+  return t.projection ? static_cast<int>(linear_parts(stage, t.labels.size(0), t.weight.size(1))) : 1;
+}
+
+// What each row needs before the GEMMs, of z [B, Ct], or with the projection that makes it.
+void first_launch(const TiledLoss& t, int stage, DType type, const Tensor& z, const Anchors& anchors, const Launch& launch) {
+  const int64_t B = z.size(0), Ct = z.size(1);
+  const float* pooled_t = in<float>(t.pooled_t);
+  if (t.projection)
+    launched(linear_tiles({.stage = stage,
+                           .dtype = type,
+                           .u = torch::stable::contiguous(t.projection->u).const_data_ptr(),
+                           .weight = torch::stable::contiguous(t.projection->weight).const_data_ptr(),
+                           .bias = in<float>(t.projection->bias),
+                           .pooled_t = pooled_t,
+                           .z = z.mutable_data_ptr<float>(),
+                           .squares = nullptr,
+                           .fm = nullptr,
+                           .anchors = anchors,
+                           .B = B,
+                           .Cs = t.projection->u.size(2),
+                           .Ct = Ct},
+                          launch.stream),
+             "classifier_loss's projection");
+  else
+    launched(anchor_rows({type, in<float>(z), pooled_t, anchors, B, Ct}, launch.stream), "classifier_loss's first pass over z");
+}
+
 // The anchored way (classifier_tiles.h).
 void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
   const int64_t B = t.labels.size(0), Ct = t.weight.size(1), K = t.weight.size(0);
@@ -45,7 +76,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
   const int64_t stride_e = round_up(size, 8);
 
-  const int parts = t.projection ? static_cast<int>(linear_parts(stage, B, Ct)) : 1;
+  const int parts = first_parts(t, stage);
   const Tensor z_t = empty(z, {B, Ct}, DType::bf16), sums_of_rows = empty(z, {3, parts, B}, DType::f32);
   float* anchor = sums_of_rows.mutable_data_ptr<float>();
   const RowParts rows{anchor, anchor + parts * B, t.pooled_t ? anchor + 2 * parts * B : nullptr, parts};
@@ -82,25 +113,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   const int64_t* labels_b = in<int64_t>(t.labels_b);
   const Anchors anchors{data(t.weight), in<float>(t.bias),  labels, labels_b, z_t.mutable_data_ptr(),
                         nullptr,        out<void>(d_split), rows,   counts,   K};
-  const float* pooled_t = in<float>(t.pooled_t);
-  if (t.projection)
-    launched(linear_tiles({.stage = stage,
-                           .dtype = DType::bf16,
-                           .u = torch::stable::contiguous(t.projection->u).const_data_ptr(),
-                           .weight = torch::stable::contiguous(t.projection->weight).const_data_ptr(),
-                           .bias = in<float>(t.projection->bias),
-                           .pooled_t = pooled_t,
-                           .z = z.mutable_data_ptr<float>(),
-                           .squares = nullptr,
-                           .fm = nullptr,
-                           .anchors = anchors,
-                           .B = B,
-                           .Cs = t.projection->u.size(2),
-                           .Ct = Ct},
-                          launch.stream),
-             "classifier_loss's projection");
-  else
-    launched(anchor_rows({DType::bf16, in<float>(z), pooled_t, anchors, B, Ct}, launch.stream), "classifier_loss's anchors");
+  first_launch(t, stage, DType::bf16, z, anchors, launch);
   int tile = 0;
   for (int64_t k = 0, chunk = 0; k < K; k += size, ++chunk) {
     const int64_t n = std::min(size, K - k);
@@ -118,7 +131,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                          .gram = gram_here ? data(t.gram) : nullptr,
                          .d_split = data(d_split),
                          .z = in<float>(z),
-                         .pooled_t = pooled_t,
+                         .pooled_t = in<float>(t.pooled_t),
                          .gram_d = out<float>(gram_d),
                          .B = B,
                          .Ct = Ct,
@@ -149,11 +162,9 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                         .labels_b = labels_b,
                         .mix = in<float>(t.mix),
                         .z = in<float>(z),
-                        .pooled_t = pooled_t,
+                        .pooled_t = in<float>(t.pooled_t),
                         .gram_d = in<float>(gram_d),
-                        .loss = out<float>(t.loss),
-                        .parts = out<float>(t.parts),
-                        .top1 = out<int64_t>(t.top1),
+                        .losses = losses(t),
                         .counts = counts,
                         .B = B,
                         .K = K,
@@ -166,35 +177,32 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
 
 // That with whole rows of logits, in float.
 void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
-  const Tensor z = t.z ? *t.z : projected(*t.projection);
-  const int64_t B = z.size(0), Ct = z.size(1), K = t.weight.size(0), stride = round_up(K, 8);
+  const int64_t B = t.labels.size(0), Ct = t.weight.size(1), K = t.weight.size(0), stride = round_up(K, 8);
+  const Tensor z = t.z ? *t.z : empty(t.weight, {B, Ct}, DType::f32);
   const DType type = dtype(t.weight, "classifier_loss", "weight");
   const bool match = t.weights.sr != 0 || t.weights.kl != 0, features = match && t.pooled_t;
   const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
-  const Tensor rows = empty(z, {stacked, Ct}, type), logits = empty(z, {stacked, K}, DType::f32);
-  const Tensor parts = empty(z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(z, {B}, ScalarType::Long);
-  OptTensor logits_t;
+  const int parts = first_parts(t, stage);
+  const Tensor stack = empty(z, {stacked, Ct}, type), logits = empty(z, {stacked, K}, DType::f32);
+  const Tensor part_rows = empty(z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(z, {B}, ScalarType::Long);
+  OptTensor logits_t, fm;
   if (match && !features) logits_t = as(*t.logits_t, DType::f32);
-  char* z_t = static_cast<char*>(rows.mutable_data_ptr());
+  if (t.pooled_t) fm = empty(z, {parts, B}, DType::f32);
+  char* z_t = static_cast<char*>(stack.mutable_data_ptr());
   float* l = logits.mutable_data_ptr<float>();
-  float* part_rows = parts.mutable_data_ptr<float>();
-  launched(anchor_rows({.dtype = type,
-                        .z = in<float>(z),
-                        .pooled_t = in<float>(t.pooled_t),
-                        .anchors = {.weight = data(t.weight),
-                                    .bias = nullptr,
-                                    .labels = in<int64_t>(t.labels),
-                                    .labels_b = nullptr,
-                                    .z_t = z_t,
-                                    .d_t = features ? z_t + B * Ct * 2 : nullptr,
-                                    .d_split = nullptr,
-                                    .rows = {nullptr, nullptr, t.pooled_t ? part_rows + kPartFm * B : nullptr, 1},
-                                    .counts = nullptr,
-                                    .K = K},
-                        .B = B,
-                        .Ct = Ct},
-                       launch.stream),
-           "classifier_loss's rounding");
+  const RowParts rows{nullptr, nullptr, out<float>(fm), parts};
+  first_launch(t, stage, type, z,
+               {.weight = data(t.weight),
+                .bias = nullptr,
+                .labels = in<int64_t>(t.labels),
+                .labels_b = nullptr,
+                .z_t = z_t,
+                .d_t = features ? z_t + B * Ct * 2 : nullptr,
+                .d_split = nullptr,
+                .rows = rows,
+                .counts = nullptr,
+                .K = K},
+               launch);
   launched(project_tiles({.stage = stage,
                           .dtype = type,
                           .u = z_t,
@@ -218,7 +226,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                                     .labels = in<int64_t>(t.labels),
                                     .labels_b = in<int64_t>(t.labels_b),
                                     .mix = data(t.mix),
-                                    .part_rows = part_rows,
+                                    .part_rows = part_rows.mutable_data_ptr(),
                                     .top1_rows = out<int64_t>(hits),
                                     .counts = counts,
                                     .B = B,
@@ -230,23 +238,23 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                            .stride = stride},
                           launch.stream),
            "classifier_loss's row pass");
-  launched(loss_sum({DType::f32, part_rows, in<int64_t>(hits), out<void>(t.loss), out<void>(t.parts), out<int64_t>(t.top1), B, K,
-                     Ct, t.weights},
-                    launch.stream),
-           "classifier_loss's sum");
-  if (!t.grad) return;
   launched(times_classifier({.stage = stage,
                              .dtype = type,
+                             .grad = t.grad,
                              .gradient = data(gradient),
                              .weight = data(t.weight),
                              .z = in<float>(z),
                              .pooled_t = in<float>(t.pooled_t),
                              .dz = out<float>(t.dz),
+                             .part_rows = in<float>(part_rows),
+                             .rows = rows,
+                             .top1_rows = in<int64_t>(hits),
+                             .losses = losses(t),
                              .B = B,
                              .K = K,
                              .Ct = Ct,
                              .stride = stride,
-                             .fm = t.weights.fm},
+                             .weights = t.weights},
                             launch.stream),
            "classifier_loss's gradient");
 }
@@ -268,15 +276,13 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  if (!by_anchor) {
-    whole_rows(t, tile_stage, counts, launch);
-  } else if (t.projection && (t.projection->u.scalar_type() != ScalarType::BFloat16 || !linear_stage(*t.projection, {}))) {
-    TiledLoss of_z = t;
-    of_z.z = projected(*t.projection), of_z.projection.reset();
-    anchored(of_z, tile_stage, counts, launch);
-  } else {
-    anchored(t, tile_stage, counts, launch);
-  }
+  TiledLoss served = t;
+  if (t.projection && (t.projection->u.scalar_type() != t.weight.scalar_type() || !linear_stage(*t.projection, {})))
+    served.z = projected(*t.projection), served.projection.reset();
+  if (by_anchor)
+    anchored(served, tile_stage, counts, launch);
+  else
+    whole_rows(served, tile_stage, counts, launch);
   return true;
 }
 

@@ -1,7 +1,7 @@
 #pragma once
 // Host side of classifier_loss on tensor cores: which arguments it serves, workspace, the order of the launches of
-// classifier_tiles.h. The anchored way takes three launches where the classes fit one chunk, two more for each further one; a
-// linear connector's projection is the first of them. That with whole rows of logits takes five.
+// classifier_tiles.h. The anchored way takes three launches where the classes fit one chunk, two more for each further one; that
+// with whole rows of logits takes four. A linear connector's projection is the first of them.
 
 #include "classifier_loss.h"
 #include "op.h"

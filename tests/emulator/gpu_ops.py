@@ -129,6 +129,7 @@ TILED = {
     "fm": {"fm": 0.7},
     "sr": {"ce": 0.0, "sr": 2.0},
     "all": {"ce": 0.6, "sr": 2.0, "fm": 0.7, "mixed": True, "label_smoothing": 0.1},
+    "kl": {"kl": 0.9, "sr": 0.5, "label_smoothing": 0.1},
 }
 
 
@@ -336,7 +337,7 @@ def _fused(*args, **more):
     return projected(ops, *args, **more)
 
 
-@pytest.mark.parametrize("case", ["ce", "all"])
+@pytest.mark.parametrize("case", ["ce", "all", "kl"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("B", "Cs", "Ct", "K"), [(70, 40, 136, 203), (9, 20, 32, 90), (9, 24, 36, 90)])
 def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
@@ -351,10 +352,15 @@ def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_linear_connector_and_the_classifier_in_tiles_are_four_launches(gradients):
-    """Of ours, and of torch's none: what a GPU would be given beside them shows as other calls than of memory and views."""
-    leaves, (weight, bias, labels, keywords) = projected_inputs(17, 40, 72, 203, "all")
-    gram = ops.classifier_gram(weight)
+@pytest.mark.parametrize("way", ["anchored", "kl", "no gram", "float16"])
+def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradients):
+    """Of ours, 4 or with whole rows of logits 5, and of torch's none: what a GPU would be given beside them shows as other calls
+    than of memory and views."""
+    dtype = torch.float16 if way == "float16" else torch.bfloat16
+    leaves, (weight, bias, labels, keywords) = projected_inputs(17, 40, 72, 203, "all", dtype)
+    gram = ops.classifier_gram(weight) if way == "anchored" else None
+    if way == "kl":
+        keywords["kl"] = 0.9
     leaves = [x.requires_grad_(gradients) for x in leaves]
     count = ctypes.CDLL(str(next(pathlib.Path(ijckd_fast.__file__).parent.glob("_C.so")))).emulated_launches
     count.restype = ctypes.c_int64
@@ -370,7 +376,7 @@ def test_a_linear_connector_and_the_classifier_in_tiles_are_four_launches(gradie
         loss, *_ = ops.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
         if gradients:
             torch.autograd.grad(loss, leaves, torch.full((), 2.0))
-    assert count() - before == (4 if gradients else 3)
+    assert count() - before == (3 if way == "anchored" else 4) + gradients
     assert called <= {
         "projected_classifier_loss",
         "connector_linear_grads",

@@ -59,6 +59,7 @@ class Call {
     const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
     return {floats("anchor"), floats("logit_b"), floats("fm_rows"), int(integer("row_parts"))};
   }
+  Losses losses() { return {out<float>("loss"), out<float>("parts"), out<int64_t>("top1")}; }
   Anchors anchors() {
     return {in("classifier"),
             in<float>("classifier_bias"),
@@ -200,9 +201,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.in<float>("z"),
                       c.in<float>("pooled_t"),
                       c.in<float>("gram_d"),
-                      c.out<float>("loss"),
-                      c.out<float>("parts"),
-                      c.out<int64_t>("top1"),
+                      c.losses(),
                       c.inout<int64_t>("counts"),
                       c.integer("B"),
                       c.integer("K"),
@@ -250,10 +249,11 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return row_loss_apart(r, nullptr);
   });
   def("times_classifier", [](Call& c) {
-    return times_classifier(
-        {int(c.integer("stage")), c.dtype(), c.in("gradient"), c.in("weight"), c.in<float>("z"), c.in<float>("pooled_t"),
-         c.out<float>("dz"), c.integer("B"), c.integer("K"), c.integer("Ct"), c.integer("stride"), c.real("fm")},
-        nullptr);
+    return times_classifier({int(c.integer("stage")), c.dtype(), c.flag("grad"), c.in("gradient"), c.in("weight"),
+                             c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("dz"), c.in<float>("part_rows"),
+                             c.row_parts(emulator::Access::in), c.in<int64_t>("top1_rows"), c.losses(), c.integer("B"),
+                             c.integer("K"), c.integer("Ct"), c.integer("stride"), c.weights()},
+                            nullptr);
   });
   module.def("device_counts", [] {
     int64_t* counts = nullptr;

@@ -403,28 +403,52 @@ def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any
 
 
 def times_classifier(
-    kernels: ModuleType, t: DType, B: int, K: int, Ct: int, pooled: bool, stage: int = 1, odd: str = ""
+    kernels: ModuleType,
+    t: DType,
+    B: int,
+    K: int,
+    Ct: int,
+    pooled: bool = True,
+    grad: bool = True,
+    row_parts: int = 1,
+    stage: int = 1,
+    odd: str = "",
+    **changed: float,
 ) -> list[Array]:
     data = Data(t, f"times_classifier {B} {K} {Ct}")
+    w = cases.WEIGHTS | changed | ({} if pooled else {"fm": 0})
     stride = -(-K // 8) * 8
     wide = np.zeros((B, stride))
     wide[:, :K] = data.random.standard_normal((B, K))
     gradient = t.encode(wide)
     weight, weight64 = data.normal(K, Ct)
     (z, z64), (pooled_t, pooled64), dz = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
-    operands = {"gradient": gradient, "weight": weight}
+    (rows, rows64), (fm_rows, fm64) = data.normal_acc(4, B), data.normal_acc(row_parts, B)
+    for i, name in enumerate(("ce", "sr", "fm", "kl")):
+        if name == "fm" or not w[name]:
+            rows[i], rows64[i] = np.nan, 0  # of another array, or nobody's
+    top1_rows = data.random.integers(0, 2, B)
+    loss, parts, top1 = data.out(), data.out(4), np.full((), -7)
+    operands = {"gradient": gradient if grad else None, "weight": weight}
     if odd:
         operands[odd] = cases.at_odd_address(operands[odd])
     call = functools.partial(
-        kernels.times_classifier, stage=stage, dtype=t.name, **operands, z=z, pooled_t=pooled_t if pooled else None, dz=dz, B=B, K=K,
-        Ct=Ct, stride=stride, fm=0.3 if pooled else 0.0,
+        kernels.times_classifier, stage=stage, dtype=t.name, grad=grad, **operands, z=z, pooled_t=pooled_t if pooled else None,
+        dz=dz if grad else None, part_rows=rows, anchor=None, logit_b=None, fm_rows=fm_rows if pooled else None,
+        row_parts=row_parts, top1_rows=top1_rows, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
     )  # fmt: skip
     if odd:
         return _refused(call)
     call()
-    want = t.decode(gradient)[:, :K] @ weight64 / B + (2 * 0.3 / (B * Ct) * (z64 - pooled64) if pooled else 0)
-    close("dz", dz, want, t, scale=K**0.5)
-    return [dz]
+    rows64[2] = fm64.sum(0) if w["fm"] else 0
+    wanted = rows64.mean(1) / [1, K, Ct, 1]
+    close("parts", parts, wanted, F32)
+    close("loss", loss, wanted @ [w["ce"], w["sr"], w["fm"], w["kl"]], F32)
+    assert top1 == top1_rows.sum(), f"top1 is {top1}, wanted {top1_rows.sum()}"
+    if grad:
+        want = t.decode(gradient)[:, :K] @ weight64 / B
+        close("dz", dz, want + 2 * w["fm"] / (B * Ct) * (z64 - pooled64), t, scale=K**0.5)
+    return [dz, loss, parts]
 
 
 def project_tiles(
@@ -478,11 +502,12 @@ def linear_tiles(
     bias: bool = True,
     pooled: bool = False,
     anchored: bool = False,
+    anchors: bool = True,
     two_labels: bool = True,
     stage: int = 1,
     edit: str = "",
 ) -> list[Array]:
-    """anchored: with what anchor_rows makes, of a classifier of 40 classes."""
+    """anchored: with what anchor_rows makes, of a classifier of 40 classes; of that without anchors the rounding alone."""
     data = Data(t, f"linear_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
     (b, b64), (pooled_t, pooled64) = data.normal_acc(Ct), data.normal_acc(B, Ct)
@@ -490,7 +515,7 @@ def linear_tiles(
     options: dict[str, Any] = {}
     parts, K = kernels.linear_parts(stage, B, Ct), 40
     (classifier, classifier64), (c, c64) = data.normal(K, Ct), data.normal_acc(K)
-    z_t, d_split = data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
+    z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
     anchor, logit_b, fm_rows = (data.out(parts, B) for _ in range(3))
     labels, labels_b, counts = data.labels(B, K), data.labels(B, K) if two_labels else None, np.array([3, 5])
     want = u64 @ weight64.T + (b64 if bias else 0)
@@ -498,7 +523,8 @@ def linear_tiles(
         _, _, valid = _anchored(data, want, classifier64, labels, labels_b, None, edit)
         options = {
             "classifier": classifier, "classifier_bias": c if bias else None, "labels": labels, "labels_b": labels_b,
-            "z_t": z_t, "d_t": None, "d_split": d_split if pooled else None, "anchor": anchor, "logit_b": logit_b,
+            "z_t": z_t, "d_t": None if anchors else d_t, "d_split": d_split if pooled and anchors else None,
+            "anchor": anchor if anchors else None, "logit_b": logit_b if anchors else None,
             "fm_rows": fm_rows if pooled else None, "row_parts": parts, "counts": counts, "K": K,
         }  # fmt: skip
     kernels.linear_tiles(
@@ -511,21 +537,21 @@ def linear_tiles(
         np.testing.assert_array_equal(z_t, t.encode(z))
         rounded, biases = t.decode(z_t), c64 if bias else np.zeros(K)
         rows, second = np.flatnonzero(valid), labels if labels_b is None else labels_b
-        for name, got, of in (("anchor", anchor, labels), ("logit_b", logit_b, second)):
+        for name, got, of in (("anchor", anchor, labels), ("logit_b", logit_b, second)) if anchors else ():
             ours = (rounded[rows] * classifier64[of[rows]]).sum(1) + biases[of[rows]]
             close(name, got.astype(np.float64).sum(0)[rows], ours, t, scale=Ct**0.5)
         assert np.isnan(anchor.sum(0)[~valid]).all()
-        np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
+        np.testing.assert_array_equal(counts, [3 + (~valid).sum() * anchors, 5])
         if pooled:
             d = z - pooled_t
-            np.testing.assert_array_equal(d_split, _split(d)[0])
+            np.testing.assert_array_equal(*((d_split, _split(d)[0]) if anchors else (d_t, t.encode(d))))
             close("fm_rows", fm_rows.astype(np.float64).sum(0) / np.square(d.astype(np.float64)).sum(1), np.ones(B), t)
     elif pooled:
         distance = np.square(want - pooled64).sum()
         close("squares' share", squares.astype(np.float64).sum() / distance * np.ones(1), 1, t)
     else:
         assert fm == 0
-    return [z, squares, fm, z_t, d_split, anchor, logit_b, fm_rows]
+    return [z, squares, fm, z_t, d_t, d_split, anchor, logit_b, fm_rows]
 
 
 def linear_grad_tiles(
@@ -595,13 +621,19 @@ def all_cases() -> dict[str, Case]:
         add(anchor_rows, t, 7, 1, 24, edit="labels")
     for t, stage in itertools.product((BF16, F16), (1, 2)):
         for B, K, Ct in ((1, 1, 8), (3, 70, 24), (65, 63, 200), (64, 203, 136)):
-            add(times_classifier, t, B, K, Ct, True, stage=stage)
-        add(times_classifier, t, 5, 90, 72, False, stage=stage)
+            add(times_classifier, t, B, K, Ct, stage=stage)
+        add(times_classifier, t, 5, 90, 72, pooled=False, stage=stage)
+        add(times_classifier, t, 5, 90, 72, row_parts=3, stage=stage)
+        add(times_classifier, t, 5, 90, 72, ce=1, sr=1, fm=1, kl=1, stage=stage)
+        add(times_classifier, t, 300, 9, 8, grad=False, stage=stage)
+        for part in ("ce", "sr", "fm", "kl"):
+            add(times_classifier, t, 5, 90, 72, **{part: 0}, grad=False, stage=stage)
         for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (5, 24, 72), (64, 264, 203)):
             add(project_tiles, t, N, Cs, Ct, False, wide=True, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             for bias, pooled in ((True, False), (False, True)):
                 add(linear_tiles, t, B, Cs, Ct, bias=bias, pooled=pooled, stage=stage)
+                add(linear_tiles, t, B, Cs, Ct, bias=bias, pooled=pooled, anchored=True, anchors=False, stage=stage)
         for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 64), (49, 128, 200)):
             add(project_tiles, t, N, Cs, Ct, True, stage=stage)
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
@@ -642,7 +674,7 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
         add(grad_rows, BF16, 128 * 2 + 2, 72, 264, stage=stage, **smoothing)  # large tiles
     for odd in ("gradient", "weight"):
-        add(times_classifier, BF16, 5, 90, 72, True, stage=2, odd=odd)
+        add(times_classifier, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("z_t", "weight"):
         add(logits_exp, BF16, 5, 90, 72, gram=True, stage=2, odd=odd)
     for chunk in ("first", "last"):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,33 @@ def _own_products(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Enters an op below its registered autograd. Not public: where a torch has it no more, the op is entered from above and finds no
+# gradient to record.
+_below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
+
+
+def _differentiable(
+    op: Any, setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Registers the gradient of `op`; returns the op to call. What torch.library makes of setup and backward serves the compiler;
+    eager calls take an autograd.Function of the same two, of which Python makes less work.
+    """
+    torch.library.register_autograd(op._schema.name, backward, setup_context=setup)
+
+    def forward(*args):
+        with _below_autograd():
+            return op(*args)
+
+    methods = {"forward": forward, "setup_context": setup, "backward": backward}
+    function: Any = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+
+    def call(*args):
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return function.apply(*args) if eager else op(*args)
+
+    return call
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,7 +156,7 @@ def connector_match(
     n_stats: Tensor | int = B * positions
     with _own_products(u):
         if process_group is None:
-            z, fm, mean, var, *_ = _ops.connector_match(*args, mean, var, map_t, pooled_t, relu, eps)
+            z, fm, mean, var, *_ = _connector_match(*args, mean, var, map_t, pooled_t, relu, eps)
         else:
             z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(*args, map_t, pooled_t, relu, eps, process_group)
     nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
@@ -323,7 +351,7 @@ def _connector_grads(ctx, grad_z, grad_fm, group=None, n_stats=None):
     )
 
 
-torch.library.register_autograd("ijckd::connector_match", _connector_backward, setup_context=_connector_setup)
+_connector_match = _differentiable(_ops.connector_match.default, _connector_setup, _connector_backward)
 
 
 class _SyncConnectorMatch(torch.autograd.Function):
@@ -431,7 +459,7 @@ def classifier_loss(
     )
     # the op's own float32 products stay so, whatever autocast would make of them
     with _own_products(z):
-        loss, parts, top1, _ = _ops.classifier_loss(*args)
+        loss, parts, top1, _ = _classifier_loss(*args)
     return loss, parts, top1
 
 
@@ -457,8 +485,9 @@ def projected_classifier_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A linear connector on vectors and `classifier_loss` on what it makes, in one op: z = u projection^T + projection_bias.
 
-    On a GPU of sm_80 and newer, in bfloat16, where classifier_loss takes its anchored way and the classes fit one chunk
-    (csrc/cuda/tiled_loss.cpp): 3 launches forward and 1 backward. Elsewhere what `connector_match` and `classifier_loss` do.
+    On a GPU of sm_80 and newer, in half types (csrc/cuda/tiled_loss.cpp): 3 launches forward and 1 backward in bfloat16 where
+    the classes fit one chunk, 4 and 1 with KL, float16 or few classes for their channels. Elsewhere what `connector_match` and
+    `classifier_loss` do.
 
     u                [B, Cs], float64/float32/bfloat16 (float16 on a GPU); gets a gradient
     projection       [Ct, Cs], dtype of u; gets a gradient
@@ -499,7 +528,7 @@ def projected_classifier_loss(
         gram,
     )
     with _own_products(u):
-        loss, parts, top1, _ = _ops.projected_classifier_loss(*args)
+        loss, parts, top1, _ = _projected_classifier_loss(*args)
     return loss, parts, top1
 
 
@@ -629,7 +658,7 @@ def _loss_backward(ctx, grad_loss, *_):
     return ((dz * grad_loss).to(ctx.dtype), *[None] * 16)
 
 
-torch.library.register_autograd("ijckd::classifier_loss", _loss_backward, setup_context=_loss_setup)
+_classifier_loss = _differentiable(_ops.classifier_loss.default, _loss_setup, _loss_backward)
 
 
 def _projected_loss_setup(ctx, inputs, output):
@@ -651,8 +680,8 @@ def _projected_loss_backward(ctx, grad_loss, *_):
     return du, dw, d_bias if d_bias is None else d_bias.to(projection_bias.dtype), *[None] * 16
 
 
-torch.library.register_autograd(
-    "ijckd::projected_classifier_loss", _projected_loss_backward, setup_context=_projected_loss_setup
+_projected_classifier_loss = _differentiable(
+    _ops.projected_classifier_loss.default, _projected_loss_setup, _projected_loss_backward
 )
 
 

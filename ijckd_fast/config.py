@@ -97,6 +97,14 @@ class TrainConfig:
         " each; default: a thousandth of them, at least 8",
     )
     workers: int = _setting(2, "decoding threads")
+    decode: Literal["cpu", "hybrid", "gpu"] = _setting(
+        "cpu",
+        "DALI on a GPU: all on the decoding threads (cpu), decode there and resize on the GPU (hybrid), or decode on the GPU too;"
+        " pixels are Pillow's but for rounding unless the GPU decodes",
+    )
+    hw_decoder_load: float = _setting(
+        0.65, "decode gpu: share of the images for the GPU's JPEG engine, in [0, 1]; more threads want less of it"
+    )
     prefetch: int = _setting(2, "batches decoded ahead")
 
     epochs: int = _setting(100, "length of the run and of its schedule, passes over the training images")
@@ -145,6 +153,10 @@ class TrainConfig:
             raise UserError("--nesterov needs a --momentum above 0, got 0: set one, or leave --nesterov out")
         if self.lr <= 0:
             raise UserError(f"--lr must be above 0, got {self.lr}")
+        if self.decode != "cpu" and self.data_backend != "dali":
+            raise UserError(
+                f"--decode {self.decode} is DALI's, got --data-backend {self.data_backend}: take dali, or --decode cpu"
+            )
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema-decay must lie in [0, 1), got {self.ema_decay}: 0 turns it off, 0.999 is usual")
 

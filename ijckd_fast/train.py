@@ -467,7 +467,13 @@ def build_val_loader(config: TrainConfig, index: Index, device: torch.device, **
 
 
 def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) -> Loader:
-    settings = {"threads": config.workers, "prefetch": config.prefetch, "bad_limit": config.unreadable_limit}
+    settings: dict[str, Any] = {
+        "threads": config.workers,
+        "prefetch": config.prefetch,
+        "bad_limit": config.unreadable_limit,
+    }
+    if config.data_backend == "dali":
+        settings |= {"decode": config.decode, "hw_decoder_load": config.hw_decoder_load}
     return make_loader(config.data_backend, plan, device=device, **settings, **more)
 
 

@@ -141,6 +141,13 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     else
         record "trainer no sync" "skipped" 0 "its packages are not all here; --wheels can bring them"
     fi
+    if can_import "nvidia.dali, torchvision, pyarrow, rich"; then
+        tests "DALI on the GPU" 60 tests/test_data.py -k "a_gpu_gets"
+        step loader 100 "$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24 --repeats 3 \
+            --threads 8 15 --contenders dali dali-hybrid dali-gpu --save "$out/loader.csv"
+    else
+        record loader "skipped" 0 "DALI or torchvision is not here; --wheels can bring them"
+    fi
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
     if [ -n "$sanitizer" ]; then
         for tool in memcheck racecheck; do

@@ -83,27 +83,32 @@ def cpu_seconds(pids: list[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def timed(batches: Iterator[int], pids: Callable[[], list[int]]) -> Pass:
+def timed(batches: Iterator[int], pids: Callable[[], list[int]], device: str) -> Pass:
     """batches: gives the number of images of each batch as it arrives; pids: of the processes at work."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(UNTIMED):
         next(batches)
+    wait()
     processes = pids()
     images, began, used = 0, time.perf_counter(), cpu_seconds(processes)
     for n in batches:
         images += n
+    wait()
     seconds = time.perf_counter() - began
     return Pass(images / seconds, 1e3 * (cpu_seconds(processes) - used) / images)
 
 
-def ours(backend: str, plan: Any, threads: int, steps: int) -> Pass:
-    """One pass of an executor of ours over `steps` batches of a TrainPlan."""
+def ours(contender: str, plan: Any, threads: int, steps: int, device: str) -> Pass:
+    """One pass of an executor of ours over `steps` batches of a TrainPlan: a backend, or dali-hybrid, dali-gpu."""
     from ijckd_fast.data import make_loader
 
-    with make_loader(backend, plan, threads=threads, stop=steps) as loader:
-        return timed((len(batch.labels) for batch in loader), lambda: [os.getpid()])
+    backend, _, decode = contender.partition("-")
+    more = {"decode": decode} if decode else {}
+    with make_loader(backend, plan, threads=threads, stop=steps, device=device, **more) as loader:
+        return timed((len(batch.labels) for batch in loader), lambda: [os.getpid()], device)
 
 
-def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: int) -> Pass:
+def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: int, device: str) -> Pass:
     """The same with what most people have: torchvision's ImageFolder and transforms in a DataLoader of `threads` workers."""
     from torchvision import datasets, transforms
 
@@ -117,13 +122,20 @@ def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: in
     )
     data = datasets.ImageFolder(str(root / "train"), transform)
     sampler = torch.utils.data.RandomSampler(data, num_samples=steps * batch)
-    loader = torch.utils.data.DataLoader(data, batch, sampler=sampler, num_workers=threads, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(
+        data, batch, sampler=sampler, num_workers=threads, persistent_workers=True, pin_memory=device == "cuda"
+    )
     iterator = iter(loader)
 
     def pids() -> list[int]:
         return [os.getpid(), *(worker.pid for worker in iterator._workers)]
 
-    return timed((len(labels) for _, labels in iterator), pids)
+    def batches() -> Iterator[int]:
+        for images, labels in iterator:
+            images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            yield len(labels.to(device, non_blocking=True))
+
+    return timed(batches(), pids, device)
 
 
 def plan_seconds(plan: Any, steps: int) -> float:
@@ -154,14 +166,20 @@ def add_parser(commands: Any) -> None:
         "ImageFolder in a DataLoader with as many workers as the executor has threads. Prints a table; the last line is one JSON "
         'object {"rows": [...]} with ratio = images_per_s / baseline_images_per_s.',
     )
-    parser.add_argument("--device", choices=("cpu",), default="cpu", help="where images are decoded and delivered")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are delivered")
     parser.add_argument(
         "--data-dir",
         type=pathlib.Path,
         help="folder with train/<class>/* (default: ImageNet-like pictures are written anew)",
     )
     parser.add_argument("--images", type=int, default=2000, help="pictures to write where there is no --data-dir")
-    parser.add_argument("--contenders", nargs="+", choices=("dali", "pillow"), default=["dali", "pillow"])
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=("dali", "dali-hybrid", "dali-gpu", "pillow"),
+        default=["dali", "pillow"],
+        help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU (default: dali pillow)",
+    )
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="default: all cores"
     )
@@ -181,6 +199,8 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
 
     from ijckd_fast.data import Augment, TrainPlan, build_index
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")
     versions = {"torchvision": torchvision.__version__, "pillow": PIL.__version__, "dali": _dali_version()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -196,9 +216,9 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
             for _ in range(args.repeats):
                 for name, done in passes.items():
                     if name == BASELINE:
-                        done.append(theirs(root, augment, args.batch, threads, args.steps))
+                        done.append(theirs(root, augment, args.batch, threads, args.steps, args.device))
                     else:
-                        done.append(ours(name, plan, threads, args.steps))
+                        done.append(ours(name, plan, threads, args.steps, args.device))
             planning = plan_seconds(plan, args.steps)
             rows += [
                 _row(args, name, threads, passes, planning, len(index), environment | versions)
@@ -262,12 +282,12 @@ def _row(
 
 def _print(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'contender':10} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
+        f"{'contender':12} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
     )
     for r in rows:
         spread = f"{r['images_per_s']:8.0f} [{r['images_per_s_p20']:.0f} {r['images_per_s_p80']:.0f}]"
         print(
-            f"{r['contender']:10} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
+            f"{r['contender']:12} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
             f"  {r['cpu_ms_per_image']:12.2f}  {r['baseline_cpu_ms_per_image']:13.2f}  {r['plan_percent']:6.2f}"
         )
 

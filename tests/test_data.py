@@ -585,6 +585,37 @@ def test_impossible_settings_are_refused(data, backend, setting):
         make_loader(backend, EvalPlan(data, AUGMENT, 8), **setting)
 
 
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"decode": "hybrid"}, "decode 'hybrid' needs a GPU to deliver to, found device 'cpu'"),
+        ({"decode": "gpu"}, "needs a GPU"),
+        ({"hw_decoder_load": 1.5}, "a share of the images between 0 and 1, found 1.5"),
+    ],
+)
+def test_impossible_settings_of_dali_are_refused(data, setting, text):
+    with pytest.raises(UserError, match=text):
+        make_loader("dali", EvalPlan(data, AUGMENT, 8), **setting)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("plan", [TrainPlan, EvalPlan])
+@pytest.mark.parametrize(("decode", "levels"), [("cpu", 0.0), ("hybrid", 0.5), ("gpu", 3.0)])
+def test_a_gpu_gets_the_same_images(data, plan, decode, levels):
+    """levels: mean difference in grey levels; a GPU's resize rounds otherwise, and its decoder has another inverse DCT."""
+    plan = plan(data, AUGMENT, 8, 1) if plan is TrainPlan else plan(data, AUGMENT, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        on_gpu = batches("dali", plan, stop=5, device="cuda", decode=decode, dtype=dtype)
+        for ours, cpu in zip(on_gpu, batches("dali", plan, stop=5, dtype=dtype), strict=True):
+            assert ours.images.is_cuda
+            assert ours.images.dtype == dtype
+            assert ours.images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(ours.labels.cpu(), cpu.labels)
+            assert torch.equal(ours.ids.cpu(), cpu.ids)
+            rounding = 0.5 if dtype == torch.bfloat16 and decode != "cpu" else 0.0
+            assert np.abs(pixels(ours.images.cpu()) - pixels(cpu.images)).mean() <= levels + rounding
+
+
 def test_every_loader_is_a_loader(data):
     assert all(
         isinstance(make_loader(name, EvalPlan(data, AUGMENT, 8)), Loader) for name in ("dali", "pillow", "synthetic")

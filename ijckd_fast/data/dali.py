@@ -1,4 +1,4 @@
-"""The DALI executor: one CPU pipeline from paths to normalised pixels. Nothing of DALI is visible outside this file.
+"""The DALI executor: one pipeline from paths to normalised pixels. Nothing of DALI is visible outside this file.
 
 DALI orders and draws nothing: an external source feeds it each BatchPlan, so that its batches are the plan's and a
 restart at any step needs no saved state.
@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ijckd_fast.data.loader import Loader, Unreadable
 from ijckd_fast.data.pillow import make_image
-from ijckd_fast.data.plan import BatchPlan, TrainPlan
+from ijckd_fast.data.plan import BatchPlan, Plan, TrainPlan
+from ijckd_fast.errors import UserError
 
 _FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
 
@@ -37,12 +38,38 @@ def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
 
 
 class DaliLoader(Loader):
-    """See Loader. Decoding, resizing and normalising run on `threads` CPU threads; a GPU gets the finished batch.
+    """See Loader. Geometry comes from the plan and the resize is antialiased, so that pixels equal Pillow's but for rounding,
+    unless a GPU decodes: nvJPEG's differ from a CPU decoder's by its own inverse DCT, and which decoder an image gets depends on
+    its batch.
 
-    Geometry comes from the plan and the resize is antialiased, so that pixels equal Pillow's but for rounding.
+    decode           'cpu': decode, resize and normalise on `threads` CPU threads, and a GPU gets the finished batch;
+                     'hybrid': decode there, the rest on the GPU; 'gpu': the Huffman part of some images there, all else on the GPU
+    hw_decoder_load  decode 'gpu': share of the images that go to the GPU's JPEG engine, in [0, 1]. More threads want less of it
+    raises           UserError: decode other than 'cpu' without a GPU to deliver to
+    With a GPU, float16 and bfloat16 batches leave DALI as float16 (it has no bfloat16), and batches arrive in the order of torch's
+    current stream: the host waits for no copy.
     """
 
     _pipeline: Pipeline | None = None
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        decode: Literal["cpu", "hybrid", "gpu"] = "cpu",
+        hw_decoder_load: float = 0.65,
+        **settings: Any,
+    ) -> None:
+        super().__init__(plan, **settings)
+        if decode != "cpu" and self.device.type != "cuda":
+            raise UserError(
+                f"decode {decode!r} needs a GPU to deliver to, found device {str(self.device)!r}; take decode 'cpu'"
+            )
+        if not 0 <= hw_decoder_load <= 1:
+            raise UserError(
+                f"hw_decoder_load must be a share of the images between 0 and 1, found {hw_decoder_load}; 0.65 is DALI's own"
+            )
+        self.decode, self.hw_decoder_load = decode, hw_decoder_load
 
     def _open(self, step: int | None = None) -> None:
         self._planned = self.start if step is None else step
@@ -61,10 +88,20 @@ class DaliLoader(Loader):
     def _build(self, source: Callable[[int], tuple], batch_size: int, prefetch: int) -> Pipeline:
         augment = self.plan.augment
         training = isinstance(self.plan, TrainPlan)
+        on_gpu = self.device.type == "cuda"
+        decoder: dict[str, Any] = {}
+        if self.decode == "gpu":
+            # the JPEG engine's buffers are made once for the largest image there is
+            width, height = self.plan.index.sizes.max(0).tolist()
+            decoder = {
+                "device": "mixed", "hw_decoder_load": self.hw_decoder_load, "preallocate_width_hint": width,
+                "preallocate_height_hint": height,
+            }  # fmt: skip
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self.threads,
-            device_id=None,  # CPU only: needs neither GPU nor driver
+            # None: needs neither GPU nor driver
+            device_id=torch.empty(0, device=self.device).get_device() if on_gpu else None,
             prefetch_queue_depth=prefetch,
         )
         with pipeline:
@@ -90,21 +127,27 @@ class DaliLoader(Loader):
                 axes=[0, 1],
                 output_type=types.RGB,
                 adjust_orientation=False,
+                **decoder,
             )
+            if self.decode == "hybrid":
+                image = image.gpu()
             resize_to = fn.cast(result if training else target, dtype=types.FLOAT)
             image = fn.resize(image, size=resize_to, interp_type=types.INTERP_LINEAR, antialias=True)
             if not training:
-                image = fn.slice(image, anchor, result, axes=[0, 1])
-            pipeline.set_outputs(
-                fn.crop_mirror_normalize(
-                    image,
-                    mirror=flip,
-                    dtype=types.FLOAT,
-                    output_layout="HWC",
-                    mean=[255 * value for value in augment.mean],
-                    std=[255 * value for value in augment.std],
-                )
+                image = fn.slice(image, start=anchor, shape=result, axes=[0, 1])
+            half = on_gpu and self.dtype in (torch.float16, torch.bfloat16)
+            image = fn.crop_mirror_normalize(
+                image,
+                mirror=flip,
+                # halves on a CPU cost more than the copy of floats that they would spare
+                dtype=types.FLOAT16 if half and self.decode != "cpu" else types.FLOAT,
+                output_layout="HWC",
+                mean=[255 * value for value in augment.mean],
+                std=[255 * value for value in augment.std],
             )
+            pipeline.set_outputs(
+                image.gpu() if on_gpu else image
+            )  # DALI's copy is from pinned memory, on its own stream
         pipeline.build()
         return pipeline
 
@@ -112,7 +155,8 @@ class DaliLoader(Loader):
         while True:
             assert self._pipeline is not None
             try:
-                (images,) = self._pipeline.run()
+                stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+                (images,) = self._pipeline.run(stream)
             except RuntimeError:  # of which file, DALI often does not say; and the pipeline is no longer valid
                 self._pipeline = None
                 if not self._set_bad_files_aside():

@@ -33,12 +33,19 @@ class Batch(NamedTuple):
     mix: Tensor | None = None
 
 
+def deliver(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`. A GPU copies it from pinned memory: from any other the host would wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def mixed(batch: Batch, mixing: Mixing) -> Batch:
     """The batch with its images blended and cut into one another as the plan says, where the images lie."""
     device = batch.images.device
-    partner, box = (torch.from_numpy(x).to(device, non_blocking=True) for x in (mixing.partner, mixing.box))
-    share = torch.from_numpy(mixing.share).to(device, non_blocking=True)
-    blend = torch.from_numpy(mixing.blend).to(device, batch.images.dtype, non_blocking=True)[:, None, None, None]
+    arrays = (mixing.partner, mixing.box, mixing.share, mixing.blend)
+    partner, box, share, blend = (deliver(torch.from_numpy(x), device) for x in arrays)
+    blend = blend.to(batch.images.dtype)[:, None, None, None]
     other = batch.images[partner]
     pixel = torch.arange(batch.images.shape[2], device=device)
     y0, x0, y1, x1 = box[:, :, None].unbind(1)  # [B, 1] each
@@ -157,9 +164,7 @@ class Loader:
                 images, labels, ids = images[kept.to(images.device)], labels[kept], ids[kept]
             if len(ids) > 0:
                 batch = Batch(
-                    images.to(self.device, self.dtype, non_blocking=True),
-                    labels.to(self.device, non_blocking=True),
-                    ids.to(self.device, non_blocking=True),
+                    deliver(images, self.device).to(self.dtype), deliver(labels, self.device), deliver(ids, self.device)
                 )
                 return batch if plan.mixing is None else mixed(batch, plan.mixing)
 

@@ -1,4 +1,4 @@
-"""The command line: `ijckd-fast train | evaluate | index | demo | doctor`. Arguments in, one function call, figures out.
+"""The command line: `ijckd-fast train | evaluate | index | bench | demo | doctor`. Arguments in, one function call, figures out.
 
 Whatever needs torch is imported inside the command that needs it.
 """
@@ -15,12 +15,16 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ijckd_fast import config as settings
 from ijckd_fast.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from ijckd_fast.config import TrainConfig
+    from ijckd_fast.distiller import Distiller
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -133,44 +137,16 @@ def evaluate(arguments: list[str]) -> int:
 
     import torch
 
-    from ijckd_fast import checkpoint, run_folder
     from ijckd_fast.data import build_index
     from ijckd_fast.evaluate import evaluate as measure
-    from ijckd_fast.objectives import get_objective
-    from ijckd_fast.train import build_distiller, build_val_loader, resolve
+    from ijckd_fast.train import build_val_loader
 
-    path = Path(given.pop("run"))
-    if path.is_dir():
-        path /= run_folder.BEST if given["best"] else run_folder.LAST
-    del given["best"]
-    state = checkpoint.load(path)
-    begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
-    config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
-    if config.infer_head == "student" and not (
-        config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
-    ):
-        # The student answers alone; without its teacher only the agreement is missing.
-        if config.teacher is not None:
-            print(
-                f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint names them"
-            )
-        alone = get_objective("ce")
-        weights = {name: getattr(alone, name) for name in settings.OBJECTIVE_FIELDS}
-        config = dataclasses.replace(config, objective="ce", teacher=None, teacher_checkpoint=None, **weights)
-        state["learner"] = {k: v for k, v in state["learner"].items() if not k.startswith("connector.")}
-    config = resolve(config)
+    path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
     index = build_index(
         config.data_dir, "val", classes=state["classes"], verify=config.index_verify, progress=sys.stderr.isatty()
     )
-    distiller = build_distiller(config, index.num_classes, device)
-    if distiller.teacher is not None and checkpoint.fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
-        raise UserError(
-            f"the teacher {config.teacher} is not the one {path} was trained with (its weights differ): give that one as "
-            "--teacher-checkpoint"
-        )
-    checkpoint.load_into(distiller.learner, state["learner"], path)
-    distiller.eval()
+    distiller = _trained(path, state, config)
     amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
     with build_val_loader(config, index, device) as loader:
         teacher = None
@@ -205,6 +181,53 @@ def evaluate(arguments: list[str]) -> int:
     }
     print(json.dumps(row))
     return 0
+
+
+def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str, Any], TrainConfig]:
+    """The checkpoint of a run (a folder, last.pt or best.pt), what is in it, and the run's settings changed by those given.
+
+    Where the student answers alone and its teacher's weights are not there, the settings are those without a teacher.
+    """
+    from ijckd_fast import checkpoint, run_folder
+    from ijckd_fast.objectives import get_objective
+    from ijckd_fast.train import resolve
+
+    path = Path(run)
+    if path.is_dir():
+        path /= run_folder.BEST if best else run_folder.LAST
+    state = checkpoint.load(path)
+    begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
+    config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
+    if config.infer_head == "student" and not (
+        config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
+    ):
+        # The student answers alone; without its teacher only the agreement is missing.
+        if config.teacher is not None:
+            print(
+                f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint names them"
+            )
+        alone = get_objective("ce")
+        weights = {name: getattr(alone, name) for name in settings.OBJECTIVE_FIELDS}
+        config = dataclasses.replace(config, objective="ce", teacher=None, teacher_checkpoint=None, **weights)
+        state["learner"] = {k: v for k, v in state["learner"].items() if not k.startswith("connector.")}
+    return path, state, resolve(config)
+
+
+def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distiller:
+    """The nets of a checkpoint as _begun returns it, to be evaluated. UserError where the teacher is another one."""
+    import torch
+
+    from ijckd_fast import checkpoint
+    from ijckd_fast.train import build_distiller
+
+    distiller = build_distiller(config, len(state["classes"]), torch.device(config.device))
+    if distiller.teacher is not None and checkpoint.fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
+        raise UserError(
+            f"the teacher {config.teacher} is not the one {path} was trained with (its weights differ): give that one as "
+            "--teacher-checkpoint"
+        )
+    checkpoint.load_into(distiller.learner, state["learner"], path)
+    return distiller.eval()
 
 
 def index(arguments: list[str]) -> int:
@@ -265,6 +288,135 @@ def index(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """How far DALI's pixels, and a net's answers, are from Pillow's."""
+    parser = _parser(
+        "bench",
+        "bench loader --parity: makes the same crops of the same images of a folder by DALI and by Pillow and compares the pixels, and "
+        "with --model a net's answers. Exit code 1 if they differ by more than the trainer allows. The last line of standard output "
+        "is one JSON object.",
+    )
+    parser.add_argument("what", type=Literal["loader"], help="loader")
+    parser.add_argument(
+        "--parity", action="store_true", help="compare DALI with Pillow (wanted; there is no other comparison)"
+    )
+    parser.add_argument(
+        "--data-dir", type=str, help="folder with train/<class>/* and val/<class>/*; default: the run's"
+    )
+    parser.add_argument(
+        "--model",
+        type=str,
+        help="a net to ask on both: folder or checkpoint of a run, or a model with published weights",
+    )
+    parser.add_argument("--images", type=int, default=256, help="crops of each split")
+    parser.add_argument(
+        "--split",
+        type=Literal["train", "val", "both"],
+        default="both",
+        help="train: random crops and flips; val: the evaluation's central crops",
+    )
+    parser.add_argument("--image-size", type=int, help="side of the crops, pixels; default: the run's, or 224")
+    parser.add_argument("--workers", type=int, default=2, help="decoding threads of each")
+    parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="of the net")
+    parser.add_argument(
+        "--max-drift", type=float, default=settings.MAX_DRIFT, help="mean absolute difference allowed, grey levels"
+    )
+    given = parser.parse_args(arguments)
+    if not given.parity:
+        raise UserError(
+            "bench loader compares DALI with Pillow: wanted --parity, found no comparison to make; add --parity"
+        )
+    if given.images < 1:
+        raise UserError(f"--images must be at least 1, got {given.images}")
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ijckd_fast.data import build_index, parity
+    from ijckd_fast.models import is_model_name
+    from ijckd_fast.progress import say
+    from ijckd_fast.train import augment_of, build_distiller, resolve
+
+    changed = {"device": given.device, "workers": given.workers}
+    if given.data_dir is not None:
+        changed["data_dir"] = given.data_dir
+    if given.image_size is not None:
+        changed |= {"image_size": given.image_size, "eval_resize": round(given.image_size * 256 / 224)}
+    classes = run = None
+    if given.model is not None and not is_model_name(given.model):
+        if not Path(given.model).exists():
+            raise UserError(
+                f"--model must be the folder or checkpoint of a run, or the name of a model with published weights, got {given.model!r}"
+            )
+        run = _begun(given.model, False, changed)
+        _, state, config = run
+        classes = state["classes"]
+    else:
+        named = {} if given.model is None else {"student": given.model, "student_pretrained": True}
+        config = resolve(settings.make_config({"objective": "ce", **named, **changed}))
+
+    distiller = None
+    rows = []
+    for split in ("train", "val") if given.split == "both" else (given.split,):
+        found = build_index(
+            config.data_dir, split, classes=classes, verify=config.index_verify, progress=sys.stderr.isatty()
+        )
+        classes = found.classes
+        if given.model is not None and distiller is None:
+            device = torch.device(config.device)
+            distiller = _trained(*run) if run else build_distiller(config, len(classes), device).eval()
+        compared = parity.compare(
+            found,
+            augment_of(config),
+            images=given.images,
+            threads=config.workers,
+            logits_of=None if distiller is None else distiller.predict,
+            device=config.device,
+            on_bad=lambda path, why: warnings.warn(f"{path} cannot be read any more ({why})", stacklevel=2),
+        )
+        rows.append(
+            {
+                **compared._asdict(),
+                "max_drift": given.max_drift,
+                "image_size": config.image_size,
+                "index": found.hash,
+                **parity.versions(),
+            }
+        )
+    table = Table(
+        "split",
+        "images",
+        "mean",
+        "worst image's",
+        "pixels beyond 1 level",
+        title=f"|DALI - Pillow| in grey levels of 0..255, {config.data_dir}",
+    )
+    for row in rows:
+        table.add_row(
+            row["split"],
+            f"{row['images']:,}",
+            f"{row['mean_levels']:.3f}",
+            f"{row['worst_levels']:.3f}",
+            f"{row['beyond_percent']:.2f} %",
+        )
+    console = Console()
+    console.print(table)
+    for row in rows:
+        answers = ""
+        if distiller is not None:
+            answers = (
+                f"; top-1 of {given.model} {row['dali_top1_percent']:.2f} % by DALI, {row['pillow_top1_percent']:.2f} % by Pillow, "
+                f"{row['disagreements']} answers differ"
+            )
+        say(console, f"{row['split']}: the farthest is {row['worst_path']}{answers}")
+    beyond = [row["split"] for row in rows if row["mean_levels"] > given.max_drift]
+    if beyond:
+        print(f"beyond the {given.max_drift:g} grey levels that the trainer allows: {', '.join(beyond)}")
+    print(json.dumps({"rows": rows}))
+    return 1 if beyond else 0
+
+
 def demo(arguments: list[str]) -> int:
     """A teacher and one student by five methods, on digits, in a few minutes."""
     parser = _parser(
@@ -304,6 +456,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "index": index,
+    "bench": bench,
     "demo": demo,
     "doctor": doctor,
 }

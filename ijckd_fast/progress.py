@@ -13,6 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 
+def say(console: Console, text: str) -> None:
+    """Prints one line, whatever is in it: what the console cannot encode (a file name that is not UTF-8) is shown escaped."""
+    text = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """Shows steps done, images/s, loss and the share of time spent waiting for the loader.
 
@@ -61,7 +67,7 @@ class TrainingProgress:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
 
 class Meter:

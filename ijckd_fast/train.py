@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -32,6 +33,7 @@ from ijckd_fast.data import (
     TrainPlan,
     build_index,
     make_loader,
+    parity,
 )
 from ijckd_fast.distiller import Distiller
 from ijckd_fast.errors import UserError
@@ -185,6 +187,8 @@ def train(
             f"{train_index.num_classes} classes, {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
             + (f"; going on from step {step}" if step else "")
         )
+        if config.data_backend == "dali":
+            check_parity(config, train_index, val_index, show.say)
         teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs)
         if teacher_val is not None:
             show.say(
@@ -504,6 +508,32 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
     if config.channels_last:
         distiller.to(memory_format=torch.channels_last)
     return distiller.to(device)
+
+
+def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
+    """Says, once per dataset, how far DALI's pixels are from Pillow's. UserError beyond --max-drift.
+
+    Of several processes only one needs to call it.
+    """
+    try:
+        rows, known = parity.of_dataset(train, val, augment_of(config), threads=config.workers)
+    except TooManyUnreadable as error:  # the loop meets these files too, and knows what to do then
+        say(f"warning: DALI's pixels were not compared with Pillow's: {error}")
+        return
+    if not known:
+        figures = " and ".join(f"{row.mean_levels:.2f} on {row.images} {row.split} crops" for row in rows)
+        say(
+            f"DALI's pixels differ from Pillow's by {figures} (mean, grey levels); kept, not measured at the next start"
+        )
+    row = max(rows, key=lambda row: row.mean_levels)
+    if row.mean_levels > config.max_drift:
+        raise UserError(
+            f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} {row.split} crops, "
+            f"wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is {os.path.join(train.root, row.worst_path)} with "
+            f"{row.worst_levels:.2f}. One of the two decodes or resizes in another way here: look with ijckd-fast bench loader --parity "
+            f"--data-dir {config.data_dir}, try other versions of DALI and Pillow, or --data-backend pillow; --max-drift "
+            f"{math.ceil(row.mean_levels)} trains all the same"
+        )
 
 
 def teacher_on_val(

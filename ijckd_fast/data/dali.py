@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
+import nvidia.dali
 import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
@@ -25,6 +26,7 @@ from ijckd_fast.data.pillow import make_image
 from ijckd_fast.data.plan import BatchPlan, Plan, TrainPlan
 from ijckd_fast.errors import UserError
 
+VERSION: str = nvidia.dali.__version__
 _FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
 
 

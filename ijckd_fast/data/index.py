@@ -432,6 +432,11 @@ def _cache_homes(root: Path, cache_dir: str | Path | None) -> list[Path]:
     return [root / _CACHE_FOLDER, user_cache / "ijckd-fast" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16]]
 
 
+def cache_folders(index: Index) -> list[Path]:
+    """Where to look for and to keep what is known of an index's files, in order of preference; they need not exist."""
+    return _cache_homes(Path(index.root), None)
+
+
 def _load_verdicts(homes: Iterable[Path], split: str) -> dict[str, _Verdict]:
     """The remembered verdicts by path; {} when there are none or they are damaged (with a warning)."""
     paths = [path for home in homes if (path := home / f"{split}.parquet").is_file()]

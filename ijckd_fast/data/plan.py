@@ -231,16 +231,25 @@ class EvalPlan:
     An image that cannot be read any more has a stand-in in its row, so that batches keep their size, but the row is not kept.
 
     batch_size  images per process; the last batch may be smaller, none is empty
+    ids         [n] int64, show only these images, in this order; None = all
     Rank r takes images r, r + world, ...; ranks may differ by one batch (and have none when there are fewer images than
     ranks), so that results must be gathered after the loop, not in it.
     """
 
-    def __init__(self, index: Index, augment: Augment, batch_size: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        index: Index,
+        augment: Augment,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        ids: np.ndarray | None = None,
+    ) -> None:
         _check_shard(batch_size, rank, world)
         self.index, self.augment, self.batch_size = index, augment, batch_size
         self.stand_ins = StandIns(index, any_label=True)  # of rows that are not kept
         self.rank, self.world = rank, world
-        self._ids = np.arange(rank, len(index), world)
+        self._ids = (np.arange(len(index)) if ids is None else ids)[rank::world]
         self.num_batches = -(-len(self._ids) // batch_size)
 
     @property

@@ -1,0 +1,187 @@
+"""How far DALI's pixels are from Pillow's on the user's own images, under one plan.
+
+`ijckd-fast bench loader --parity` shows it; the trainer measures it once per dataset and refuses more than --max-drift.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+
+from ijckd_fast.data.counter_rng import permutation
+from ijckd_fast.data.index import Index, cache_folders
+from ijckd_fast.data.loader import Batch, Loader
+from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
+
+_SEED = 0
+_SAMPLE_STREAM = 0x9A217
+_BATCH = 32
+_TRAINER_IMAGES = 128  # per split: a second or two at 224 pixels on two cores
+_ONE_LEVEL = 1.01  # undoing the normalisation in float32 costs up to 1e-4 of a level
+
+
+class Parity(NamedTuple):
+    """|DALI - Pillow| of one split's crops, in grey levels of 0..255, the normalisation undone.
+
+    split           'train': random crops and flips; 'val': the evaluation's central crops
+    images          crops compared: those of a file that one of the two cannot read are left out
+    mean_levels     over all images, pixels and channels
+    worst_levels    largest mean of one image; worst_path is its file, relative to the data folder
+    beyond_percent  pixels of which a channel differs by more than one level
+    dali_top1_percent, pillow_top1_percent  of a net on the two kinds of pixels; None without a net
+    disagreements   images that the net answers differently; None without a net
+    """
+
+    split: str
+    images: int
+    mean_levels: float
+    worst_levels: float
+    worst_path: str
+    beyond_percent: float
+    dali_top1_percent: float | None = None
+    pillow_top1_percent: float | None = None
+    disagreements: int | None = None
+
+
+def compare(
+    index: Index,
+    augment: Augment,
+    *,
+    images: int,
+    threads: int = 2,
+    logits_of: Callable[[Tensor], Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    on_bad: Callable[[str, str], None] = lambda path, why: None,
+) -> Parity:
+    """Both executors on the same crops of a seeded sample of the images, as the index's split uses them.
+
+    augment    its mixup, cutmix, repeats and sizes are not used: they are the same code behind either executor
+    images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val takes no
+               more than it has
+    logits_of  images [B, 3, S, S] on `device` -> logits [B, K]: a net to be asked on both kinds of pixels
+    on_bad     called with path and reason of a file that cannot be read; it is left out
+    raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can be read
+    """
+    from ijckd_fast.data import make_loader  # which imports this package's executors
+
+    plan = _sample(index, augment, images)
+    stop = -(-images // plan.batch_size)
+    loaders = [
+        make_loader(backend, plan, threads=threads, stop=stop, bad_limit=images, on_bad=on_bad)
+        for backend in ("dali", "pillow")
+    ]
+    with loaders[0] as dali, loaders[1] as pillow:
+        return _compare(index, dali, pillow, torch.tensor(augment.std), logits_of, torch.device(device))
+
+
+def _sample(index: Index, augment: Augment, images: int) -> Plan:
+    augment = dataclasses.replace(augment, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
+    batch_size = min(_BATCH, images, len(index))
+    if index.split == "train":
+        return TrainPlan(index, augment, batch_size, _SEED)
+    return EvalPlan(index, augment, batch_size, ids=np.sort(permutation(_SEED, _SAMPLE_STREAM, len(index))[:images]))
+
+
+@torch.no_grad()
+def _compare(
+    index: Index,
+    dali: Loader,
+    pillow: Loader,
+    std: Tensor,
+    logits_of: Callable[[Tensor], Tensor] | None,
+    device: torch.device,
+) -> Parity:
+    means: list[Tensor] = []
+    beyond: list[Tensor] = []
+    ids: list[Tensor] = []
+    right = torch.zeros(2, dtype=torch.int64)  # DALI, Pillow
+    disagreements = 0
+    # Both follow one plan object, so that a file that the one finds unreadable is so for the other from there on.
+    for a, b in zip(dali, pillow, strict=False):
+        rows_a, rows_b = _same_images(a, b, index.split)
+        x, y = a.images[rows_a], b.images[rows_b]
+        difference = (x - y).abs().permute(0, 2, 3, 1) * (255 * std)  # [b, S, S, 3] grey levels
+        means.append(difference.mean((1, 2, 3)))
+        beyond.append((difference.amax(3) > _ONE_LEVEL).float().mean((1, 2)))
+        ids.append(a.ids[rows_a])
+        if logits_of is not None and len(x):
+            answers = [logits_of(part.to(device)).argmax(1).cpu() for part in (x, y)]
+            right += torch.stack([(answer == a.labels[rows_a]).sum() for answer in answers])
+            disagreements += int((answers[0] != answers[1]).sum())
+    n = sum(map(len, means))
+    if n == 0:
+        raise TooManyUnreadable(
+            f"images were wanted to compare DALI with Pillow on, but both could read none of the sample of {index.root}/{index.split}; "
+            "is the disk still there?"
+        )
+    of_image = torch.cat(means)
+    worst = int(of_image.argmax())
+    parity = Parity(
+        index.split,
+        n,
+        float(of_image.mean()),
+        float(of_image[worst]),
+        index.paths[int(torch.cat(ids)[worst])],
+        100 * float(torch.cat(beyond).mean()),
+    )
+    if logits_of is None:
+        return parity
+    by_dali, by_pillow = (100 * count / n for count in right.tolist())
+    return parity._replace(dali_top1_percent=by_dali, pillow_top1_percent=by_pillow, disagreements=disagreements)
+
+
+def _same_images(a: Batch, b: Batch, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of a and of b that hold the same image. Training replaces what it cannot read, evaluation leaves it out."""
+    if split == "train":
+        rows = np.flatnonzero((a.ids == b.ids).numpy())
+        return rows, rows
+    _, rows_a, rows_b = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
+    return rows_a, rows_b
+
+
+def of_dataset(train: Index, val: Index, augment: Augment, *, threads: int) -> tuple[list[Parity], bool]:
+    """The comparison of both splits, and whether it had been made before: it is kept beside the index.
+
+    It is made again for other images or another augmentation, and with another version of DALI, Pillow or our executors.
+    raises UserError as compare does
+    """
+    made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment)}
+    name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
+    folders = cache_folders(train)
+    for folder in folders:
+        try:
+            return [Parity(**row) for row in json.loads((folder / name).read_text())["rows"]], True
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+            continue
+    rows = [compare(index, augment, images=_TRAINER_IMAGES, threads=threads) for index in (train, val)]
+    text = json.dumps({**made_with, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
+    for folder in folders:
+        partial = folder / f".{name}.{os.getpid()}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text)
+            os.replace(partial, folder / name)
+            break
+        except OSError:  # a data folder that cannot be written: the next one, or measured again at the next start
+            continue
+    return rows, False
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the pixels: the libraries, and a digest of our two executors. Raises ImportError without DALI."""
+    from ijckd_fast.data.dali import VERSION
+
+    code = hashlib.sha256()
+    for name in ("dali.py", "pillow.py"):
+        code.update(Path(__file__).with_name(name).read_bytes())
+    return {"dali": VERSION, "pillow": PIL.__version__, "executors": code.hexdigest()[:16]}

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -212,7 +213,7 @@ def _class_folders(root: Path, split: str) -> tuple[str, ...]:
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if _is_folder(entry):
             names.append(entry.name)
         elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
             loose += 1
@@ -259,14 +260,23 @@ def _list_images(
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _list_images(root, path, above | {here})
         elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
             try:
                 status = entry.stat()
-                yield path, status.st_size, status.st_mtime_ns
             except OSError:  # a link to nothing: listed, so that it is reported with the other unreadable files
                 yield path, -1, -1
+                continue
+            if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer for ever
+                yield path, status.st_size, status.st_mtime_ns
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which is nothing
+        return False
 
 
 def check_image(path: str, full: bool) -> tuple[int, int, str, bool]:
@@ -439,7 +449,8 @@ def cache_folders(index: Index) -> list[Path]:
 
 def _load_verdicts(homes: Iterable[Path], split: str) -> dict[str, _Verdict]:
     """The remembered verdicts by path; {} when there are none or they are damaged (with a warning)."""
-    paths = [path for home in homes if (path := home / f"{split}.parquet").is_file()]
+    # os.path's: Path.is_file() raises where a home may not be looked into
+    paths = [path for home in homes if os.path.isfile(path := home / f"{split}.parquet")]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):  # the latest
         try:
             table = pq.read_table(path, page_checksum_verification=True)
@@ -498,4 +509,4 @@ def _replace(path: Path, write) -> None:
 
 
 def _existing_report(homes: Iterable[Path], split: str) -> Path | None:
-    return next((report for home in homes if (report := home / f"{split}.quarantine.json").is_file()), None)
+    return next((report for home in homes if os.path.isfile(report := home / f"{split}.quarantine.json")), None)

@@ -118,6 +118,33 @@ def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(data, backen
     assert sorted(seen) == list(range(60))
 
 
+@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("batch_size", [3, 6])
+def test_from_an_epoch_on_with_two_processes_instead_of_one(data, backend, batch_size):
+    """Whether the global batch stays (3 each) or doubles (6 each), the epoch has the same images with the same crops and flips."""
+    augment = Augment(image_size=24, eval_resize=28)
+
+    def epoch(world: int, batch_size: int, number: int):
+        """Of each image seen: what its pixels are made of, and the pixels."""
+        seen = []
+        for rank in range(world):
+            plan = TrainPlan(data, augment, batch_size, 3, rank, world)
+            steps = range(number * plan.steps_per_epoch, (number + 1) * plan.steps_per_epoch)
+            for k, batch in zip(steps, batches(backend, plan, start=steps[0], stop=steps[-1] + 1), strict=True):
+                made_of = plan.batch(k)
+                assert made_of.ids.tolist() == batch.ids.tolist()
+                for i, image in enumerate(batch.images):
+                    crop = (*made_of.anchor[i].tolist(), *made_of.shape[i].tolist())
+                    seen.append((int(made_of.ids[i]), crop, int(made_of.flip[i]), image.numpy().tobytes()))
+        return sorted(seen)
+
+    alone = [epoch(1, 6, number) for number in (0, 1, 2)]
+    assert all([row[0] for row in rows] == list(range(60)) for rows in alone)
+    assert alone[0] != alone[1] != alone[2]
+    for number in (1, 2):
+        assert epoch(2, batch_size, number) == alone[number]
+
+
 # --- torchvision's pixels ---------------------------------------------------------------------------------------------
 
 

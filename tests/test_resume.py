@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import io
+import itertools
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import recorded_run
 import torch
 import torch.nn.functional as F
 import yaml
@@ -42,8 +44,9 @@ def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
-def _start(*arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ijckd_fast.cli", "train", *arguments]
+def _start(*arguments: str, record: Path | None = None) -> subprocess.Popen:
+    program = ["-m", "ijckd_fast.cli"] if record is None else [recorded_run.__file__, str(record)]
+    command = [sys.executable, *program, "train", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -70,26 +73,40 @@ def _figures(folder) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in clock} for row in run_folder.read_log(folder)]
 
 
-def test_killed_at_a_random_step(data, teacher, tmp_path):
-    """60 steps of the whole objective with DALI and EMA, kill -9 twice at random steps between checkpoints."""
+@pytest.mark.parametrize("backend", ["dali", "pillow"])
+def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
+    """60 steps of the whole objective with mixing and EMA, kill -9 twice at random steps between checkpoints: the same batches, the
+    same weights."""
     changes = {
-        **distilled(teacher), "epochs": TOTAL // 4, "data_backend": "dali", "ema_decay": 0.9, "checkpoint_steps": 7,
-        "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1,
+        **distilled(teacher), "epochs": TOTAL // 4, "data_backend": backend, "ema_decay": 0.9, "checkpoint_steps": 7,
+        "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2,
     }  # fmt: skip
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
-    train(config(data, undisturbed, **{**changes, "checkpoint_steps": 1000}))
+    records = tmp_path / "undisturbed.txt", tmp_path / "killed.txt"
+    seed = random.randrange(10_000)
+    kills = sorted(random.Random(seed).sample(range(5, TOTAL - 3), 2))
+    print(f"kills at steps {kills}: random.Random({seed})")
 
-    kills = sorted(random.sample(range(5, TOTAL - 3), 2))
-    run = _start(*options(settings(data, folder, **changes)))
+    with recorded_run.recording(records[0]):
+        train(config(data, undisturbed, **{**changes, "checkpoint_steps": 1000}))
+    run = _start(*options(settings(data, folder, **changes)), record=records[1])
     for kill in kills:
         while _steps(folder) < kill:
-            assert run.poll() is None, (kills, run.communicate()[0])
+            assert run.poll() is None, run.communicate()[0]
             time.sleep(0.002)
         run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL, kills
-        run = _start("--resume", str(folder))
+        assert run.wait() == -signal.SIGKILL
+        run = _start("--resume", str(folder), record=records[1])
     output = run.communicate()[0]
-    assert run.returncode == 0, (kills, output)
+    assert run.returncode == 0, output
+    want, got = map(recorded_run.read, records)
+    assert [seen.step for seen in want] == list(range(TOTAL))
+    assert len(set(want)) == TOTAL
+    assert set(got) == set(want)
+    begins = [b.step for a, b in itertools.pairwise(got) if b.step != a.step + 1]  # where a resumed run went on
+    assert len(begins) <= len(kills)
+    assert all(step % 7 == 0 for step in begins)
+    assert (got[0], got[-1]) == (want[0], want[-1])
     _assert_same_end(folder, undisturbed)
     assert _figures(folder) == _figures(undisturbed)
     assert json.loads((folder / "summary.json").read_text())["complete"]

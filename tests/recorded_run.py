@@ -1,0 +1,73 @@
+"""`ijckd-fast` with a record of its training batches: recorded_run.py RECORD train OPTIONS...
+
+RECORD gets one line per batch as it is handed to the loop: step, ids, digest of every tensor of the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ijckd_fast import cli, train
+from ijckd_fast.data import Batch, Loader, Plan, TrainPlan
+
+
+class Seen(NamedTuple):
+    """One line of a record."""
+
+    step: int
+    ids: str
+    digest: str
+
+
+def read(record: Path) -> list[Seen]:
+    """The lines of a record, all but one that a kill has cut off."""
+    lines = record.read_text().split("\n")[:-1]
+    return [Seen(int(step), ids, digest) for step, ids, digest in (line.split() for line in lines)]
+
+
+def _line(step: int, batch: Batch) -> str:
+    digest = hashlib.sha256()
+    for tensor in batch:
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return f"{step} {','.join(map(str, batch.ids.tolist()))} {digest.hexdigest()}\n"
+
+
+@contextlib.contextmanager
+def recording(record: Path) -> Iterator[None]:
+    """Inside, runs of this process append their training batches to `record`."""
+    make_loader = train._loader
+    file = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def make_recorded(config: Any, plan: Plan, *rest: Any, **more: Any) -> Loader:
+        loader = make_loader(config, plan, *rest, **more)
+        if not isinstance(plan, TrainPlan):
+            return loader
+
+        class Recorded(type(loader)):  # type: ignore[misc]
+            def __next__(self) -> Batch:
+                step = self.start if self._step is None else self._step
+                batch = super().__next__()
+                os.write(file, _line(step, batch).encode())  # at once, or a kill would lose it
+                return batch
+
+        loader.__class__ = Recorded
+        return loader
+
+    train._loader = make_recorded
+    try:
+        yield
+    finally:
+        train._loader = make_loader
+        os.close(file)
+
+
+if __name__ == "__main__":
+    with recording(Path(sys.argv[1])):
+        sys.exit(cli.main(sys.argv[2:]))

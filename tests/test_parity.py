@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from image_tree import photo, write_split
+from PIL import Image
 from rich.console import Console
 from tiny_run import config, options, settings, write_tree
 
@@ -104,6 +106,19 @@ def test_unreadable_files_of_the_sample_are_left_out(data, split):
         assert 32 < found.images <= 64
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_what_only_dali_reads_is_not_compared_with_another_image(data, split):
+    index = build_index(data, split)
+    turned = Image.Exif()
+    turned[274] = 6
+    photo(20, 24).save(index.absolute(9), format="TIFF", exif=turned)
+    said = []
+    found = parity.compare(index, AUGMENT, images=len(index), on_bad=lambda path, why: said.append(path))
+    assert said == [index.absolute(9)]
+    assert found.worst_levels < 0.5
+    assert found.images == 17 if split == "val" else found.images < 64
+
+
 def test_nothing_to_compare(data):
     index = build_index(data, "val")
     for i in range(len(index)):
@@ -192,13 +207,27 @@ def test_drift_does_not_cost_the_run_that_would_be_overwritten(data, tmp_path, m
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def spoil(data: Path, *names: str) -> None:
+    """Zeros in these files, once they are indexed; neither length nor time tells."""
+    for split in ("train", "val"):
+        build_index(data, split)
+    for name in names:
+        status = (data / name).stat()
+        (data / name).write_bytes(bytes(status.st_size))
+        os.utime(data / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_class_that_cannot_be_read_is_the_loop_s_matter(data, tmp_path):
+    spoil(data, *(f"train/bee/{n:03d}.jpg" for n in range(12)))
+    said = io.StringIO()
+    settings = config(data, tmp_path / "run", **DALI, unreadable_limit=99)
+    with pytest.raises(UserError, match="everything is saved: mend the data and continue"):
+        trainer.train(settings, console=Console(file=said, width=1000))
+    assert "DALI's pixels were not compared with Pillow's: no image of class 'bee'" in said.getvalue()
+
+
 def test_unreadable_files_of_the_sample_do_not_stop_a_run(data, tmp_path):
-    build_index(data, "train"), build_index(data, "val")
-    for name in ("train/bee/003.jpg", "val/cat/002.jpg"):
-        path = data / name
-        status, length = path.stat(), len(path.read_bytes())
-        path.write_bytes(bytes(length))
-        trainer.os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    spoil(data, "train/bee/003.jpg", "val/cat/002.jpg")
     text = train(data, tmp_path / "run", epochs=2)
     assert "on 128 train crops and 0." in text
     assert "on 17 val crops" in text

@@ -18,6 +18,7 @@ import PIL
 import torch
 from torch import Tensor
 
+from ijckd_fast.data import make_loader
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index import Index, cache_folders
 from ijckd_fast.data.loader import Batch, Loader
@@ -72,8 +73,6 @@ def compare(
     on_bad     called with path and reason of a file that cannot be read; it is left out
     raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can be read
     """
-    from ijckd_fast.data import make_loader  # which imports this package's executors
-
     plan = _sample(index, augment, images)
     stop = -(-images // plan.batch_size)
     loaders = [

@@ -317,7 +317,10 @@ def bench(arguments: list[str]) -> int:
     )
     parser.add_argument("--image-size", type=int, help="side of the crops, pixels; default: the run's, or 224")
     parser.add_argument("--workers", type=int, default=2, help="decoding threads of each")
-    parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="of the net")
+    parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="of the net, and of --decode")
+    parser.add_argument(
+        "--decode", type=settings.TYPES["decode"], help=f"{settings.help_of('decode')}; default: the run's, or cpu"
+    )
     parser.add_argument(
         "--max-drift", type=float, default=settings.MAX_DRIFT, help="mean absolute difference allowed, grey levels"
     )
@@ -341,6 +344,8 @@ def bench(arguments: list[str]) -> int:
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:
         changed["data_dir"] = given.data_dir
+    if given.decode is not None:
+        changed["decode"] = given.decode
     if given.image_size is not None:
         changed |= {"image_size": given.image_size, "eval_resize": round(given.image_size * 256 / 224)}
     classes = run = None
@@ -373,6 +378,7 @@ def bench(arguments: list[str]) -> int:
             threads=config.workers,
             logits_of=None if distiller is None else distiller.predict,
             device=config.device,
+            decode=config.decode,
             on_bad=lambda path, why: warnings.warn(f"{path} cannot be read any more ({why})", stacklevel=2),
         )
         rows.append(

@@ -516,7 +516,9 @@ def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[s
     Of several processes only one needs to call it.
     """
     try:
-        rows, known = parity.of_dataset(train, val, augment_of(config), threads=config.workers)
+        rows, known = parity.of_dataset(
+            train, val, augment_of(config), threads=config.workers, device=config.device, decode=config.decode
+        )
     except TooManyUnreadable as error:  # the loop meets these files too, and knows what to do then
         say(f"warning: DALI's pixels were not compared with Pillow's: {error}")
         return

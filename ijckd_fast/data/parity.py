@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -62,6 +62,7 @@ def compare(
     threads: int = 2,
     logits_of: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | str = "cpu",
+    decode: str = "cpu",
     on_bad: Callable[[str, str], None] = lambda path, why: None,
 ) -> Parity:
     """Both executors on the same crops of a seeded sample of the images, as the index's split uses them.
@@ -70,16 +71,15 @@ def compare(
     images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val takes no
                more than it has
     logits_of  images [B, 3, S, S] on `device` -> logits [B, K]: a net to be asked on both kinds of pixels
+    decode     DALI's, see DaliLoader; 'hybrid' and 'gpu' need `device` to be a GPU
     on_bad     called with path and reason of a file that cannot be read; it is left out
     raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can be read
     """
     plan = _sample(index, augment, images)
     stop = -(-images // plan.batch_size)
-    loaders = [
-        make_loader(backend, plan, threads=threads, stop=stop, bad_limit=images, on_bad=on_bad)
-        for backend in ("dali", "pillow")
-    ]
-    with loaders[0] as dali, loaders[1] as pillow:
+    common: dict[str, Any] = {"threads": threads, "stop": stop, "bad_limit": images, "on_bad": on_bad}
+    where = {} if decode == "cpu" else {"decode": decode, "device": device}
+    with make_loader("dali", plan, **common, **where) as dali, make_loader("pillow", plan, **common) as pillow:
         return _compare(index, dali, pillow, torch.tensor(augment.std), logits_of, torch.device(device))
 
 
@@ -107,6 +107,7 @@ def _compare(
     disagreements = 0
     # Both follow one plan object, so that a file that the one finds unreadable is so for the other from there on.
     for a, b in zip(dali, pillow, strict=False):
+        a = a._replace(images=a.images.cpu(), labels=a.labels.cpu(), ids=a.ids.cpu())
         rows_a, rows_b = _same_images(a, b, index.split)
         x, y = a.images[rows_a], b.images[rows_b]
         difference = (x - y).abs().permute(0, 2, 3, 1) * (255 * std)  # [b, S, S, 3] grey levels
@@ -148,13 +149,15 @@ def _same_images(a: Batch, b: Batch, split: str) -> tuple[np.ndarray, np.ndarray
     return rows_a, rows_b
 
 
-def of_dataset(train: Index, val: Index, augment: Augment, *, threads: int) -> tuple[list[Parity], bool]:
+def of_dataset(
+    train: Index, val: Index, augment: Augment, *, threads: int, device: torch.device | str = "cpu", decode: str = "cpu"
+) -> tuple[list[Parity], bool]:
     """The comparison of both splits, and whether it had been made before: it is kept beside the index.
 
-    It is made again for other images or another augmentation, and with another version of DALI, Pillow or our executors.
+    It is made again for other images, another augmentation or decode, and with another version of DALI, Pillow or our executors.
     raises UserError as compare does
     """
-    made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment)}
+    made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode}
     name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
     folders = cache_folders(train)
     for folder in folders:
@@ -162,7 +165,10 @@ def of_dataset(train: Index, val: Index, augment: Augment, *, threads: int) -> t
             return [Parity(**row) for row in json.loads((folder / name).read_text())["rows"]], True
         except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
             continue
-    rows = [compare(index, augment, images=_TRAINER_IMAGES, threads=threads) for index in (train, val)]
+    rows = [
+        compare(index, augment, images=_TRAINER_IMAGES, threads=threads, device=device, decode=decode)
+        for index in (train, val)
+    ]
     text = json.dumps({**made_with, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
     for folder in folders:
         partial = folder / f".{name}.{os.getpid()}"

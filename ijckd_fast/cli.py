@@ -120,6 +120,11 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("run", type=str, help="folder of a run, or a last.pt or best.pt")
     parser.add_argument("--data-dir", type=str, help="folder with val/<class>/*; default: the run's")
     parser.add_argument(
+        "--val-labels",
+        type=str,
+        help=f"{settings.help_of('val_labels')}; default: the run's, with the run's --data-dir",
+    )
+    parser.add_argument(
         "--best", action="store_true", help="of a folder take best.pt; default: last.pt, as in published results"
     )
     parser.add_argument(
@@ -145,6 +150,8 @@ def evaluate(arguments: list[str]) -> int:
     del given["best"]
     state = checkpoint.load(path)
     begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
+    if given["data_dir"] is not None:
+        begun = dataclasses.replace(begun, val_labels=None)
     config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
     if config.infer_head == "student" and not (
         config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
@@ -161,7 +168,13 @@ def evaluate(arguments: list[str]) -> int:
     config = resolve(config)
     device = torch.device(config.device)
     index = build_index(
-        config.data_dir, "val", classes=state["classes"], verify=config.index_verify, progress=sys.stderr.isatty()
+        config.data_dir,
+        "val",
+        classes=state["classes"],
+        labels=config.val_labels,
+        verify=config.index_verify,
+        trust_folders=not config.check_files,
+        progress=sys.stderr.isatty(),
     )
     distiller = build_distiller(config, index.num_classes, device)
     if distiller.teacher is not None and checkpoint.fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
@@ -212,7 +225,9 @@ def index(arguments: list[str]) -> int:
     parser = _parser(
         "index",
         "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never dies "
-        "of a bad file. The last line of standard output is one JSON object.",
+        "of a bad file. Run again it opens only files whose length or time has changed; train and evaluate ask only for the "
+        "times of the folders, which show files that come and go but not one rewritten in place. The last line of standard "
+        "output is one JSON object.",
     )
     parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
@@ -222,45 +237,37 @@ def index(arguments: list[str]) -> int:
         default="full",
         help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
+    parser.add_argument("--fast", action="store_true", help="the same as --verify fast")
+    for name in ("class_list", "val_labels"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str, help=settings.help_of(name))
     parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
     given = parser.parse_args(arguments)
 
     from rich.console import Console
-    from rich.table import Table
 
-    from ijckd_fast.data import build_index
+    from ijckd_fast.data.index import scan
+    from ijckd_fast.data.index_summary import summarize, summary_table
 
     rows: list[dict[str, Any]] = []
     classes = None
     for split in ("train", "val"):
         start = time.perf_counter()
-        found = build_index(
+        found = scan(
             given.data_dir,
             split,
             classes=classes,
+            class_list=given.class_list,
+            labels=given.val_labels if split == "val" else None,
             workers=given.workers,
-            verify=given.verify,
+            verify="fast" if given.fast else given.verify,
             refresh=given.refresh,
             progress=sys.stderr.isatty(),
         )
-        classes = found.classes
-        seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "split": split,
-                "images": len(found),
-                "classes": found.num_classes,
-                "left_out": len(found.quarantined),
-                "seconds": round(seconds, 3),
-                "hash": found.hash,
-            }
-        )
-    table = Table("split", "images", "classes", "left out", "s", title=given.data_dir)
-    for row in rows:
-        table.add_row(
-            row["split"], f"{row['images']:,}", f"{row['classes']:,}", f"{row['left_out']:,}", f"{row['seconds']:.1f}"
-        )
-    Console().print(table)
+        classes = found.index.classes
+        rows.append(summarize(found, time.perf_counter() - start))
+    Console().print(summary_table(rows, given.data_dir))
+    for home in dict.fromkeys(row["files"] for row in rows if row["files"]):
+        print(f"the index, and lists of what was left out and why: {home}")
     print(json.dumps({"rows": rows}))
     return 0
 

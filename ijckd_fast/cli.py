@@ -1,4 +1,4 @@
-"""The command line: `ijckd-fast train | evaluate | index | demo | doctor`. Arguments in, one function call, figures out.
+"""The command line: `ijckd-fast train | evaluate | index | prepare-imagenet | demo | doctor`. Arguments in, one function call, figures out.
 
 Whatever needs torch is imported inside the command that needs it.
 """
@@ -272,6 +272,39 @@ def index(arguments: list[str]) -> int:
     return 0
 
 
+def prepare_imagenet(arguments: list[str]) -> int:
+    """Unpack ImageNet's archives into class folders."""
+    parser = _parser(
+        "prepare-imagenet",
+        "Unpacks ILSVRC2012_img_train.tar (or ImageNet-21k's archive of archives) and ILSVRC2012_img_val.tar into OUT/train/<wnid>/ "
+        "and OUT/val/<wnid>/. Interrupted, it goes on where it stopped when it is run again. The last line of standard output is "
+        "one JSON object.",
+    )
+    parser.add_argument("out", type=str, help="folder for train/ and val/")
+    parser.add_argument("--train-tar", type=str, help="archive of one archive per class")
+    parser.add_argument("--val-tar", type=str, help="archive of the validation images; needs --val-labels")
+    parser.add_argument(
+        "--val-labels", type=str, help="file that names each image's class, e.g. Kaggle's LOC_val_solution.csv"
+    )
+    given = parser.parse_args(arguments)
+
+    from ijckd_fast.data.imagenet import prepare_imagenet as unpack
+
+    done = unpack(
+        given.out,
+        train_tar=given.train_tar,
+        val_tar=given.val_tar,
+        val_labels=given.val_labels,
+        progress=sys.stderr.isatty(),
+    )
+    for split, found in done.items():
+        print(
+            f"{given.out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
+        )
+    print(json.dumps(done))
+    return 0
+
+
 def demo(arguments: list[str]) -> int:
     """A teacher and one student by five methods, on digits, in a few minutes."""
     parser = _parser(
@@ -311,6 +344,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "index": index,
+    "prepare-imagenet": prepare_imagenet,
     "demo": demo,
     "doctor": doctor,
 }
@@ -372,7 +406,7 @@ def _with_preset_paths(arguments: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:16} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ijckd-fast COMMAND [OPTIONS]",

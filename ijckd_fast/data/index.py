@@ -278,11 +278,11 @@ def scan(
     known = Files.none() if refresh else load_files(homes, split)
     groups = [f"{split}/{name}" for name in names] if named is None else [split]
     files = _list(root, split, groups, known, trust_folders, progress)
-    if named is None:
+    if named is None or labels is None:
         label_of = np.repeat(np.arange(len(names)), [group.rows for group in files.groups])
     else:
         files_there = (os.path.basename(path) for path in Paths(files.paths))
-        label_of = labels_of(files_there, named, names, labels or "", root / split)
+        label_of = labels_of(files_there, named, names, labels, root / split)
     todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
     home = next((home for home in homes if report_path(home, split).is_file()), None)
     began = time.perf_counter()

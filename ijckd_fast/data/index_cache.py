@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def load_files(homes: Iterable[Path], split: str) -> Files:
 
 
 def _read(path: Path) -> Files:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with _system_memory(), pq.ParquetFile(path, page_checksum_verification=True) as file:
         about = file.metadata.metadata or {}
         if about.get(b"ijckd_index") != CACHE_VERSION.encode():
             raise ValueError("written by another version")
@@ -148,6 +149,17 @@ def _read(path: Path) -> Files:
     if sum(group.rows for group in files.groups) != len(files.facts):
         raise ValueError("its list of folders is not that of its files")
     return files
+
+
+@contextlib.contextmanager
+def _system_memory() -> Iterator[None]:
+    """Arrow's own allocator asks for huge pages; where memory is scarce or scattered the kernel takes seconds to make them."""
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(usual)
 
 
 def _crc32(data: bytes) -> bytes:

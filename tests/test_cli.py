@@ -203,6 +203,35 @@ def test_index(data, tmp_path, capsys):
     assert "nothing new" in out
 
 
+def test_class_list_and_val_labels_stay_with_the_run(tmp_path, monkeypatch, capsys):
+    flat, folders, run = write_tree(tmp_path / "flat"), write_tree(tmp_path / "folders"), tmp_path / "run"
+    rows = []
+    for path in sorted((flat / "val").glob("*/*")):
+        path.rename(flat / "val" / f"{path.parent.name}_{path.name}")
+        rows.append(f"{path.parent.name}_{path.name},{path.parent.name}")
+    for folder in (flat / "val").glob("*/"):
+        folder.rmdir()
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    (tmp_path / "classes.txt").write_text("cat\nant\nbee\n")
+    monkeypatch.chdir(tmp_path)
+    summary = train(config(flat, run, class_list="classes.txt", val_labels="labels.csv"))
+    assert summary["last"]["top1_percent"] > 60  # of 33 by chance: train and val agree on what the labels mean
+    assert checkpoint.load(run / "last.pt")["classes"] == ["cat", "ant", "bee"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_folder.read_config(run)["class_list"] == str(tmp_path / "classes.txt")
+    for arguments in ([], ["--data-dir", str(folders)], ["--data-dir", str(flat), "--val-labels", "../labels.csv"]):
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(run), *arguments]) == 0
+        row = _last_json(capsys.readouterr().out)
+        assert (row["top1_percent"], row["images"]) == (summary["last"]["top1_percent"], 18)
+    assert "--val-labels" in _complaint(capsys, "evaluate", str(run), "--data-dir", str(flat))
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    assert "1 unexpected ('cat')" in _complaint(
+        capsys, "index", str(flat), "--class-list", str(tmp_path / "classes.txt")
+    )
+
+
 def test_doctor(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out

@@ -643,6 +643,17 @@ def test_a_bad_file_mended_in_place_is_seen_at_once(root, listed, checked):
     assert (sorted(checked), listed) == (["001.jpg", "away.jpg"], [])
 
 
+def test_a_file_that_stays_away_does_not_make_every_start_write(root, listed, checked, monkeypatch):
+    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
+    with pytest.warns(UserWarning, match="1 of 16"):
+        first = build_index(root, "train")
+    monkeypatch.setattr(index, "save_files", lambda *_: pytest.fail("written"))
+    checked.clear()
+    with pytest.warns(UserWarning, match="1 of 16"):
+        assert same(build_index(root, "train", trust_folders=True), first)
+    assert checked == ["away.jpg"]
+
+
 def test_a_fast_verdict_does_not_stand_for_a_full_one_in_a_trusted_folder(root, listed, checked):
     build_index(root, "train", verify="fast")
     checked.clear()

@@ -285,6 +285,7 @@ def scan(
         label_of = labels_of(files_there, named, names, labels, root / split)
     todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
     home = next((home for home in homes if report_path(home, split).is_file()), None)
+    before = files.facts[todo]
     began = time.perf_counter()
     try:
         if len(todo):
@@ -292,7 +293,7 @@ def scan(
             _check_all(root, files, todo, verify == "full", workers, progress, lambda: save_files(homes, split, files))
     finally:  # also when interrupted: what was decoded so far need not be decoded again
         seconds = time.perf_counter() - began
-        if len(todo) or files.groups != known.groups:
+        if files.groups != known.groups or (files.facts[todo] != before).any():
             home = save_files(homes, split, files)
     index = _assemble(root, split, names, files, label_of, home)
     return Scan(index, files, home, len(todo), seconds)

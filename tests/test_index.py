@@ -108,6 +108,7 @@ def test_format_and_orientation_are_remembered(root):
         exif[274] = tag
         photo(48, 64).save(folder / name, exif=exif)
     photo(48, 64).save(folder / "garbage.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    photo(48, 64).save(folder / "not_exif.png", exif=b"nothing like it")
     photo(48, 64).save(folder / "webp.jpg", format="WEBP")
     for _ in range(2):  # fresh and from the cache
         files = index.scan(root, "train").files
@@ -118,6 +119,7 @@ def test_format_and_orientation_are_remembered(root):
         }
         assert said["upside_down.jpg"] == ("JPEG", 3)
         assert said["nonsense.jpg"] == said["garbage.jpg"] == said["000.jpg"] == ("JPEG", 1)
+        assert said["not_exif.png"] == ("PNG", 1)
         assert said["webp.jpg"] == ("WEBP", 1)
         assert not files.facts["reason"].any()
 

@@ -1,4 +1,4 @@
-"""The command line: `ijckd-fast train | evaluate | index | bench | demo | doctor`. Arguments in, one function call, figures out.
+"""The command line: `ijckd-fast COMMAND`, see COMMANDS. Arguments in, one function call, figures out.
 
 Whatever needs torch is imported inside the command that needs it.
 """
@@ -124,6 +124,11 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("run", type=str, help="folder of a run, or a last.pt or best.pt")
     parser.add_argument("--data-dir", type=str, help="folder with val/<class>/*; default: the run's")
     parser.add_argument(
+        "--val-labels",
+        type=str,
+        help=f"{settings.help_of('val_labels')}; default: the run's, with the run's --data-dir",
+    )
+    parser.add_argument(
         "--best", action="store_true", help="of a folder take best.pt; default: last.pt, as in published results"
     )
     parser.add_argument(
@@ -144,7 +149,13 @@ def evaluate(arguments: list[str]) -> int:
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
     index = build_index(
-        config.data_dir, "val", classes=state["classes"], verify=config.index_verify, progress=sys.stderr.isatty()
+        config.data_dir,
+        "val",
+        classes=state["classes"],
+        labels=config.val_labels,
+        verify=config.index_verify,
+        trust_folders=not config.check_files,
+        progress=sys.stderr.isatty(),
     )
     distiller = _trained(path, state, config)
     amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
@@ -197,6 +208,8 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
         path /= run_folder.BEST if best else run_folder.LAST
     state = checkpoint.load(path)
     begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
+    if given.get("data_dir") is not None:
+        begun = dataclasses.replace(begun, val_labels=None)
     config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
     if config.infer_head == "student" and not (
         config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
@@ -235,7 +248,9 @@ def index(arguments: list[str]) -> int:
     parser = _parser(
         "index",
         "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never dies "
-        "of a bad file. The last line of standard output is one JSON object.",
+        "of a bad file. Run again it opens only files whose length or time has changed; train and evaluate ask only for the "
+        "times of the folders, which show files that come and go but not one rewritten in place. The last line of standard "
+        "output is one JSON object.",
     )
     parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
@@ -245,46 +260,71 @@ def index(arguments: list[str]) -> int:
         default="full",
         help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
+    parser.add_argument("--fast", action="store_true", help="the same as --verify fast")
+    for name in ("class_list", "val_labels"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=str, help=settings.help_of(name))
     parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
     given = parser.parse_args(arguments)
 
     from rich.console import Console
-    from rich.table import Table
 
-    from ijckd_fast.data import build_index
+    from ijckd_fast.data.index import scan
+    from ijckd_fast.data.index_summary import summarize, summary_table
 
     rows: list[dict[str, Any]] = []
     classes = None
     for split in ("train", "val"):
         start = time.perf_counter()
-        found = build_index(
+        found = scan(
             given.data_dir,
             split,
             classes=classes,
+            class_list=given.class_list,
+            labels=given.val_labels if split == "val" else None,
             workers=given.workers,
-            verify=given.verify,
+            verify="fast" if given.fast else given.verify,
             refresh=given.refresh,
             progress=sys.stderr.isatty(),
         )
-        classes = found.classes
-        seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "split": split,
-                "images": len(found),
-                "classes": found.num_classes,
-                "left_out": len(found.quarantined),
-                "seconds": round(seconds, 3),
-                "hash": found.hash,
-            }
-        )
-    table = Table("split", "images", "classes", "left out", "s", title=given.data_dir)
-    for row in rows:
-        table.add_row(
-            row["split"], f"{row['images']:,}", f"{row['classes']:,}", f"{row['left_out']:,}", f"{row['seconds']:.1f}"
-        )
-    Console().print(table)
+        classes = found.index.classes
+        rows.append(summarize(found, time.perf_counter() - start))
+    Console().print(summary_table(rows, given.data_dir))
+    for home in dict.fromkeys(row["files"] for row in rows if row["files"]):
+        print(f"the index, and lists of what was left out and why: {home}")
     print(json.dumps({"rows": rows}))
+    return 0
+
+
+def prepare_imagenet(arguments: list[str]) -> int:
+    """Unpack ImageNet's archives into class folders."""
+    parser = _parser(
+        "prepare-imagenet",
+        "Unpacks ILSVRC2012_img_train.tar (or ImageNet-21k's archive of archives) and ILSVRC2012_img_val.tar into OUT/train/<wnid>/ "
+        "and OUT/val/<wnid>/. Interrupted, it goes on where it stopped when it is run again. The last line of standard output is "
+        "one JSON object.",
+    )
+    parser.add_argument("out", type=str, help="folder for train/ and val/")
+    parser.add_argument("--train-tar", type=str, help="archive of one archive per class")
+    parser.add_argument("--val-tar", type=str, help="archive of the validation images; needs --val-labels")
+    parser.add_argument(
+        "--val-labels", type=str, help="file that names each image's class, e.g. Kaggle's LOC_val_solution.csv"
+    )
+    given = parser.parse_args(arguments)
+
+    from ijckd_fast.data.imagenet import prepare_imagenet as unpack
+
+    done = unpack(
+        given.out,
+        train_tar=given.train_tar,
+        val_tar=given.val_tar,
+        val_labels=given.val_labels,
+        progress=sys.stderr.isatty(),
+    )
+    for split, found in done.items():
+        print(
+            f"{given.out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
+        )
+    print(json.dumps(done))
     return 0
 
 
@@ -303,6 +343,10 @@ def bench(arguments: list[str]) -> int:
     parser.add_argument(
         "--data-dir", type=str, help="folder with train/<class>/* and val/<class>/*; default: the run's"
     )
+    for name in ("class_list", "val_labels"):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=str, help=f"{settings.help_of(name)}; default: the run's"
+        )
     parser.add_argument(
         "--model",
         type=str,
@@ -344,8 +388,9 @@ def bench(arguments: list[str]) -> int:
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:
         changed["data_dir"] = given.data_dir
-    if given.decode is not None:
-        changed["decode"] = given.decode
+    for name in ("decode", "class_list", "val_labels"):
+        if given[name] is not None:
+            changed[name] = given[name]
     if given.image_size is not None:
         changed |= {"image_size": given.image_size, "eval_resize": round(given.image_size * 256 / 224)}
     classes = run = None
@@ -365,7 +410,14 @@ def bench(arguments: list[str]) -> int:
     rows = []
     for split in ("train", "val") if given.split == "both" else (given.split,):
         found = build_index(
-            config.data_dir, split, classes=classes, verify=config.index_verify, progress=sys.stderr.isatty()
+            config.data_dir,
+            split,
+            classes=classes,
+            class_list=config.class_list,
+            labels=config.val_labels if split == "val" else None,
+            verify=config.index_verify,
+            trust_folders=not config.check_files,
+            progress=sys.stderr.isatty(),
         )
         classes = found.classes
         if given.model is not None and distiller is None:
@@ -462,6 +514,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "evaluate": evaluate,
     "index": index,
+    "prepare-imagenet": prepare_imagenet,
     "bench": bench,
     "demo": demo,
     "doctor": doctor,
@@ -524,7 +577,7 @@ def _with_preset_paths(arguments: list[str]) -> list[str]:
 
 
 def _help() -> str:
-    lines = [f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:16} {command.__doc__}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ijckd-fast COMMAND [OPTIONS]",

@@ -29,6 +29,12 @@ class TrainConfig:
     """Settings of `train`. `help_of(name)` gives the description of one; None means 'chosen as the description says'."""
 
     data_dir: str = _setting("", "folder with train/<class>/* and val/<class>/* image files (required)")
+    class_list: str | None = _setting(
+        None, "file with one class folder name in a line, in the order of the labels; default: sorted by name"
+    )
+    val_labels: str | None = _setting(
+        None, "for a val/ without class folders: file that names each image's class, e.g. Kaggle's LOC_val_solution.csv"
+    )
     output_dir: str | None = _setting(None, "folder of this run; default: runs/<objective>-<student>-seed<seed>")
     student: str = _setting(
         "resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME, or an earlier run"
@@ -96,6 +102,11 @@ class TrainConfig:
     data_backend: Literal["dali", "pillow", "synthetic"] = _setting("dali", "what decodes the images")
     index_verify: Literal["full", "fast"] = _setting(
         "full", "first scan of the data: decode every file, or headers only"
+    )
+    check_files: bool = _setting(
+        False,
+        "ask for the length and time of every image at the start, as ijckd-fast index does; default: of every folder, which does"
+        " not show a file rewritten in place",
     )
     unreadable_limit: int | None = _setting(
         None,
@@ -190,9 +201,9 @@ GROUPS = {
 # A run may be continued with these changed: where things lie and what is written when, nothing the weights depend on.
 FREE_ON_RESUME = frozenset(
     {
-        "data_dir", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher", "index_verify", "workers",
-        "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps", "nonfinite_limit", "tensorboard",
-        "unreadable_limit", "max_drift",
+        "data_dir", "class_list", "val_labels", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher",
+        "index_verify", "check_files", "workers", "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps",
+        "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift",
     }
 )  # fmt: skip
 

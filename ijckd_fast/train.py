@@ -140,8 +140,8 @@ def train(
             for what, digest in inputs.items():
                 if state["inputs"][what] != digest:
                     raise UserError(
-                        f"{folder} cannot be resumed: the {what} differ from those the run began with; put the old ones back "
-                        "or start a new run"
+                        f"{folder} cannot be resumed: the {what} differ from those the run began with; put the old ones back"
+                        f"{' (ijckd-fast index looks at every file again)' if 'images' in what else ''} or start a new run"
                     )
             checkpoint.load_into(learner, state["live"] or state["learner"], begin_at)
             optimizer.load_state_dict(state["optimizer"])
@@ -392,6 +392,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(
         config,
         data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
+        class_list=config.class_list and os.path.abspath(config.class_list),
+        val_labels=config.val_labels and os.path.abspath(config.val_labels),
         teacher_checkpoint=config.teacher_checkpoint and os.path.abspath(config.teacher_checkpoint),
         student_checkpoint=config.student_checkpoint and os.path.abspath(config.student_checkpoint),
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
@@ -458,10 +460,13 @@ def _progressive(sizes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
 
 def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     """(train, val): val has the classes of train; train is cut down and mislabelled as the settings say."""
-    whole = build_index(config.data_dir, "train", verify=config.index_verify, progress=sys.stderr.isatty())
-    val = build_index(
-        config.data_dir, "val", classes=whole.classes, verify=config.index_verify, progress=sys.stderr.isatty()
-    )
+    how: dict[str, Any] = {
+        "verify": config.index_verify,
+        "trust_folders": not config.check_files,
+        "progress": sys.stderr.isatty(),
+    }
+    whole = build_index(config.data_dir, "train", class_list=config.class_list, **how)
+    val = build_index(config.data_dir, "val", classes=whole.classes, labels=config.val_labels, **how)
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
 

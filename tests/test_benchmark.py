@@ -299,6 +299,28 @@ def test_loader_rows(capsys, tmp_path):
     assert "must be above 4, got 4" in capsys.readouterr().err
 
 
+def test_index_rows(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.index_benchmark, "IMAGENET", {"tiny": (1003, 10)})
+    monkeypatch.setattr(benchmark.index_benchmark, "PICTURES", 10)
+    saved = tmp_path / "index.csv"
+    arguments = ["index", "--files", "250", "--repeats", "2", "--threads", "1", "--save", str(saved)]
+    args = benchmark.parser().parse_args([*arguments, "--starts"])
+    args.starts = ["tiny"]
+    assert benchmark.index_benchmark.run(args, benchmark.environment("cpu")) == 0
+    rows, _ = rows_of(capsys)
+    assert [(row["workload"], row["files"], row["folders"], row["repeats"]) for row in rows] == [
+        ("first scan", 250, 3, 1),
+        ("second start, every file", 250, 3, 2),
+        ("second start, folders", 250, 3, 2),
+        ("start, tiny", 1003, 10, 2),
+    ]
+    first, *_, start = rows
+    assert first["images_per_s"] == pytest.approx(250 / first["seconds"], rel=1e-2)
+    assert start["peak_mb"] >= start["held_mb"]
+    with saved.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
 def test_photos_are_like_imagenet_s(tmp_path):
     benchmark.loader_benchmark.write_photos(tmp_path, 20, classes=2)
     files = sorted(tmp_path.rglob("*.jpg"))

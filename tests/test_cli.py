@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from tiny_run import config, distilled, options, settings, write_teacher, write_tree
 
@@ -102,7 +103,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["trian"], "unknown command 'trian': wanted one of train, evaluate, index, bench, demo, doctor; did you mean 'train'"),
+        (["trian"], "unknown command 'trian': wanted one of train, evaluate, index, prepare-imagenet, bench, demo, doctor; did you mean"),
         (["train", "--epoch", "3"], "unknown option --epoch of ijckd-fast train; did you mean '--epochs'"),
         (["train", "--learning_rat=1"], "unknown option --learning-rat"),
         (["train", "--lr", "fast"], "--lr: Expected a float. Got value: fast"),
@@ -172,15 +173,63 @@ def test_evaluate_refuses(run, data, tmp_path, capsys):
 
 def test_index(data, tmp_path, capsys):
     shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".*"))
-    (tmp_path / "data" / "train" / "ant" / "000.jpg").write_bytes(b"")
+    folder = tmp_path / "data" / "train" / "ant"
+    (folder / "000.jpg").write_bytes(b"")
+    turned = Image.Exif()
+    turned[274] = 8
+    Image.new("RGB", (20, 300)).save(folder / "001.jpg", exif=turned)
+    Image.new("RGB", (20, 30)).save(folder / "002.jpg", format="PNG")
     assert cli.main(["index", str(tmp_path / "data")]) == 0
     out, err = capsys.readouterr()
     assert "ijckd-fast: warning: 1 of 36 files in" in err
-    rows = _last_json(out)["rows"]
-    assert [(row["split"], row["images"], row["classes"], row["left_out"]) for row in rows] == [
+    train, val = _last_json(out)["rows"]
+    assert [(row["split"], row["images"], row["classes"], row["left_out"]) for row in (train, val)] == [
         ("train", 35, 3, 1),
         ("val", 18, 3, 0),
     ]
+    assert train["images_per_class"] == [11, 12, 12]
+    assert (train["shorter_side"][0], train["longer_side"][2]) == (20, 300)
+    assert train["formats"] == {"JPEG": 34, "PNG": 1}
+    assert (train["rotated"], val["rotated"]) == (1, 0)
+    assert train["reasons"] == {"empty file": 1}
+    assert val["bytes"] == sum(path.stat().st_size for path in (tmp_path / "data" / "val").glob("*/*"))
+    assert (train["opened"], val["opened"]) == (36, 18)
+    assert train["images_per_s"] > 0
+    for text in ("11  12  12", "JPEG 34, PNG 1", "1 (empty file 1)", "36 at ", str(tmp_path / "data" / ".ijckd-index")):
+        assert text in out
+    assert cli.main(["index", str(tmp_path / "data"), "--fast"]) == 0
+    out = capsys.readouterr().out
+    assert [row["opened"] for row in _last_json(out)["rows"]] == [0, 0]
+    assert "nothing new" in out
+
+
+def test_class_list_and_val_labels_stay_with_the_run(tmp_path, monkeypatch, capsys):
+    flat, folders, run = write_tree(tmp_path / "flat"), write_tree(tmp_path / "folders"), tmp_path / "run"
+    rows = []
+    for path in sorted((flat / "val").glob("*/*")):
+        path.rename(flat / "val" / f"{path.parent.name}_{path.name}")
+        rows.append(f"{path.parent.name}_{path.name},{path.parent.name}")
+    for folder in (flat / "val").glob("*/"):
+        folder.rmdir()
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    (tmp_path / "classes.txt").write_text("cat\nant\nbee\n")
+    monkeypatch.chdir(tmp_path)
+    summary = train(config(flat, run, class_list="classes.txt", val_labels="labels.csv"))
+    assert summary["last"]["top1_percent"] > 60  # of 33 by chance: train and val agree on what the labels mean
+    assert checkpoint.load(run / "last.pt")["classes"] == ["cat", "ant", "bee"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_folder.read_config(run)["class_list"] == str(tmp_path / "classes.txt")
+    for arguments in ([], ["--data-dir", str(folders)], ["--data-dir", str(flat), "--val-labels", "../labels.csv"]):
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(run), *arguments]) == 0
+        row = _last_json(capsys.readouterr().out)
+        assert (row["top1_percent"], row["images"]) == (summary["last"]["top1_percent"], 18)
+    assert "--val-labels" in _complaint(capsys, "evaluate", str(run), "--data-dir", str(flat))
+    (tmp_path / "classes.txt").write_text("ant\nbee\n")
+    assert "1 unexpected ('cat')" in _complaint(
+        capsys, "index", str(flat), "--class-list", str(tmp_path / "classes.txt")
+    )
 
 
 def test_doctor(capsys, monkeypatch):

@@ -388,9 +388,9 @@ def test_a_header_that_cannot_be_parsed_does_not_crash_dali(tmp_path):
         DAMAGE[name](tmp_path / "train" / "dog" / f"{name}.jpg")
     code = f"""
 import numpy as np
-from ijckd_fast.data import Augment, Index, TrainPlan, make_loader
+from ijckd_fast.data import Augment, Index, Paths, TrainPlan, make_loader
 from ijckd_fast.errors import UserError
-paths = {index.paths!r}
+paths = Paths.of({list(index.paths)!r})
 sizes = np.tile(np.array([[200, 150]], np.int32), (65, 1))
 index = Index({index.root!r}, "train", ("cat", "dog"), paths, np.zeros(65, np.int64), sizes, [], "")
 named = 0

@@ -30,7 +30,7 @@ def test_split_is_stratified_and_complete(tree):
     assert (len(train), len(val)) == (1000, 797)
     assert train.classes == val.classes == tuple("0123456789")
     assert not train.quarantined
-    numbers = [int(Path(path).stem) for path in train.paths + val.paths]
+    numbers = [int(Path(path).stem) for path in (*train.paths, *val.paths)]
     assert sorted(numbers) == list(range(1797))  # every digit once, in one split
     share = np.bincount(train.labels) / (np.bincount(train.labels) + np.bincount(val.labels))
     assert np.abs(share - 1000 / 1797).max() < 0.5 / 174  # as even as whole numbers allow, 174 in the smallest class

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from image_tree import DAMAGE, photo, write_split
 from PIL import Image
 
-from ijckd_fast.data import Index, build_index, index
+from ijckd_fast.data import Index, Paths, build_index, index, index_cache, listing
 from ijckd_fast.errors import UserError
 
 
@@ -42,7 +43,7 @@ def checked(monkeypatch) -> list[str]:
 
 
 def same(a: Index, b: Index) -> bool:
-    return (a.hash, a.paths, a.classes, a.quarantined) == (b.hash, b.paths, b.classes, b.quarantined)
+    return (a.hash, list(a.paths), a.classes, a.quarantined) == (b.hash, list(b.paths), b.classes, b.quarantined)
 
 
 def test_lists_images_in_order_with_labels_and_sizes(root):
@@ -50,7 +51,7 @@ def test_lists_images_in_order_with_labels_and_sizes(root):
     assert found.classes == ("cat", "dog", "eel")
     assert found.num_classes == 3
     assert len(found) == 15
-    assert found.paths == sorted(found.paths)
+    assert list(found.paths) == sorted(found.paths)
     assert found.paths[5] == "train/dog/000.jpg"
     assert found.labels.tolist() == [0] * 5 + [1] * 4 + [2] * 6
     assert found.labels.dtype == np.int64
@@ -100,6 +101,29 @@ def test_grayscale_cmyk_png_and_exif_are_fine(root):
         assert found.sizes[found.paths.index("train/cat/exif.JPEG")].tolist() == [64, 48]  # as stored, not as shown
 
 
+def test_format_and_orientation_are_remembered(root):
+    folder = root / "train" / "cat"
+    for name, tag in (("upside_down.jpg", 3), ("nonsense.jpg", 77)):
+        exif = Image.Exif()
+        exif[274] = tag
+        photo(48, 64).save(folder / name, exif=exif)
+    photo(48, 64).save(folder / "garbage.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    photo(48, 64).save(folder / "not_exif.png", exif=b"nothing like it")
+    photo(48, 64).save(folder / "webp.jpg", format="WEBP")
+    for _ in range(2):  # fresh and from the cache
+        files = index.scan(root, "train").files
+        names = [os.path.basename(path.decode()) for path in files.paths.to_pylist()]
+        said = {
+            name: (files.formats[fact["format"]], fact["orientation"])
+            for name, fact in zip(names, files.facts, strict=True)
+        }
+        assert said["upside_down.jpg"] == ("JPEG", 3)
+        assert said["nonsense.jpg"] == said["garbage.jpg"] == said["000.jpg"] == ("JPEG", 1)
+        assert said["not_exif.png"] == ("PNG", 1)
+        assert said["webp.jpg"] == ("WEBP", 1)
+        assert not files.facts["reason"].any()
+
+
 # --- files that are not -----------------------------------------------------------------------------------------------
 
 REASONS = {
@@ -118,7 +142,7 @@ def test_damaged_file_is_left_out_with_its_reason(root, damage, verify):
     DAMAGE[damage](root / "train" / "dog" / "001.jpg")
     with pytest.warns(UserWarning, match=r"1 of 15 files .* left out, e\.g\. train/dog/001\.jpg"):
         found = build_index(root, "train", verify=verify)
-    assert found.paths == [path for path in whole.paths if path != "train/dog/001.jpg"]
+    assert list(found.paths) == [path for path in whole.paths if path != "train/dog/001.jpg"]
     assert found.labels.tolist() == [0] * 5 + [1] * 3 + [2] * 6
     assert len(found.sizes) == 14
     ((path, reason),) = found.quarantined
@@ -235,6 +259,20 @@ def test_class_folder_with_bad_images_only(root):
         build_index(root, "train")
 
 
+def test_classes_in_another_order(root, checked):
+    classes = ("eel", "cat", "dog")
+    found = build_index(root, "train", classes=classes)
+    assert found.classes == classes
+    assert np.bincount(found.labels).tolist() == [6, 5, 4]
+    assert [classes[label] for label in found.labels] == [path.split("/")[1] for path in found.paths]
+    assert found.paths[0] == "train/eel/000.jpg"
+    checked.clear()
+    usual = build_index(root, "train")
+    assert (usual.classes, list(usual.paths), checked) == (("cat", "dog", "eel"), sorted(usual.paths), [])
+    assert found.hash != usual.hash
+    assert same(build_index(root, "train", classes=classes), found)
+
+
 def test_val_must_have_the_classes_of_train(root):
     classes = build_index(root, "train").classes
     write_split(root, "val", {"cat": 2, "eel": 2, "fox": 1})
@@ -318,7 +356,7 @@ def reads_as_something_else(data: bytes, original: Path) -> bool:
         return False
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "text", "other version"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "folders", "text", "other version"])
 def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypatch):
     first = build_index(root, "train")
     cache = root / ".ijckd-index" / "train.parquet"
@@ -327,11 +365,17 @@ def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypa
         cache.write_bytes(data[: len(data) // 2])
     elif damage == "flip":
         cache.write_bytes(next(flipped for flipped in flips(data) if reads_as_something_else(flipped, cache)))
+    elif damage == "folders":  # one of the cats would have become a dog
+        moved = data.replace(b'["train/cat", 5, ', b'["train/cat", 4, ').replace(
+            b'["train/dog", 4, ', b'["train/dog", 5, '
+        )
+        assert sum(a != b for a, b in zip(data, moved, strict=True)) == 2
+        cache.write_bytes(moved)
     elif damage == "text":
         cache.write_text("not a Parquet file")
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(index, "_CACHE_VERSION", "0")
+            patch.setattr(index_cache, "CACHE_VERSION", "0")
             build_index(root, "train", refresh=True)
     checked.clear()
     with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built anew"):
@@ -422,6 +466,39 @@ def test_workers_do_not_change_the_index(root):
     assert same(one, many)
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 1000])
+def test_hash_of_known_contents(monkeypatch, at_once):
+    """Run folders hold it: it must not change from version to version."""
+    monkeypatch.setattr(index, "_HASHED_AT_ONCE", at_once)
+    arrays = np.array([0, 0, 1]), np.array([[64, 48], [48, 64], [40, 40]], np.int32), np.array([700, 800, 900])
+    pieces = [b"train/a/0.jpg", b"train/a/1.jpg"], [b"train/b/\xe9.jpg"]
+    paths = Paths(pa.chunked_array([pa.array(piece, pa.large_binary()) for piece in pieces]))
+    digest = index._digest("train", ("a", "b"), paths, *arrays)
+    parts = [
+        b'["train", ["a", "b"]]',
+        b"train/a/0.jpg\0train/a/1.jpg\0train/b/\xe9.jpg",
+        *(a.tobytes() for a in arrays),
+    ]
+    by_hand = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    assert digest == hashlib.sha256(by_hand).hexdigest()
+
+
+def test_paths_in_pieces(monkeypatch):
+    names = [f"train/{'x' * (i % 5)}/{i}.jpg" for i in range(100)]
+    paths = Paths(
+        pa.chunked_array([pa.array(map(os.fsencode, part), pa.large_binary()) for part in (names[:33], names[33:])])
+    )
+    assert (len(paths), paths[40], paths[-1], list(paths)) == (100, names[40], names[-1], names)
+    assert list(paths[90:30:-7]) == names[90:30:-7]
+    assert list(paths.take(np.array([99, 0, 33]))) == [names[99], names[0], names[33]]
+    with pytest.raises(IndexError):
+        paths[100]
+    monkeypatch.setattr(index, "_HASHED_AT_ONCE", 10)
+    joined = b"\0".join(piece.to_pybytes() for piece in paths.joined())
+    assert joined == "\0".join(names).encode()
+    assert paths.joined_length == len(joined)
+
+
 def test_names_that_are_not_utf8(root):
     name = os.fsdecode(b"caf\xe9.jpg")
     shutil.copy(root / "train" / "cat" / "000.jpg", root / "train" / "cat" / name)
@@ -447,6 +524,185 @@ def test_progress_bar_goes_to_stderr(root, capfd):
     assert capfd.readouterr().out == ""
 
 
+# --- folders that are taken at their word -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(monkeypatch) -> list[str]:
+    """The folders that are listed from now on. Folders changed just now may be trusted: the tests do not wait two seconds."""
+    seen: list[str] = []
+    list_images = listing.list_images
+
+    def spy(root, folder):
+        seen.append(folder)
+        return list_images(root, folder)
+
+    monkeypatch.setattr(listing, "list_images", spy)
+    monkeypatch.setattr(listing, "_SETTLED_NS", 0)
+    return seen
+
+
+def test_unchanged_folders_are_not_listed_again(root, listed, checked):
+    first = build_index(root, "train")
+    assert sorted(listed) == ["train/cat", "train/dog", "train/eel"]
+    listed.clear()
+    checked.clear()
+    assert same(build_index(root, "train", trust_folders=True), first)
+    assert (listed, checked) == ([], [])
+    build_index(root, "train")
+    assert len(listed) == 3
+
+
+def test_changed_folders_are_listed_again(root, listed, checked):
+    deep = root / "train" / "dog" / "images" / "deep"
+    shutil.copytree(root / "train" / "cat", deep)
+    first = build_index(root, "train")
+
+    def found_anew(opened: list[str]) -> Index:
+        listed.clear()
+        checked.clear()
+        found = build_index(root, "train", trust_folders=True)
+        assert (listed, checked) == (["train/dog"], opened)
+        assert same(found, build_index(root, "train", refresh=True))
+        return found
+
+    photo(30, 20).save(deep / "new.jpg")
+    assert len(found_anew(["new.jpg"])) == 21
+    (deep / "new.jpg").rename(deep / "renamed.jpg")
+    assert "train/dog/images/deep/renamed.jpg" in found_anew(["renamed.jpg"]).paths
+    (deep / "renamed.jpg").unlink()
+    assert same(found_anew([]), first)
+
+
+def test_classes_that_come_and_go(root, listed, checked):
+    first = build_index(root, "train")
+    write_split(root, "train", {"bee": 2})
+    listed.clear()
+    checked.clear()
+    found = build_index(root, "train", trust_folders=True)
+    assert (listed, len(checked)) == (["train/bee"], 2)
+    assert (found.classes, np.bincount(found.labels).tolist()) == (("bee", "cat", "dog", "eel"), [2, 5, 4, 6])
+    assert [path.split("/")[1] for path in found.paths] == [found.classes[label] for label in found.labels]
+    shutil.rmtree(root / "train" / "bee")
+    listed.clear()
+    assert same(build_index(root, "train", trust_folders=True), first)
+    assert listed == []
+
+
+def test_a_folder_whose_time_was_put_back_is_listed_again(root, listed):
+    """As tar leaves it after another part of an archive has been unpacked into it."""
+    build_index(root, "train")
+    folder = root / "train" / "dog"
+    before = folder.stat()
+    photo(30, 20).save(folder / "new.jpg")
+    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+    listed.clear()
+    assert len(build_index(root, "train", trust_folders=True)) == 16
+    assert listed == ["train/dog"]
+
+
+def test_a_folder_that_changed_just_now_is_not_trusted(root, listed, monkeypatch):
+    """The next change may leave the same time."""
+    monkeypatch.setattr(listing, "_SETTLED_NS", 60_000_000_000)
+    for _ in range(2):
+        listed.clear()
+        build_index(root, "train", trust_folders=True)
+        assert len(listed) == 3
+    monkeypatch.setattr(listing, "_SETTLED_NS", 0)
+    for now in (3, 0):
+        listed.clear()
+        build_index(root, "train", trust_folders=True)
+        assert len(listed) == now
+
+
+def test_a_file_rewritten_in_place_is_seen_when_every_file_is_asked(root, listed, checked):
+    first = build_index(root, "train")
+    checked.clear()
+    photo(20, 30, seed=7).save(root / "train" / "dog" / "000.jpg")
+    assert same(build_index(root, "train", trust_folders=True), first)
+    assert checked == []
+    assert build_index(root, "train").hash != first.hash
+    assert checked == ["000.jpg"]
+    checked.clear()
+    assert build_index(root, "train", trust_folders=True).hash != first.hash
+    assert checked == []
+
+
+def test_a_bad_file_mended_in_place_is_seen_at_once(root, listed, checked):
+    bad = root / "train" / "dog" / "001.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(b"")
+    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
+    with pytest.warns(UserWarning, match="2 of 16"):
+        build_index(root, "train")
+    with pytest.warns(UserWarning, match="2 of 16"):
+        build_index(root, "train", trust_folders=True)
+    listed.clear()
+    checked.clear()
+    bad.write_bytes(whole)
+    photo(48, 64).save(root / "elsewhere.jpg")
+    assert len(build_index(root, "train", trust_folders=True)) == 16
+    assert (sorted(checked), listed) == (["001.jpg", "away.jpg"], [])
+
+
+def test_a_file_that_stays_away_does_not_make_every_start_write(root, listed, checked, monkeypatch):
+    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
+    with pytest.warns(UserWarning, match="1 of 16"):
+        first = build_index(root, "train")
+    monkeypatch.setattr(index, "save_files", lambda *_: pytest.fail("written"))
+    checked.clear()
+    with pytest.warns(UserWarning, match="1 of 16"):
+        assert same(build_index(root, "train", trust_folders=True), first)
+    assert checked == ["away.jpg"]
+
+
+def test_a_fast_verdict_does_not_stand_for_a_full_one_in_a_trusted_folder(root, listed, checked):
+    build_index(root, "train", verify="fast")
+    checked.clear()
+    listed.clear()
+    build_index(root, "train", verify="full", trust_folders=True)
+    assert (len(checked), listed) == (15, [])
+
+
+def test_an_interrupted_scan_is_finished_in_trusted_folders_too(root, listed, checked, monkeypatch):
+    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
+    check = index.check_image
+
+    def interrupt(path, full):
+        if path.endswith("dog/002.jpg"):
+            time.sleep(0.2)
+            raise KeyboardInterrupt
+        return check(path, full)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "check_image", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(root, "train", workers=1)
+    checked.clear()
+    listed.clear()
+    assert len(build_index(root, "train", trust_folders=True)) == 15
+    assert "train/cat" not in listed  # which was done
+    assert len(checked) < 10
+
+
+def test_a_long_scan_saves_what_it_has(root, checked, monkeypatch):
+    """A kill -9 runs no handler."""
+    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
+    monkeypatch.setattr(index, "_SAVE_EVERY", 0.0)
+    check = index.check_image
+    saved = []
+
+    def look(path, full):
+        if path.endswith("eel/005.jpg"):
+            time.sleep(0.2)
+            saved.append(pq.read_metadata(root / ".ijckd-index" / "train.parquet").num_rows)
+        return check(path, full)
+
+    monkeypatch.setattr(index, "check_image", look)
+    build_index(root, "train", workers=1)
+    assert saved == [14]
+
+
 # --- subsets ----------------------------------------------------------------------------------------------------------
 
 
@@ -454,13 +710,13 @@ def test_subset_takes_as_many_of_each_class(root):
     full = build_index(root, "train")
     half = full.subset(per_class=3, seed=1)
     assert np.bincount(half.labels).tolist() == [3, 3, 3]
-    assert half.paths == sorted(half.paths)
+    assert list(half.paths) == sorted(half.paths)
     for i, path in enumerate(half.paths):
         j = full.paths.index(path)
         assert half.labels[i] == full.labels[j]
         assert half.sizes[i].tolist() == full.sizes[j].tolist()
     assert same(half, full.subset(per_class=3, seed=1))
-    assert half.paths != full.subset(per_class=3, seed=2).paths
+    assert list(half.paths) != list(full.subset(per_class=3, seed=2).paths)
     assert set(full.subset(per_class=2, seed=1).paths) < set(half.paths)  # nested: the first of the same order
     assert len({full.hash, half.hash, full.subset(per_class=2, seed=1).hash, full.subset(3, seed=2).hash}) == 4
     assert full.subset() is full
@@ -469,7 +725,7 @@ def test_subset_takes_as_many_of_each_class(root):
 def test_label_noise_changes_the_stated_share_to_other_classes():
     labels = np.repeat(np.arange(4), 500)
     paths = [f"train/c/{i}.jpg" for i in range(2000)]
-    full = Index("/data", "train", tuple("abcd"), paths, labels, np.ones((2000, 2), np.int32), [], "hash")
+    full = Index("/data", "train", tuple("abcd"), Paths.of(paths), labels, np.ones((2000, 2), np.int32), [], "hash")
     noisy = full.subset(label_noise=0.3, seed=5)
     changed = noisy.labels != labels
     assert changed.sum() == 600

@@ -8,7 +8,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijckd_fast.data import Augment, EvalPlan, Index, TrainPlan
+from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms
 from ijckd_fast.data.plan import mixing, random_resized_crop, resize_and_center_crop
 from ijckd_fast.errors import UserError
@@ -19,7 +19,7 @@ def make_index(n: int, size: tuple[int, int] = (64, 48), classes: int = 3) -> In
     labels = np.arange(n) % classes
     names = tuple(f"c{i}" for i in range(classes))
     paths = [f"train/{names[label]}/{i}.jpg" for i, label in enumerate(labels)]
-    return Index("/data", "train", names, paths, labels, np.full((n, 2), size, np.int32), [], "hash")
+    return Index("/data", "train", names, Paths.of(paths), labels, np.full((n, 2), size, np.int32), [], "hash")
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------

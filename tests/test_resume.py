@@ -301,8 +301,13 @@ def test_resume_refuses_what_would_change_the_result(data, teacher, tmp_path, mo
     image = next((data / "train" / "ant").iterdir())
     content = image.read_bytes()
     image.write_bytes((data / "train" / "bee" / "000.jpg").read_bytes())
-    assert "the training images differ from those the run began with" in complaint()
+    assert "the training images differ from those the run began with" in complaint("--check-files")
     image.write_bytes(content)
+    assert cli.main(["index", str(data)]) == 0
+    one_more = image.with_name("more.jpg")
+    one_more.write_bytes(content)
+    assert "the training images differ from those the run began with" in complaint()
+    one_more.unlink()
 
     other = write_teacher(tmp_path / "other.pt")
     weights = torch.load(other)

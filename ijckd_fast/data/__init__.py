@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ijckd_fast.data.digits import write_digits
-from ijckd_fast.data.index import IMAGE_EXTENSIONS, Index, build_index
+from ijckd_fast.data.index import Index, Paths, build_index
+from ijckd_fast.data.listing import IMAGE_EXTENSIONS
 from ijckd_fast.data.loader import Batch, Loader
 from ijckd_fast.data.pillow import PillowLoader
 from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, TrainPlan
@@ -22,6 +23,7 @@ __all__ = [
     "Index",
     "Loader",
     "Mixing",
+    "Paths",
     "PillowLoader",
     "Plan",
     "SyntheticLoader",

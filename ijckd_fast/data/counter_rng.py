@@ -12,6 +12,7 @@ import numpy as np
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's increment
 _DRAW_STRIDE = 0xD1342543DE82EF95  # odd, unrelated to _GOLDEN: separates the draws of one sample
 _MASK = (1 << 64) - 1
+_KEYS_AT_ONCE = 1 << 16  # whose temporaries fit the processor's cache
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -43,4 +44,8 @@ def uniforms(seed: int, stream: int, ids: np.ndarray, draws: int) -> np.ndarray:
 
 def permutation(seed: int, stream: int, n: int) -> np.ndarray:
     """A permutation of 0..n-1 as [n] int64, a pure function of its arguments: the order of n distinct 64-bit keys."""
-    return np.argsort(_keys(seed, stream, np.arange(n)), kind="stable")
+    keys = np.empty(n, np.uint64)
+    for first in range(0, n, _KEYS_AT_ONCE):
+        part = keys[first : first + _KEYS_AT_ONCE]
+        part[:] = _keys(seed, stream, np.arange(first, first + len(part)))
+    return np.argsort(keys)  # as no two keys are equal, every way to sort them gives this order

@@ -1,6 +1,6 @@
-"""The index of one split: every image file looked at once, then only its size and modification time.
+"""The index of one split: every image file looked at once, then only its size and modification time, or only its folder's.
 
-`build_index` walks root/split/<class>/, decodes each file once to learn whether it can be trained on, and remembers the
+`build_index` lists root/split/<class>/, decodes each file once to learn whether it can be trained on, and remembers the
 verdicts in a Parquet file. Files that cannot be decoded are set aside with their reason; training goes on without them.
 """
 
@@ -10,49 +10,89 @@ import dataclasses
 import hashlib
 import json
 import os
-import stat
+import time
 import warnings
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
+from ijckd_fast.data.index_cache import FACTS, Files, Group, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.label_files import labels_of, read_class_list, read_labels
+from ijckd_fast.data.listing import Listing, class_folders, file_state, list_folders, some
 from ijckd_fast.errors import UserError
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Lower case; files with another extension are not looked at. The content decides how a file is read."""
 
 # What Pillow and DALI decode to the same RGB pixels. Pillow also opens GIF and AVIF, which DALI's decoder refuses, and
 # float, 32-bit and LAB pixels, which the two convert differently.
 _FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM"})
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"})
-_TIFF_ORIENTATION = 274  # Pillow rotates TIFFs by it (and no other format), DALI is told not to
+_ORIENTATION = 274  # EXIF's tag. Pillow rotates TIFFs by it (and no other format), DALI is told not to
 
-_CACHE_VERSION = "1"
-_CACHE_FOLDER = ".ijckd-index"
 _FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
-_NAMED = 3  # how many names an error or a warning spells out
+_HASHED_AT_ONCE = 1 << 16  # files: what fits the processor's cache
+_SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
+
+
+class Paths(Sequence[str]):
+    """File names, relative to the data folder, in one run of bytes: a str each would take twice the memory, and minutes to make."""
+
+    def __init__(self, encoded: pa.ChunkedArray) -> None:
+        """encoded: [N] large_binary, file names as the filesystem has them, which need not be UTF-8."""
+        self._encoded = encoded
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> Paths:
+        """The same of strings."""
+        return cls(pa.chunked_array([pa.array(map(os.fsencode, paths), pa.large_binary())]))
+
+    def __len__(self) -> int:
+        return len(self._encoded)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Paths: ...
+    def __getitem__(self, i: int | slice) -> str | Paths:
+        if isinstance(i, slice):
+            return self.take(np.arange(*i.indices(len(self))))
+        return os.fsdecode(self._encoded[int(i)].as_py())
+
+    def take(self, ids: np.ndarray) -> Paths:
+        """The paths at `ids` [n] int64, in their order."""
+        return Paths(self._encoded.take(pa.array(ids)))
+
+    def joined(self) -> Iterator[pa.Buffer]:
+        """The bytes of the paths with a NUL between each two, in pieces; a NUL belongs between the pieces too."""
+        nul = pa.scalar(b"\0", pa.large_binary())
+        for chunk in self._encoded.chunks:
+            for first in range(0, len(chunk), _HASHED_AT_ONCE):
+                part = chunk.slice(first, _HASHED_AT_ONCE)
+                yield pc.binary_join(pa.LargeListArray.from_arrays([0, len(part)], part), nul)[0].as_buffer()
+
+    @property
+    def joined_length(self) -> int:
+        """Bytes of all paths, with a NUL between each two."""
+        return pc.sum(pc.binary_length(self._encoded)).as_py() + len(self) - 1
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """One split's images in a fixed order: sorted class folders, sorted names within. An image's id is its position.
+    """One split's images in a fixed order: class folders in label order, names within sorted. An image's id is its position.
 
     root         absolute path of the data folder
     split        'train' or 'val'
-    classes      class folder names, sorted; a label is a position in it
-    paths        relative to root, with forward slashes
+    classes      class folder names, sorted unless another order was asked for; a label is a position in it
+    paths        [N] relative to root, with forward slashes
     labels       [N] int64
     sizes        [N, 2] int32, (width, height) as stored: an EXIF orientation is ignored, as torchvision does
     quarantined  (relative path, reason) of every file left out
@@ -63,7 +103,7 @@ class Index:
     root: str
     split: str
     classes: tuple[str, ...]
-    paths: list[str]
+    paths: Paths
     labels: np.ndarray
     sizes: np.ndarray
     quarantined: list[tuple[str, str]]
@@ -119,7 +159,7 @@ class Index:
             labels[chosen] = (labels[chosen] + shift) % self.num_classes
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
         return dataclasses.replace(
-            self, paths=[self.paths[i] for i in keep], labels=labels, sizes=self.sizes[keep], hash=digest
+            self, paths=self.paths.take(keep), labels=labels, sizes=self.sizes[keep], hash=digest
         )
 
 
@@ -127,15 +167,20 @@ _SUBSET_STREAM = 0x5B5E7
 _NOISE_STREAM = 0x2015E
 
 
-class _Verdict(NamedTuple):
-    """What is known of one file, tied to the length and time it had. length -1: never to be believed again."""
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """An index and what was seen on the way to it.
 
-    length: int  # bytes
-    mtime_ns: int
-    width: int
-    height: int
-    reason: str  # '' = good
-    full: bool  # what verify='full' would say, not only what the header says
+    files    every file, those left out too
+    home     where the verdicts and the list of the bad files are kept; None where nothing could be written
+    opened   files that were opened, and the seconds that took
+    """
+
+    index: Index
+    files: Files
+    home: Path | None
+    opened: int
+    opening_seconds: float
 
 
 def build_index(
@@ -143,168 +188,244 @@ def build_index(
     split: Literal["train", "val"],
     *,
     classes: Sequence[str] | None = None,
+    class_list: str | Path | None = None,
+    labels: str | Path | None = None,
     workers: int = 0,
     verify: Literal["full", "fast"] = "full",
     refresh: bool = False,
+    trust_folders: bool = False,
     progress: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Index:
     """Indexes root/split/<class>/**, decoding only what is new or changed since the last time.
 
-    classes    the class folders there must be, e.g. the train index's for val
+    classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default: sorted
+    class_list a file that names them, one in a line, where there are no `classes`
+    labels     a file that names the class of every image, see label_files.read_labels; for images that lie in root/split itself
     workers    threads that decode; 0 = one per core this process may use
     verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
                odd, so that damage inside a file goes unseen
     refresh    forget earlier verdicts
-    progress   show a progress bar on stderr while files are decoded
+    trust_folders  take it that a folder holds what it held as long as its own times are the same, instead of asking for the
+               length and time of every file: seconds for millions of files, but one rewritten in place goes unseen. Files
+               left out before are looked at all the same
+    progress   show a progress bar on stderr while folders are listed and files are decoded
     cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below
                the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
     warns      once with the number of files left out and where their list is; when a cached index is damaged
-    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes`
+    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or the
+               class list, labels unlike the images
     """
+    return scan(
+        root,
+        split,
+        classes=classes,
+        class_list=class_list,
+        labels=labels,
+        workers=workers,
+        verify=verify,
+        refresh=refresh,
+        trust_folders=trust_folders,
+        progress=progress,
+        cache_dir=cache_dir,
+    ).index
+
+
+def scan(
+    root: str | Path,
+    split: Literal["train", "val"],
+    *,
+    classes: Sequence[str] | None = None,
+    class_list: str | Path | None = None,
+    labels: str | Path | None = None,
+    workers: int = 0,
+    verify: Literal["full", "fast"] = "full",
+    refresh: bool = False,
+    trust_folders: bool = False,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Scan:
+    """build_index, with what a summary needs besides."""
     root = Path(root).resolve()
     if split not in ("train", "val"):
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
     if verify not in ("full", "fast"):
         raise UserError(f"verify must be 'full' or 'fast', found {verify!r}")
-    found = _class_folders(root, split)
-    if classes is not None and tuple(classes) != found:
-        raise UserError(_other_classes(root / split, tuple(classes), found))
+    folders, loose = class_folders(root, split)
+    named = None
+    if labels is not None:
+        if folders:
+            raise UserError(
+                f"the label file {labels} is for images that lie in {root / split} itself, but there are class folders "
+                f"({some(folders)}), which say the class of what is in them; leave the label file out"
+            )
+        named = read_labels(labels)
+        folders = tuple(sorted({label.name for label in named.values()}))
+    elif not folders:
+        raise UserError(
+            f"wanted class folders of images, {root / split}/<class>/*.jpg, but {root / split} holds {loose} image files and no "
+            "class folder; sort them into one folder per class, or give a file that names the class of each as --val-labels "
+            "(for ImageNet's validation set, Kaggle's LOC_val_solution.csv)"
+        )
+    where = "the training data has"
+    if classes is None and class_list is not None:
+        classes, where = read_class_list(class_list), f"{class_list} lists"
+    if classes is not None and set(classes) != set(folders) and named is None:
+        raise UserError(_other_classes(root / split, tuple(classes), folders, where))
+    names = folders if classes is None else tuple(classes)
 
+    homes = cache_homes(root, cache_dir)
+    known = Files.none() if refresh else load_files(homes, split)
+    groups = [f"{split}/{name}" for name in names] if named is None else [split]
+    files = _list(root, split, groups, known, trust_folders, progress)
+    if named is None or labels is None:
+        label_of = np.repeat(np.arange(len(names)), [group.rows for group in files.groups])
+    else:
+        files_there = (os.path.basename(path) for path in Paths(files.paths))
+        label_of = labels_of(files_there, named, names, labels, root / split)
+    todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
+    # os.path's: Path.is_file() raises where a home may not be looked into
+    home = next((home for home in homes if os.path.isfile(report_path(home, split))), None)
+    before = files.facts[todo]
+    began = time.perf_counter()
     try:
-        listing = [item for name in found for item in _list_images(root, f"{split}/{name}")]
+        if len(todo):
+            files.facts["known"][todo] = False
+            _check_all(root, files, todo, verify == "full", workers, progress, lambda: save_files(homes, split, files))
+    finally:  # also when interrupted: what was decoded so far need not be decoded again
+        seconds = time.perf_counter() - began
+        if files.groups != known.groups or (files.facts[todo] != before).any():
+            home = save_files(homes, split, files)
+    index = _assemble(root, split, names, files, label_of, home)
+    return Scan(index, files, home, len(todo), seconds)
+
+
+def _other_classes(folder: Path, wanted: tuple[str, ...], found: tuple[str, ...], where: str) -> str:
+    missing = sorted(set(wanted) - set(found))
+    extra = sorted(set(found) - set(wanted))
+    parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
+    parts += [f"{len(extra)} unexpected ({some(extra)})"] if extra else []
+    return (
+        f"{folder} must have the {len(wanted)} class folders that {where}, found {len(found)}: {', '.join(parts)}; make the "
+        "names equal"
+    )
+
+
+def _list(root: Path, split: str, folders: Sequence[str], known: Files, trust: bool, progress: bool) -> Files:
+    """The files that are in `folders` now, with the verdicts that still hold. May reuse and change the arrays of `known`."""
+    stamps = {group.folder: group.stamps for group in known.groups} if trust else {}
+    try:
+        with _progress(progress) as bar:
+            line = bar.add_task(f"listing {split}", total=len(folders))
+            listed = list_folders(
+                str(root), folders, lambda folder: stamps.get(folder, ()), lambda n: bar.advance(line, n)
+            )
     except OSError as error:
         raise UserError(
             f"the images in {root / split} must be readable, found: {error}; mend it and run again"
         ) from error
-    homes = _cache_homes(root, cache_dir)
-    known = {} if refresh else _load_verdicts(homes, split)
-    current = {
-        path: verdict
-        for path, length, mtime_ns in listing
-        if (verdict := known.get(path)) is not None
-        and (verdict.length, verdict.mtime_ns) == (length, mtime_ns)
-        and (verdict.full or verify == "fast")
-    }
-    todo = [item for item in listing if item[0] not in current]
-    report: Path | None = None
-    try:
-        _check_all(root, todo, current, verify == "full", workers, progress, f"checking {split}")
-    finally:  # also when interrupted: what was decoded so far need not be decoded again
-        if todo or len(current) != len(known):
-            report = _save_verdicts(homes, split, current)
-    return _assemble(
-        root, split, found, [path for path, _, _ in listing], current, report or _existing_report(homes, split)
-    )
+    merged = _merge(known, folders, listed)
+    first = 0
+    for group, listing in zip(merged.groups, listed, strict=True):
+        rows = slice(first, first := first + group.rows)
+        if listing is None:  # a file left out may have been mended where it lies, or a link's target come back
+            _look_again(root, merged, rows.start + np.flatnonzero(merged.facts["reason"][rows]))
+    return merged
 
 
-def _class_folders(root: Path, split: str) -> tuple[str, ...]:
-    folder = root / split
-    wanted = f"wanted class folders of images, {folder}/<class>/*.jpg"
-    if not root.is_dir():
-        raise UserError(f"{wanted}, but {root} is not a folder; give the folder that holds train/ and val/")
-    if not folder.is_dir():
-        inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-        raise UserError(
-            f"{wanted}, but {root} has no folder {split!r} ({_some(inside) or 'it is empty'}); give the folder that "
-            "holds train/ and val/"
-        )
-    names, loose = [], 0
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            names.append(entry.name)
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-            loose += 1
-    if not names and loose:
-        raise UserError(
-            f"{wanted}, but {folder} holds {loose} image files and no class folder; sort them into one folder per "
-            "class (for ImageNet's validation set, valprep.sh does it)"
-        )
-    if not names:
-        raise UserError(f"{wanted}, but {folder} is empty; put one folder of images per class into it")
-    return tuple(sorted(names))
+def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None]) -> Files:
+    if [group.folder for group in known.groups] == list(folders) and not any(listed):
+        return known
+    ends = np.cumsum([group.rows for group in known.groups], dtype=np.int64).tolist()
+    before = {group.folder: (end - group.rows, group) for end, group in zip(ends, known.groups, strict=True)}
+    paths: list[pa.LargeBinaryArray] = []
+    facts: list[np.ndarray] = []
+    groups = []
+    for folder, listing in zip(folders, listed, strict=True):
+        first, group = before.get(folder, (0, Group(folder, 0, ())))
+        old_paths, old_facts = known.paths.slice(first, group.rows), known.facts[first : first + group.rows]
+        if listing is None:
+            paths += old_paths.chunks
+            facts.append(old_facts)
+        else:
+            paths.append(listing.paths)
+            facts.append(_remembered(listing, old_paths, old_facts))
+            group = Group(folder, len(listing.paths), listing.stamps)
+        groups.append(group)
+    merged = pa.chunked_array([pa.concat_arrays(paths)] if paths else [], pa.large_binary())
+    return Files(merged, np.concatenate([np.empty(0, FACTS), *facts]), groups, known.formats, known.reasons)
 
 
-def _other_classes(folder: Path, wanted: tuple[str, ...], found: tuple[str, ...]) -> str:
-    missing = sorted(set(wanted) - set(found))
-    extra = sorted(set(found) - set(wanted))
-    parts = [f"{len(missing)} missing ({_some(missing)})"] if missing else []
-    parts += [f"{len(extra)} unexpected ({_some(extra)})"] if extra else []
-    if not parts:
-        parts = ["the same names in another order"]
-    return (
-        f"{folder} must have the {len(wanted)} class folders of the training data, found {len(found)}: "
-        f"{', '.join(parts)}; make the folder names of both splits equal"
-    )
+def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndarray) -> np.ndarray:
+    """[n] of FACTS for the files of a listing, known where a file has the length and time that it had."""
+    facts = np.zeros(len(listing.paths), FACTS)
+    facts["length"], facts["mtime_ns"] = listing.lengths, listing.mtimes
+    at = pc.fill_null(pc.index_in(listing.paths, value_set=old_paths), -1).to_numpy()
+    rows = np.flatnonzero(at >= 0)
+    old = old_facts[at[rows]]
+    same = (old["length"] == listing.lengths[rows]) & (old["mtime_ns"] == listing.mtimes[rows])
+    facts[rows[same]] = old[same]
+    return facts
 
 
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_NAMED])
-    return f"{shown}, and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+def _look_again(root: Path, files: Files, rows: np.ndarray) -> None:
+    """The verdicts of these rows hold if the files have the lengths and times they had."""
+    for i in rows:
+        state = file_state(root / os.fsdecode(files.paths[int(i)].as_py()))
+        if state != (files.facts["length"][i], files.facts["mtime_ns"][i]):
+            files.facts[i] = np.zeros((), FACTS)
+            files.facts["length"][i], files.facts["mtime_ns"][i] = state
 
 
-def _list_images(
-    root: Path, folder: str, above: frozenset[tuple[int, int]] = frozenset()
-) -> Iterator[tuple[str, int, int]]:
-    """(path relative to root, bytes, mtime_ns) of every image file at any depth, sorted. Hidden names are skipped.
+class Verdict(NamedTuple):
+    """What a look at one file says; see index_cache.FACTS."""
 
-    `above` holds the folders on the way here, so that a link back to one of them is not followed for ever.
-    """
-    status = os.stat(root / folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        return
-    for entry in sorted(os.scandir(root / folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        path = f"{folder}/{entry.name}"
-        if _is_folder(entry):
-            yield from _list_images(root, path, above | {here})
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nothing: listed, so that it is reported with the other unreadable files
-                yield path, -1, -1
-                continue
-            if stat.S_ISREG(status.st_mode):  # reading a pipe would wait for a writer for ever
-                yield path, status.st_size, status.st_mtime_ns
+    width: int
+    height: int
+    format: str  # '' where Pillow cannot say
+    orientation: int
+    reason: str  # '' = good
+    full: bool  # what verify='full' would say, not only what the header says
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, which is nothing
-        return False
-
-
-def check_image(path: str, full: bool) -> tuple[int, int, str, bool]:
+def check_image(path: str, full: bool) -> Verdict:
     """Whether one file can be trained on.
 
     full     decode every pixel; otherwise only when header and trailer are not those of an intact JPEG
-    returns  (width, height as stored, reason or '' when good, whether a full decode could not say otherwise)
     raises   OSError with an errno when the file could not be read at all (missing, no permission, I/O error)
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            if image.format not in _FORMATS:
-                return width, height, f"a {image.format} image, which DALI cannot decode", True
+            kind = image.format or ""
+            orientation = _orientation(image)
+            seen = Verdict(*image.size, kind, orientation, "", True)
+            if kind not in _FORMATS:
+                return seen._replace(reason=f"a {kind} image, which DALI cannot decode")
             if image.mode not in _MODES:
-                return width, height, f"pixels of Pillow mode {image.mode}, not 8 or 16 bits per channel", True
-            if image.format == "TIFF" and image.getexif().get(_TIFF_ORIENTATION, 1) != 1:
-                return width, height, "a TIFF with an orientation tag, which libraries read differently", True
-            decode = full or not (image.format == "JPEG" and _ends_like_jpeg(path))
+                return seen._replace(reason=f"pixels of Pillow mode {image.mode}, not 8 or 16 bits per channel")
+            if kind == "TIFF" and orientation != 1:
+                return seen._replace(reason="a TIFF with an orientation tag, which libraries read differently")
+            decode = full or not (kind == "JPEG" and _ends_like_jpeg(path))
             if decode:
                 image.load()
-            return width, height, "", decode
+            return seen._replace(full=decode)
     except OSError as error:
         if error.errno is not None:
             raise
-        return 0, 0, _reason(path, error), True
+        return Verdict(0, 0, "", 1, _reason(path, error), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input, and that is the verdict
-        return 0, 0, _reason(path, error), True
+        return Verdict(0, 0, "", 1, _reason(path, error), True)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8, as far as the header holds it; 1 where there is none, or none that means anything."""
+    if image.format != "TIFF" and "exif" not in image.info:
+        return 1
+    try:
+        tag = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata around an intact image, which is as good as any
+        return 1
+    return tag if tag in range(1, 9) else 1
 
 
 def _ends_like_jpeg(path: str) -> bool:
@@ -321,192 +442,133 @@ def _reason(path: str, error: Exception) -> str:
     return f"{type(error).__name__}: {error}".replace(path, Path(path).name)
 
 
+def _progress(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True)
+
+
 def _check_all(
     root: Path,
-    todo: Sequence[tuple[str, int, int]],
-    verdicts: dict[str, _Verdict],
+    files: Files,
+    todo: np.ndarray,
     full: bool,
     workers: int,
     progress: bool,
-    title: str,
+    save: Callable[[], object],
 ) -> None:
-    """Adds the verdict of every file of `todo`. Threads suffice: Pillow decodes outside the interpreter lock."""
-    if not todo:
-        return
+    """Fills in the facts of rows `todo` [n]. Threads suffice: Pillow decodes outside the interpreter lock."""
 
-    def check(items: Sequence[tuple[str, int, int]]) -> list[tuple[str, _Verdict]]:
-        checked = []
-        for path, length, mtime_ns in items:
+    def check(rows: np.ndarray, paths: list[bytes]) -> tuple[np.ndarray, list[Verdict | OSError]]:
+        checked: list[Verdict | OSError] = []
+        for path in paths:
             try:
-                verdict = _Verdict(length, mtime_ns, *check_image(os.path.join(root, path), full))
-            except OSError as error:  # may be mended without the file changing (chmod, a mount): not to be remembered
-                verdict = _Verdict(-1, -1, 0, 0, f"cannot be read: {error.strerror}", False)
-            checked.append((path, verdict))
-        return checked
+                checked.append(check_image(os.path.join(root, os.fsdecode(path)), full))
+            except OSError as error:
+                checked.append(error)
+        return rows, checked
+
+    def tasks() -> Iterator[tuple[np.ndarray, list[bytes]]]:
+        for first in range(0, len(todo), _FILES_PER_TASK):
+            rows = todo[first : first + _FILES_PER_TASK]
+            yield rows, [files.paths[int(i)].as_py() for i in rows]
+
+    def note(row: int, verdict: Verdict | OSError) -> None:
+        if isinstance(
+            verdict, OSError
+        ):  # may be mended without the file changing (chmod, a mount): not to be remembered
+            reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
+            files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
+            return
+        width, height, kind, orientation, why, whole = verdict
+        length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
+        numbers = files.formats.number(kind), files.reasons.number(why)
+        files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, whole, True)
 
     threads = workers or len(os.sched_getaffinity(0))
-    tasks = iter([todo[i : i + _FILES_PER_TASK] for i in range(0, len(todo), _FILES_PER_TASK)])
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    waiting = tasks()
     with (
-        Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar,
+        _progress(progress) as bar,
         ThreadPoolExecutor(threads) as pool,
         warnings.catch_warnings(),  # here and not in the threads, which share the filters
     ):
         warnings.simplefilter("ignore")  # Pillow's, on odd metadata and large images; huge ones are an error
-        line = bar.add_task(title, total=len(todo))
+        line = bar.add_task("checking files", total=len(todo))
+        saved = time.monotonic()
         try:
-            running = {pool.submit(check, task) for task in islice(tasks, 4 * threads)}
+            running = {pool.submit(check, *task) for task in islice(waiting, 4 * threads)}
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(check, task) for task in islice(tasks, len(done))}
+                running |= {pool.submit(check, *task) for task in islice(waiting, len(done))}
                 for future in done:
-                    verdicts.update(future.result())
-                    bar.advance(line, len(future.result()))
+                    rows, checked = future.result()
+                    for row, verdict in zip(rows.tolist(), checked, strict=True):
+                        note(row, verdict)
+                    bar.advance(line, len(rows))
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
         finally:  # interrupted: do not wait for what has not begun
             pool.shutdown(cancel_futures=True)
 
 
 def _assemble(
-    root: Path,
-    split: str,
-    classes: tuple[str, ...],
-    paths: Iterable[str],
-    verdicts: dict[str, _Verdict],
-    report: Path | None,
+    root: Path, split: str, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None
 ) -> Index:
-    position = {name: label for label, name in enumerate(classes)}
-    good: list[str] = []
-    labels, sizes, lengths = [], [], []
-    quarantined: list[tuple[str, str]] = []
-    for path in paths:
-        verdict = verdicts[path]
-        if verdict.reason:
-            quarantined.append((path, verdict.reason))
-            continue
-        good.append(path)
-        labels.append(position[path.split("/", 2)[1]])
-        sizes.append((verdict.width, verdict.height))
-        lengths.append(verdict.length)
-    label_array = np.array(labels, np.int64)
-    size_array = np.array(sizes, np.int32).reshape(-1, 2)
-    _require_images_in_every_class(root / split, classes, label_array, quarantined)
+    """labels: [N] int64 of every file, good or bad."""
+    bad = np.flatnonzero(files.facts["reason"])
+    quarantined = [(os.fsdecode(files.paths[int(i)].as_py()), files.reasons[files.facts["reason"][i]]) for i in bad]
+    _require_images_in_every_class(root / split, classes, labels, bad, quarantined)
     if quarantined:
-        listed = f"; all are listed in {report}" if report else ""
+        listed = f"; all are listed in {report_path(home, split)}" if home else ""
         warnings.warn(
-            f"{len(quarantined)} of {len(good) + len(quarantined)} files in {root / split} cannot be used and are left "
-            f"out, e.g. {quarantined[0][0]}: {quarantined[0][1]}{listed}",
-            stacklevel=3,
+            f"{len(bad)} of {len(labels)} files in {root / split} cannot be used and are left out, e.g. "
+            f"{quarantined[0][0]}: {quarantined[0][1]}{listed}",
+            stacklevel=4,
         )
+    paths, facts = files.paths, files.facts
+    if len(bad):
+        good = facts["reason"] == 0
+        paths, facts, labels = paths.filter(pa.array(good)), facts[good], labels[good]
+    sizes = np.stack([facts["width"], facts["height"]], 1)
+    digest = _digest(split, classes, Paths(paths), labels, sizes, facts["length"])
+    return Index(str(root), split, classes, Paths(paths), labels, sizes, quarantined, digest)
+
+
+def _digest(
+    split: str, classes: tuple[str, ...], paths: Paths, labels: np.ndarray, sizes: np.ndarray, lengths: np.ndarray
+) -> str:
+    """Of five parts, each after its length: the names as JSON, the paths with a NUL between each two, the arrays' bytes."""
     digest = hashlib.sha256()
-    for part in (
-        json.dumps([split, classes]).encode(),
-        b"\0".join(map(os.fsencode, good)),
-        label_array.tobytes(),
-        size_array.tobytes(),
-        np.array(lengths, np.int64).tobytes(),
-    ):
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return Index(str(root), split, classes, good, label_array, size_array, quarantined, digest.hexdigest())
+    names = json.dumps([split, classes]).encode()
+    digest.update(len(names).to_bytes(8, "little") + names)
+    digest.update(paths.joined_length.to_bytes(8, "little"))
+    for i, piece in enumerate(paths.joined()):
+        digest.update(b"\0" if i else b"")
+        digest.update(piece)
+    for array in (labels, sizes, lengths):
+        digest.update(array.nbytes.to_bytes(8, "little"))
+        for first in range(0, len(array), _HASHED_AT_ONCE):
+            digest.update(np.ascontiguousarray(array[first : first + _HASHED_AT_ONCE]).data)
+    return digest.hexdigest()
 
 
 def _require_images_in_every_class(
-    folder: Path, classes: tuple[str, ...], labels: np.ndarray, quarantined: list[tuple[str, str]]
+    folder: Path, classes: tuple[str, ...], labels: np.ndarray, bad: np.ndarray, quarantined: list[tuple[str, str]]
 ) -> None:
-    empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
-    if not empty:
+    """labels [N] of every file; bad: the rows of those left out, which are `quarantined`."""
+    left = np.bincount(labels, minlength=len(classes)) - np.bincount(labels[bad], minlength=len(classes))
+    empty = np.flatnonzero(left == 0)
+    if not len(empty):
         return
-    bad = defaultdict(list)
-    for path, reason in quarantined:
-        bad[path.split("/", 2)[1]].append((path, reason))
-    name = empty[0]
+    name = classes[empty[0]]
+    unreadable = [quarantined[i] for i in np.flatnonzero(labels[bad] == empty[0])]
     why = (
-        f"its {len(bad[name])} image files are unreadable ({bad[name][0][0]}: {bad[name][0][1]})"
-        if bad[name]
+        f"its {len(unreadable)} image files are unreadable ({unreadable[0][0]}: {unreadable[0][1]})"
+        if unreadable
         else "it has no image file"
     )
-    others = f" and {len(empty) - 1} other class folders" if len(empty) > 1 else ""
+    others = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
     raise UserError(
-        f"every class folder of {folder} needs at least one readable image, but {name!r}{others} has none: {why}; "
-        "add images or remove the folder from both splits"
+        f"every class of {folder} needs at least one readable image, but {name!r}{others} has none: {why}; "
+        "add images or remove the class from both splits"
     )
-
-
-# --- the cache files ------------------------------------------------------------------------------------------------
-
-
-def _cache_homes(root: Path, cache_dir: str | Path | None) -> list[Path]:
-    """Folders to look in and to write to, in order of preference."""
-    if cache_dir is not None:
-        return [Path(cache_dir)]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / _CACHE_FOLDER, user_cache / "ijckd-fast" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16]]
-
-
-def cache_folders(index: Index) -> list[Path]:
-    """Where to look for and to keep what is known of an index's files, in order of preference; they need not exist."""
-    return _cache_homes(Path(index.root), None)
-
-
-def _load_verdicts(homes: Iterable[Path], split: str) -> dict[str, _Verdict]:
-    """The remembered verdicts by path; {} when there are none or they are damaged (with a warning)."""
-    # os.path's: Path.is_file() raises where a home may not be looked into
-    paths = [path for home in homes if os.path.isfile(path := home / f"{split}.parquet")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):  # the latest
-        try:
-            table = pq.read_table(path, page_checksum_verification=True)
-            if (table.schema.metadata or {}).get(b"ijckd_index") != _CACHE_VERSION.encode():
-                raise ValueError("written by another version")
-            columns = [table.column(name).to_pylist() for name in ("path", *_Verdict._fields)]
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            warnings.warn(f"the index {path} cannot be read and is built anew ({error})", stacklevel=3)
-            continue
-        return {os.fsdecode(row[0]): _Verdict(*row[1:]) for row in zip(*columns, strict=True)}
-    return {}
-
-
-def _save_verdicts(homes: Iterable[Path], split: str, verdicts: dict[str, _Verdict]) -> Path | None:
-    """Writes split.parquet and split.quarantine.json where that is possible; returns the path of the latter."""
-    rows = sorted(verdicts.items())
-    types = {
-        "length": pa.int64(),
-        "mtime_ns": pa.int64(),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "reason": pa.string(),
-        "full": pa.bool_(),
-    }
-    arrays = {"path": pa.array([os.fsencode(path) for path, _ in rows], pa.binary())}  # file names need not be UTF-8
-    for i, name in enumerate(_Verdict._fields):
-        arrays[name] = pa.array([verdict[i] for _, verdict in rows], types[name])
-    table = pa.table(arrays).replace_schema_metadata({"ijckd_index": _CACHE_VERSION})
-    bad = [{"path": path, "reason": verdict.reason} for path, verdict in rows if verdict.reason]
-    failure: OSError | None = None
-    for home in homes:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            report = home / f"{split}.quarantine.json"
-            _replace(report, lambda path: path.write_text(json.dumps(bad, indent=1) + "\n"))
-            _replace(home / f"{split}.parquet", lambda path: pq.write_table(table, path, write_page_checksum=True))
-            return report
-        except OSError as error:  # read-only data folder: the next home
-            failure = error
-    warnings.warn(
-        f"the index could not be saved, so that every start will check all files again ({failure})", stacklevel=3
-    )
-    return None
-
-
-def _replace(path: Path, write) -> None:
-    """Writes a file so that a reader finds the old or the new one whole, whenever the process dies."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _existing_report(homes: Iterable[Path], split: str) -> Path | None:
-    return next((report for home in homes if os.path.isfile(report := home / f"{split}.quarantine.json")), None)

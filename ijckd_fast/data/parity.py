@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ijckd_fast.data import make_loader
 from ijckd_fast.data.counter_rng import permutation
-from ijckd_fast.data.index import Index, cache_folders
+from ijckd_fast.data.index import Index
+from ijckd_fast.data.index_cache import cache_homes
 from ijckd_fast.data.loader import Batch, Loader
 from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
 
@@ -159,7 +160,7 @@ def of_dataset(
     """
     made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode}
     name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
-    folders = cache_folders(train)
+    folders = cache_homes(Path(train.root), None)
     for folder in folders:
         try:
             return [Parity(**row) for row in json.loads((folder / name).read_text())["rows"]], True

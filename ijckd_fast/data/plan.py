@@ -5,6 +5,7 @@ Executors (dali.py, pillow.py, synthetic.py) turn a BatchPlan into pixels and ad
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -160,9 +161,9 @@ class StandIns:
     def _next(self, i: int) -> int:
         same = np.flatnonzero(self._any_label | (self._index.labels == self._index.labels[i]))
         at = int(np.searchsorted(same, i))
-        for candidate in (*same[at:].tolist(), *same[:at].tolist()):
+        for candidate in chain(same[at:], same[:at]):
             if candidate not in self.reasons:
-                return candidate
+                return int(candidate)
         which = "" if self._any_label else f" of class {self._index.classes[self._index.labels[i]]!r}"
         raise TooManyUnreadable(
             f"no image{which} in {self._index.root}/{self._index.split} can be read any more, the last one was "

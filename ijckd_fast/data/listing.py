@@ -1,0 +1,177 @@
+"""What lies in a data folder, seen without opening an image: class folders, files, and what shows that a folder has changed."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ijckd_fast.errors import UserError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""Lower case; files with another extension are not looked at. The content decides how a file is read."""
+
+Stamp = tuple[str, int, int, int]
+"""A folder relative to the root, its mtime_ns, ctime_ns and inode. The ctime is there because tar and rsync set a folder's mtime
+back after they have put files into it; the inode because another folder may be moved to its place."""
+
+_SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
+_THREADS = 16  # they wait for the filesystem, a network's above all, rather than compute
+_FOLDERS_PER_TASK = 32
+_NAMED = 3  # how many names an error spells out
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The image files below one folder, n of them, sorted by name; a subfolder's stand where its name does.
+
+    paths    [n] relative to the root, as the bytes the filesystem has, with forward slashes
+    lengths  [n] int64, bytes; -1 for a link to nothing
+    mtimes   [n] int64, ns; -1 likewise
+    stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next change
+    """
+
+    paths: pa.LargeBinaryArray
+    lengths: np.ndarray
+    mtimes: np.ndarray
+    stamps: tuple[Stamp, ...]
+
+
+def list_folders(
+    root: str,
+    folders: Sequence[str],
+    trusted: Callable[[str], tuple[Stamp, ...]],
+    advance: Callable[[int], None],
+) -> list[Listing | None]:
+    """What is in each of `folders` (relative to root); None for one that is still as `trusted(folder)` says.
+
+    trusted  the stamps to believe, () to list the folder whatever they are
+    advance  called with the number of folders that are done, now and then
+    raises   OSError where a folder cannot be read
+    """
+
+    def look(part: Sequence[str]) -> list[Listing | None]:
+        return [None if _as_before(root, trusted(folder)) else list_images(root, folder) for folder in part]
+
+    tasks = [folders[i : i + _FOLDERS_PER_TASK] for i in range(0, len(folders), _FOLDERS_PER_TASK)]
+    found: list[Listing | None] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        try:
+            for part in pool.map(look, tasks):
+                found += part
+                advance(len(part))
+        finally:  # interrupted: do not wait for what has not begun
+            pool.shutdown(cancel_futures=True)
+    return found
+
+
+def _as_before(root: str, stamps: tuple[Stamp, ...]) -> bool:
+    try:
+        return bool(stamps) and all(_stamp(root, stamp[0]) == stamp for stamp in stamps)
+    except OSError:
+        return False
+
+
+def _stamp(root: str, folder: str) -> Stamp:
+    status = os.stat(os.path.join(root, folder))
+    return folder, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def list_images(root: str, folder: str) -> Listing:
+    """The image files at any depth below root/folder. Hidden names are skipped. Raises OSError where a folder cannot be read."""
+    settled = time.time_ns() - _SETTLED_NS
+    stamps: list[Stamp] = []
+    files = list(_walk(root, folder, stamps, frozenset()))
+    paths, lengths, mtimes = zip(*files, strict=True) if files else ((), (), ())
+    calm = all(max(mtime, ctime) < settled for _, mtime, ctime, _ in stamps)
+    return Listing(
+        pa.array(paths, pa.large_binary()),
+        np.array(lengths, np.int64),
+        np.array(mtimes, np.int64),
+        tuple(stamps) if calm else (),
+    )
+
+
+def _walk(
+    root: str, folder: str, stamps: list[Stamp], above: frozenset[tuple[int, int]]
+) -> Iterator[tuple[bytes, int, int]]:
+    """(path, bytes, mtime_ns) of each file. `above`: the folders on the way here, so that no link is followed around for ever."""
+    status = os.stat(os.path.join(root, folder))
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    # taken before the names are read: what comes or goes meanwhile makes it a stamp of the past
+    stamps.append((folder, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
+    for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
+            continue
+        path = f"{folder}/{entry.name}"
+        if _is_folder(entry):
+            yield from _walk(root, path, stamps, above | {here})
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and not _is_pipe(entry):
+            yield os.fsencode(path), *file_state(entry)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which is nothing
+        return False
+
+
+def _is_pipe(entry: os.DirEntry[str]) -> bool:
+    """Or a device: reading one may wait for ever."""
+    try:
+        return not stat.S_ISREG(entry.stat().st_mode)
+    except OSError:  # nothing is there to wait for
+        return False
+
+
+def file_state(file: os.DirEntry[str] | Path) -> tuple[int, int]:
+    """(bytes, mtime_ns); (-1, -1) for a link to nothing, which is listed to be reported with the other unreadable files."""
+    try:
+        status = file.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def class_folders(root: Path, split: str) -> tuple[tuple[str, ...], int]:
+    """(names of the folders in root/split, sorted as torchvision sorts them; number of images that lie in root/split itself).
+
+    raises  UserError: no such folder, or nothing in it
+    """
+    folder = root / split
+    wanted = f"wanted class folders of images, {folder}/<class>/*.jpg"
+    if not root.is_dir():
+        raise UserError(f"{wanted}, but {root} is not a folder; give the folder that holds train/ and val/")
+    if not folder.is_dir():
+        inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+        raise UserError(
+            f"{wanted}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
+            "holds train/ and val/"
+        )
+    names, loose = [], 0
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if _is_folder(entry):
+            names.append(entry.name)
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            loose += 1
+    if not names and not loose:
+        raise UserError(f"{wanted}, but {folder} is empty; put one folder of images per class into it")
+    return tuple(sorted(names)), loose
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for an error's text."""
+    shown = ", ".join(repr(name) for name in names[:_NAMED])
+    return f"{shown}, and {len(names) - _NAMED} more" if len(names) > _NAMED else shown

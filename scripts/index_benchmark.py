@@ -1,0 +1,223 @@
+"""`benchmark.py index`: how fast a data folder is scanned, and how long and how much memory the start with a large index takes.
+
+The scan reads real pictures; the starts read index files made up for as many images and class folders as ImageNet and ImageNet-21k
+have, each in a process of its own. The class folders are there, the images are not: a start does not ask for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import loader_benchmark
+
+# What needs more packages than torch is imported where it is used: the other half of benchmark.py must run without.
+
+COLUMNS = (
+    "what", "workload", "files", "folders", "seconds", "seconds_least", "seconds_most", "images_per_s", "order_seconds",
+    "batch_ms", "peak_mb", "held_mb", "repeats", "threads", "machine", "pyarrow", "numpy", "pillow", "python", "commit", "date",
+)  # fmt: skip
+IMAGENET = {"imagenet": (1_281_167, 1000), "imagenet-21k": (14_197_122, 21_841)}  # images, class folders
+PICTURES = 200  # that differ; the other files are hard links to them
+
+START = """
+import json, resource, sys, time
+from ijckd_fast.data import Augment, TrainPlan, build_index
+
+def megabytes(name):
+    (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
+    return int(line.split()[1]) * 1024 / 1e6
+
+before = megabytes("VmRSS")
+began = time.perf_counter()
+index = build_index(sys.argv[1], "train", trust_folders=True)
+seconds = time.perf_counter() - began
+plan = TrainPlan(index, Augment(), 256, seed=0)
+began = time.perf_counter()
+plan.batch(0)
+order = time.perf_counter() - began
+times = []
+for step in range(1, 51):
+    began = time.perf_counter()
+    plan.batch(step)
+    times.append(time.perf_counter() - began)
+print(json.dumps({"files": len(index), "seconds": seconds, "order_seconds": order, "batch_ms": 1e3 * sorted(times)[25],
+    "peak_mb": megabytes("VmHWM") - before, "held_mb": megabytes("VmRSS") - before}))
+"""
+
+
+def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
+    """root/train with empty class folders, and an index file that says that there were `images` in them."""
+    import numpy as np
+    import pyarrow as pa
+
+    from ijckd_fast.data import index_cache
+    from ijckd_fast.data.listing import list_images
+
+    names = [f"train/n{i:08d}" for i in range(folders)]
+    for name in names:
+        (root / name).mkdir(parents=True)
+    time.sleep(2.1)  # a folder that changed just now is not trusted
+    counts = np.diff(np.linspace(0, images, folders + 1).astype(np.int64)).tolist()
+    files = index_cache.Files.none()
+    paths = []
+    for name, count in zip(names, counts, strict=True):
+        paths.append(pa.array([f"{name}/{name[6:]}_{i}.JPEG".encode() for i in range(count)], pa.large_binary()))
+        files.groups.append(index_cache.Group(name, count, list_images(str(root), name).stamps))
+    files.paths = pa.chunked_array(paths)
+    g = np.random.default_rng(0)
+    files.facts = np.zeros(images, index_cache.FACTS)
+    for name, least, most in (
+        ("length", 5_000, 200_000),
+        ("mtime_ns", 10**18, 2 * 10**18),
+        ("width", 100, 600),
+        ("height", 100, 600),
+    ):
+        files.facts[name] = g.integers(least, most, images)
+    files.facts["format"] = files.formats.number("JPEG")
+    for name in ("orientation", "full", "known"):
+        files.facts[name] = 1
+    index_cache.save_files([root / index_cache.CACHE_FOLDER], "train", files)
+
+
+def add_parser(commands: Any) -> None:
+    """`benchmark.py index`."""
+    parser = commands.add_parser(
+        "index",
+        help="the scan of a data folder, and the start with an index of millions of images",
+        description="Times a first scan (every file decoded), a second start that asks for every file and one that asks for the folders "
+        "only, on hard links to ImageNet-like pictures; then the start with made-up index files of ImageNet's sizes, with the memory "
+        'it takes. Prints a table; the last line is one JSON object {"rows": [...]}.',
+    )
+    parser.add_argument(
+        "--files", type=int, default=20_000, help="pictures to scan, in classes of a hundred; 0: no scan"
+    )
+    parser.add_argument(
+        "--starts", nargs="*", choices=tuple(IMAGENET), default=list(IMAGENET), help="sizes of made-up index files"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads; default: all cores"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of each start; the first scan is timed a third as often"
+    )
+    parser.add_argument("--save", nargs="?", const=pathlib.Path("results/index.csv"), type=pathlib.Path, metavar="CSV")
+
+
+def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
+    """Prints and saves the rows; the exit status."""
+    import numpy
+    import PIL
+    import pyarrow
+
+    where = environment | {
+        "threads": args.threads,
+        "pyarrow": pyarrow.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+    measured = scans(args) if args.files else []
+    for name in args.starts:
+        measured.append(starts(name, args.repeats))
+    rows = [{column: (row | where | {"what": "index"}).get(column) for column in COLUMNS} for row in measured]
+    _print(rows)
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        new = not args.save.exists()
+        with args.save.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+    print(json.dumps({"rows": rows}), flush=True)
+    return 0
+
+
+def scans(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The first scan, and the second start in both ways, of args.files pictures."""
+    from ijckd_fast.data import build_index
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        loader_benchmark.write_photos(root / "pictures", min(PICTURES, args.files))
+        pictures = sorted((root / "pictures").rglob("*.jpg"))
+        for i in range(args.files):
+            path = root / "train" / f"c{i // 100:05d}" / f"{i:08d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(pictures[i % len(pictures)], path)
+        time.sleep(2.1)  # a folder that changed just now is not trusted
+        ways: dict[str, dict[str, Any]] = {
+            "first scan": {"refresh": True},
+            "second start, every file": {},
+            "second start, folders": {"trust_folders": True},
+        }
+        rows = []
+        for name, way in ways.items():
+            times = []
+            for _ in range(-(-args.repeats // 3) if name == "first scan" else args.repeats):
+                began = time.perf_counter()
+                index = build_index(root, "train", workers=args.threads, **way)
+                times.append(time.perf_counter() - began)
+            rows.append(_row(name, len(index), index.num_classes, times))
+        rows[0]["images_per_s"] = round(args.files / rows[0]["seconds"], 1)
+        return rows
+
+
+def starts(name: str, repeats: int) -> dict[str, Any]:
+    """The start with a made-up index of IMAGENET[name], in a new process each time."""
+    images, folders = IMAGENET[name]
+    with tempfile.TemporaryDirectory() as folder:
+        make_up_index(pathlib.Path(folder), images, folders)
+        found = []
+        for _ in range(repeats):
+            done = subprocess.run(
+                [sys.executable, "-c", START, folder],
+                cwd=pathlib.Path(__file__).parent.parent,
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            found.append(json.loads(done.stdout))
+    others = ("order_seconds", "batch_ms", "peak_mb", "held_mb")
+    return _row(f"start, {name}", images, folders, [one["seconds"] for one in found]) | {
+        key: round(statistics.median(one[key] for one in found), 3) for key in others
+    }
+
+
+def _row(name: str, files: int, folders: int, times: list[float]) -> dict[str, Any]:
+    return {
+        "workload": name,
+        "files": files,
+        "folders": folders,
+        "seconds": round(statistics.median(times), 4),
+        "seconds_least": round(min(times), 4),
+        "seconds_most": round(max(times), 4),
+        "repeats": len(times),
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"{'':26} {'files':>10} folders  {'s [least most]':24}  images/s  order s  batch ms  peak MB  held MB")
+    for r in rows:
+        spread = f"{r['seconds']:8.3f} [{r['seconds_least']:.3f} {r['seconds_most']:.3f}]"
+        rest = [("images_per_s", 8), ("order_seconds", 7), ("batch_ms", 8), ("peak_mb", 7), ("held_mb", 7)]
+        shown = "  ".join(
+            f"{'' if r[key] is None else format(r[key], '.4g' if key != 'peak_mb' else '.0f'):>{width}}"
+            for key, width in rest
+        )
+        print(f"{r['workload']:26} {r['files']:10,} {r['folders']:7,}  {spread:24}  {shown}")
+
+
+if __name__ == "__main__":
+    sys.exit("a part of benchmark.py: run scripts/benchmark.py index")

@@ -537,7 +537,7 @@ def listed(monkeypatch) -> list[str]:
         seen.append(folder)
         return list_images(root, folder)
 
-    monkeypatch.setattr(listing, "list_images", spy)
+    monkeypatch.setattr(index, "list_images", spy)
     monkeypatch.setattr(listing, "_SETTLED_NS", 0)
     return seen
 

@@ -24,19 +24,33 @@ from torch import Tensor
 from ijckd_fast.data.loader import Loader, Unreadable
 from ijckd_fast.data.pillow import make_image
 from ijckd_fast.data.plan import BatchPlan, Plan, TrainPlan
+from ijckd_fast.data.shards import Extent, read_extent
 from ijckd_fast.errors import UserError
 
 VERSION: str = nvidia.dali.__version__
 _FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
 
 
+def _encoded(extent: Extent) -> np.ndarray:
+    """[n] uint8. What cannot be read is no image: the pipeline then fails as it does for a file."""
+    try:
+        return np.frombuffer(read_extent(extent), np.uint8)
+    except OSError:
+        return np.zeros(1, np.uint8)
+
+
 def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
-    """What the pipeline's external source takes: of a whole batch, or of one image of it."""
+    """What the pipeline's external source takes: of a whole batch, or of one image of it. First the paths, or from shards the
+    encoded images themselves.
+    """
     part = slice(None) if only is None else slice(only, only + 1)
-    paths = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
+    if plan.extents is None:
+        first = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
+    else:
+        first = [_encoded(extent) for extent in plan.extents[part]]
     target = plan.shape if plan.resize is None else plan.resize
     result = np.full_like(target, plan.image_size)
-    return paths, plan.size[part], plan.anchor[part], target[part], result[part], plan.flip[part]
+    return first, plan.size[part], plan.anchor[part], target[part], result[part], plan.flip[part]
 
 
 class DaliLoader(Loader):
@@ -109,14 +123,14 @@ class DaliLoader(Loader):
         with pipeline:
             # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop in training, of the
             # resized image in evaluation. result: (h, w) of what comes out.
-            path, stored, anchor, target, result, flip = fn.external_source(
+            first, stored, anchor, target, result, flip = fn.external_source(
                 source=source,
                 num_outputs=6,
                 batch=True,
                 dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT32, types.INT32],
                 ndim=[1, 1, 1, 1, 1, 0],
             )
-            encoded = fn.io.file.read(path)
+            encoded = first if self.plan.index.shards else fn.io.file.read(first)
             # The decoder must not see a file whose header cannot be parsed: DALI 2.4.0 then crashes the process in a
             # good part of the runs. peek_image_shape raises instead, and comes first because the crop depends on it.
             # The same dependency moves the crop off an image that is not of the size it was indexed with: an error too.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple, overload
+from typing import BinaryIO, Literal, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.index_cache import FACTS, Files, Group, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.index_cache import FACTS, MEMBERS, Files, Group, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.label_files import labels_of, read_class_list, read_labels
-from ijckd_fast.data.listing import Listing, class_folders, file_state, list_folders, some
+from ijckd_fast.data.listing import Listing, file_state, layout, list_folders, list_images, some
+from ijckd_fast.data.shards import Extent, class_names, list_shard, read_extent
 from ijckd_fast.errors import UserError
 
 # What Pillow and DALI decode to the same RGB pixels. Pillow also opens GIF and AVIF, which DALI's decoder refuses, and
@@ -87,17 +89,20 @@ class Paths(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """One split's images in a fixed order: class folders in label order, names within sorted. An image's id is its position.
+    """One split's images in a fixed order: class folders in label order, names within sorted; or shard by shard, as they lie there.
+    An image's id is its position.
 
     root         absolute path of the data folder
     split        'train' or 'val'
     classes      class folder names, sorted unless another order was asked for; a label is a position in it
-    paths        [N] relative to root, with forward slashes
+    paths        [N] relative to root, with forward slashes; in a shard, the shard's and the member's name
     labels       [N] int64
     sizes        [N, 2] int32, (width, height) as stored: an EXIF orientation is ignored, as torchvision does
     quarantined  (relative path, reason) of every file left out
     hash         hex digest of classes, paths, labels, sizes and file lengths; not of root or times, so that a copy of
                  the data on another machine has the same
+    shards       relative paths of the archives that hold the images; () for images in files of their own
+    members      [N, 3] int64 (position in shards, first byte, bytes); with shards
     """
 
     root: str
@@ -108,6 +113,8 @@ class Index:
     sizes: np.ndarray
     quarantined: list[tuple[str, str]]
     hash: str
+    shards: tuple[str, ...] = ()
+    members: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -117,8 +124,14 @@ class Index:
         return len(self.classes)
 
     def absolute(self, i: int) -> str:
-        """The path of image i to open."""
+        """The path of image i to open; of one in a shard, its name."""
         return os.path.join(self.root, self.paths[i])
+
+    def extent(self, i: int) -> Extent:
+        """Where image i lies in its shard."""
+        assert self.members is not None, "images in files of their own"
+        shard, offset, length = self.members[i].tolist()
+        return Extent(os.path.join(self.root, self.shards[shard]), offset, length)
 
     def subset(self, per_class: int | None = None, label_noise: float = 0.0, seed: int = 0) -> Index:
         """A smaller or noisier index, a pure function of (this index, arguments).
@@ -159,7 +172,12 @@ class Index:
             labels[chosen] = (labels[chosen] + shift) % self.num_classes
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
         return dataclasses.replace(
-            self, paths=self.paths.take(keep), labels=labels, sizes=self.sizes[keep], hash=digest
+            self,
+            paths=self.paths.take(keep),
+            labels=labels,
+            sizes=self.sizes[keep],
+            hash=digest,
+            members=None if self.members is None else self.members[keep],
         )
 
 
@@ -197,7 +215,8 @@ def build_index(
     progress: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Index:
-    """Indexes root/split/<class>/**, decoding only what is new or changed since the last time.
+    """Indexes root/split/<class>/**, or the webdataset shards root/split/*.tar, decoding only what is new or changed since the last
+    time.
 
     classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default: sorted
     class_list a file that names them, one in a line, where there are no `classes`
@@ -214,7 +233,7 @@ def build_index(
                the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
     warns      once with the number of files left out and where their list is; when a cached index is damaged
     raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or the
-               class list, labels unlike the images
+               class list, labels unlike the images, a damaged shard
     """
     return scan(
         root,
@@ -251,17 +270,18 @@ def scan(
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
     if verify not in ("full", "fast"):
         raise UserError(f"verify must be 'full' or 'fast', found {verify!r}")
-    folders, loose = class_folders(root, split)
+    folders, shards, loose = layout(root, split)
     named = None
     if labels is not None:
-        if folders:
+        if folders or shards:
+            kind = "class folders" if folders else "webdataset shards"
             raise UserError(
-                f"the label file {labels} is for images that lie in {root / split} itself, but there are class folders "
-                f"({some(folders)}), which say the class of what is in them; leave the label file out"
+                f"the label file {labels} is for images that lie in {root / split} itself, but there are {kind} "
+                f"({some(folders or shards)}), which say the class of what is in them; leave the label file out"
             )
         named = read_labels(labels)
         folders = tuple(sorted({label.name for label in named.values()}))
-    elif not folders:
+    elif not folders and not shards:
         raise UserError(
             f"wanted class folders of images, {root / split}/<class>/*.jpg, but {root / split} holds {loose} image files and no "
             "class folder; sort them into one folder per class, or give a file that names the class of each as --val-labels "
@@ -270,15 +290,22 @@ def scan(
     where = "the training data has"
     if classes is None and class_list is not None:
         classes, where = read_class_list(class_list), f"{class_list} lists"
-    if classes is not None and set(classes) != set(folders) and named is None:
+    if classes is not None and set(classes) != set(folders) and named is None and not shards:
         raise UserError(_other_classes(root / split, tuple(classes), folders, where))
     names = folders if classes is None else tuple(classes)
 
     homes = cache_homes(root, cache_dir)
     known = Files.none() if refresh else load_files(homes, split)
-    groups = [f"{split}/{name}" for name in names] if named is None else [split]
-    files = _list(root, split, groups, known, trust_folders, progress)
-    if named is None or labels is None:
+    groups = [f"{split}/{name}" for name in shards or names] if named is None else [split]
+    # a shard's own times tell of every image in it
+    files = _list(
+        root, split, groups, known, trust_folders or bool(shards), list_shard if shards else list_images, progress
+    )
+    if files.members is not None:
+        there = np.unique(files.members["label"])
+        names, positions = class_names(root, [files.labels[i] for i in there], classes)
+        label_of = positions[np.searchsorted(there, files.members["label"])]
+    elif named is None or labels is None:
         label_of = np.repeat(np.arange(len(names)), [group.rows for group in files.groups])
     else:
         files_there = (os.path.basename(path) for path in Paths(files.paths))
@@ -311,14 +338,22 @@ def _other_classes(folder: Path, wanted: tuple[str, ...], found: tuple[str, ...]
     )
 
 
-def _list(root: Path, split: str, folders: Sequence[str], known: Files, trust: bool, progress: bool) -> Files:
+def _list(
+    root: Path,
+    split: str,
+    folders: Sequence[str],
+    known: Files,
+    trust: bool,
+    list_one: Callable[[str, str], Listing],
+    progress: bool,
+) -> Files:
     """The files that are in `folders` now, with the verdicts that still hold. May reuse and change the arrays of `known`."""
     stamps = {group.folder: group.stamps for group in known.groups} if trust else {}
     try:
         with _progress(progress) as bar:
             line = bar.add_task(f"listing {split}", total=len(folders))
             listed = list_folders(
-                str(root), folders, lambda folder: stamps.get(folder, ()), lambda n: bar.advance(line, n)
+                str(root), folders, lambda folder: stamps.get(folder, ()), lambda n: bar.advance(line, n), list_one
             )
     except OSError as error:
         raise UserError(
@@ -328,7 +363,8 @@ def _list(root: Path, split: str, folders: Sequence[str], known: Files, trust: b
     first = 0
     for group, listing in zip(merged.groups, listed, strict=True):
         rows = slice(first, first := first + group.rows)
-        if listing is None:  # a file left out may have been mended where it lies, or a link's target come back
+        # a file left out may have been mended where it lies, or a link's target come back
+        if listing is None and merged.members is None:
             _look_again(root, merged, rows.start + np.flatnonzero(merged.facts["reason"][rows]))
     return merged
 
@@ -340,6 +376,7 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
     before = {group.folder: (end - group.rows, group) for end, group in zip(ends, known.groups, strict=True)}
     paths: list[pa.LargeBinaryArray] = []
     facts: list[np.ndarray] = []
+    members: list[np.ndarray] = []
     groups = []
     for folder, listing in zip(folders, listed, strict=True):
         first, group = before.get(folder, (0, Group(folder, 0, ())))
@@ -347,13 +384,26 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         if listing is None:
             paths += old_paths.chunks
             facts.append(old_facts)
+            if known.members is not None:
+                members.append(known.members[first : first + group.rows])
         else:
             paths.append(listing.paths)
             facts.append(_remembered(listing, old_paths, old_facts))
             group = Group(folder, len(listing.paths), listing.stamps)
+            if listing.offsets is not None:
+                numbers = [known.labels.number(label) for label in listing.labels]
+                members.append(np.rec.fromarrays([listing.offsets, np.array(numbers, np.int32)], MEMBERS))
         groups.append(group)
     merged = pa.chunked_array([pa.concat_arrays(paths)] if paths else [], pa.large_binary())
-    return Files(merged, np.concatenate([np.empty(0, FACTS), *facts]), groups, known.formats, known.reasons)
+    return Files(
+        merged,
+        np.concatenate([np.empty(0, FACTS), *facts]),
+        groups,
+        known.formats,
+        known.reasons,
+        np.concatenate(members).astype(MEMBERS) if members else None,
+        known.labels,
+    )
 
 
 def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndarray) -> np.ndarray:
@@ -394,27 +444,44 @@ def check_image(path: str, full: bool) -> Verdict:
     full     decode every pixel; otherwise only when header and trailer are not those of an intact JPEG
     raises   OSError with an errno when the file could not be read at all (missing, no permission, I/O error)
     """
+    return _verdict(path, lambda: open(path, "rb"), full)
+
+
+def check_member(extent: Extent, full: bool) -> Verdict:
+    """check_image of one image in a shard."""
+    return _verdict(extent.path, lambda: io.BytesIO(read_extent(extent)), full)
+
+
+def _verdict(path: str, opened: Callable[[], BinaryIO], full: bool) -> Verdict:
+    empty = False
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            kind = image.format or ""
-            orientation = _orientation(image)
-            seen = Verdict(*image.size, kind, orientation, "", True)
-            if kind not in _FORMATS:
-                return seen._replace(reason=f"a {kind} image, which DALI cannot decode")
-            if image.mode not in _MODES:
-                return seen._replace(reason=f"pixels of Pillow mode {image.mode}, not 8 or 16 bits per channel")
-            if kind == "TIFF" and orientation != 1:
-                return seen._replace(reason="a TIFF with an orientation tag, which libraries read differently")
-            decode = full or not (kind == "JPEG" and _ends_like_jpeg(path))
-            if decode:
-                image.load()
-            return seen._replace(full=decode)
+        with opened() as file:
+            empty = file.seek(0, os.SEEK_END) == 0
+            file.seek(0)
+            return _check_open_image(file, full)
     except OSError as error:
         if error.errno is not None:
             raise
-        return Verdict(0, 0, "", 1, _reason(path, error), True)
+        return Verdict(0, 0, "", 1, _reason(path, error, empty), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input, and that is the verdict
-        return Verdict(0, 0, "", 1, _reason(path, error), True)
+        return Verdict(0, 0, "", 1, _reason(path, error, empty), True)
+
+
+def _check_open_image(file: BinaryIO, full: bool) -> Verdict:
+    with Image.open(file) as image:
+        kind = image.format or ""
+        orientation = _orientation(image)
+        seen = Verdict(*image.size, kind, orientation, "", True)
+        if kind not in _FORMATS:
+            return seen._replace(reason=f"a {kind} image, which DALI cannot decode")
+        if image.mode not in _MODES:
+            return seen._replace(reason=f"pixels of Pillow mode {image.mode}, not 8 or 16 bits per channel")
+        if kind == "TIFF" and orientation != 1:
+            return seen._replace(reason="a TIFF with an orientation tag, which libraries read differently")
+        decode = full or not (kind == "JPEG" and _ends_like_jpeg(file))
+        if decode:
+            image.load()
+        return seen._replace(full=decode)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -428,14 +495,13 @@ def _orientation(image: Image.Image) -> int:
     return tag if tag in range(1, 9) else 1
 
 
-def _ends_like_jpeg(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-        return b"\xff\xd9" in file.read()
+def _ends_like_jpeg(file: BinaryIO) -> bool:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+    return b"\xff\xd9" in file.read()
 
 
-def _reason(path: str, error: Exception) -> str:
-    if os.path.getsize(path) == 0:
+def _reason(path: str, error: Exception, empty: bool) -> str:
+    if empty:
         return "empty file (0 bytes)"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image (its content is of no known image format)"
@@ -458,11 +524,20 @@ def _check_all(
 ) -> None:
     """Fills in the facts of rows `todo` [n]. Threads suffice: Pillow decodes outside the interpreter lock."""
 
+    ends = np.cumsum([group.rows for group in files.groups])
+
+    def look(row: int, path: bytes) -> Verdict:
+        if files.members is None:
+            return check_image(os.path.join(root, os.fsdecode(path)), full)
+        shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
+        offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
+        return check_member(Extent(os.path.join(root, shard), offset, length), full)
+
     def check(rows: np.ndarray, paths: list[bytes]) -> tuple[np.ndarray, list[Verdict | OSError]]:
         checked: list[Verdict | OSError] = []
-        for path in paths:
+        for row, path in zip(rows.tolist(), paths, strict=True):
             try:
-                checked.append(check_image(os.path.join(root, os.fsdecode(path)), full))
+                checked.append(look(row, path))
             except OSError as error:
                 checked.append(error)
         return rows, checked
@@ -525,13 +600,18 @@ def _assemble(
             f"{quarantined[0][0]}: {quarantined[0][1]}{listed}",
             stacklevel=4,
         )
-    paths, facts = files.paths, files.facts
+    paths, facts, members = files.paths, files.facts, None
+    if files.members is not None:
+        shard = np.repeat(np.arange(len(files.groups)), [group.rows for group in files.groups])
+        members = np.stack([shard, files.members["offset"], facts["length"]], 1)
     if len(bad):
         good = facts["reason"] == 0
         paths, facts, labels = paths.filter(pa.array(good)), facts[good], labels[good]
+        members = None if members is None else members[good]
     sizes = np.stack([facts["width"], facts["height"]], 1)
     digest = _digest(split, classes, Paths(paths), labels, sizes, facts["length"])
-    return Index(str(root), split, classes, Paths(paths), labels, sizes, quarantined, digest)
+    shards = () if members is None else tuple(group.folder for group in files.groups)
+    return Index(str(root), split, classes, Paths(paths), labels, sizes, quarantined, digest, shards, members)
 
 
 def _digest(

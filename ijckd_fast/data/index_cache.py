@@ -38,6 +38,9 @@ FACTS = np.dtype(
 )
 """One file."""
 
+MEMBERS = np.dtype([("offset", np.int64), ("label", np.int32)])
+"""Where one image begins in its shard, and a Names number of what the shard says of it."""
+
 _PLAIN = ("length", "mtime_ns", "width", "height", "orientation", "full")
 
 
@@ -72,7 +75,7 @@ class Names:
 class Group:
     """The files below one folder, consecutive rows of Files."""
 
-    folder: str  # relative to the root
+    folder: str  # relative to the root; or a shard, whose images are its rows
     rows: int
     stamps: tuple[Stamp, ...]  # of the folders when these rows were listed; () if that can no longer be relied on
 
@@ -85,6 +88,8 @@ class Files:
     facts    [N] of dtype FACTS
     groups   which rows belong to which folder
     formats, reasons   what facts['format'] and facts['reason'] number
+    members  [N] of dtype MEMBERS where the images lie in shards, else None
+    labels   what members['label'] numbers
     """
 
     paths: pa.ChunkedArray
@@ -92,6 +97,8 @@ class Files:
     groups: list[Group]
     formats: Names
     reasons: Names
+    members: np.ndarray | None = None
+    labels: Names = dataclasses.field(default_factory=Names)
 
     @classmethod
     def none(cls) -> Files:
@@ -133,6 +140,8 @@ def _read(path: Path) -> Files:
             for folder, rows, stamps in json.loads(folders)
         ]
         files.facts = np.empty(file.metadata.num_rows, FACTS)
+        if "offset" in file.schema_arrow.names:
+            files.members = np.empty(file.metadata.num_rows, MEMBERS)
         paths, done = [], 0
         for i in range(file.num_row_groups):
             table = file.read_row_group(i).combine_chunks()
@@ -144,6 +153,10 @@ def _read(path: Path) -> Files:
             facts["format"] = files.formats.numbers(table["format"].chunk(0))
             facts["reason"] = files.reasons.numbers(table["reason"].chunk(0))
             facts["known"] = True
+            if files.members is not None:
+                members = files.members[done : done + len(table)]
+                members["offset"] = table["offset"].to_numpy()
+                members["label"] = files.labels.numbers(table["label"].chunk(0))
             paths.append(table["path"].chunk(0))
             done += len(table)
         files.paths = pa.chunked_array(paths, pa.large_binary())
@@ -173,7 +186,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     Files without a verdict are left out, and their folders are listed again by the next start. Warns and returns None
     where nothing can be written.
     """
-    paths, facts, groups = files.paths, files.facts, files.groups
+    paths, facts, members, groups = files.paths, files.facts, files.members, files.groups
     if not facts["known"].all():
         known = facts["known"]
         ends = np.cumsum([group.rows for group in groups])
@@ -182,12 +195,18 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
             group if rows == group.rows else dataclasses.replace(group, rows=rows, stamps=())
             for group, rows in zip(groups, left, strict=True)
         ]
-        paths, facts = paths.filter(pa.array(known)), facts[known]
+        paths, facts, members = (
+            paths.filter(pa.array(known)),
+            facts[known],
+            members if members is None else members[known],
+        )
     folders = json.dumps([(group.folder, group.rows, group.stamps) for group in groups]).encode()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"path": paths}
     columns |= {name: pa.array(facts[name]) for name in _PLAIN}
     columns["format"] = files.formats.column(facts["format"])
     columns["reason"] = files.reasons.column(facts["reason"])
+    if members is not None:
+        columns |= {"offset": pa.array(members["offset"]), "label": files.labels.column(members["label"])}
     table = pa.table(columns)
     about = {"ijckd_index": CACHE_VERSION, "folders": folders, "folders_crc32": _crc32(folders)}
     bad = [
@@ -199,7 +218,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
         with pq.ParquetWriter(
             path,
             table.schema,
-            use_dictionary=["format", "reason"],
+            use_dictionary=[name for name in ("format", "reason", "label") if name in columns],
             compression="lz4",
             column_encoding={"path": "DELTA_LENGTH_BYTE_ARRAY"},  # read in half of PLAIN's time
             write_page_checksum=True,

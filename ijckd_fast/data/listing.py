@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", "
 """Lower case; files with another extension are not looked at. The content decides how a file is read."""
 
 Stamp = tuple[str, int, int, int]
-"""A folder relative to the root, its mtime_ns, ctime_ns and inode. The ctime is there because tar and rsync set a folder's mtime
+"""A folder or a shard relative to the root, its mtime_ns, ctime_ns and inode. The ctime is there because tar and rsync set a folder's mtime
 back after they have put files into it; the inode because another folder may be moved to its place."""
 
 _SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
@@ -36,12 +37,16 @@ class Listing:
     lengths  [n] int64, bytes; -1 for a link to nothing
     mtimes   [n] int64, ns; -1 likewise
     stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next change
+    offsets  [n] int64, bytes, where each image begins in its shard; None for images in files of their own
+    labels   [n] with offsets: what the shard says of each
     """
 
     paths: pa.LargeBinaryArray
     lengths: np.ndarray
     mtimes: np.ndarray
     stamps: tuple[Stamp, ...]
+    offsets: np.ndarray | None = None
+    labels: Sequence[str] = ()
 
 
 def list_folders(
@@ -49,16 +54,18 @@ def list_folders(
     folders: Sequence[str],
     trusted: Callable[[str], tuple[Stamp, ...]],
     advance: Callable[[int], None],
+    list_one: Callable[[str, str], Listing],
 ) -> list[Listing | None]:
     """What is in each of `folders` (relative to root); None for one that is still as `trusted(folder)` says.
 
+    list_one  list_images, or shards.py:list_shard where they are no folders
     trusted  the stamps to believe, () to list the folder whatever they are
     advance  called with the number of folders that are done, now and then
     raises   OSError where a folder cannot be read
     """
 
     def look(part: Sequence[str]) -> list[Listing | None]:
-        return [None if _as_before(root, trusted(folder)) else list_images(root, folder) for folder in part]
+        return [None if _as_before(root, trusted(folder)) else list_one(root, folder) for folder in part]
 
     tasks = [folders[i : i + _FOLDERS_PER_TASK] for i in range(0, len(folders), _FOLDERS_PER_TASK)]
     found: list[Listing | None] = []
@@ -74,28 +81,33 @@ def list_folders(
 
 def _as_before(root: str, stamps: tuple[Stamp, ...]) -> bool:
     try:
-        return bool(stamps) and all(_stamp(root, stamp[0]) == stamp for stamp in stamps)
+        return bool(stamps) and all(stamp_of(root, stamp[0]) == stamp for stamp in stamps)
     except OSError:
         return False
 
 
-def _stamp(root: str, folder: str) -> Stamp:
-    status = os.stat(os.path.join(root, folder))
-    return folder, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+def stamp_of(root: str, path: str) -> Stamp:
+    """As it is now. Raises OSError."""
+    status = os.stat(os.path.join(root, path))
+    return path, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def settled(stamps: Sequence[Stamp], now_ns: int) -> tuple[Stamp, ...]:
+    """The stamps, if a change since now_ns, before they were taken, would show in them; else ()."""
+    return tuple(stamps) if all(max(mtime, ctime) < now_ns - _SETTLED_NS for _, mtime, ctime, _ in stamps) else ()
 
 
 def list_images(root: str, folder: str) -> Listing:
     """The image files at any depth below root/folder. Hidden names are skipped. Raises OSError where a folder cannot be read."""
-    settled = time.time_ns() - _SETTLED_NS
+    now = time.time_ns()
     stamps: list[Stamp] = []
     files = list(_walk(root, folder, stamps, frozenset()))
     paths, lengths, mtimes = zip(*files, strict=True) if files else ((), (), ())
-    calm = all(max(mtime, ctime) < settled for _, mtime, ctime, _ in stamps)
     return Listing(
         pa.array(paths, pa.large_binary()),
         np.array(lengths, np.int64),
         np.array(mtimes, np.int64),
-        tuple(stamps) if calm else (),
+        settled(stamps, now),
     )
 
 
@@ -143,8 +155,16 @@ def file_state(file: os.DirEntry[str] | Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def class_folders(root: Path, split: str) -> tuple[tuple[str, ...], int]:
-    """(names of the folders in root/split, sorted as torchvision sorts them; number of images that lie in root/split itself).
+class Layout(NamedTuple):
+    """What root/split holds."""
+
+    folders: tuple[str, ...]  # names, sorted as torchvision sorts them
+    shards: tuple[str, ...]  # names of tar archives, sorted, where there is nothing else
+    loose: int  # images
+
+
+def layout(root: Path, split: str) -> Layout:
+    """What is to be seen without going deeper.
 
     raises  UserError: no such folder, or nothing in it
     """
@@ -158,7 +178,7 @@ def class_folders(root: Path, split: str) -> tuple[tuple[str, ...], int]:
             f"{wanted}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
             "holds train/ and val/"
         )
-    names, loose = [], 0
+    names, shards, loose = [], [], 0
     for entry in os.scandir(folder):
         if entry.name.startswith("."):
             continue
@@ -166,9 +186,14 @@ def class_folders(root: Path, split: str) -> tuple[tuple[str, ...], int]:
             names.append(entry.name)
         elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
             loose += 1
-    if not names and not loose:
-        raise UserError(f"{wanted}, but {folder} is empty; put one folder of images per class into it")
-    return tuple(sorted(names)), loose
+        elif entry.name.endswith(".tar"):
+            shards.append(entry.name)
+    if not names and not shards and not loose:
+        raise UserError(
+            f"{wanted}, but {folder} is empty; put one folder of images per class into it, or webdataset shards"
+        )
+    # beside folders or images, archives are what these were unpacked from, as often with ImageNet
+    return Layout(tuple(sorted(names)), () if names or loose else tuple(sorted(shards)), loose)
 
 
 def some(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,15 +13,17 @@ from torch import Tensor
 
 from ijckd_fast.data.loader import Loader, Unreadable, blames_file
 from ijckd_fast.data.plan import BatchPlan
+from ijckd_fast.data.shards import Extent, read_extent
 
 
-def decode(path: str) -> Image.Image:
-    """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
+def decode(path: str, extent: Extent | None = None) -> Image.Image:
+    """One file, or one image in a shard, as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its
+    high byte.
 
     raises Unreadable when it cannot be read or decoded
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") if extent is None else io.BytesIO(read_extent(extent)) as file, Image.open(file) as image:
             if image.mode.startswith("I;16"):  # convert() would clip it at 255
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
@@ -32,7 +35,7 @@ def decode(path: str) -> Image.Image:
 
 def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
-    image = decode(plan.paths[i])
+    image = decode(plan.paths[i], plan.extents[i] if plan.extents else None)
     if (image.height, image.width) != tuple(plan.size[i]):
         was = f"{plan.size[i][1]}x{plan.size[i][0]}"
         raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
 from ijckd_fast.data.index import Index
+from ijckd_fast.data.shards import Extent
 from ijckd_fast.errors import UserError
 
 _TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
@@ -108,7 +109,8 @@ class BatchPlan:
 
     ids     [B] int64, positions in the index: of the stand-in where there is one
     kept    [B] bool, False where evaluation leaves the row out because its own image cannot be read
-    paths   [B] absolute paths
+    paths   [B] absolute paths; of images in shards, the names they are reported by
+    extents [B] where the bytes are; None: each is all of the file at its path
     labels  [B] int64
     size    [B, 2] int32, (h, w) the stored image must have, as it was indexed
     anchor  [B, 2] int32, (y, x) of the crop's upper left pixel
@@ -131,6 +133,7 @@ class BatchPlan:
     flip: np.ndarray
     resize: np.ndarray | None
     image_size: int
+    extents: list[Extent] | None = None
     mixing: Mixing | None = None
 
 
@@ -293,7 +296,8 @@ def _batch(
 ) -> BatchPlan:
     paths = [index.absolute(i) for i in ids]
     size = np.ascontiguousarray(size)
-    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size)
+    extents = [index.extent(i) for i in ids] if index.shards else None
+    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size, extents)
 
 
 def random_resized_crop(

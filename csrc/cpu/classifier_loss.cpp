@@ -114,7 +114,7 @@ IJCKD_CLONES void sample_bf16(const RowLoss& r, int64_t b, float* scratch) { sam
 
 template <typename A, typename Sample>
 void every_sample(const RowLoss& r, const Sample& one) {
-  parallel_for(r.B, 1, [&](int64_t first, int64_t last) {
+  parallel_for(r.B, row_grain(r.K, 1 << 13), [&](int64_t first, int64_t last) {
     std::vector<A> scratch(kScratch * r.K);
     for (int64_t b = first; b < last; ++b) one(r, b, scratch.data());
   });

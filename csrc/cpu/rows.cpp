@@ -24,7 +24,9 @@ IJCKD_CLONES void diff_rows_f64(const FeatureDiff& f, int64_t first, int64_t las
 }  // namespace
 
 int feature_diff(const FeatureDiff& f, void*) {
-  const auto run = [&](auto part) { parallel_for(f.B, 16, [&](int64_t first, int64_t last) { part(f, first, last); }); };
+  const auto run = [&](auto part) {
+    parallel_for(f.B, row_grain(f.Ct, 1 << 15), [&](int64_t first, int64_t last) { part(f, first, last); });
+  };
   by_dtype(f.dtype, [&] { run(diff_rows_f32); }, [&] { run(diff_rows_f64); }, [] {});
   return 0;
 }

@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
+import io
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ijckd_fast.data.loader import Loader, Unreadable, blames_file
 from ijckd_fast.data.plan import BatchPlan
 
 
-def decode(path: str) -> Image.Image:
+def decode(path: str, data: bytes | None = None) -> Image.Image:
     """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
 
-    raises Unreadable when it cannot be read or decoded
+    data    what is in the file, where it has been read already
+    raises  Unreadable when it cannot be read or decoded
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # convert() would clip it at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with open(path, "rb") if data is None else io.BytesIO(data) as file, Image.open(file) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError as error:  # whose text names the file object, by its address
+        raise Unreadable(path, "not an image (its content is of no known image format)") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
         if not blames_file(error):
             raise
         raise Unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Alpha is dropped, 16-bit gray keeps its high byte."""
+    if image.mode.startswith("I;16"):  # convert() would clip it at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
 def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
-    image = decode(plan.paths[i])
+    return arrange(decode(plan.paths[i]), plan, i)
+
+
+def arrange(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
+    """The RGB pixels of image i of a batch as it is stored -> cropped, resized and flipped: [S, S, 3] uint8.
+
+    raises Unreadable when it has not the size it was indexed with
+    """
     if (image.height, image.width) != tuple(plan.size[i]):
         was = f"{plan.size[i][1]}x{plan.size[i][0]}"
         raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")

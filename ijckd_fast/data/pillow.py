@@ -101,8 +101,12 @@ class PillowLoader(Loader):
                 bad = True
         return not bad
 
+    def _stored(self, plan: BatchPlan, i: int) -> Image.Image:
+        """Image i of a batch as it is stored, RGB. Raises Unreadable."""
+        return decode(plan.paths[i])
+
     def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
-        pixels = make_image(plan, i)
+        pixels = arrange(self._stored(plan, i), plan, i)
         return (pixels.astype(np.float32) - self._shift) * self._scale  # [S, S, 3] float32
 
     def _release(self) -> None:

@@ -99,7 +99,12 @@ def test_the_hash_is_of_split_classes_labels_and_sizes():
         index_dataset(small(14), "train").hash,
         index_dataset(Items([(photo(32, 41 - (i == 3), i), i % 2) for i in range(12)]), "train").hash,
         index_dataset(Items([(photo(32, 40, i), int(i > 5)) for i in range(12)]), "train").hash,
-        index_dataset(Items([OSError("gone"), *small(13).items[1:]]), "train").hash,
+        *(
+            index_dataset(
+                Items([OSError("gone") if i == bad else (photo(32, 40), int(i > 5)) for i in range(12)]), "train"
+            ).hash
+            for bad in (0, 1)
+        ),
     ]
     assert len(set(hashes)) == len(hashes)
     assert index_dataset(small(), "train").hash == hashes[0]
@@ -200,6 +205,7 @@ def test_datasets_that_do_not_fit_are_refused():
     assert "1 items are unreadable (OSError: gone)" in complaint(Items([(photo(8, 8), 0), OSError("gone")]), ["a", "b"])
     assert "none can be read; 2 items" in complaint(Items([OSError("gone")] * 2))
     assert "is empty" in complaint(Items([]))
+    assert "workers must be at least 0" in complaint(small(), None, -1)
     assert "map-style dataset, found generator" in complaint(i for i in ())
 
 

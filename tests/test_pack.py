@@ -119,7 +119,7 @@ def test_other_formats_become_jpeg_and_metadata_goes(data, tmp_path):
     rotated = Image.Exif()
     rotated[274] = 6
     picture = photo(36, 30, 3)
-    gray16 = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    gray16 = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 256 + 17)
     gray16.save(folder / "a.png")
     picture.convert("RGBA").save(folder / "b.png")
     photo(80, 60, 3).save(folder / "c.jpg", exif=rotated, comment="mine", quality=95)
@@ -198,6 +198,7 @@ def test_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
     (out / "train" / ".shard-000002.tar.99").write_bytes(b"what a killed process leaves")
     train, val = pack(data, out, SMALL, workers=1)
     assert (train["kept"], val["kept"], train["complete"]) == (2, 0, True)
+    assert json.loads((out / "pack.json").read_text())["splits"] == {"train": train, "val": val}
     assert shards(out) == shards(tmp_path / "undisturbed")
     assert {name: (out / "train" / name).stat().st_mtime_ns for name in times} == times
     assert sorted(files(out)) == sorted(files(tmp_path / "undisturbed"))  # nothing else lies about
@@ -283,6 +284,7 @@ def test_other_settings_or_other_data_are_refused(data, tmp_path):
         (out / "pack.json").write_text(text)
         before = files(out)
         assert "pack.json" in complaint() or "format 3" in complaint()
+    (out / "classes.txt").unlink()  # as a kill at a bad moment leaves it
     rows = pack(data, out, Settings(short=32, shard_images=20), overwrite=True, workers=1)
     assert sorted(shards(out)) == ["train/shard-000000.tar", "val/shard-000000.tar"]
     assert rows[0]["resize_images"] == 13
@@ -425,6 +427,15 @@ def test_places_that_are_refused(data, tmp_path):
 def test_impossible_settings(setting, why):
     with pytest.raises(UserError, match=why):
         Settings(**setting)
+
+
+def test_impossible_options(data, tmp_path):
+    for option, text in (({"workers": -1}, "--workers must"), ({"unreadable_limit": -1}, "--unreadable-limit must")):
+        with pytest.raises(UserError, match=text):
+            pack(data, tmp_path / "out", SMALL, **option)
+    with pytest.raises(UserError, match="--splits must be of train and val, found test"):
+        pack(data, tmp_path / "out", SMALL, splits=["test"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_class_name_that_does_not_fit_a_line(tmp_path):

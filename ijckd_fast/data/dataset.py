@@ -55,6 +55,8 @@ def index_dataset(
         raise UserError(
             f"wanted a dataset of (image, label) items, but {_name(dataset)} is empty; give one that has items"
         )
+    if workers < 0:
+        raise UserError(f"workers must be at least 0 (0: one per core), found {workers}")
     targets = _targets(dataset, count)
 
     def look(i: int) -> tuple[int, int, int] | str:

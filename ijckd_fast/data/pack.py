@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -156,7 +157,8 @@ def pack(
 
     root, out         data folder, see build_index; folder of the pack
     splits            of 'train', 'val'
-    workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this process may use
+    workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this process may use. As
+                      always with multiprocessing, a script that calls this guards its own code by `if __name__ == "__main__":`
     class_list, val_labels  see build_index
     unreadable_limit  files of a split that were good when they were indexed and may turn out unreadable; None = a thousandth, at least 8
     overwrite         delete the pack that is in `out`, both splits
@@ -170,6 +172,9 @@ def pack(
     root, out = Path(root).resolve(), Path(out).resolve()
     if not splits or not set(splits) <= set(SPLITS):
         raise UserError(f"--splits must be of train and val, found {' '.join(splits) or 'none'}")
+    for name, value in (("--workers", workers), ("--unreadable-limit", unreadable_limit or 0)):
+        if value < 0:
+            raise UserError(f"{name} must be at least 0, found {value}")
     for split in SPLITS:
         if out == root / split or root / split in out.parents:
             raise UserError(
@@ -268,7 +273,7 @@ def _begin(out: Path, settings: Settings, classes: tuple[str, ...], hashes: dict
         state = there
     out.mkdir(parents=True, exist_ok=True)
     for split, value in hashes.items():
-        state["splits"].setdefault(split, {"source_hash": value, "complete": False})
+        state["splits"][split] = {"source_hash": value, "complete": False}  # until this run has seen every shard
     _write(path, json.dumps(state, indent=1).encode())
     _write(out / "classes.txt", names)
     return state
@@ -589,7 +594,7 @@ def _fidelity(
         "sample": len(differences),
         "view": [shorter, view.image_size],
         "mean_abs_difference": round(absolute, 4),
-        "psnr_db": round(10 * np.log10(255**2 / squared), 2) if squared else None,
+        "psnr_db": round(10 * math.log10(255**2 / squared), 2) if squared else None,
     }
 
 

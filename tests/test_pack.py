@@ -1,11 +1,13 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -260,6 +262,20 @@ pack({str(root)!r}, {str(out)!r}, {settings!r}, splits=["train"], workers=2)
     assert shards(out) == shards(tmp_path / "undisturbed")
 
 
+def test_a_worker_that_is_killed(data, tmp_path):
+    def kill_the_first() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.005)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
+    with pytest.raises(UserError, match=r"a worker process was ended from outside.*run the same command again"):
+        pack(data, tmp_path / "out", Settings(short=40, shard_images=1), workers=2)
+    killer.join()
+    pack(data, tmp_path / "out", Settings(short=40, shard_images=1), workers=1)
+
+
 def test_other_settings_or_other_data_are_refused(data, tmp_path):
     out = tmp_path / "out"
     pack(data, out, SMALL, splits=["train"], workers=1)
@@ -377,6 +393,13 @@ def test_a_disk_that_spoils_a_member_is_found_out(data, tmp_path, monkeypatch, m
 
     monkeypatch.setattr(packing, "_add", spoiling)
     with pytest.raises(UserError, match="does not read back as it was packed"):
+        pack(data, tmp_path / "out", SMALL, workers=1)
+
+
+def test_a_disk_that_loses_the_last_image_is_found_out(data, tmp_path, monkeypatch):
+    add = packing._add
+    monkeypatch.setattr(packing, "_add", lambda tar, name, content: name[:9] == "000000004" or add(tar, name, content))
+    with pytest.raises(UserError, match=r"does not read back as it was packed \(images are missing at its end\)"):
         pack(data, tmp_path / "out", SMALL, workers=1)
 
 

@@ -32,13 +32,12 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def swapped_channels(monkeypatch):
-    make = pillow.make_image
-    monkeypatch.setattr(pillow, "make_image", lambda plan, i: make(plan, i)[:, :, ::-1])
+    make = pillow.arrange
+    monkeypatch.setattr(pillow, "arrange", lambda image, plan, i: make(image, plan, i)[:, :, ::-1])
 
 
-def other_filter(plan, i):
-    """As make_image, but for the filter: the mildest mistake there is."""
-    image = pillow.decode(plan.paths[i])
+def other_filter(image, plan, i):
+    """As arrange, but for the filter: the mildest mistake there is."""
     (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
     bicubic = pillow.Image.Resampling.BICUBIC
     if plan.resize is None:
@@ -63,13 +62,13 @@ def test_equal_executors_pass(data):
 def test_figures_are_those_of_the_pixels(data, monkeypatch):
     """One image of the sample, three levels brighter in Pillow: the worst, by three levels, in all of its pixels."""
     index = build_index(data, "val")
-    make = pillow.make_image
+    make = pillow.arrange
 
-    def brighter(plan, i):
-        return make(plan, i) + np.uint8(3 * (plan.ids[i] == 7))
+    def brighter(image, plan, i):
+        return make(image, plan, i) + np.uint8(3 * (plan.ids[i] == 7))
 
     before = parity.compare(index, AUGMENT, images=18)
-    monkeypatch.setattr(pillow, "make_image", brighter)
+    monkeypatch.setattr(pillow, "arrange", brighter)
     after = parity.compare(index, AUGMENT, images=18)
     assert after.worst_path == index.paths[7]
     assert after.worst_levels == pytest.approx(3, abs=0.3)
@@ -194,7 +193,7 @@ def test_the_trainer_refuses_another_filter(tmp_path, monkeypatch):
     data = tmp_path / "photos"
     for split in ("train", "val"):
         write_split(data, split, {"cat": 12, "dog": 12, "eel": 12})
-    monkeypatch.setattr(pillow, "make_image", other_filter)
+    monkeypatch.setattr(pillow, "arrange", other_filter)
     with pytest.raises(UserError, match=r"wanted at most 0\.5"):
         train(data, tmp_path / "run")
 
@@ -286,8 +285,10 @@ def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
     assert row["dali_top1_percent"] == pytest.approx(top1, abs=6)
     assert f"{row['disagreements']} answers differ" in out
 
-    make = pillow.make_image
-    monkeypatch.setattr(pillow, "make_image", lambda plan, i: np.roll(make(plan, i), 1, 2))  # colours tell the classes
+    make = pillow.arrange
+    monkeypatch.setattr(
+        pillow, "arrange", lambda image, plan, i: np.roll(make(image, plan, i), 1, 2)
+    )  # colours tell the classes
     code, _, (row,) = bench(capsys, "--model", str(tmp_path / "run" / "best.pt"), "--split", "val")
     assert code == 1
     assert row["disagreements"] > 9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ijckd_fast.data.dataset import DatasetLoader, index_dataset
 from ijckd_fast.data.digits import write_digits
 from ijckd_fast.data.index import Index, Paths, build_index
 from ijckd_fast.data.listing import IMAGE_EXTENSIONS
@@ -19,6 +20,7 @@ __all__ = [
     "Augment",
     "Batch",
     "BatchPlan",
+    "DatasetLoader",
     "EvalPlan",
     "Index",
     "Loader",
@@ -30,6 +32,7 @@ __all__ = [
     "TooManyUnreadable",
     "TrainPlan",
     "build_index",
+    "index_dataset",
     "make_loader",
     "write_digits",
 ]

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ijckd_fast.data.loader import Loader, Unreadable, blames_file
@@ -16,26 +16,49 @@ from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.shards import Extent, read_extent
 
 
-def decode(path: str, extent: Extent | None = None) -> Image.Image:
-    """One file, or one image in a shard, as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its
-    high byte.
+def _bytes(source: bytes | Extent) -> bytes:
+    return read_extent(source) if isinstance(source, Extent) else source
 
-    raises Unreadable when it cannot be read or decoded
+
+def decode(path: str, source: bytes | Extent | None = None) -> Image.Image:
+    """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
+
+    source  its bytes, or where in a shard they lie; None: all of the file at `path`
+    raises  Unreadable when it cannot be read or decoded
     """
     try:
-        with open(path, "rb") if extent is None else io.BytesIO(read_extent(extent)) as file, Image.open(file) as image:
-            if image.mode.startswith("I;16"):  # convert() would clip it at 255
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with open(path, "rb") if source is None else io.BytesIO(_bytes(source)) as file, Image.open(file) as image:
+            return to_rgb(image)
+    except UnidentifiedImageError as error:  # whose text names the file object, by its address
+        raise Unreadable(path, "not an image (its content is of no known image format)") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
         if not blames_file(error):
             raise
         raise Unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Alpha is dropped, 16-bit gray keeps its high byte."""
+    if image.mode.startswith("I;16"):  # convert() would clip it at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
 def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
-    image = decode(plan.paths[i], plan.extents[i] if plan.extents else None)
+    return arrange(stored_image(plan, i), plan, i)
+
+
+def stored_image(plan: BatchPlan, i: int) -> Image.Image:
+    """Image i of a batch, decoded. Raises Unreadable."""
+    return decode(plan.paths[i], plan.extents[i] if plan.extents else None)
+
+
+def arrange(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
+    """The RGB pixels of image i of a batch as it is stored -> cropped, resized and flipped: [S, S, 3] uint8.
+
+    raises Unreadable when it has not the size it was indexed with
+    """
     if (image.height, image.width) != tuple(plan.size[i]):
         was = f"{plan.size[i][1]}x{plan.size[i][0]}"
         raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
@@ -88,8 +111,12 @@ class PillowLoader(Loader):
                 bad = True
         return not bad
 
+    def _stored(self, plan: BatchPlan, i: int) -> Image.Image:
+        """Image i of a batch as it is stored, RGB. Raises Unreadable."""
+        return stored_image(plan, i)
+
     def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
-        pixels = make_image(plan, i)
+        pixels = arrange(self._stored(plan, i), plan, i)
         return (pixels.astype(np.float32) - self._shift) * self._scale  # [S, S, 3] float32
 
     def _release(self) -> None:

@@ -99,11 +99,11 @@ def timed(batches: Iterator[int], pids: Callable[[], list[int]], device: str) ->
 
 
 def ours(contender: str, plan: Any, threads: int, steps: int, device: str) -> Pass:
-    """One pass of an executor of ours over `steps` batches of a TrainPlan: a backend, or dali-hybrid, dali-gpu."""
+    """One pass of an executor of ours over `steps` batches of a TrainPlan."""
     from ijckd_fast.data import make_loader
 
-    backend, _, decode = contender.partition("-")
-    more = {"decode": decode} if decode else {}
+    backend, _, how = contender.partition("-")
+    more = {"decode": how} if how in ("hybrid", "gpu") else {}
     with make_loader(backend, plan, threads=threads, stop=steps, device=device, **more) as loader:
         return timed((len(batch.labels) for batch in loader), lambda: [os.getpid()], device)
 
@@ -176,10 +176,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=("dali", "dali-hybrid", "dali-gpu", "pillow"),
-        default=["dali", "pillow"],
-        help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU (default: dali pillow)",
+        choices=("dali", "dali-hybrid", "dali-gpu", "dali-packed", "pillow", "pillow-packed"),
+        default=["dali", "dali-packed", "pillow"],
+        help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU; -packed: on what ijckd-fast pack "
+        "makes of the same images (default: dali dali-packed pillow)",
     )
+    parser.add_argument("--short", type=int, default=256, help="of the pack: shorter side, pixels")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="default: all cores"
     )
@@ -198,6 +200,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     import torchvision
 
     from ijckd_fast.data import Augment, TrainPlan, build_index
+    from ijckd_fast.data.pack import Settings, pack
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")
@@ -210,7 +213,11 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
             write_photos(root, args.images)
         index = build_index(root, "train", verify="fast", cache_dir=pathlib.Path(folder) / "index")
         augment = Augment(image_size=args.image_size, eval_resize=args.image_size * 8 // 7)
-        plan = TrainPlan(index, augment, args.batch, seed=0)
+        plans = {"": TrainPlan(index, augment, args.batch, seed=0)}
+        if any(name.endswith("-packed") for name in args.contenders):
+            packed = pathlib.Path(folder) / "packed"
+            pack(root, packed, Settings(short=args.short), splits=("train",))
+            plans["-packed"] = TrainPlan(build_index(packed, "train"), augment, args.batch, seed=0)
         for threads in args.threads:
             passes: dict[str, list[Pass]] = {name: [] for name in (BASELINE, *args.contenders)}
             for _ in range(args.repeats):
@@ -218,8 +225,9 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
                     if name == BASELINE:
                         done.append(theirs(root, augment, args.batch, threads, args.steps, args.device))
                     else:
+                        plan = plans["-packed" if name.endswith("-packed") else ""]
                         done.append(ours(name, plan, threads, args.steps, args.device))
-            planning = plan_seconds(plan, args.steps)
+            planning = plan_seconds(plans[""], args.steps)
             rows += [
                 _row(args, name, threads, passes, planning, len(index), environment | versions)
                 for name in args.contenders
@@ -261,7 +269,7 @@ def _row(
         "workload": str(args.data_dir.name) if args.data_dir else "photos",
         "device": args.device,
         "threads": threads,
-        "contender": name,
+        "contender": f"{name} {args.short}" if name.endswith("-packed") else name,
         "baseline": BASELINE,
         "images_per_s": mine,
         "baseline_images_per_s": base,
@@ -282,12 +290,12 @@ def _row(
 
 def _print(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'contender':12} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
+        f"{'contender':16} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
     )
     for r in rows:
         spread = f"{r['images_per_s']:8.0f} [{r['images_per_s_p20']:.0f} {r['images_per_s_p80']:.0f}]"
         print(
-            f"{r['contender']:12} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
+            f"{r['contender']:16} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
             f"  {r['cpu_ms_per_image']:12.2f}  {r['baseline_cpu_ms_per_image']:13.2f}  {r['plan_percent']:6.2f}"
         )
 

@@ -117,7 +117,10 @@ class TrainConfig:
         MAX_DRIFT,
         "how far DALI's pixels may be from Pillow's before the run is refused, mean absolute difference in grey levels of 0..255",
     )
-    workers: int = _setting(2, "decoding threads")
+    workers: int = _setting(
+        0,
+        "decoding threads; 0: with a GPU one for each core this process may use but one, without 2, since the nets compute there",
+    )
     decode: Literal["cpu", "hybrid", "gpu"] = _setting(
         "cpu",
         "DALI on a GPU: all on the decoding threads (cpu), decode there and resize on the GPU (hybrid), or decode on the GPU too;"
@@ -183,7 +186,7 @@ class TrainConfig:
 
 
 _LEAST = {
-    "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 1,
+    "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 0,
     "prefetch": 1, "log_interval": 1, "eval_every": 1, "checkpoint_minutes": 0, "checkpoint_steps": 1, "nonfinite_limit": 0,
     "seed": 0, "train_per_class": 1, "unreadable_limit": 0, "max_drift": 0,
 }  # fmt: skip

@@ -400,6 +400,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",
         eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
+        workers=config.workers or (max(1, len(os.sched_getaffinity(0)) - 1) if device == "cuda" else 2),
         device=device,
         amp_dtype=config.amp_dtype or ("bfloat16" if device == "cuda" else "float32"),
     )

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from image_tree import DAMAGE, photo, write_split
 from PIL import Image
+from tiny_run import config, differing, write_tree
 
-from ijckd_fast import cli
+from ijckd_fast import checkpoint, cli
 from ijckd_fast.data import TooManyUnreadable, build_index
 from ijckd_fast.data import pack as packing
 from ijckd_fast.data.pack import Settings, pack, packed_sizes
 from ijckd_fast.errors import UserError
+from ijckd_fast.train import train
 
 REPOSITORY = Path(__file__).parent.parent
 SMALL = Settings(short=40, shard_images=5)
@@ -482,3 +484,15 @@ def test_command(data, tmp_path, capfd):
     assert "short 40 where 48 is wanted" in capfd.readouterr().err
     assert cli.main(["pack", str(data), str(out), "--splits", "test"]) == 2
     assert "test" in capfd.readouterr().err
+
+
+def test_a_pack_trains_as_what_it_was_made_of(tmp_path):
+    """With copied images: the same weights to the bit, by DALI."""
+    write_tree(tmp_path / "data")
+    pack(tmp_path / "data", tmp_path / "pack", Settings(short=0, shard_images=7), workers=1)
+    states = []
+    for name in ("data", "pack"):
+        summary = train(config(tmp_path / name, tmp_path / f"run-{name}", data_backend="dali", epochs=2))
+        state = checkpoint.load(tmp_path / f"run-{name}" / "last.pt")
+        states.append((state["learner"], state["optimizer"], state["classes"], summary["last"]["top1_percent"]))
+    assert not differing(*states)

@@ -411,6 +411,7 @@ def _made(shards: Iterator[_Shard], workers: int) -> Iterator[_Done]:
         "forkserver"
     )  # a fork of this process might take a lock along that a thread holds
     context.set_forkserver_preload([__name__])
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
             running = {pool.submit(_make, shard) for shard in islice(shards, 2 * workers)}
@@ -420,6 +421,9 @@ def _made(shards: Iterator[_Shard], workers: int) -> Iterator[_Done]:
                 for future in done:
                     yield future.result()
         except BrokenProcessPool as error:
+            # the pool asks the others to end, and waits; one that is just starting does not always hear it
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise UserError(
                 "a worker process was ended from outside, as happens where memory runs out; finished shards stay: run the same command "
                 "again, with fewer --workers if it was that"

@@ -230,8 +230,8 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     for home in homes:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            _replace(report_path(home, split), lambda path: path.write_text(json.dumps(bad, indent=1) + "\n"))
-            _replace(home / f"{split}.parquet", write_table)
+            replace_file(report_path(home, split), lambda path: path.write_text(json.dumps(bad, indent=1) + "\n"))
+            replace_file(home / f"{split}.parquet", write_table)
             return home
         except OSError as error:  # read-only data folder: the next home
             failure = error
@@ -246,8 +246,8 @@ def report_path(home: Path, split: str) -> Path:
     return home / f"{split}.quarantine.json"
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that a reader finds the old or the new one whole, whenever the process dies."""
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Has `write` write a file so that a reader finds the old or the new one whole, whenever the process dies."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(partial)

@@ -37,6 +37,7 @@ from rich.table import Table
 
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index import Index, Scan, scan
+from ijckd_fast.data.index_cache import replace_file
 from ijckd_fast.data.loader import Unreadable, blames_file
 from ijckd_fast.data.pillow import arrange, decode
 from ijckd_fast.data.plan import Augment, EvalPlan, TooManyUnreadable
@@ -208,7 +209,7 @@ def pack(
         for split, found in scans.items():
             row = _pack_split(out / split, found, settings, workers, unreadable_limit, progress, on_bad)
             state["splits"][split] = row
-            _write(out / "pack.json", json.dumps(state, indent=1).encode())
+            _write_state(out, state)
             rows.append(row)
     except OSError as error:
         wants = {
@@ -279,21 +280,13 @@ def _begin(out: Path, settings: Settings, classes: tuple[str, ...], hashes: dict
     out.mkdir(parents=True, exist_ok=True)
     for split, value in hashes.items():
         state["splits"][split] = {"source_hash": value, "complete": False}  # until this run has seen every shard
-    _write(path, json.dumps(state, indent=1).encode())
-    _write(out / "classes.txt", names)
+    _write_state(out, state)
+    replace_file(out / "classes.txt", lambda path: path.write_bytes(names))
     return state
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all under its name, and on the disk."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write_state(out: Path, state: dict[str, Any]) -> None:
+    replace_file(out / "pack.json", lambda path: path.write_text(json.dumps(state, indent=1)))
 
 
 def packed_sizes(sizes: np.ndarray, short: int) -> np.ndarray:

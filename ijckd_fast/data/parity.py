@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from torch import Tensor
 from ijckd_fast.data import make_loader
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index import Index
-from ijckd_fast.data.index_cache import cache_homes
+from ijckd_fast.data.index_cache import cache_homes, replace_file
 from ijckd_fast.data.loader import Batch, Loader
 from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
 
@@ -172,11 +171,9 @@ def of_dataset(
     ]
     text = json.dumps({**made_with, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
     for folder in folders:
-        partial = folder / f".{name}.{os.getpid()}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(text)
-            os.replace(partial, folder / name)
+            replace_file(folder / name, lambda path: path.write_text(text))
             break
         except OSError:  # a data folder that cannot be written: the next one, or measured again at the next start
             continue

@@ -7,7 +7,8 @@ import hashlib
 import io
 import os
 import random
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
 
-FORMAT = "ijckd-fast checkpoint 1"
+FORMAT = "ijckd-fast checkpoint 2"
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -54,6 +55,65 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
         raise UserError(f"cannot write the checkpoint {path} ({size}): {error.strerror}; {kept}") from error
 
 
+class Writer:
+    """Writes checkpoints in a thread of its own, one at a time, while training goes on. Use as a context manager.
+
+    A state is copied to the CPU's memory before `save` returns, so it may change from then on. What a kill interrupts leaves the file
+    before it, as with `save` the function.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, path: Path, state: Mapping[str, Any], then: Callable[[], None] | None = None) -> None:
+        """Begins to write `state` to `path`, and calls `then` when it is there; waits first for the writing before. Raises as `wait`."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(path, copied(state), then), name="checkpoint")
+        self._thread.start()
+
+    def _write(self, path: Path, state: Mapping[str, Any], then: Callable[[], None] | None) -> None:
+        try:
+            save(path, state)
+            if then is not None:
+                then()
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raises what went wrong with the last writing, if that has ended: UserError for a full disk, say. Costs nothing."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises as `check`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # the file is worth having; what went wrong first is what is told
+
+
+def copied(state: Any) -> Any:
+    """The same nested dicts, lists and tuples with copies of their tensors on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: copied(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(copied(value) for value in state)
+    return state
+
+
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a file written by `save` onto the CPU, with weights_only=True (no code of the file is ever run).
 
@@ -74,7 +134,12 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} ({size} bytes) is damaged or truncated: {advice}") from error
     except Exception as error:  # pickle.UnpicklingError: not a torch file, or one with objects in it
         raise UserError(f"{path} is not a checkpoint of ijckd-fast (wanted a last.pt or best.pt of a run)") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    written_by = state.get("format") if isinstance(state, dict) else None
+    if isinstance(written_by, str) and written_by.startswith("ijckd-fast checkpoint ") and written_by != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of ijckd-fast ('{written_by}', wanted '{FORMAT}'): go on with the version that wrote it"
+        )
+    if written_by != FORMAT:
         raise UserError(f"{path} is not a checkpoint of ijckd-fast train (wanted a last.pt or best.pt of a run)")
     for name, tensor in state["learner"].items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -110,6 +175,14 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def seed_all(seed: int, rank: int) -> None:
+    """Seeds Python's, numpy's and torch's generators with numbers of their own for each rank."""
+    mixed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 - for third-party nets that draw from it
+    torch.manual_seed(mixed)
 
 
 def random_state() -> dict[str, Any]:

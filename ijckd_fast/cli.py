@@ -96,6 +96,7 @@ def train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ijckd_fast import run_folder
+    from ijckd_fast.distributed import world_size
     from ijckd_fast.train import train as run
 
     if resume is None:
@@ -109,6 +110,13 @@ def train(arguments: list[str]) -> int:
     begun = run_folder.read_config(folder)
     if Path(given.get("teacher") or "").suffix == ".pt" or Path(given.get("teacher") or "-", run_folder.LAST).is_file():
         begun["teacher_checkpoint"] = None  # the teacher's run was moved: this path replaces the old one
+    if "batch_size" in given and "global_batch" not in given and begun.get("global_batch"):
+        wanted = begun["global_batch"] // world_size()
+        if given["batch_size"] != wanted:
+            raise UserError(
+                f"{folder} takes {begun['global_batch']} images a step, which is {wanted} for each of {world_size()} processes, got "
+                f"--batch-size {given['batch_size']}: leave it out, or start a new run in another --output-dir"
+            )
     config = settings.make_config({**begun, **given, "output_dir": str(folder)})
     run(config, resume=True, resume_from=resume_from, console=Console())
     return 0
@@ -144,7 +152,7 @@ def evaluate(arguments: list[str]) -> int:
 
     from ijckd_fast.data import build_index
     from ijckd_fast.evaluate import evaluate as measure
-    from ijckd_fast.train import build_val_loader
+    from ijckd_fast.train import amp_dtype_of, build_val_loader
 
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
@@ -158,7 +166,7 @@ def evaluate(arguments: list[str]) -> int:
         progress=sys.stderr.isatty(),
     )
     distiller = _trained(path, state, config)
-    amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
+    amp_dtype = amp_dtype_of(config)
     with build_val_loader(config, index, device) as loader:
         teacher = None
         if distiller.teacher is not None:
@@ -207,7 +215,12 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
     if path.is_dir():
         path /= run_folder.BEST if best else run_folder.LAST
     state = checkpoint.load(path)
-    begun = settings.make_config({**state["config"], "student_checkpoint": None, "student_pretrained": False})
+    of_training = {"global_batch": None, "accumulate": 1, "compile": False, "cuda_graph": False, "wandb": None}
+    if state["config"]["amp_dtype"] == "float16" and given.get("device") != "cuda":
+        of_training["amp_dtype"] = None  # what the device has
+    begun = settings.make_config(
+        {**state["config"], "student_checkpoint": None, "student_pretrained": False, **of_training}
+    )
     if given.get("data_dir") is not None:
         begun = dataclasses.replace(begun, val_labels=None)
     config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})

@@ -132,12 +132,31 @@ class TrainConfig:
 
     epochs: int = _setting(100, "length of the run and of its schedule, passes over the training images")
     batch_size: int = _setting(
-        256, "images per step and per process; the global batch, to which --lr belongs, is this times the processes (1)"
+        256, "images per step and per process; the global batch, to which --lr belongs, is this times the processes"
     )
+    global_batch: int | None = _setting(
+        None,
+        "images per step over all processes, in the place of --batch-size; default: --batch-size times the processes",
+    )
+    accumulate: int = _setting(
+        1,
+        "parts of a process's batch that go through the nets one after the other, for less memory; the update is the same but for"
+        " BatchNorm, whose statistics are then those of a part",
+    )
+    optimizer: Literal["sgd", "adamw", "lamb"] = _setting("sgd", "sgd and adamw are PyTorch's fused ones, lamb timm's")
     lr: float = _setting(0.1, "peak learning rate for the global batch; never rescaled behind your back")
     momentum: float = _setting(0.9, "momentum of SGD")
-    nesterov: bool = _setting(False, "Nesterov momentum")
-    weight_decay: float = _setting(1e-4, "weight decay, on every parameter of student and connector")
+    nesterov: bool = _setting(False, "Nesterov momentum, of SGD")
+    betas: tuple[float, float] = _setting((0.9, 0.999), "decay of AdamW's and LAMB's averages of gradient and square")
+    weight_decay: float = _setting(
+        1e-4, "weight decay of student and connector; AdamW's is decoupled from the gradient"
+    )
+    decay_norms: bool = _setting(
+        True, "weight decay also for BatchNorm's parameters and biases, as the published recipes"
+    )
+    clip_grad: float | None = _setting(
+        None, "largest L2 norm of the gradient, which is scaled down to it; default: any"
+    )
     schedule: Literal["step", "cosine"] = _setting(
         "step", "course of the learning rate after the warm-up, set every step"
     )
@@ -149,8 +168,22 @@ class TrainConfig:
     seed: int = _setting(0, "seed of the student's first weights, of order, crops and subset")
 
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: the GPU if there is one")
-    amp_dtype: Literal["float32", "bfloat16"] | None = _setting(
-        None, "precision of convolutions and matrix products; default: bfloat16 on a GPU, float32 on a CPU"
+    amp_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
+        None,
+        "precision of convolutions and matrix products, losses stay in float32; float16 (GPUs only) with a loss scale that adapts itself;"
+        " default: bfloat16 on a GPU, float32 on a CPU",
+    )
+    fold_teacher: bool = _setting(
+        True, "fold the teacher's BatchNorm into its convolutions: the same net but for rounding, fewer passes"
+    )
+    compile: bool = _setting(False, "compile teacher, student and connector by torch.compile: minutes at the start")
+    cuda_graph: bool = _setting(
+        False,
+        "run each step as one CUDA graph: no kernel is launched from Python; pays with small batches (one GPU, sgd or adamw)",
+    )
+    sync_bn: bool = _setting(False, "statistics of every BatchNorm, the connector's too, over all processes")
+    dist_backend: Literal["nccl", "gloo"] | None = _setting(
+        None, "what processes share gradients by; default: nccl with GPUs, gloo without"
     )
     channels_last: bool = _setting(True, "memory layout NHWC")
     head: Literal["fused", "reference"] = _setting("fused", "the C++/CUDA ops, or plain PyTorch to compare with")
@@ -162,10 +195,14 @@ class TrainConfig:
     eval_every: int = _setting(1, "epochs between two evaluations on val; the last epoch is always evaluated")
     checkpoint_minutes: float = _setting(10.0, "minutes between two writings of last.pt")
     checkpoint_steps: int | None = _setting(None, "write last.pt every so many steps too; default: by minutes only")
+    keep_checkpoints: int = _setting(
+        1, "checkpoints to keep: with more than 1 each last.pt is kept as checkpoint-STEP.pt too, so many of them"
+    )
     nonfinite_limit: int = _setting(
         20, "steps skipped for a NaN or infinite loss or gradient before the run is stopped"
     )
     tensorboard: bool = _setting(True, "write TensorBoard events")
+    wandb: str | None = _setting(None, "Weights & Biases project to log to as well (pip install wandb); default: none")
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -174,6 +211,14 @@ class TrainConfig:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if self.nesterov and not self.momentum:
             raise UserError("--nesterov needs a --momentum above 0, got 0: set one, or leave --nesterov out")
+        if self.optimizer != "sgd" and self.nesterov:
+            raise UserError(f"--nesterov is SGD's, got --optimizer {self.optimizer}: leave it out")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"--betas must be two numbers in [0, 1), got {self.betas}")
+        if self.clip_grad is not None and self.clip_grad <= 0:
+            raise UserError(
+                f"--clip-grad must be above 0, got {self.clip_grad}: 1 to 5 are usual; leave it out for no clipping"
+            )
         if self.lr <= 0:
             raise UserError(f"--lr must be above 0, got {self.lr}")
         if self.decode != "cpu" and self.data_backend != "dali":
@@ -187,7 +232,8 @@ class TrainConfig:
 _LEAST = {
     "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 0,
     "prefetch": 1, "log_interval": 1, "eval_every": 1, "checkpoint_minutes": 0, "checkpoint_steps": 1, "nonfinite_limit": 0,
-    "seed": 0, "train_per_class": 1, "unreadable_limit": 0, "max_drift": 0,
+    "seed": 0, "train_per_class": 1, "unreadable_limit": 0, "max_drift": 0, "global_batch": 1, "accumulate": 1,
+    "keep_checkpoints": 1,
 }  # fmt: skip
 
 # Headings of the help, by the first setting below each.
@@ -195,17 +241,18 @@ GROUPS = {
     "data_dir": "data and models",
     "objective": "objective (unset weights are the objective's own)",
     "image_size": "images",
-    "epochs": "optimisation (SGD)",
+    "epochs": "optimisation",
     "device": "computation",
     "log_interval": "what is written when",
 }
 
-# A run may be continued with these changed: where things lie and what is written when, nothing the weights depend on.
+# A run may be continued with these changed: where things lie and what is written when, nothing the weights depend on. batch_size is
+# among them because global_batch is not: a run continues with any number of processes that divides its global batch.
 FREE_ON_RESUME = frozenset(
     {
         "data_dir", "class_list", "val_labels", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher",
         "index_verify", "check_files", "workers", "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps",
-        "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift",
+        "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift", "batch_size", "dist_backend", "keep_checkpoints", "wandb",
     }
 )  # fmt: skip
 

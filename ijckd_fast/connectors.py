@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ijckd_fast import ops, reference
@@ -90,6 +91,7 @@ class Connector(nn.Module):
     weight                  [Ct, Cin]; bias [Ct] on vectors, else None
     bn_weight, bn_bias      [Ct] on maps, else None; running_mean, running_var [Ct], num_batches_tracked likewise
     relu                    whether the projection ends in a ReLU (the teacher's map does)
+    process_group           over whose processes its BatchNorm takes the statistics of a training batch; None: this process's own
     """
 
     momentum = 0.1
@@ -102,6 +104,7 @@ class Connector(nn.Module):
     def __init__(self, spec: str, trunk: nn.Module, channels_in: int, teacher_channels: int) -> None:
         super().__init__()
         self.spec = spec
+        self.process_group: dist.ProcessGroup | None = None
         self.takes_map = takes_map(spec)
         self.relu = self.takes_map
         self.trunk = trunk
@@ -151,6 +154,7 @@ class Connector(nn.Module):
             relu=self.relu,
             map_t=map_t,
             pooled_t=pooled_t,
+            process_group=self.process_group,
         )
 
     def projection_macs(self, positions: int) -> int:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijckd_fast import ops, reference
 from ijckd_fast.connectors import Connector, build_connector
+from ijckd_fast.distributed import synchronise_batch_norm
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.models import Tapped, count_macs, count_parameters, macs
 from ijckd_fast.objectives import Objective
@@ -97,6 +99,13 @@ class Learner(nn.Module):
         if self.student.classifier is not None:
             logits_s = self.student.classifier(pooled_s)
         return z, fm, logits_s
+
+    def synchronise(self, group: dist.ProcessGroup) -> None:
+        """From here on every BatchNorm, the connector's too, takes its statistics over all processes of `group` (SyncBN)."""
+        synchronise_batch_norm(self.student, group)
+        if self.connector is not None:
+            synchronise_batch_norm(self.connector.trunk, group)
+            self.connector.process_group = group
 
 
 def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
@@ -180,14 +189,14 @@ class Distiller:
         *,
         labels_b: Tensor | None = None,
         mix: Tensor | None = None,
-        progress: float,
+        progress: float | Tensor,
     ) -> StepOutput:
         """Loss of one batch. Gradients go to the learner's parameters only; nothing waits for the device.
 
         images    [B, 3, S, S]
         labels    [B] int64 in [0, K)
         labels_b  [B] int64, mix [B] in [0, 1]: images mixed of two, of which `labels` weighs mix and labels_b 1 - mix
-        progress  epochs done so far, fractions included (DKD's warm-up depends on it)
+        progress  epochs done so far, fractions included (DKD's warm-up depends on it); a number or a tensor []
         returns   StepOutput; loss and parts are float32 also under autocast (float64 for a float64 net)
         """
         o = self.objective
@@ -274,8 +283,8 @@ class Distiller:
         labels: Tensor,
         labels_b: Tensor | None,
         mix: Tensor | None,
-        progress: float,
-    ) -> list[tuple[str, float, Tensor]]:
+        progress: float | Tensor,
+    ) -> list[tuple[str, float | Tensor, Tensor]]:
         """Terms through the student's own classifier (logits [B, K]): name, weight, value []."""
         o = self.objective
 
@@ -285,7 +294,7 @@ class Distiller:
                 rows = mix * rows + (1 - mix) * per_image(labels_b)
             return rows.mean()
 
-        terms = []
+        terms: list[tuple[str, float | Tensor, Tensor]] = []
         if o.ce > 0 and o.ce_head == "student":
             smoothing = self.label_smoothing
             ce = mixed(lambda y: F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing))

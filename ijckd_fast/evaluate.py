@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ijckd_fast.data import Batch
+from ijckd_fast.distributed import Processes
 from ijckd_fast.errors import UserError
 
 
@@ -52,13 +53,15 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     teacher: Evaluation | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """One pass over `loader` (each image once); the host waits for the device once, at the end.
 
     logits_of  images [B, 3, S, S] -> logits [B, K], e.g. Distiller.predict or Distiller.teacher_logits
     amp_dtype  autocast to it; None: float32
     teacher    the teacher's own evaluation on the same split
-    raises     UserError when the loader gives no image
+    processes  of which each has its own part of the split in its loader; all get the result for the whole
+    raises     UserError when no loader gives an image
     """
     start = time.perf_counter()
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
@@ -71,11 +74,17 @@ def evaluate(
         hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
         predictions.append(highest[:, 0])
         seen.append(ids)
-    if not predictions:
-        raise UserError("there is no image to evaluate on: the validation split is empty")
-    predicted, of = torch.cat(predictions).cpu(), torch.cat(seen).cpu()
+    none = torch.zeros(0, dtype=torch.int64)
+    mine = torch.cat(predictions).cpu() if predictions else none, torch.cat(seen).cpu() if seen else none, hits.cpu()
+    everyone = processes.gather(mine)
+    predicted, of = (torch.cat([each[i] for each in everyone]) for i in (0, 1))
     images_seen = len(predicted)
-    top1, top5 = (100 * count / images_seen for count in hits.tolist())
+    if images_seen == 0:
+        raise UserError("there is no image to evaluate on: the validation split is empty")
+    if processes.world > 1:  # ids as one process would have seen them
+        order = of.argsort()
+        predicted, of = predicted[order], of[order]
+    top1, top5 = (100 * count / images_seen for count in sum(each[2] for each in everyone).tolist())
     agreement = None if teacher is None else _agreement(predicted, of, teacher)
     return Evaluation(top1, top5, agreement, images_seen, time.perf_counter() - start, predicted, of)
 

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ijckd_fast import connectors
 from ijckd_fast.errors import UserError, did_you_mean
 
@@ -69,9 +71,12 @@ class Objective:
         """Whether there must be a teacher at all (its features, or its classifier alone)."""
         return self.needs_teacher_features or self.connector is not None
 
-    def dkd_factor(self, progress: float) -> float:
-        """DKD's warm-up: 0 at the start, 1 from dkd_warmup epochs on; progress in epochs, fractions included."""
-        return min(progress / self.dkd_warmup, 1.0) if self.dkd_warmup > 0 else 1.0
+    def dkd_factor(self, progress: float | Tensor) -> float | Tensor:
+        """DKD's warm-up: 0 at the start, 1 from dkd_warmup epochs on; progress in epochs, fractions included (a tensor [] gives one)."""
+        if self.dkd_warmup == 0:
+            return 1.0
+        done = progress / self.dkd_warmup
+        return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
 
 
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the ImageNet

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +37,38 @@ def learning_rate(
     return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / span)))
 
 
-def sgd(module: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
-    """PyTorch's fused SGD over every parameter of `module`, ready for `FiniteGuard`.
+def build_optimizer(
+    module: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    betas: tuple[float, float],
+    weight_decay: float,
+    decay_norms: bool,
+) -> torch.optim.Optimizer:
+    """The optimizer of every parameter of `module`, ready for `FiniteGuard`.
 
-    The momentum buffers start as zeros, which is the same as starting without any, so that a first step that the guard
-    skips leaves them defined.
+    name         'sgd' (PyTorch's fused one), 'adamw' (likewise; Loshchilov & Hutter) or 'lamb' (timm's; You et al.)
+    decay_norms  False: no weight decay for parameters with one dimension, which are BatchNorm's and biases
+    SGD's momentum buffers start as zeros, which is the same as starting without any, so that a first step that the guard skips leaves
+    them defined.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True
-    )
+    groups: list[dict[str, Any]] = [{"params": parameters}]
+    if not decay_norms:
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
+    if name == "lamb":
+        from timm.optim import Lamb
+
+        return Lamb(groups, lr, betas=betas, weight_decay=weight_decay, max_grad_norm=None)  # clipping is the step's
+    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True)
     if momentum:
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -55,12 +78,14 @@ def sgd(module: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight
 class FiniteGuard:
     """Makes a step whose loss or gradient is NaN or infinite a step that changes nothing, without asking the device.
 
-    `before_forward` keeps a copy of the running statistics (BatchNorm), which the forward pass updates. `after_backward`
-    puts them back if the step is bad and tells the optimizer, through the `found_inf` tensor its fused kernel reads, to
-    leave weights and momentum alone. Everything is a tensor on the device: the host never waits.
+    `before_forward` keeps a copy of the running statistics (BatchNorm), which the forward pass updates. `judge` puts them back if the
+    step is bad, and `update` leaves weights and optimizer alone: a fused optimizer reads the `found_inf` tensor, as for a GradScaler,
+    another one's work is undone. Everything is a tensor on the device: the host never waits.
+
+    armed  [] bool on the device; False makes every step one that changes nothing
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.SGD, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         slots = [
             (part, name, buffer)
             for part in module.modules()
@@ -79,21 +104,52 @@ class FiniteGuard:
             )  # .data: own version counter
             offset += buffer.numel()
         self._before = self._statistics.clone()
+        self.armed = torch.ones((), dtype=torch.bool, device=device)
+        self._optimizer = optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._fused = all(group.get("fused") for group in optimizer.param_groups)
         self._found_inf = torch.zeros((), device=device)
-        optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]  # read by the fused step, as for a GradScaler
+        if self._fused:
+            optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
 
     def before_forward(self) -> None:
         """Keeps a copy of the running statistics, which the forward pass will update."""
         self._before.copy_(self._statistics)
 
-    def after_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+    def restore_statistics(self) -> None:
+        """Puts back the running statistics that `before_forward` kept, after a step that did not come to its end."""
+        self._statistics.copy_(self._before)
+
+    def judge(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """loss [] with gradients in place -> (ok [] bool, grad_norm [] float32: L2 norm of the whole gradient)."""
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])  # []
-        ok = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm)
-        self._found_inf.copy_(~ok)
+        return torch.isfinite(loss.detach()) & torch.isfinite(grad_norm), grad_norm
+
+    def clip(self, grad_norm: Tensor, most: float) -> None:
+        """Scales the gradient, of L2 norm grad_norm [], so that its norm is at most `most`."""
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, most, grad_norm)
+
+    @torch.no_grad()
+    def update(self, ok: Tensor) -> None:
+        """The optimizer's step if ok [] bool (and armed), else none, and the running statistics are again those before the forward pass.
+
+        LAMB's count of steps, of which its correction of the first averages depends, goes on in any case.
+        """
+        ok = ok & self.armed
         self._statistics.copy_(torch.where(ok, self._statistics, self._before))
-        return ok, grad_norm
+        if self._fused:
+            self._found_inf.copy_(~ok)
+            self._optimizer.step()
+            return
+        before = [(x, x.clone()) for x in (*self._parameters, *self._state())]
+        self._optimizer.step()
+        seen = {x for x, _ in before}
+        before += [(x, torch.zeros_like(x)) for x in self._state() if x not in seen]  # made in the first step, of zeros
+        for x, old in before:
+            x.copy_(torch.where(ok, x, old))
+
+    def _state(self) -> list[Tensor]:
+        return [x for state in self._optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
 class Ema:

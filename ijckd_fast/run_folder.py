@@ -61,7 +61,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 def refuse_occupied(folder: Path) -> None:
     """UserError when `folder` holds a run. One that failed before its first log line left nothing worth keeping."""
-    if any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or read_log(folder):
+    if any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or kept(folder) or read_log(folder):
         state = "a finished run" if (folder / SUMMARY).exists() else "a run that is not finished"
         raise UserError(
             f"{folder} holds {state}: continue it with --resume {folder}, choose another --output-dir, or give --overwrite "
@@ -75,6 +75,26 @@ def clear(folder: Path) -> None:
         path = folder / name
         if name != TEACHER and path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in kept(folder):
+        path.unlink()
+
+
+def keep_as(folder: Path, name: str, count: int) -> None:
+    """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those the newest `count`."""
+    with replacing(folder / name) as tmp:
+        tmp.unlink(missing_ok=True)
+        try:
+            os.link(folder / LAST, tmp)
+        except OSError:  # a file system without links
+            shutil.copyfile(folder / LAST, tmp)
+    for old in kept(folder)[:-count]:
+        old.unlink(missing_ok=True)
+
+
+def kept(folder: Path) -> list[Path]:
+    """The checkpoints that `keep_as` left, oldest step first."""
+    found = [path for path in folder.glob("checkpoint-*.pt") if path.stem.partition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
 
 
 @contextmanager
@@ -135,13 +155,14 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """Appends rows to log.jsonl (one JSON object per line, units in the key names) and to TensorBoard's event files.
+    """Appends rows to log.jsonl (one JSON object per line, units in the key names), to TensorBoard's event files and, with a project's
+    name in `wandb`, to Weights & Biases, where a resumed run goes on as the same one.
 
     `start` is the step the run begins at: rows of later steps, which a killed run wrote after its last checkpoint, are
     dropped, because they will be written again.
     """
 
-    def __init__(self, folder: Path, start: int, *, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, start: int, *, tensorboard: bool, wandb: str | None = None) -> None:
         kept = [row for row in read_log(folder) if row["step"] <= start]
         write_text(folder / LOG, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(folder / LOG, "a")  # noqa: SIM115 - closed by close()
@@ -150,6 +171,14 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # a second to import
 
             self._events = SummaryWriter(str(folder / EVENTS), purge_step=start + 1 if start else None)
+        self._wandb: Any = None
+        if wandb is not None:
+            import wandb as weights_and_biases
+
+            digest = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+            self._wandb = weights_and_biases.init(
+                project=wandb, name=folder.name, id=digest, dir=str(folder), resume="allow", config=read_config(folder)
+            )
 
     def write(self, kind: str, step: int, row: Mapping[str, Any]) -> None:
         """One line {"kind", "step", **row}; numbers go to TensorBoard as "kind/key"."""
@@ -159,12 +188,17 @@ class RunLog:
             for key, value in row.items():
                 if isinstance(value, (int, float)):
                     self._events.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{key}": value for key, value in row.items() if value is not None}, step=step)
 
     def close(self) -> None:
-        """Closes log.jsonl and the event file; may be called again."""
+        """Closes log.jsonl, the event file and the run of Weights & Biases; may be called again."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
 
 def code_hash() -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ijckd_fast import checkpoint, ops, report, run_folder
+from ijckd_fast import checkpoint, distributed, ops, report, run_folder
 from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
 from ijckd_fast.data import (
     Augment,
@@ -36,13 +38,16 @@ from ijckd_fast.data import (
     parity,
 )
 from ijckd_fast.distiller import Distiller
+from ijckd_fast.distributed import Processes
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
+from ijckd_fast.folding import fold_batch_norm
 from ijckd_fast.libraries import REBUILD, load_libraries
 from ijckd_fast.models import create_model, is_model_name
 from ijckd_fast.objectives import Objective, get_objective
-from ijckd_fast.optimize import Ema, FiniteGuard, learning_rate, sgd
-from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress
+from ijckd_fast.optimize import build_optimizer, learning_rate
+from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress, memory_mb
+from ijckd_fast.step import TrainStep, out_of_memory
 
 __all__ = ["Stopped", "TrainConfig", "build_distiller", "build_indexes", "build_val_loader", "resolve", "train"]
 
@@ -76,56 +81,84 @@ def train(
                on SIGINT or SIGTERM
     """
     config = resolve(config)
+    with distributed.started(config.device, config.dist_backend) as processes:
+        return _train(config, processes, resume, resume_from, overwrite, console or Console())
+
+
+def _train(
+    config: TrainConfig, processes: Processes, resume: bool, resume_from: str, overwrite: bool, console: Console
+) -> dict[str, Any]:
     assert config.output_dir is not None
     folder = Path(config.output_dir)
-    console = console or Console()
-    with run_folder.lock(folder), contextlib.ExitStack() as closing:
+    if not processes.is_main:
+        console = Console(quiet=True)
+    with contextlib.ExitStack() as closing:
+        if processes.is_main:
+            closing.enter_context(run_folder.lock(folder))
         if resume:
             _refuse_other_settings(folder, config)
-            finished = run_folder.read_json(folder / run_folder.SUMMARY)
+            finished = processes.from_main(run_folder.read_json(folder / run_folder.SUMMARY))
             if finished is not None:
                 console.print(f"{folder}: this run is finished, nothing to resume", highlight=False, soft_wrap=True)
                 return finished
-        else:
+        elif processes.is_main:
             if overwrite:
                 _refuse_to_delete_inputs(config, folder)
             else:
                 run_folder.refuse_occupied(folder)
-        device = torch.device(config.device)
-        amp_dtype = torch.bfloat16 if config.amp_dtype == "bfloat16" else None
+        device = device_of(config, processes)
+        amp_dtype = amp_dtype_of(config)
         torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
 
         # --- data: every batch is a pure function of (index, seed, step)
-        train_index, val_index = build_indexes(config)
-        plan = TrainPlan(train_index, augment_of(config), config.batch_size, config.seed)
+        with processes.main_first():  # a first scan is made once, and kept
+            train_index, val_index = build_indexes(config)
+        plan = TrainPlan(
+            train_index, augment_of(config), config.batch_size, config.seed, processes.rank, processes.world
+        )
         total_steps = config.epochs * plan.steps_per_epoch
         if config.max_steps is not None:
             total_steps = min(total_steps, config.max_steps)
 
         def say_bad_file(what: str) -> Callable[[str, str], None]:
-            return lambda path, why: show.say(f"warning: {path} cannot be read any more ({why}): {what}")
+            return lambda path, why: show.say(f"warning: {path} cannot be read any more ({why}): {what}", everyone=True)
 
-        val_loader = build_val_loader(config, val_index, device, on_bad=say_bad_file("it is left out"))
+        val_loader = build_val_loader(config, val_index, device, processes, on_bad=say_bad_file("it is left out"))
         closing.enter_context(val_loader)
 
         # --- models
         distiller = build_distiller(config, train_index.num_classes, device)
         learner = distiller.learner
         params, macs = distiller.deployed_cost(config.image_size)
-        optimizer = sgd(
+        teacher_digest = None if distiller.teacher is None else checkpoint.fingerprint(distiller.teacher)
+        prepare(config, distiller, processes)
+        optimizer = build_optimizer(
             learner,
+            name=config.optimizer,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
+            betas=config.betas,
             weight_decay=config.weight_decay,
+            decay_norms=config.decay_norms,
         )
-        guard = FiniteGuard(learner, optimizer, device)
-        ema = Ema(learner, config.ema_decay) if config.ema_decay else None
+        train_step = TrainStep(
+            distiller,
+            optimizer,
+            device,
+            amp_dtype=amp_dtype,
+            accumulate=config.accumulate,
+            clip=config.clip_grad,
+            ema_decay=config.ema_decay,
+            processes=processes,
+            cuda_graph=config.cuda_graph,
+        )
+        ema = train_step.ema
         inputs = {
             "training images": train_index.hash,
             "validation images": val_index.hash,
-            "teacher": None if distiller.teacher is None else checkpoint.fingerprint(distiller.teacher),
+            "teacher": teacher_digest,
         }
 
         # --- where the run stands
@@ -133,9 +166,11 @@ def train(
         seconds = 0.0  # of the parts of the run before this one
         best: dict[str, Any] | None = None  # rows of the log
         evaluated: dict[str, Any] | None = None
-        meter = Meter(device)
+        meter = Meter(device, processes)
+        if processes.rank:  # dropout and the like; rank 0 goes on with the numbers that one process alone would have
+            checkpoint.seed_all(config.seed, processes.rank)
         begin_at = folder / resume_from
-        if resume and (begin_at.exists() or resume_from != run_folder.LAST):
+        if resume and (processes.from_main(begin_at.exists()) or resume_from != run_folder.LAST):
             state = checkpoint.load(begin_at)
             for what, digest in inputs.items():
                 if state["inputs"][what] != digest:
@@ -145,12 +180,21 @@ def train(
                     )
             checkpoint.load_into(learner, state["live"] or state["learner"], begin_at)
             optimizer.load_state_dict(state["optimizer"])
+            train_step.scaler.load_state_dict(state["scaler"])
             if ema is not None:
                 ema.load_state_dict(state["ema"])
-            meter.load_state_dict(state["meter"])
-            checkpoint.set_random_state(state["random"])
             step, skipped, seconds = state["step"], state["skipped_steps"], state["seconds"]
             best, evaluated = state["best"], state["evaluated"]
+            begun_with = len(state["random"])
+            if begun_with == processes.world:
+                meter.load_state_dict(state["meter"][processes.rank])
+                checkpoint.set_random_state(state["random"][processes.rank])
+            else:
+                console.print(
+                    f"begun with {begun_with} processes, going on with {processes.world}: the same images in every step, but sums in "
+                    "another order and other random numbers in dropout, so not the same bits"
+                )
+                checkpoint.seed_all(config.seed + step, processes.rank)
             if device.type == "cpu" and state["threads"] != torch.get_num_threads():
                 # the order of a sum, and so its last bits, depends on the number of threads
                 console.print(f"computing with {state['threads']} threads, as the run began, to get the same bits")
@@ -158,16 +202,23 @@ def train(
             if state["code"] != run_folder.code_hash():
                 console.print(f"{folder} was begun with other code of ijckd_fast: the bits of the result may differ")
         started = time.perf_counter()
+        writer = closing.enter_context(checkpoint.Writer())
 
         def save(name: str) -> None:
+            """Called by all processes, written by the one with rank 0 while training goes on."""
+            processes.share_buffers(learner)
+            each = processes.gather((checkpoint.random_state(), checkpoint.copied(meter.state_dict())))
+            if not processes.is_main:
+                return
             live = learner.state_dict()
             state = {
                 "learner": live if ema is None else {**live, **ema.state_dict()},  # what is evaluated and deployed
                 "live": None if ema is None else live,
                 "ema": None if ema is None else ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "meter": meter.state_dict(),
-                "random": checkpoint.random_state(),
+                "scaler": train_step.scaler.state_dict(),
+                "random": [random for random, _ in each],
+                "meter": [sums for _, sums in each],
                 "step": step,
                 "skipped_steps": skipped,
                 "seconds": seconds + time.perf_counter() - started,
@@ -179,17 +230,21 @@ def train(
                 "threads": torch.get_num_threads(),
                 "code": run_folder.code_hash(),
             }
-            checkpoint.save(folder / name, state)
+            keep = None
+            if name == run_folder.LAST and config.keep_checkpoints > 1:
+                keep = functools.partial(run_folder.keep_as, folder, f"checkpoint-{step}.pt", config.keep_checkpoints)
+            writer.save(folder / name, state, keep)
 
-        show = TrainingProgress(console, f"{config.objective} {config.student}", step, total_steps)
+        show = TrainingProgress(console, f"{config.objective} {config.student}", step, total_steps, processes.rank)
         show.say(
             f"{folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; {len(train_index)} images of "
             f"{train_index.num_classes} classes, {plan.steps_per_epoch} steps an epoch, {total_steps} in all"
+            + (f"; {processes.world} processes, {config.global_batch} images a step" if processes.world > 1 else "")
             + (f"; going on from step {step}" if step else "")
         )
-        if config.data_backend == "dali":
+        if config.data_backend == "dali" and processes.is_main:
             check_parity(config, train_index, val_index, show.say)
-        teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs)
+        teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
         if teacher_val is not None:
             show.say(
                 f"teacher: top-1 {teacher_val.top1:.2f} % of {teacher_val.images} val images, {teacher_val.seconds:.1f} s"
@@ -198,11 +253,14 @@ def train(
                 refuse_weak_teacher(config, teacher_val, val_index.num_classes)
 
         # --- what the run leaves behind besides checkpoints; an earlier run goes only now, when nothing can be refused any more
-        if not resume:
-            run_folder.clear(folder)
-        run_folder.write_config(folder, config)
-        run_folder.write_environment(folder)
-        log = closing.enter_context(contextlib.closing(run_folder.RunLog(folder, step, tensorboard=config.tensorboard)))
+        log: run_folder.RunLog | None = None
+        if processes.is_main:
+            if not resume:
+                run_folder.clear(folder)
+            run_folder.write_config(folder, config)
+            run_folder.write_environment(folder)
+            log = run_folder.RunLog(folder, step, tensorboard=config.tensorboard, wandb=config.wandb)
+            closing.enter_context(contextlib.closing(log))
 
         if resume and resume_from != run_folder.LAST:
             save(run_folder.LAST)  # what lies there is damaged, or later than the point to go on from
@@ -224,17 +282,20 @@ def train(
         stop = closing.enter_context(stop_signal())
         closing.enter_context(show)
         distiller.train()
-        watch = Stopwatch(device)
+        watch = Stopwatch(device, processes)
         saved_at = time.perf_counter()
         while step < total_steps:
             try:
                 with watch.waiting():
                     batch = next(batches)  # images [B, 3, S, S], labels [B], and those of mixing
             except TooManyUnreadable as error:
-                save(run_folder.LAST)
+                if processes.world == 1:  # to save takes all of them
+                    save(run_folder.LAST)
+                    writer.wait()
+                kept = "everything is saved" if processes.world == 1 else "the last checkpoint is kept"
                 raise UserError(
-                    f"{error}. Stopped at step {step}, everything is saved: mend the data and continue with ijckd-fast train "
-                    f"--resume {folder}, or allow more with --unreadable-limit"
+                    f"{error}. Stopped at step {step}, {kept}: mend the data and continue with ijckd-fast train --resume {folder}, or "
+                    "allow more with --unreadable-limit"
                 ) from error
             lr = learning_rate(
                 step,
@@ -246,41 +307,32 @@ def train(
                 gamma=config.gamma,
                 warmup_epochs=config.warmup_epochs,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-            guard.before_forward()
-            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                try:
-                    out = distiller.step(
-                        batch.images,
-                        batch.labels,
-                        labels_b=batch.labels_b,
-                        mix=batch.mix,
-                        progress=step / plan.steps_per_epoch,
-                    )
-                except (RuntimeError, ValueError) as error:
-                    if config.batch_size > 1 or "per channel" not in str(error):
-                        raise
-                    raise UserError(
-                        "BatchNorm cannot learn from a single value per channel, which one image with a 1x1 map or a "
-                        "pooled vector gives: use --batch-size 2 or more"
-                    ) from error
-            optimizer.zero_grad(set_to_none=True)
-            out.loss.backward()
-            ok, grad_norm = guard.after_backward(out.loss)
-            optimizer.step()  # changes nothing unless ok
+            progress = step / plan.steps_per_epoch
+            try:
+                figures = train_step(batch, step=step, lr=lr, progress=progress)
+            except (RuntimeError, ValueError) as error:
+                if out_of_memory(error):
+                    fits = train_step.largest_part_that_fits(batch, progress) if processes.world == 1 else None
+                    if processes.world == 1:
+                        save(run_folder.LAST)
+                        writer.wait()
+                    raise UserError(_out_of_memory(config, folder, step, fits)) from error
+                if config.batch_size > config.accumulate or "per channel" not in str(error):
+                    raise
+                raise UserError(
+                    "BatchNorm cannot learn from a single value per channel, which one image with a 1x1 map or a "
+                    "pooled vector gives: use --batch-size 2 or more, and --accumulate for less than all of it"
+                ) from error
             step += 1
-            if ema is not None:
-                ema.update(step)
 
-            meter.add(ok, {"loss": out.loss.detach(), **out.parts, "grad_norm": grad_norm, "correct": out.correct})
+            meter.add(figures)
             watch.count(len(batch.labels))
             show.step(step)
+            writer.check()
             epoch = step / plan.steps_per_epoch
 
             if step % config.log_interval == 0 or step == total_steps:
-                means, bad = meter.take()
+                means, bad, overflows = meter.take()
                 correct = means.pop("correct")
                 skipped += bad
                 row = {
@@ -289,39 +341,50 @@ def train(
                     "top1_train_percent": None if correct is None else 100 * correct / config.batch_size,
                     "lr": lr,
                     **watch.take(),
+                    "memory_mb": memory_mb(device),
                     "skipped_steps": skipped,
-                    "unreadable_files": len(loader.bad_files),
+                    "unreadable_files": sum(processes.gather(len(loader.bad_files))),
                 }
-                log.write("train", step, row)
+                if train_step.scaler.is_enabled():
+                    row |= {"loss_scale": train_step.scaler.get_scale(), "overflows": overflows}
+                if log is not None:
+                    log.write("train", step, row)
                 show.row(step, row)
                 if bad:
                     show.say(
                         f"skipped {bad} of the last steps: loss or gradient was NaN or infinite ({skipped} so far)"
                     )
                 if config.head == "fused":
-                    bad_rows = ops.take_bad_rows(device)
-                    if bad_rows.labels:
-                        raise UserError(_bad_labels(config, bad_rows.labels, step, train_index.num_classes))
-                    if bad_rows.saturated:
+                    labels, saturated = map(sum, zip(*processes.gather(tuple(ops.take_bad_rows(device))), strict=True))
+                    if labels:
+                        raise UserError(_bad_labels(config, labels, step, train_index.num_classes))
+                    if saturated:
                         show.say(
-                            f"warning: {bad_rows.saturated} images of the last steps had a logit so far above their label's that the "
+                            f"warning: {saturated} images of the last steps had a logit so far above their label's that the "
                             "softmax saturated: their part of loss and gradient is too small"
                         )
-                if skipped > config.nonfinite_limit:
-                    raise UserError(_too_many_skipped(folder, skipped, step))
+                if skipped > config.nonfinite_limit or row.get("loss_scale", 1.0) < 1.0:
+                    writer.wait()
+                    what = f"{skipped} steps had a NaN or infinite loss or gradient and were skipped, more than --nonfinite-limit allows"
+                    if skipped <= config.nonfinite_limit:
+                        what = "float16's loss scale fell below 1, the gradient is infinite at any"
+                    raise UserError(_not_finite(folder, what, step))
 
             if step == total_steps or step % (config.eval_every * plan.steps_per_epoch) == 0:
                 with watch.paused(), contextlib.nullcontext() if ema is None else ema.swapped_in():
+                    processes.share_buffers(learner)
                     evaluation = evaluate(
                         distiller.eval().predict,
                         val_loader,
                         device=device,
                         amp_dtype=amp_dtype,
                         teacher=teacher_val,
+                        processes=processes,
                     )
                     distiller.train()
                 evaluated = {"step": step, "epoch": epoch, **evaluation.row()}
-                log.write("eval", step, evaluated)
+                if log is not None:
+                    log.write("eval", step, evaluated)
                 show.say(_describe(step, total_steps, evaluation))
                 if best is None or evaluation.top1 > best["top1_percent"]:
                     best = evaluated
@@ -330,37 +393,46 @@ def train(
 
             minutes = (time.perf_counter() - saved_at) / 60
             by_steps = config.checkpoint_steps is not None and step % config.checkpoint_steps == 0
-            if by_steps or minutes >= config.checkpoint_minutes or stop.signum or step == total_steps:
+            due = minutes >= config.checkpoint_minutes or by_steps or stop.save or step == total_steps
+            signum, anyone_due = processes.most(stop.signum, due)
+            if signum or anyone_due:
+                stop.save = False
                 with watch.paused():
                     save(run_folder.LAST)
                 saved_at = time.perf_counter()
-            if stop.signum and step < total_steps:
+            if signum and step < total_steps:
+                writer.wait()
                 raise Stopped(
-                    stop.signum,
-                    f"stopped by {signal.Signals(stop.signum).name} at step {step} of {total_steps}, everything is saved: "
+                    signum,
+                    f"stopped by {signal.Signals(signum).name} at step {step} of {total_steps}, everything is saved: "
                     f"continue with ijckd-fast train --resume {folder}",
                 )
 
-        log.close()
-        rows = run_folder.read_log(folder)
-        summary = {
-            "complete": True,
-            "config": dataclasses.asdict(config),
-            "steps": step,
-            "last": evaluated,
-            "best": best,
-            "teacher_top1_percent": None if teacher_val is None else teacher_val.top1,
-            "params": params,
-            "macs": macs,
-            "images_per_s": statistics.median(row["images_per_s"] for row in rows if row["kind"] == "train"),
-            "skipped_steps": skipped,
-            "unreadable_files": len(loader.bad_files) + len(val_loader.bad_files),
-            "seconds": seconds + time.perf_counter() - started,
-        }
-        report.write_report(folder, summary, rows)
-        run_folder.write_text(folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
-        show.say(f"report: {folder / run_folder.REPORT}")
-        return summary
+        writer.wait()
+        unreadable = sum(processes.gather(len(loader.bad_files) + len(val_loader.bad_files)))
+        summary: dict[str, Any] = {}
+        if log is not None:
+            log.close()
+            rows = run_folder.read_log(folder)
+            summary = {
+                "complete": True,
+                "config": dataclasses.asdict(config),
+                "steps": step,
+                "last": evaluated,
+                "best": best,
+                "teacher_top1_percent": None if teacher_val is None else teacher_val.top1,
+                "params": params,
+                "macs": macs,
+                "processes": processes.world,
+                "images_per_s": statistics.median(row["images_per_s"] for row in rows if row["kind"] == "train"),
+                "skipped_steps": skipped,
+                "unreadable_files": unreadable,
+                "seconds": seconds + time.perf_counter() - started,
+            }
+            report.write_report(folder, summary, rows)
+            run_folder.write_text(folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            show.say(f"report: {folder / run_folder.REPORT}")
+        return processes.from_main(summary)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,6 +461,23 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"the fused head needs the CUDA library on a GPU, but _C_cuda.so was not built: install nvcc and run {REBUILD}, "
             "or use --device cpu, or --head reference"
         )
+    amp_dtype = config.amp_dtype or ("bfloat16" if device == "cuda" else "float32")
+    if amp_dtype == "float16" and device == "cpu":
+        raise UserError("--amp-dtype float16 needs a GPU, got --device cpu: use bfloat16 or float32")
+    world = distributed.world_size()
+    if config.cuda_graph and (device != "cuda" or world > 1 or config.optimizer == "lamb"):
+        raise UserError(
+            f"--cuda-graph is for one GPU and sgd or adamw, got --device {device}, {world} processes and --optimizer {config.optimizer}: "
+            "leave it out"
+        )
+    global_batch = config.global_batch or config.batch_size * world
+    if global_batch % world or (global_batch // world) % config.accumulate:
+        raise UserError(
+            f"the global batch of {global_batch} images cannot be shared out to {world} processes with --accumulate {config.accumulate} in "
+            f"equal parts: wanted a multiple of {world * config.accumulate}"
+        )
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
     return dataclasses.replace(
         config,
         data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
@@ -402,7 +491,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
         workers=config.workers or (max(1, len(os.sched_getaffinity(0)) - 1) if device == "cuda" else 2),
         device=device,
-        amp_dtype=config.amp_dtype or ("bfloat16" if device == "cuda" else "float32"),
+        amp_dtype=amp_dtype,
+        global_batch=global_batch,
+        batch_size=global_batch // world,
     )
 
 
@@ -431,6 +522,16 @@ def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
 def objective_of(config: TrainConfig) -> Objective:
     """The preset with the weights and heads that the settings change."""
     return get_objective(config.objective, **{name: getattr(config, name) for name in OBJECTIVE_FIELDS})
+
+
+def device_of(config: TrainConfig, processes: Processes) -> torch.device:
+    """This process's device; config is resolved."""
+    return torch.device("cuda", processes.local_rank) if config.device == "cuda" else torch.device(config.device)
+
+
+def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:
+    """What to autocast to; None for float32. config is resolved."""
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype or "float32"]
 
 
 def augment_of(config: TrainConfig) -> Augment:
@@ -471,9 +572,16 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
 
-def build_val_loader(config: TrainConfig, index: Index, device: torch.device, **more: Any) -> Loader:
-    """Every image of `index` once, in its order; may be iterated again and again."""
-    return _loader(config, EvalPlan(index, augment_of(config), config.batch_size), device, **more)
+def build_val_loader(
+    config: TrainConfig,
+    index: Index,
+    device: torch.device,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
+    **more: Any,
+) -> Loader:
+    """This process's share of the images of `index`, each once over all processes, in its order; may be iterated again and again."""
+    plan = EvalPlan(index, augment_of(config), config.batch_size, processes.rank, processes.world)
+    return _loader(config, plan, device, **more)
 
 
 def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) -> Loader:
@@ -516,6 +624,27 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
     return distiller.to(device)
 
 
+def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> None:
+    """Makes the nets ready to train as the settings say, after what is asked of them as they were built: statistics of BatchNorm over all
+    processes, the teacher's BatchNorm folded, compilation.
+    """
+    learner, teacher = distiller.learner, distiller.teacher
+    if config.sync_bn and processes.group is not None:
+        learner.synchronise(processes.group)
+    if teacher is not None and config.fold_teacher:
+        images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+        with torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        ):  # whose rounding would look like a wrong formula
+            fold_batch_norm(teacher.net, images.to(next(teacher.parameters()).device))
+    if config.compile:
+        learner.student.net.compile()
+        if learner.connector is not None:
+            learner.connector.trunk.compile()
+        if teacher is not None:
+            teacher.net.compile()
+
+
 def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
     """Says, once per dataset, how far DALI's pixels are from Pillow's. UserError beyond --max-drift.
 
@@ -545,25 +674,30 @@ def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[s
 
 
 def teacher_on_val(
-    config: TrainConfig, folder: Path, distiller: Distiller, val_loader: Loader, inputs: dict[str, str | None]
+    config: TrainConfig,
+    folder: Path,
+    distiller: Distiller,
+    val_loader: Loader,
+    inputs: dict[str, str | None],
+    processes: Processes,
 ) -> Evaluation | None:
     """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
     if distiller.teacher is None:
         return None
     key = f"{inputs['teacher']} {inputs['validation images']} {augment_of(config)} {config.data_backend} {config.amp_dtype}"
     path = folder / run_folder.TEACHER
-    if path.exists():
-        kept = np.load(path)
-        if kept["key"].item() == key and "ids" in kept:
-            predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
-            top1, top5, seconds = kept["top1_top5_seconds"].tolist()
-            return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
+    known = processes.from_main(_kept_evaluation(path, key) if processes.is_main else None)
+    if known is not None:
+        return known
     evaluation = evaluate(
         distiller.eval().teacher_logits,
         val_loader,
-        device=torch.device(config.device),
-        amp_dtype=torch.bfloat16 if config.amp_dtype == "bfloat16" else None,
+        device=device_of(config, processes),
+        amp_dtype=amp_dtype_of(config),
+        processes=processes,
     )
+    if not processes.is_main:
+        return evaluation
     with run_folder.replacing(path) as tmp, open(tmp, "wb") as file:
         np.savez(
             file,
@@ -573,6 +707,17 @@ def teacher_on_val(
             top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
         )
     return evaluation
+
+
+def _kept_evaluation(path: Path, key: str) -> Evaluation | None:
+    if not path.exists():
+        return None
+    kept = np.load(path)
+    if kept["key"].item() != key or "ids" not in kept:
+        return None
+    predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
+    top1, top5, seconds = kept["top1_top5_seconds"].tolist()
+    return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
 
 
 def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:
@@ -607,15 +752,38 @@ def _refuse_to_delete_inputs(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def _too_many_skipped(folder: Path, skipped: int, step: int) -> str:
-    last = folder / run_folder.LAST
-    if last.exists():
-        good = f"the last good checkpoint is {last} (step {checkpoint.load(last)['step']})"
-    else:
-        good = "no checkpoint had been written yet"
+def _not_finite(folder: Path, what: str, step: int) -> str:
     return (
-        f"stopped at step {step}: {skipped} steps had a NaN or infinite loss or gradient and were skipped, more than "
-        f"--nonfinite-limit allows; {good}. A smaller --lr, a longer --warmup-epochs or --amp-dtype float32 usually helps"
+        f"stopped at step {step}: {what}; {_last_good(folder)}. A smaller --lr, a longer --warmup-epochs or --amp-dtype float32 usually "
+        "helps"
+    )
+
+
+def _last_good(folder: Path) -> str:
+    last = folder / run_folder.LAST
+    if not last.exists():
+        return "no checkpoint had been written yet"
+    return f"the last good checkpoint is {last} (step {checkpoint.load(last)['step']})"
+
+
+def _out_of_memory(config: TrainConfig, folder: Path, step: int, fits: int | None) -> str:
+    """fits: images that went through when tried; None where that was not tried."""
+    whole = config.batch_size // config.accumulate
+    what = f"out of memory at step {step} with {whole} images going through the nets at once on {config.device}; {_last_good(folder)}. "
+    if fits == 0:
+        return (
+            what
+            + "Not even one image fits: choose a smaller student, a smaller --image-size, or a machine with more memory"
+        )
+    parts = (
+        config.accumulate * 2
+        if fits is None
+        else next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= fits) * config.accumulate
+    )
+    tried = "Half of them may fit" if fits is None else f"{fits} fit"
+    return (
+        f"{what}{tried}: start anew with --accumulate {parts} (the same update but for BatchNorm's statistics) or a smaller --batch-size, "
+        "or resume where more memory is free"
     )
 
 
@@ -633,22 +801,28 @@ def _describe(step: int, total_steps: int, evaluation: Evaluation) -> str:
 
 
 class _StopSignal:
-    signum = 0
+    signum = 0  # SIGINT or SIGTERM: save and stop
+    save = False  # SIGUSR1: save and go on
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[_StopSignal]:
-    """Inside, the first SIGINT or SIGTERM only sets `signum`, so that the loop can save; a second one acts at once."""
+    """Inside, the first SIGINT or SIGTERM only sets `signum`, so that the loop can save; a second one acts at once. SIGUSR1, which batch
+    systems send some time before they end a job, sets `save`, as often as it comes.
+    """
     stop = _StopSignal()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
     def note(number: int, _frame: object) -> None:
+        if number == signal.SIGUSR1:
+            stop.save = True
+            return
         stop.signum = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, before[each])
 
     for number in before:
         signal.signal(number, note)

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
 
 # Waiting for rank 0 to scan the images for the first time, not for a peer that is gone: that one closes its connection.
+_MEETING = datetime.timedelta(minutes=10)
 _LONGEST_WAIT = datetime.timedelta(hours=24)
 
 
@@ -142,9 +142,7 @@ def started(device: str, backend: str | None = None) -> Iterator[Processes]:
         )
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     try:
-        dist.init_process_group(
-            backend, init_method="env://", rank=rank, world_size=world, timeout=datetime.timedelta(minutes=10)
-        )
+        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=_MEETING)
         control = _control_group()
     # DistNetworkError: taken port, nobody there; ValueError: no MASTER_ADDR
     except (RuntimeError, ValueError) as error:
@@ -184,6 +182,23 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over the processes of a group. Each one's loss depends on every process's x, so gradients are summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes of `group`, on any device: torch's own of this name takes GPU tensors only.
 
@@ -210,7 +225,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.group is None:
             return self.act(self.drop(super().forward(input)))
-        x = input.float()
+        x = input if input.dtype == torch.float64 else input.float()
         dims = [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), x.numel() / x.shape[1])
@@ -235,7 +250,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.act(self.drop(y.to(input.dtype)))
 
     def _sum(self, x: Tensor) -> Tensor:
-        return dist_functional.all_reduce(x, group=self.group)
+        total: Tensor = _Sum.apply(x, self.group)
+        return total
 
 
 def synchronise_batch_norm(net: nn.Module, group: dist.ProcessGroup) -> None:

@@ -6,6 +6,7 @@ Everything it makes is on the device and nothing is waited for, so the same code
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -55,17 +56,23 @@ class TrainStep:
         self._amp_dtype, self._accumulate, self._clip = amp_dtype, accumulate, clip
         self._processes = processes
         self.guard = FiniteGuard(distiller.learner, optimizer, device)
-        self.ema = Ema(distiller.learner, ema_decay) if ema_decay else None  # after the guard, which lays buffers together
+        self.ema = (
+            Ema(distiller.learner, ema_decay) if ema_decay else None
+        )  # after the guard, which lays buffers together
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self._wrapped: DistributedDataParallel | None = None
         if processes.world > 1:
             # Running statistics are not sent round in every step: rank 0's are those that are evaluated and saved.
-            self._wrapped = DistributedDataParallel(
-                distiller.learner,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+            with warnings.catch_warnings():
+                warnings.filterwarnings(
+                    "ignore", "`broadcast_buffers` is deprecated"
+                )  # its heir is not in every torch we serve
+                self._wrapped = DistributedDataParallel(
+                    distiller.learner,
+                    device_ids=[device] if device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
             distiller.trained = self._wrapped
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]] | None = (
             {} if cuda_graph else None

@@ -72,7 +72,14 @@ def _net_and_batches(steps=6):
 
 
 def _optimizer(net, name="sgd", **changes):
-    settings = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "betas": (0.9, 0.99), "weight_decay": 1e-2, "decay_norms": True}
+    settings = {
+        "lr": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "betas": (0.9, 0.99),
+        "weight_decay": 1e-2,
+        "decay_norms": True,
+    }
     return build_optimizer(net, name=name, **{**settings, **changes})
 
 

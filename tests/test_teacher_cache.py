@@ -370,13 +370,14 @@ def test_killed_and_told_to_stop_the_cache_goes_on_where_it_was(data, weights, t
 
 
 @pytest.mark.parametrize(
-    "fault", ["line cut off", "chunk torn", "file cut off", "file gone", "progress gone", "classifier gone"]
+    "fault",
+    ["line cut off", "newline cut off", "chunk torn", "file cut off", "file gone", "progress gone", "classifier gone"],
 )
 def test_nothing_torn_is_trusted(cache, made, data, weights, capsys, fault):
     features, progress = cache / "features.bin", cache / "progress.jsonl"
     again = 1
-    if fault == "line cut off":
-        progress.write_bytes(progress.read_bytes()[:-3])
+    if fault in ("line cut off", "newline cut off"):
+        progress.write_bytes(progress.read_bytes()[: -3 if fault == "line cut off" else -1])
     elif fault == "chunk torn":
         with open(features, "r+b") as file:
             file.seek(5000)
@@ -573,6 +574,12 @@ def _flip_byte(cache: Path) -> None:
             file.write(bytes([byte ^ 1]))
 
 
+def _change_the_classifier(cache: Path) -> None:
+    path = cache / "classifier.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def _rewrite(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
@@ -591,6 +598,7 @@ def _rewrite(path: Path, old: str, new: str) -> None:
         (lambda cache: _rewrite(cache / "progress.jsonl", '"chunk": 3', '"chunk": 30'), "progress.jsonl is damaged"),
         (lambda cache: _rewrite(cache / "progress.jsonl", '"crc32": ', '"crc32": 1'), "progress.jsonl is damaged"),
         (lambda cache: (cache / "classifier.safetensors").write_bytes(b""), "classifier.safetensors is not the classifier"),
+        (_change_the_classifier, "is not the classifier that was written .its checksum is not the one written"),
         (lambda cache: (cache / "cache.json").unlink(), "no teacher cache in .* give the folder that ijckd-fast cache wrote"),
     ],
 )  # fmt: skip

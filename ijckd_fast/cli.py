@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -62,36 +62,20 @@ def _dispatch(arguments: list[str]) -> int:
 
 def train(arguments: list[str]) -> int:
     """Train or resume one net."""
-    parser = _parser(
-        "train", "Trains one net, by distillation or alone. Settings: --config first, options after it override."
-    )
-    parser.add_argument(
-        "--config", action="config", help=f"YAML file, or a preset: {', '.join(settings.preset_names())}"
-    )
-    parser.add_argument(
-        "--resume",
-        type=str,
-        help="folder of an interrupted run: goes on exactly where its last.pt (or the file named) was written",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="delete the run that is in --output-dir")
-    group: Any = parser
-    for name, field in settings.FIELDS.items():
-        if name in settings.GROUPS:
-            group = parser.add_argument_group(settings.GROUPS[name])
-        option = f"--{name.replace('_', '-')}"
-        if settings.TYPES[name] is bool:
-            group.add_argument(
-                option,
-                action=ActionYesNo(yes_prefix="", no_prefix="no-"),
-                default=field.default,
-                help=settings.help_of(name),
-            )
-        else:
-            group.add_argument(option, type=settings.TYPES[name], default=field.default, help=settings.help_of(name))
-    arguments = _with_preset_paths(arguments)
-    given = parser.parse_args(arguments, defaults=False).as_dict()  # only what the user or a YAML file sets
+    parser = _train_parser()
+    given = parser.parse_args(
+        _with_preset_paths(arguments), defaults=False
+    ).as_dict()  # only what the user or a YAML file sets
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     given.pop("config", None)
+    students = _values_of("--student", arguments)
+    if len(students) > 1:
+        if resume is not None:
+            raise UserError(
+                "--resume goes on with one run, got several times --student: give the same command without --resume, it goes on with "
+                "each student's run"
+            )
+        return _train_each(students, given, overwrite)
 
     from rich.console import Console
 
@@ -117,9 +101,151 @@ def train(arguments: list[str]) -> int:
                 f"{folder} takes {begun['global_batch']} images a step, which is {wanted} for each of {world_size()} processes, got "
                 f"--batch-size {given['batch_size']}: leave it out, or start a new run in another --output-dir"
             )
+    if (given.get("teacher") or "").startswith("cache:"):
+        begun["teacher_cache"] = None  # likewise
     config = settings.make_config({**begun, **given, "output_dir": str(folder)})
     run(config, resume=True, resume_from=resume_from, console=Console())
     return 0
+
+
+def _train_each(students: list[str], given: dict[str, Any], overwrite: bool) -> int:
+    """Trains students one after the other, each in its own folder; a run that is there is gone on with, a finished one passed over."""
+    from rich.console import Console
+
+    from ijckd_fast import run_folder
+    from ijckd_fast.train import resolve
+    from ijckd_fast.train import train as run
+
+    configs = []
+    for student in students:
+        values = {**given, "student": student}
+        if given.get("output_dir") is not None:
+            values["output_dir"] = str(Path(given["output_dir"], student.replace("/", "-")))
+        configs.append(resolve(settings.make_config(values)))
+    folders = [Path(config.output_dir or "") for config in configs]
+    twice = [folder for folder in folders if folders.count(folder) > 1]
+    if twice:
+        raise UserError(f"two students would be trained in {twice[0]}, wanted one each: give each --student once")
+    for number, (student, config, folder) in enumerate(zip(students, configs, folders, strict=True), 1):
+        try:
+            goes_on = not overwrite and (folder / run_folder.CONFIG).is_file()
+            run(config, resume=goes_on, overwrite=overwrite, console=Console())
+        except UserError as error:
+            raise UserError(f"student {student} ({number} of {len(students)}): {error}") from error
+    return 0
+
+
+def _train_parser() -> _Parser:
+    parser = _parser(
+        "train",
+        "Trains one net, by distillation or alone. Settings: --config first, options after it override. --student several times: one net "
+        "after the other, each in its own folder (of --output-dir, if it is given); the same command again goes on where it stopped.",
+    )
+    parser.add_argument(
+        "--config", action="config", help=f"YAML file, or a preset: {', '.join(settings.preset_names())}"
+    )
+    parser.add_argument(
+        "--resume",
+        type=str,
+        help="folder of an interrupted run: goes on exactly where its last.pt (or the file named) was written",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete the run that is in --output-dir")
+    _add_settings(parser, settings.FIELDS)
+    return parser
+
+
+def _add_settings(parser: _Parser, names: Iterable[str]) -> None:
+    """Options for settings of TrainConfig, under their headings."""
+    groups: dict[str, Any] = {}
+    heading = ""
+    for name, field in settings.FIELDS.items():
+        heading = settings.GROUPS.get(name, heading)
+        if name not in names:
+            continue
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(heading)
+        option = f"--{name.replace('_', '-')}"
+        if settings.TYPES[name] is bool:
+            groups[heading].add_argument(
+                option,
+                action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+                default=field.default,
+                help=settings.help_of(name),
+            )
+        else:
+            groups[heading].add_argument(
+                option, type=settings.TYPES[name], default=field.default, help=settings.help_of(name)
+            )
+
+
+def cache(arguments: list[str]) -> int:
+    """Write a teacher's features once, to train students without running it."""
+    parser = _parser(
+        "cache",
+        "Writes a teacher's pooled features for V views (crop and flip) of every training image to OUT. ijckd-fast train --teacher "
+        "cache:OUT then never builds the teacher's backbone; objectives ijckd-pooled, srrl, kd and dkd, without mixup, cutmix, repeats and "
+        "sizes, with the same images, seed, crops and data backend. Takes V x images x channels x 2 bytes. In the end some views are "
+        "computed again and compared: exit code 1, and their names, if they differ. Interrupted, it goes on where it stopped when it "
+        "is run again; a finished cache is verified again. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("out", type=str, help="folder for the cache: a new or empty one, or a cache to go on with")
+    parser.add_argument(
+        "--views",
+        type=int,
+        required=True,
+        help="V, views of each image: epoch e of a training sees those of epoch e modulo V, so that with fewer views than epochs they are "
+        "seen again; as many as --epochs lose nothing",
+    )
+    parser.add_argument(
+        "--config", type=str, help="YAML file or preset that the students will be trained with; options override it"
+    )
+    parser.add_argument(
+        "--chunk-images",
+        type=int,
+        default=settings.CACHE_CHUNK_IMAGES,
+        help="images in a chunk, what is written at once and is lost at most when it is interrupted",
+    )
+    parser.add_argument(
+        "--verify",
+        type=int,
+        default=settings.CACHE_VERIFY,
+        help="views, drawn at random, to compute again when the cache is finished; 0: none",
+    )
+    parser.add_argument("--verify-seed", type=int, help="seed of that draw; default: another one each time")
+    parser.add_argument("--overwrite", action="store_true", help="delete the cache that is in OUT")
+    _add_settings(parser, settings.CACHE_FIELDS)
+    chosen = parser.parse_args(arguments)
+    given = parser.parse_args(arguments, defaults=False).as_dict()
+    preset: dict[str, Any] = {}
+    if chosen.config is not None:
+        words = _with_preset_paths([f"--config={chosen.config}"])
+        preset = _train_parser().parse_args(words, defaults=False).as_dict()  # typed, as in train
+        preset = {name: preset[name] for name in (*settings.CACHE_FIELDS, *settings.UNCACHED_FIELDS) if name in preset}
+    given = {name: given[name] for name in settings.CACHE_FIELDS if name in given}
+
+    from rich.console import Console
+
+    from ijckd_fast.caching import make_cache
+
+    row, wrong = make_cache(
+        settings.make_config({**preset, **given, "objective": "kd", "head": "reference"}),
+        chosen.out,
+        chosen.views,
+        chunk_images=chosen.chunk_images,
+        verify=chosen.verify,
+        verify_seed=chosen.verify_seed,
+        overwrite=chosen.overwrite,
+        console=Console(),
+        progress=sys.stderr.isatty(),
+    )
+    for line in wrong:
+        print(line)
+    if wrong:
+        print(
+            f"{len(wrong)} of the views computed again differ: the cache is not to be trained from; --overwrite makes it anew"
+        )
+    print(json.dumps(row))
+    return 1 if wrong else 0
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -142,6 +268,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--teacher-checkpoint", type=str, help="where the teacher's weights are now, if they were moved"
     )
+    parser.add_argument("--teacher-cache", type=str, help="where the cache is now that the run was trained from")
     parser.add_argument("--batch-size", type=int, help="images per step; default: the run's")
     parser.add_argument("--workers", type=int, help="decoding threads; default: the run's")
     parser.add_argument("--data-backend", type=settings.TYPES["data_backend"], help="default: the run's")
@@ -152,7 +279,8 @@ def evaluate(arguments: list[str]) -> int:
 
     from ijckd_fast.data import build_index
     from ijckd_fast.evaluate import evaluate as measure
-    from ijckd_fast.train import amp_dtype_of, build_val_loader
+    from ijckd_fast.teacher_cache import TeacherCache
+    from ijckd_fast.train import amp_dtype_of, augment_of, build_val_loader
 
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
@@ -169,7 +297,14 @@ def evaluate(arguments: list[str]) -> int:
     amp_dtype = amp_dtype_of(config)
     with build_val_loader(config, index, device) as loader:
         teacher = None
-        if distiller.teacher is not None:
+        if config.teacher_cache is not None:
+            teacher = TeacherCache(config.teacher_cache).on_val(index, augment_of(config), config.data_backend)
+            if teacher is None:
+                print(
+                    "the cache has the teacher's answers to other images, or with other settings: no agreement; --teacher-checkpoint "
+                    "brings the teacher itself"
+                )
+        elif distiller.teacher is not None:
             teacher = measure(distiller.teacher_logits, loader, device=device, amp_dtype=amp_dtype)
         result = measure(
             distiller.predict,
@@ -224,11 +359,23 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
     if given.get("data_dir") is not None:
         begun = dataclasses.replace(begun, val_labels=None)
     config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
+    cache = config.teacher_cache
+    if given.get("teacher_checkpoint") is not None and given.get("teacher_cache") is None:
+        cache = None  # the teacher itself
+    elif cache is not None and not Path(cache).is_dir():
+        if config.infer_head == "teacher":
+            raise UserError(
+                f"the teacher cache {cache}, whose classifier the student answers through, is not there: give --teacher-cache with its "
+                "folder, or --teacher-checkpoint with the teacher's weights"
+            )
+        print(f"the teacher cache {cache} is not there: no agreement; --teacher-cache names it")
+        cache = None
+    config = dataclasses.replace(config, teacher_cache=cache)
     if config.infer_head == "student" and not (
-        config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
+        cache or config.teacher_pretrained or Path(config.teacher_checkpoint or "").is_file()
     ):
         # The student answers alone; without its teacher only the agreement is missing.
-        if config.teacher is not None:
+        if config.teacher_checkpoint is not None:
             print(
                 f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint names them"
             )
@@ -244,10 +391,10 @@ def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distille
     import torch
 
     from ijckd_fast import checkpoint
-    from ijckd_fast.train import build_distiller
+    from ijckd_fast.train import build_distiller, teacher_fingerprint
 
     distiller = build_distiller(config, len(state["classes"]), torch.device(config.device))
-    if distiller.teacher is not None and checkpoint.fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
+    if distiller.teacher is not None and teacher_fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
         raise UserError(
             f"the teacher {config.teacher} is not the one {path} was trained with (its weights differ): give that one as "
             "--teacher-checkpoint"
@@ -576,6 +723,7 @@ def doctor(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "cache": cache,
     "evaluate": evaluate,
     "index": index,
     "prepare-imagenet": prepare_imagenet,
@@ -627,6 +775,16 @@ def _normalise(arguments: list[str]) -> list[str]:
         argument = name.replace("_", "-") + equals + value if name else value
         normal.append(argument)
     return normal
+
+
+def _values_of(option: str, arguments: list[str]) -> list[str]:
+    """Every value given to an option, in order."""
+    values = []
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == option:
+            values += [value] if equals else arguments[i + 1 : i + 2]
+    return values
 
 
 def _with_preset_paths(arguments: list[str]) -> list[str]:

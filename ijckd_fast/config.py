@@ -18,6 +18,9 @@ PRESET_FOLDER = Path(__file__).parent / "configs"
 # ImageNet-like pictures and 1.1 on the digits; a shift by a pixel or swapped channels 12 and more.
 MAX_DRIFT = 0.5
 
+CACHE_CHUNK_IMAGES = 4096  # of a teacher cache: images in a chunk, the unit that is written, checked and computed again
+CACHE_VERIFY = 64  # and how many of its views are computed again when it is finished
+
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -42,10 +45,16 @@ class TrainConfig:
     student_pretrained: bool = _setting(False, "start the student from the library's published weights")
     teacher: str | None = _setting(
         None,
-        "teacher, named like the student (a run's folder or its best.pt brings its weights); none only for --objective ce",
+        "teacher, named like the student (a run's folder or its best.pt brings its weights), or cache:FOLDER, its features written by"
+        " ijckd-fast cache; none only for --objective ce",
     )
     teacher_checkpoint: str | None = _setting(None, "file with the teacher's weights, e.g. best.pt of an earlier run")
     teacher_pretrained: bool = _setting(False, "take the teacher's published weights from the library")
+    teacher_cache: str | None = _setting(
+        None,
+        "folder that ijckd-fast cache wrote: the teacher's features come from there and its backbone is not built; an image is seen in"
+        " the cache's V views, which begin again after V epochs; --teacher cache:FOLDER sets this and the teacher's name",
+    )
     allow_weak_teacher: bool = _setting(False, "train even if the teacher's own top-1 is near chance")
 
     objective: str = _setting("ijckd", "ijckd, ijckd-pooled, srrl, simkd, kd, dkd or ce")
@@ -250,9 +259,10 @@ GROUPS = {
 # among them because global_batch is not: a run continues with any number of processes that divides its global batch.
 FREE_ON_RESUME = frozenset(
     {
-        "data_dir", "class_list", "val_labels", "output_dir", "teacher_checkpoint", "student_checkpoint", "allow_weak_teacher",
-        "index_verify", "check_files", "workers", "prefetch", "log_interval", "checkpoint_minutes", "checkpoint_steps",
-        "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift", "batch_size", "dist_backend", "keep_checkpoints", "wandb",
+        "data_dir", "class_list", "val_labels", "output_dir", "teacher_checkpoint", "teacher_cache", "student_checkpoint",
+        "allow_weak_teacher", "index_verify", "check_files", "workers", "prefetch", "log_interval", "checkpoint_minutes",
+        "checkpoint_steps", "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift", "batch_size", "dist_backend",
+        "keep_checkpoints", "wandb",
     }
 )  # fmt: skip
 
@@ -261,6 +271,15 @@ OBJECTIVE_FIELDS = (
     "ce", "sr", "fm", "kl", "ce_head", "kl_head", "dkd_alpha", "dkd_beta", "dkd_warmup", "match", "temperature", "connector",
     "infer_head",
 )  # fmt: skip
+
+# What a teacher cache is made of and by; the rest belongs to the student.
+CACHE_FIELDS = (
+    "data_dir", "class_list", "val_labels", "teacher", "teacher_checkpoint", "teacher_pretrained", "allow_weak_teacher", "image_size",
+    "scale", "ratio", "hflip", "eval_resize", "mean", "std", "train_per_class", "label_noise", "data_backend", "index_verify",
+    "check_files", "unreadable_limit", "max_drift", "workers", "decode", "hw_decoder_load", "prefetch", "batch_size", "seed", "device",
+    "amp_dtype", "channels_last",
+)  # fmt: skip
+UNCACHED_FIELDS = ("mixup", "cutmix", "repeats", "sizes")  # must be off in a training from a cache
 
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(TrainConfig)}
 TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)

@@ -19,7 +19,7 @@ from ijckd_fast import ops, reference
 from ijckd_fast.connectors import Connector, build_connector
 from ijckd_fast.distributed import synchronise_batch_norm
 from ijckd_fast.errors import UserError, did_you_mean
-from ijckd_fast.models import Tapped, count_macs, count_parameters, macs
+from ijckd_fast.models import CachedTeacher, Tapped, count_macs, count_parameters, macs
 from ijckd_fast.objectives import Objective
 
 HEADS = ("fused", "reference")
@@ -118,7 +118,7 @@ class Distiller:
     learner    what is trained; its parameters are the optimizer's, its state_dict the checkpoint's
     trained    the callable that `step` runs, at first the learner itself; a training loop may set it to
                `DistributedDataParallel(distiller.learner)` or `torch.compile(distiller.learner)`
-    teacher    Tapped or None; always in eval mode, its parameters never require a gradient
+    teacher    Tapped, CachedTeacher or None; always in eval mode, its parameters never require a gradient
     objective, label_smoothing, head: as given
 
     student          its classifier is dropped in place if the objective does not train it
@@ -131,7 +131,7 @@ class Distiller:
     def __init__(
         self,
         student: Tapped,
-        teacher: Tapped | None,
+        teacher: Tapped | CachedTeacher | None,
         objective: Objective,
         *,
         label_smoothing: float = 0.0,
@@ -189,6 +189,7 @@ class Distiller:
         *,
         labels_b: Tensor | None = None,
         mix: Tensor | None = None,
+        pooled_t: Tensor | None = None,
         progress: float | Tensor,
     ) -> StepOutput:
         """Loss of one batch. Gradients go to the learner's parameters only; nothing waits for the device.
@@ -196,15 +197,17 @@ class Distiller:
         images    [B, 3, S, S]
         labels    [B] int64 in [0, K)
         labels_b  [B] int64, mix [B] in [0, 1]: images mixed of two, of which `labels` weighs mix and labels_b 1 - mix
+        pooled_t  [B, Ct]: the teacher's pooled features of these images, from a cache; its backbone is then not run
         progress  epochs done so far, fractions included (DKD's warm-up depends on it); a number or a tensor []
         returns   StepOutput; loss and parts are float32 also under autocast (float64 for a float64 net)
         """
         o = self.objective
-        map_t = pooled_t = logits_t = None
+        map_t = logits_t = None
         if o.needs_teacher_features:
             assert self.teacher is not None
             with torch.no_grad():
-                map_t, pooled_t = self.teacher.features(images, o.needs_teacher_map)  # [B, Ct, Ht, Wt], [B, Ct]
+                if pooled_t is None or o.needs_teacher_map:
+                    map_t, pooled_t = self.teacher.features(images, o.needs_teacher_map)  # [B, Ct, Ht, Wt], [B, Ct]
                 if (o.kl_head == "student" and o.kl > 0) or o.dkd_alpha > 0 or o.dkd_beta > 0:
                     logits_t = _full(self._classifier(pooled_t))  # [B, K]
         if map_t is not None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distributed import Processes
 from ijckd_fast.errors import UserError
+from ijckd_fast.run_folder import replacing
 
 
 class Evaluation(NamedTuple):
@@ -94,3 +97,27 @@ def _agreement(predicted: Tensor, ids: Tensor, teacher: Evaluation) -> float | N
     of_teacher = dict(zip(teacher.ids.tolist(), teacher.predictions.tolist(), strict=True))
     both = [(p, of_teacher[i]) for p, i in zip(predicted.tolist(), ids.tolist(), strict=True) if i in of_teacher]
     return 100 * sum(p == t for p, t in both) / len(both) if both else None
+
+
+def save_evaluation(path: Path, key: str, evaluation: Evaluation) -> None:
+    """Replaces `path` (.npz) by an evaluation without its agreement; `key` says what it is of."""
+    with replacing(path) as tmp, open(tmp, "wb") as file:
+        np.savez(
+            file,
+            key=key,
+            predictions=evaluation.predictions.numpy(),
+            ids=evaluation.ids.numpy(),
+            top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
+        )
+
+
+def load_evaluation(path: Path) -> tuple[str, Evaluation] | None:
+    """Key and evaluation that `save_evaluation` wrote, agreement 100 %; None where there is none of this version."""
+    if not path.exists():
+        return None
+    kept = np.load(path)
+    if "ids" not in kept:
+        return None
+    predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
+    top1, top5, seconds = kept["top1_top5_seconds"].tolist()
+    return kept["key"].item(), Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)

@@ -245,6 +245,37 @@ class Tapped(nn.Module):
         return key.startswith(self.classifier_path + ".")
 
 
+class CachedTeacher(nn.Module):
+    """What is left of a teacher whose pooled features come from a cache: its classifier. There is no backbone, and no image is taken.
+
+    classifier   `nn.Linear` (C -> K), the teacher's own
+    name         of the teacher's model
+    fingerprint  checkpoint.fingerprint of the whole teacher
+    num_classes (K), channels (C), as a Tapped has them
+    """
+
+    def __init__(self, classifier: nn.Linear, name: str, fingerprint: str) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.name = name
+        self.fingerprint = fingerprint
+        self.num_classes, self.channels = classifier.out_features, classifier.in_features
+
+    def require_map(self) -> None:
+        """Raises UserError: a cache holds no maps."""
+        raise UserError(
+            f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective 'ijckd-pooled' "
+            "(match 'pooled'), or the teacher itself"
+        )
+
+    def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Raises RuntimeError: whoever trains from a cache hands its features to Distiller.step."""
+        raise RuntimeError(f"CachedTeacher {self.name!r}: there is no backbone to ask, give pooled_t")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)[1]
+
+
 def _a_few(what: str, items: Any) -> str:
     items = list(items)
     more = f" and {len(items) - 3} more" if len(items) > 3 else ""

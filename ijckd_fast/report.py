@@ -19,9 +19,11 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
     """
     plot_training(folder / run_folder.PLOT, rows)
     config, last, best = summary["config"], summary["last"], summary["best"]
-    teacher = (
-        "none" if config["teacher"] is None else f"{config['teacher']}, top-1 {summary['teacher_top1_percent']:.2f} %"
-    )
+    teacher, top1 = config["teacher"] or "none", summary["teacher_top1_percent"]
+    if top1 is not None:
+        teacher += f", top-1 {top1:.2f} %"
+    if config["teacher_cache"] is not None:
+        teacher += f", features from `{config['teacher_cache']}`"
     schedule = (
         f"{summary['steps']} steps ({last['epoch']:.2f} epochs) of {config['batch_size']} images, lr {config['lr']} "
         f"({config['schedule']}), seed {config['seed']}"

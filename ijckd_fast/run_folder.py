@@ -32,8 +32,8 @@ _OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT,
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run for this process; UserError when another living process holds it.
+def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
+    """Holds the folder of a run, which `option` named, for this process; UserError when another living process holds it.
 
     The kernel drops the lock when its process ends, however it ends: a lock file left by a dead run is no hindrance.
     """
@@ -42,7 +42,7 @@ def lock(folder: Path) -> Iterator[None]:
         file = open(folder / "lock", "a+")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(
-            f"--output-dir must be a folder that can be written, but {folder} is not ({error.strerror}): choose another"
+            f"{option} must be a folder that can be written, but {folder} is not ({error.strerror}): choose another"
         ) from error
     with file:
         try:
@@ -51,7 +51,7 @@ def lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise UserError(
-                f"another run (process {holder}) is writing to {folder}: wait for it, or choose another --output-dir"
+                f"another run (process {holder}) is writing to {folder}: wait for it, or choose another {option}"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

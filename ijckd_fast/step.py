@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,14 +75,17 @@ class TrainStep:
                     gradient_as_bucket_view=True,
                 )
             distiller.trained = self._wrapped
-        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]] | None = (
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]] | None = (
             {} if cuda_graph else None
         )
         self._lr, self._progress = torch.zeros((), device=device), torch.zeros((), device=device)
 
-    def __call__(self, batch: Batch, *, step: int, lr: float, progress: float) -> dict[str, Tensor]:
+    def __call__(
+        self, batch: Batch, pooled_t: Tensor | None = None, *, step: int, lr: float, progress: float
+    ) -> dict[str, Tensor]:
         """One update.
 
+        pooled_t  [B, Ct] on the device: the teacher's pooled features of the batch, from a cache; None: the teacher is run
         step      updates done so far
         lr        learning rate of this one
         progress  epochs done so far, fractions included
@@ -92,16 +96,16 @@ class TrainStep:
         if self._graphs is None:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
-            figures = self._update(batch, progress)
+            figures = self._update(_inputs(batch, pooled_t), progress)
         else:
             self._lr.fill_(lr)
             self._progress.fill_(progress)
-            figures = self._replay(batch)
+            figures = self._replay(_inputs(batch, pooled_t))
         if self.ema is not None:
             self.ema.update(step + 1)
         return figures
 
-    def _update(self, batch: Batch, progress: float | Tensor) -> dict[str, Tensor]:
+    def _update(self, batch: _Inputs, progress: float | Tensor) -> dict[str, Tensor]:
         self._optimizer.zero_grad(set_to_none=True)
         self.guard.before_forward()
         figures = self._backward(batch, progress)
@@ -118,10 +122,10 @@ class TrainStep:
             overflow = ~ok & torch.isfinite(figures["loss"])
         return {"ok": ok, "overflow": overflow, **figures, "grad_norm": grad_norm}
 
-    def _backward(self, batch: Batch, progress: float | Tensor) -> dict[str, Tensor]:
+    def _backward(self, batch: _Inputs, progress: float | Tensor) -> dict[str, Tensor]:
         """Gradients of the mean loss over the batch, and the figures of it."""
         figures: dict[str, Tensor] = {}
-        for i, part in enumerate(parts(batch, self._accumulate), 1):
+        for i, part in enumerate(_parts(batch, self._accumulate), 1):
             alone = self._wrapped is not None and i < self._accumulate  # processes meet at the last part only
             with self._wrapped.no_sync() if alone and self._wrapped is not None else contextlib.nullcontext():
                 with torch.autocast(
@@ -131,7 +135,12 @@ class TrainStep:
                     cache_enabled=self._graphs is None,  # what a capture keeps would be of its own memory
                 ):
                     out = self._distiller.step(
-                        part.images, part.labels, labels_b=part.labels_b, mix=part.mix, progress=progress
+                        part.images,
+                        part.labels,
+                        labels_b=part.labels_b,
+                        mix=part.mix,
+                        pooled_t=part.pooled_t,
+                        progress=progress,
                     )
                 self.scaler.scale(out.loss / self._accumulate).backward()
             mine = {"loss": out.loss.detach() / self._accumulate, "correct": out.correct}
@@ -141,7 +150,7 @@ class TrainStep:
 
     # --- as one CUDA graph ---
 
-    def _replay(self, batch: Batch) -> dict[str, Tensor]:
+    def _replay(self, batch: _Inputs) -> dict[str, Tensor]:
         assert self._graphs is not None
         shape = tuple(batch.images.shape)
         if shape not in self._graphs:
@@ -153,8 +162,8 @@ class TrainStep:
         graph.replay()
         return figures
 
-    def _captured(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, dict[str, Tensor]]:
-        """The step as a graph that reads the tensors of the Batch returned and writes the figures returned. Changes no weight."""
+    def _captured(self, batch: _Inputs) -> tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]:
+        """The step as a graph that reads the tensors of the inputs returned and writes the figures returned. Changes no weight."""
         inputs = _each(batch, torch.clone)
         counters = [b for b in self._distiller.learner.buffers() if not b.is_floating_point()]
         before = [b.clone() for b in counters]
@@ -182,7 +191,7 @@ class TrainStep:
 
     # --- out of memory ---
 
-    def largest_part_that_fits(self, batch: Batch, progress: float) -> int:
+    def largest_part_that_fits(self, batch: Batch, pooled_t: Tensor | None, progress: float) -> int:
         """After a step that ran out of memory: how many images, halving the batch again and again, go through both nets and back.
 
         Changes no weight and no statistic; 0 if not even one does.
@@ -194,7 +203,7 @@ class TrainStep:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             try:
-                self._backward(_rows(batch, slice(0, images * self._accumulate)), progress)
+                self._backward(_rows(_inputs(batch, pooled_t), slice(0, images * self._accumulate)), progress)
                 break
             except (RuntimeError, ValueError) as error:  # ValueError: BatchNorm, of one value per channel
                 if not out_of_memory(error) and images > 1:
@@ -214,19 +223,32 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _each(batch: Batch, made: Callable[[Tensor], Tensor]) -> Batch:
-    images, labels, ids, *mixing = (None if x is None else made(x) for x in batch)
+class _Inputs(NamedTuple):
+    """What a step reads: of Batch, and of a cache."""
+
+    images: Tensor
+    labels: Tensor
+    labels_b: Tensor | None
+    mix: Tensor | None
+    pooled_t: Tensor | None
+
+
+def _inputs(batch: Batch, pooled_t: Tensor | None) -> _Inputs:
+    return _Inputs(batch.images, batch.labels, batch.labels_b, batch.mix, pooled_t)
+
+
+def _each(batch: _Inputs, made: Callable[[Tensor], Tensor]) -> _Inputs:
+    images, labels, *others = (None if x is None else made(x) for x in batch)
     assert images is not None
     assert labels is not None
-    assert ids is not None
-    return Batch(images, labels, ids, *mixing)
+    return _Inputs(images, labels, *others)
 
 
-def _rows(batch: Batch, rows: slice) -> Batch:
+def _rows(batch: _Inputs, rows: slice) -> _Inputs:
     return _each(batch, lambda x: x[rows])
 
 
-def parts(batch: Batch, n: int) -> list[Batch]:
+def _parts(batch: _Inputs, n: int) -> list[_Inputs]:
     """The batch in n equal parts, in order."""
     size = len(batch.labels) // n
     return [batch] if n == 1 else [_rows(batch, slice(i * size, (i + 1) * size)) for i in range(n)]

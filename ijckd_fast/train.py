@@ -15,13 +15,14 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from ijckd_fast import checkpoint, distributed, ops, report, run_folder
 from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
@@ -33,21 +34,24 @@ from ijckd_fast.data import (
     Plan,
     TooManyUnreadable,
     TrainPlan,
+    ViewPlan,
     build_index,
     make_loader,
     parity,
 )
+from ijckd_fast.data.loader import deliver
 from ijckd_fast.distiller import Distiller
 from ijckd_fast.distributed import Processes
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import Evaluation, evaluate
+from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.folding import fold_batch_norm
 from ijckd_fast.libraries import REBUILD, load_libraries
-from ijckd_fast.models import create_model, is_model_name
+from ijckd_fast.models import CachedTeacher, Tapped, create_model, is_model_name
 from ijckd_fast.objectives import Objective, get_objective
 from ijckd_fast.optimize import build_optimizer, learning_rate
 from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress, memory_mb
 from ijckd_fast.step import TrainStep, out_of_memory
+from ijckd_fast.teacher_cache import TeacherCache
 
 __all__ = ["Stopped", "TrainConfig", "build_distiller", "build_indexes", "build_val_loader", "resolve", "train"]
 
@@ -114,9 +118,18 @@ def _train(
         # --- data: every batch is a pure function of (index, seed, step)
         with processes.main_first():  # a first scan is made once, and kept
             train_index, val_index = build_indexes(config)
+        cache = open_cache(config, train_index)
         plan = TrainPlan(
-            train_index, augment_of(config), config.batch_size, config.seed, processes.rank, processes.world
+            train_index,
+            augment_of(config),
+            config.batch_size,
+            config.seed,
+            processes.rank,
+            processes.world,
+            views=None if cache is None else cache.views,
         )
+        for i, why in {} if cache is None else cache.unreadable.items():
+            plan.stand_ins.add(i, why)
         total_steps = config.epochs * plan.steps_per_epoch
         if config.max_steps is not None:
             total_steps = min(total_steps, config.max_steps)
@@ -131,7 +144,7 @@ def _train(
         distiller = build_distiller(config, train_index.num_classes, device)
         learner = distiller.learner
         params, macs = distiller.deployed_cost(config.image_size)
-        teacher_digest = None if distiller.teacher is None else checkpoint.fingerprint(distiller.teacher)
+        teacher_digest = None if distiller.teacher is None else teacher_fingerprint(distiller.teacher)
         prepare(config, distiller, processes)
         optimizer = build_optimizer(
             learner,
@@ -159,6 +172,7 @@ def _train(
             "training images": train_index.hash,
             "validation images": val_index.hash,
             "teacher": teacher_digest,
+            "cached features": None if cache is None else cache.digest,
         }
 
         # --- where the run stands
@@ -173,7 +187,7 @@ def _train(
         if resume and (processes.from_main(begin_at.exists()) or resume_from != run_folder.LAST):
             state = checkpoint.load(begin_at)
             for what, digest in inputs.items():
-                if state["inputs"][what] != digest:
+                if state["inputs"].get(what) != digest:
                     raise UserError(
                         f"{folder} cannot be resumed: the {what} differ from those the run began with; put the old ones back"
                         f"{' (ijckd-fast index looks at every file again)' if 'images' in what else ''} or start a new run"
@@ -242,9 +256,22 @@ def _train(
             + (f"; {processes.world} processes, {config.global_batch} images a step" if processes.world > 1 else "")
             + (f"; going on from step {step}" if step else "")
         )
+        if cache is not None:
+            show.say(
+                f"teacher's features from {cache.path}: {cache.views} views of each image, begun again every {cache.views} epochs"
+            )
+            for i, why in cache.unreadable.items():
+                say_bad_file("another image of its class stands in for it")(train_index.absolute(i), why)
         if config.data_backend == "dali" and processes.is_main:
             check_parity(config, train_index, val_index, show.say)
-        teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
+        if cache is None:
+            teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
+        else:
+            teacher_val = cache.on_val(val_index, augment_of(config), config.data_backend)
+            if teacher_val is None:
+                show.say(
+                    "the cache holds the teacher's answers to other val images, or with other settings: no agreement"
+                )
         if teacher_val is not None:
             show.say(
                 f"teacher: top-1 {teacher_val.top1:.2f} % of {teacher_val.images} val images, {teacher_val.seconds:.1f} s"
@@ -288,6 +315,7 @@ def _train(
             try:
                 with watch.waiting():
                     batch = next(batches)  # images [B, 3, S, S], labels [B], and those of mixing
+                    pooled_t = None if cache is None else cached_features(cache, loader, device)  # [B, Ct]
             except TooManyUnreadable as error:
                 if processes.world == 1:  # to save takes all of them
                     save(run_folder.LAST)
@@ -309,11 +337,12 @@ def _train(
             )
             progress = step / plan.steps_per_epoch
             try:
-                figures = train_step(batch, step=step, lr=lr, progress=progress)
+                figures = train_step(batch, pooled_t, step=step, lr=lr, progress=progress)
             except (RuntimeError, ValueError) as error:
                 if out_of_memory(error):
-                    fits = train_step.largest_part_that_fits(batch, progress) if processes.world == 1 else None
-                    if processes.world == 1:
+                    fits = None
+                    if processes.world == 1:  # to save takes all of them
+                        fits = train_step.largest_part_that_fits(batch, pooled_t, progress)
                         save(run_folder.LAST)
                         writer.wait()
                     raise UserError(_out_of_memory(config, folder, step, fits)) from error
@@ -443,14 +472,19 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in every value that was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
     if not config.data_dir:
         raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
-    config = _named_by_path(_named_by_path(config, "teacher"), "student")
+    config = _named_by_path(_named_by_path(_named_by_cache(config), "teacher"), "student")
     has_weights = config.teacher_checkpoint is not None or config.teacher_pretrained or config.allow_weak_teacher
-    if config.teacher is not None and not has_weights:
+    if config.teacher is not None and not has_weights and config.teacher_cache is None:
         raise UserError(
             f"teacher {config.teacher} has no weights: give --teacher-checkpoint FILE, or --teacher-pretrained for the "
             "library's published ones"
         )
     objective = objective_of(config)
+    if config.teacher_cache is not None and objective.needs_teacher_map:
+        raise UserError(
+            f"objective {objective.name!r} matches the teacher's maps, wanted one that needs pooled features, all that the cache "
+            f"{config.teacher_cache} holds: take --objective ijckd-pooled (or srrl, kd, dkd), or the teacher itself (--teacher NAME or RUN)"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
     device = config.device
@@ -484,6 +518,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         class_list=config.class_list and os.path.abspath(config.class_list),
         val_labels=config.val_labels and os.path.abspath(config.val_labels),
         teacher_checkpoint=config.teacher_checkpoint and os.path.abspath(config.teacher_checkpoint),
+        teacher_cache=config.teacher_cache and os.path.abspath(config.teacher_cache),
         student_checkpoint=config.student_checkpoint and os.path.abspath(config.student_checkpoint),
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
@@ -495,6 +530,18 @@ def resolve(config: TrainConfig) -> TrainConfig:
         global_batch=global_batch,
         batch_size=global_batch // world,
     )
+
+
+def _named_by_cache(config: TrainConfig) -> TrainConfig:
+    """Where the teacher is given as cache:FOLDER, or the folder alone is: the model that the cache is of, and the folder."""
+    given, folder = config.teacher or "", config.teacher_cache
+    if given.startswith("cache:"):
+        if folder is not None:
+            raise UserError(f"--teacher {given} is a cache and --teacher-cache {folder} is given too: leave out one")
+        folder = os.path.expanduser(given.removeprefix("cache:"))
+    elif given or folder is None:
+        return config
+    return dataclasses.replace(config, teacher=TeacherCache(folder).name, teacher_cache=folder)
 
 
 def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
@@ -584,6 +631,14 @@ def build_val_loader(
     return _loader(config, plan, device, **more)
 
 
+def build_view_loader(
+    config: TrainConfig, index: Index, batches: Sequence[tuple[int, Sequence[int]]], device: torch.device, **more: Any
+) -> Loader:
+    """Given views of given training images, see ViewPlan; once."""
+    plan = ViewPlan(index, augment_of(config), batches, config.batch_size, config.seed)
+    return _loader(config, plan, device, **more)
+
+
 def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) -> Loader:
     settings: dict[str, Any] = {
         "threads": config.workers,
@@ -597,15 +652,7 @@ def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) 
 
 def build_distiller(config: TrainConfig, num_classes: int, device: torch.device) -> Distiller:
     """Teacher and student on `device`. The student's first weights depend on the seed alone, not on teacher or objective."""
-    teacher = None
-    if config.teacher is not None:
-        teacher = create_model(
-            config.teacher,
-            num_classes,
-            checkpoint=config.teacher_checkpoint,
-            pretrained=config.teacher_pretrained,
-            image_size=config.image_size,
-        )
+    teacher = build_teacher(config, num_classes)
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 - for third-party nets that draw from it
     torch.manual_seed(config.seed)
@@ -631,7 +678,7 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
     learner, teacher = distiller.learner, distiller.teacher
     if config.sync_bn and processes.group is not None:
         learner.synchronise(processes.group)
-    if teacher is not None and config.fold_teacher:
+    if isinstance(teacher, Tapped) and config.fold_teacher:
         images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
         with torch.backends.cudnn.flags(
             enabled=True, allow_tf32=False
@@ -641,8 +688,66 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
         learner.student.net.compile()
         if learner.connector is not None:
             learner.connector.trunk.compile()
-        if teacher is not None:
+        if isinstance(teacher, Tapped):
             teacher.net.compile()
+
+
+def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeacher | None:
+    """The teacher on the CPU: of a cache the classifier alone; None for none."""
+    if config.teacher is None:
+        return None
+    if config.teacher_cache is not None:
+        return TeacherCache(config.teacher_cache).teacher()
+    return create_model(
+        config.teacher,
+        num_classes,
+        checkpoint=config.teacher_checkpoint,
+        pretrained=config.teacher_pretrained,
+        image_size=config.image_size,
+    )
+
+
+def teacher_fingerprint(teacher: Tapped | CachedTeacher) -> str:
+    """checkpoint.fingerprint of the whole teacher, also where only its classifier is here."""
+    return teacher.fingerprint if isinstance(teacher, CachedTeacher) else checkpoint.fingerprint(teacher)
+
+
+def open_cache(config: TrainConfig, index: Index) -> TeacherCache | None:
+    """The cache the teacher's features come from; None where the teacher itself gives them. config is resolved.
+
+    raises UserError: the cache is damaged, or is not of this teacher, these training images or these settings. Teachers are
+           compared by name; by their weights where --teacher-checkpoint is given too
+    """
+    if config.teacher_cache is None:
+        return None
+    cache = TeacherCache(config.teacher_cache)
+    if config.teacher != cache.name:
+        raise UserError(
+            f"{cache.path} is a cache of {cache.name}, wanted of {config.teacher}: leave out --teacher, or make a cache of that one"
+        )
+    if config.teacher_pretrained and not cache.published:
+        raise UserError(
+            f"{cache.path} is not a cache of the published weights of {cache.name}, which --teacher-pretrained wants: leave that out "
+            "(--no-teacher-pretrained), or make a cache of them"
+        )
+    if config.teacher_checkpoint is not None:
+        itself = build_teacher(dataclasses.replace(config, teacher_cache=None), index.num_classes)
+        assert itself is not None
+        if teacher_fingerprint(itself) != cache.fingerprint:
+            raise UserError(
+                f"{cache.path} is a cache of other weights of {cache.name} than those in {config.teacher_checkpoint}: leave out "
+                "--teacher-checkpoint, or make a cache of that one"
+            )
+    cache.check(index, augment_of(config), config.seed, config.data_backend)
+    return cache
+
+
+def cached_features(cache: TeacherCache, loader: Loader, device: torch.device) -> Tensor:
+    """[B, Ct] float32 on `device`: the teacher's pooled features of the batch that `loader` handed over last."""
+    batch = loader.followed
+    assert batch is not None
+    assert batch.view is not None
+    return deliver(cache.pooled(batch.ids, batch.view), device)
 
 
 def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
@@ -686,9 +791,9 @@ def teacher_on_val(
         return None
     key = f"{inputs['teacher']} {inputs['validation images']} {augment_of(config)} {config.data_backend} {config.amp_dtype}"
     path = folder / run_folder.TEACHER
-    known = processes.from_main(_kept_evaluation(path, key) if processes.is_main else None)
-    if known is not None:
-        return known
+    known = processes.from_main(load_evaluation(path) if processes.is_main else None)
+    if known is not None and known[0] == key:
+        return known[1]
     evaluation = evaluate(
         distiller.eval().teacher_logits,
         val_loader,
@@ -696,28 +801,9 @@ def teacher_on_val(
         amp_dtype=amp_dtype_of(config),
         processes=processes,
     )
-    if not processes.is_main:
-        return evaluation
-    with run_folder.replacing(path) as tmp, open(tmp, "wb") as file:
-        np.savez(
-            file,
-            key=key,
-            predictions=evaluation.predictions.numpy(),
-            ids=evaluation.ids.numpy(),
-            top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
-        )
+    if processes.is_main:
+        save_evaluation(path, key, evaluation)
     return evaluation
-
-
-def _kept_evaluation(path: Path, key: str) -> Evaluation | None:
-    if not path.exists():
-        return None
-    kept = np.load(path)
-    if kept["key"].item() != key or "ids" not in kept:
-        return None
-    predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
-    top1, top5, seconds = kept["top1_top5_seconds"].tolist()
-    return Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
 
 
 def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:

@@ -8,7 +8,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan
+from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan, ViewPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms
 from ijckd_fast.data.plan import mixing, random_resized_crop, resize_and_center_crop
 from ijckd_fast.errors import UserError
@@ -488,3 +488,74 @@ def test_an_epoch_of_repeated_views():
 def test_augmentations_that_make_no_sense_are_refused(setting, text):
     with pytest.raises(UserError, match=text):
         Augment(**setting)
+
+
+# --- a fixed number of views ------------------------------------------------------------------------------------------
+
+_DRAWN = ("anchor", "shape", "flip")
+
+
+def _views(plan, epoch: int) -> dict[int, tuple]:
+    """What an epoch draws for each image."""
+    batches = [plan.batch(epoch * plan.steps_per_epoch + k) for k in range(plan.steps_per_epoch)]
+    return {
+        i: tuple(getattr(batch, name)[row].tolist() for name in _DRAWN)
+        for batch in batches
+        for row, i in enumerate(batch.ids.tolist())
+    }
+
+
+def test_epochs_with_views_repeat_crops_and_flips_but_no_order():
+    index = make_index(24)
+    free, fixed = (TrainPlan(index, Augment(), 4, seed=5, views=views) for views in (None, 3))
+    for epoch in range(7):
+        for k in range(6):
+            a, b = free.batch(6 * epoch + k), fixed.batch(6 * epoch + k)
+            assert (a.ids == b.ids).all()
+            assert (a.view, b.view) == (None, epoch % 3)
+        assert _views(fixed, epoch) == _views(free, epoch % 3)
+        assert (epoch < 3) == (_views(fixed, epoch) == _views(free, epoch))
+
+
+def test_a_view_plan_shows_what_training_sees():
+    index = make_index(24)
+    train = TrainPlan(index, Augment(), 4, seed=5, views=3)
+    plan = ViewPlan(index, Augment(), [(2, range(0, 16)), (0, [7, 3]), (2, range(16, 24))], batch_size=16, seed=5)
+    assert plan.num_steps == 3
+    first, few, last = (plan.batch(k) for k in range(3))
+    assert [list(first.ids), list(few.ids)] == [list(range(16)), [7, 3]]
+    assert (first.view, few.view, first.resize, first.mixing) == (2, 0, None, None)
+    for batches, epoch in (((first, last), 5), ((few,), 3)):
+        wanted = _views(train, epoch)
+        for batch in batches:
+            for row, i in enumerate(batch.ids.tolist()):
+                assert tuple(getattr(batch, name)[row].tolist() for name in _DRAWN) == wanted[i]
+
+
+def test_with_views_a_stand_in_is_seen_in_its_own():
+    index = make_index(24)
+    plan = TrainPlan(index, Augment(), 24, seed=5, views=2)
+    whole = _views(plan, 1)
+    plan.stand_ins.add(4, "gone")
+    batch = plan.batch(1)
+    rows = np.flatnonzero(batch.ids == 7)  # the next of its class
+    assert len(rows) == 2
+    for row in rows:
+        assert tuple(getattr(batch, name)[row].tolist() for name in _DRAWN) == whole[7]
+    other = ViewPlan(index, Augment(), [(1, [4])], batch_size=1, seed=5)
+    other.stand_ins.add(4, "gone")
+    assert other.batch(0).ids.tolist() == [5]  # of any class: it is never looked at
+
+
+@pytest.mark.parametrize(
+    ("views", "augment", "text"),
+    [
+        (0, {}, "views of each image must be at least 1, found 0"),
+        (2, {"mixup": 0.2, "repeats": 2}, "found mixup 0.2 and repeats 2, of which"),
+        (2, {"cutmix": 1.0}, "found cutmix 1, of which"),
+        (2, {"sizes": ((0, 64),)}, "found progressive sizes, of which no view is the same .* train with the teacher itself"),
+    ],
+)  # fmt: skip
+def test_what_no_fixed_number_of_views_can_serve_is_refused(views, augment, text):
+    with pytest.raises(UserError, match=text):
+        TrainPlan(make_index(8), Augment(**augment), 4, seed=0, views=views)

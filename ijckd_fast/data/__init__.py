@@ -10,7 +10,7 @@ from ijckd_fast.data.index import Index, Paths, build_index
 from ijckd_fast.data.listing import IMAGE_EXTENSIONS
 from ijckd_fast.data.loader import Batch, Loader
 from ijckd_fast.data.pillow import PillowLoader
-from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, TrainPlan
+from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, TrainPlan, ViewPlan
 from ijckd_fast.data.synthetic import SyntheticLoader
 from ijckd_fast.errors import UserError, did_you_mean
 
@@ -31,6 +31,7 @@ __all__ = [
     "SyntheticLoader",
     "TooManyUnreadable",
     "TrainPlan",
+    "ViewPlan",
     "build_index",
     "index_dataset",
     "make_loader",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ijckd_fast.data.loader import Loader, Unreadable
 from ijckd_fast.data.pillow import make_image
-from ijckd_fast.data.plan import BatchPlan, Plan, TrainPlan
+from ijckd_fast.data.plan import BatchPlan, EvalPlan, Plan
 from ijckd_fast.data.shards import Extent, read_extent
 from ijckd_fast.errors import UserError
 
@@ -103,7 +103,7 @@ class DaliLoader(Loader):
 
     def _build(self, source: Callable[[int], tuple], batch_size: int, prefetch: int) -> Pipeline:
         augment = self.plan.augment
-        training = isinstance(self.plan, TrainPlan)
+        training = not isinstance(self.plan, EvalPlan)
         on_gpu = self.device.type == "cuda"
         decoder: dict[str, Any] = {}
         if self.decode == "gpu":

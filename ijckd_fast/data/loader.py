@@ -84,7 +84,7 @@ def _warn(path: str, why: str) -> None:
 class Loader:
     """Iterates over the batches of a plan. Every `iter()` begins again at `start`; only one iteration runs at a time.
 
-    plan      TrainPlan or EvalPlan
+    plan      TrainPlan, ViewPlan or EvalPlan
     threads   decoding threads
     prefetch  batches made ahead of the one asked for
     start     first (global) step
@@ -98,7 +98,11 @@ class Loader:
     same label stands in for it, always the same one (plan.py:StandIns); evaluation leaves it out, and no other in its place.
     Neither threads nor prefetch, start or stop change the bits of a step's batch. A batch stays valid while it is
     referenced, also after close(). Use as a context manager, or close().
+
+    followed  the plan of the batch handed over last, stand-ins and all: what is in it, for the host to know without asking the device
     """
+
+    followed: BatchPlan | None = None
 
     def __init__(
         self,
@@ -163,6 +167,7 @@ class Loader:
                 kept = torch.from_numpy(np.flatnonzero(plan.kept))
                 images, labels, ids = images[kept.to(images.device)], labels[kept], ids[kept]
             if len(ids) > 0:
+                self.followed = plan
                 batch = Batch(
                     deliver(images, self.device).to(self.dtype), deliver(labels, self.device), deliver(ids, self.device)
                 )

@@ -4,6 +4,7 @@ numpy only, no state that matters: batch k can be asked for at any time, in any 
 Executors (dali.py, pillow.py, synthetic.py) turn a BatchPlan into pixels and add no randomness of their own.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -120,6 +121,7 @@ class BatchPlan:
             evaluation: [B, 2] int32, (h, w). The whole image is resized to it, then the crop, of image_size, is cut.
     image_size  side of the square result, pixels
     mixing  None: images stay apart
+    view    which of a fixed number of views of its images this is; None where every epoch draws new ones
     Resizing is antialiased bilinear throughout.
     """
 
@@ -135,6 +137,7 @@ class BatchPlan:
     image_size: int
     extents: list[Extent] | None = None
     mixing: Mixing | None = None
+    view: int | None = None
 
 
 class TooManyUnreadable(UserError):
@@ -188,15 +191,28 @@ class TrainPlan:
     rank, world  this process and how many there are. The images of global batch k, and their augmentation, depend on
                  batch_size * world only: rank r of world takes the r-th of its equal slices. Mixing pairs images of one
                  slice, neighbours but for repeats, so that it is the same too where batch_size is a multiple of 2 * repeats.
-    raises       UserError when the data holds less than one global batch
+    views        None: new crops and flips in every epoch. V: epoch e has those of epoch e % V, in an order of its own, so that after V
+                 epochs every image has been seen in all its V views and they begin again; a stand-in is seen in its own view. What
+                 a teacher says to V views of an image can be stored (teacher_cache.py)
+    raises       UserError when the data holds less than one global batch; views with mixing, repeats or progressive sizes
     """
 
     num_steps: int | None = None
 
     def __init__(
-        self, index: Index, augment: Augment, batch_size: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        index: Index,
+        augment: Augment,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        views: int | None = None,
     ) -> None:
         _check_shard(batch_size, rank, world)
+        if views is not None:
+            check_views(views, augment)
+        self.views = views
         self.index, self.augment, self.batch_size, self.seed = index, augment, batch_size, seed
         self.stand_ins = StandIns(index)
         self.rank, self.world = rank, world
@@ -219,6 +235,8 @@ class TrainPlan:
         planned = self._order[place]
         keys = planned + (view << _REPEAT_BIT)
         ids = self.stand_ins.of(planned)
+        if self.views is not None:
+            return _view(self.index, ids, epoch % self.views, self.seed, self.augment)
         size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
         # drawn for the planned image: a stand-in that is in the batch anyway is seen with two crops
         anchor, shape, flip = random_resized_crop(self.seed, epoch, keys, size, self.augment)
@@ -227,6 +245,52 @@ class TrainPlan:
         if self.augment.mixup or self.augment.cutmix:
             batch.mixing = mixing(self.seed, epoch, keys, side, self.augment)
         return batch
+
+
+def check_views(views: int, augment: Augment) -> None:
+    """UserError unless a fixed number of views of each image, and nothing beside them, can be what training sees."""
+    if views < 1:
+        raise UserError(f"the number of views of each image must be at least 1, found {views}")
+    more = [f"{name} {value:g}" for name in ("mixup", "cutmix") if (value := getattr(augment, name))]
+    more += [f"repeats {augment.repeats}"] if augment.repeats > 1 else []
+    more += ["progressive sizes"] if augment.sizes else []
+    if more:
+        raise UserError(
+            f"a fixed number of views (a teacher's cache) means crops and flips of single images of one size, found {' and '.join(more)}, "
+            "of which no view is the same as before: leave that out, or train with the teacher itself"
+        )
+
+
+class ViewPlan:
+    """Given views of given training images, a batch each: what TrainPlan with `views` shows of them.
+
+    batches     of each batch the view and the ids, at most batch_size of them
+    batch_size  images of the largest batch
+    seed        of crops and flips, TrainPlan's
+    An image that cannot be read has a stand-in in its row, of whatever class: where a batch's ids are not those asked for.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        augment: Augment,
+        batches: Sequence[tuple[int, Sequence[int]]],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        _check_shard(batch_size, 0, 1)
+        self.index, self.augment, self.batches, self.batch_size, self.seed = index, augment, batches, batch_size, seed
+        self.stand_ins = StandIns(index, any_label=True)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.batches)
+
+    def batch(self, k: int) -> BatchPlan:
+        """Batch k in [0, num_steps)."""
+        view, planned = self.batches[k]
+        ids = self.stand_ins.of(np.asarray(planned, np.int64))
+        return _view(self.index, ids, view, self.seed, self.augment)
 
 
 class EvalPlan:
@@ -273,7 +337,7 @@ class EvalPlan:
         return _batch(self.index, ids, ids == planned, size, anchor, shape, flip, resize, self.augment.image_size)
 
 
-Plan = TrainPlan | EvalPlan
+Plan = TrainPlan | ViewPlan | EvalPlan
 
 
 def _check_shard(batch_size: int, rank: int, world: int) -> None:
@@ -281,6 +345,15 @@ def _check_shard(batch_size: int, rank: int, world: int) -> None:
         raise UserError(f"the batch size must be at least 1, found {batch_size}")
     if not 0 <= rank < world:
         raise UserError(f"rank must be from 0 to world size - 1, found rank {rank} of {world}")
+
+
+def _view(index: Index, ids: np.ndarray, view: int, seed: int, augment: Augment) -> BatchPlan:
+    """One view of images: drawn for the ids seen, so that it is a function of image and view alone."""
+    size = index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
+    anchor, shape, flip = random_resized_crop(seed, view, ids, size, augment)
+    batch = _batch(index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None, augment.image_size)
+    batch.view = view
+    return batch
 
 
 def _batch(

@@ -471,9 +471,11 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
 
-def build_val_loader(config: TrainConfig, index: Index, device: torch.device, **more: Any) -> Loader:
-    """Every image of `index` once, in its order; may be iterated again and again."""
-    return _loader(config, EvalPlan(index, augment_of(config), config.batch_size), device, **more)
+def build_val_loader(
+    config: TrainConfig, index: Index, device: torch.device, *, ids: np.ndarray | None = None, **more: Any
+) -> Loader:
+    """Every image of `index` once, in its order, or those of `ids` [n] int64; may be iterated again and again."""
+    return _loader(config, EvalPlan(index, augment_of(config), config.batch_size, ids=ids), device, **more)
 
 
 def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) -> Loader:

@@ -103,7 +103,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["trian"], "unknown command 'trian': wanted one of train, evaluate, index, prepare-imagenet, pack, bench, demo, doctor; did you"),
+        (["trian"], "wanted one of train, evaluate, export, index, prepare-imagenet, pack, bench, demo, doctor; did you mean 'train'"),
         (["train", "--epoch", "3"], "unknown option --epoch of ijckd-fast train; did you mean '--epochs'"),
         (["train", "--learning_rat=1"], "unknown option --learning-rat"),
         (["train", "--lr", "fast"], "--lr: Expected a float. Got value: fast"),

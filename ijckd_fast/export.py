@@ -211,28 +211,27 @@ def load_exported(folder: str | Path) -> Deployed:
     if not path.is_file():
         raise UserError(f"{folder} holds no {MODEL}, wanted beside its {CONFIG}: export the run again with --overwrite")
     data = path.read_bytes()
+    digests = config.get("sha256")
+    if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(MODEL):
+        raise UserError(
+            f"{path} ({len(data)} bytes) is not the file that {CONFIG} describes (another SHA-256): it is damaged or was changed; "
+            "export the run again with --overwrite"
+        )
+    weights = safetensors.torch.load(data)
     try:
-        if hashlib.sha256(data).hexdigest() != config["sha256"][MODEL]:
-            raise UserError(
-                f"{path} ({len(data)} bytes) is not the file that {CONFIG} describes (another SHA-256): it is damaged or was changed; "
-                "export the run again with --overwrite"
-            )
-        weights = safetensors.torch.load(data)
         student = create_model(config["student"], len(config["classes"]), image_size=config["image_size"])
         connector = None
         channels = student.channels
         if config["connector"] is not None:
             channels = config["teacher_channels"]
             connector = build_connector(config["connector"], student.channels, channels)
-        bias = "classifier.bias" in weights
         map_size_t = None if config["teacher_map_size"] is None else tuple(config["teacher_map_size"])
-        classifier = nn.Linear(channels, len(config["classes"]), bias=bias)
+        classifier = nn.Linear(channels, len(config["classes"]), bias="classifier.bias" in weights)
         module = _assemble(student, connector, classifier, map_size_t, config["image_size"])
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: UserErrors as well
         raise UserError(
-            f"{folder / CONFIG} is damaged or was changed ({type(error).__name__}: {error}): export the run again with --overwrite"
+            f"the net that {folder / CONFIG} describes cannot be built ({type(error).__name__}: {error}): the file was changed, or timm or "
+            "torchvision is another version than it names; export the run again with --overwrite"
         ) from error
     try:
         module.load_state_dict(weights)
@@ -287,9 +286,12 @@ def _compare(logits: Tensor, wanted: Tensor) -> Comparison:
     return Comparison(len(wanted), difference, scale, int((logits.argmax(1) != wanted.argmax(1)).sum()))
 
 
-def _logits(answer: Callable[[Tensor], Tensor], batches: list[Tensor]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([answer(images) for images in batches])  # [N, K]
+def _logits(programs: list[Callable[[Tensor], Tensor]], batches: Iterable[Batch]) -> list[Tensor]:
+    """Each program's logits [N, K] of the same images, of which only one batch is held at a time."""
+    rows = [[program(batch.images.contiguous()) for program in programs] for batch in batches]
+    if not rows:
+        raise UserError("there is no image to compare the export on: the validation split is empty")
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -359,12 +361,11 @@ def _onnx_answer(path: Path) -> Callable[[Tensor], Tensor]:
 # The student in its library's names
 
 
-def _timm_options(path: Path, student: Tapped, image_size: int, images: Tensor) -> dict[str, Any] | None:
-    """What to give timm.create_model beside checkpoint_path=path so that it answers as the student does; None: timm cannot.
-
-    images  [B, 3, S, S] to compare the answers on
-    """
+def _timm_options(path: Path, student: Tapped, image_size: int) -> dict[str, Any] | None:
+    """What to give timm.create_model beside checkpoint_path=path so that it answers as the student does; None: timm cannot."""
     import timm
+
+    images = _random_images(image_size)
 
     name = student.name.rpartition("/")[2]
     if not timm.is_model(name):
@@ -541,6 +542,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(folder)
             raise
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -549,7 +551,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"cannot write the export {folder} ({error.strerror}): choose another --out") from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(path: Path, data: bytes) -> str:
@@ -574,7 +575,7 @@ def write_export(
     *,
     onnx: bool = True,
     overwrite: bool = False,
-    runs: int = 50,
+    runs: int = 25,
 ) -> dict[str, Any]:
     """Writes model.safetensors, config.json, student.safetensors and model.onnx, once they answer as the trained net does.
 
@@ -590,22 +591,16 @@ def write_export(
     refuse_occupied(folder, overwrite)
     if onnx:
         require_onnx()
-    images = [batch.images.contiguous() for batch in batches]
-    if not images:
-        raise UserError("there is no image to compare the export on: the validation split is empty")
     student = distiller.learner.student
     with _new_folder(folder) as made, torch.no_grad():
         module = deployed_module(distiller, config.image_size)
         row = _describe(module, distiller, config, state)
         row["sha256"][MODEL] = _write(made / MODEL, _safetensors(module.state_dict()))
         row["sha256"][STUDENT] = _write(made / STUDENT, _safetensors(student.native_state_dict()))
-        row["timm"] = _timm_options(made / STUDENT, student, config.image_size, images[0])
+        row["timm"] = _timm_options(made / STUDENT, student, config.image_size)
         run_folder.write_text(made / CONFIG, json.dumps(row))  # for load_exported; whole below
 
-        reloaded = _logits(load_exported(made), images)  # [N, K]
-        compared = _compare(reloaded, _logits(distiller.predict, images))
-        row["compared"]["deployed with trained"] = compared._asdict()
-        _refuse_beyond(compared, FOLDING_TOLERANCE, "the deployed module's logits differ from the trained net's")
+        programs: list[Callable[[Tensor], Tensor]] = [distiller.predict, load_exported(made)]
         answer = None
         if onnx:
             described = ("format", "student", "image_size", "preprocessing", "classes")
@@ -613,7 +608,13 @@ def write_export(
             metadata["num_classes"] = str(len(row["classes"]))
             row["sha256"][ONNX] = _write(made / ONNX, _onnx_bytes(module, config.image_size, metadata))
             answer = _onnx_answer(made / ONNX)
-            compared = _compare(_logits(answer, images), reloaded)
+            programs.append(answer)
+        wanted, deployed, *by_onnx = _logits(programs, batches)
+        compared = _compare(deployed, wanted)
+        row["compared"]["deployed with trained"] = compared._asdict()
+        _refuse_beyond(compared, FOLDING_TOLERANCE, "the deployed module's logits differ from the trained net's")
+        for logits in by_onnx:
+            compared = _compare(logits, deployed)
             row["compared"]["onnxruntime with deployed"] = compared._asdict()
             _refuse_beyond(compared, ONNX_TOLERANCE, "onnxruntime's logits differ from PyTorch's")
         row["cost"] = {

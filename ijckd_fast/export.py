@@ -366,7 +366,6 @@ def _timm_options(path: Path, student: Tapped, image_size: int) -> dict[str, Any
     import timm
 
     images = _random_images(image_size)
-
     name = student.name.rpartition("/")[2]
     if not timm.is_model(name):
         return None
@@ -379,12 +378,8 @@ def _timm_options(path: Path, student: Tapped, image_size: int) -> dict[str, Any
         options["img_size"] = image_size
     try:
         answer = timm.create_model(**options, checkpoint_path=str(path)).eval()(images)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # torchvision's net of this name has other layers, or other names for them
-        return None
+    except (RuntimeError, TypeError, ValueError):
+        return None  # torchvision's net of this name has other layers, or other names for them
     wanted = student.features(images)[1] if student.classifier is None else student(images)
     same = answer.shape == wanted.shape and _compare(answer, wanted).within(FOLDING_TOLERANCE)
     return options if same else None

@@ -179,7 +179,7 @@ def test_student_weights_are_the_trained_ones(trained, capsys):
 
 @pytest.mark.parametrize(
     ("name", "drop", "loads"),
-    [("resnet18", False, True), ("resnet18", True, True), ("mobilenet_v3_small", False, False), ("resnet20", False, False)],
+    [("resnet18", False, True), ("resnet18", True, True), ("efficientnet_b0", False, False), ("resnet20", False, False)],
 )  # fmt: skip
 def test_which_students_timm_loads(tmp_path, name, drop, loads):
     """torchvision's nets that timm has under the same layers' names, with and without a classifier."""

@@ -337,6 +337,95 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def export(arguments: list[str]) -> int:
+    """Files to deploy a trained net with: safetensors, ONNX, the student for timm."""
+    parser = _parser(
+        "export",
+        "Writes what answers after training (backbone, connector and classifier, BatchNorm folded) as model.safetensors with config.json "
+        "and as model.onnx, and the student's own weights as student.safetensors, in its library's names; compares their answers "
+        "with the trained net's on real images first, and counts and times the parts. Works on the CPU. Exit code 1, and nothing "
+        "written, if the answers differ. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("run", type=str, help="folder of a run, or a last.pt or best.pt")
+    parser.add_argument(
+        "--out", type=str, help="folder for the files: a new or empty one; default: export in the run's folder"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --out")
+    parser.add_argument(
+        "--best", action="store_true", help="of a folder take best.pt; default: last.pt, as in published results"
+    )
+    parser.add_argument(
+        "--onnx",
+        action=ActionYesNo(yes_prefix="", no_prefix="no-"),
+        default=True,
+        help="write model.onnx as well; needs the packages onnx, onnxruntime and onnxscript",
+    )
+    parser.add_argument(
+        "--images", type=int, default=200, help="images of val/ to compare the answers on, evenly spread"
+    )
+    parser.add_argument("--data-dir", type=str, help="folder with val/<class>/*; default: the run's")
+    parser.add_argument(
+        "--val-labels",
+        type=str,
+        help=f"{settings.help_of('val_labels')}; default: the run's, with the run's --data-dir",
+    )
+    parser.add_argument(
+        "--teacher-checkpoint", type=str, help="where the teacher's weights are now, if they were moved"
+    )
+    parser.add_argument("--workers", type=int, help="decoding threads; default: the run's")
+    parser.add_argument("--data-backend", type=settings.TYPES["data_backend"], help="default: the run's")
+    given = parser.parse_args(arguments).as_dict()
+    run, out, overwrite, best = (given.pop(name) for name in ("run", "out", "overwrite", "best"))
+    onnx, images = given.pop("onnx"), given.pop("images")
+    if images < 1:
+        raise UserError(f"--images must be at least 1, got {images}")
+
+    import numpy as np
+    import torch
+    from rich.console import Console
+
+    from ijckd_fast import export as exporting
+    from ijckd_fast.data import build_index
+    from ijckd_fast.progress import say
+    from ijckd_fast.train import build_val_loader
+
+    folder = Path(out or (Path(run) if Path(run).is_dir() else Path(run).parent) / "export").absolute()
+    path, state, config = _begun(run, best, {**given, "device": "cpu", "decode": "cpu"})
+    weights = config.teacher_checkpoint
+    if config.infer_head == "teacher" and weights is not None and not Path(weights).is_file():
+        raise UserError(
+            f"the teacher's weights {weights} are not there, and the student answers through the teacher's classifier: say with "
+            "--teacher-checkpoint where they are now"
+        )
+    # What can be refused at once is, before any image is read.
+    exporting.refuse_occupied(folder, overwrite)
+    if onnx:
+        exporting.require_onnx()
+    index = build_index(
+        config.data_dir,
+        "val",
+        classes=state["classes"],
+        labels=config.val_labels,
+        verify=config.index_verify,
+        trust_folders=not config.check_files,
+        progress=sys.stderr.isatty(),
+    )
+    distiller = _trained(path, state, config)
+    config = dataclasses.replace(config, batch_size=min(config.batch_size, 32))  # a GPU's batch may not fit here
+    ids = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).round().astype(np.int64))
+    with build_val_loader(config, index, torch.device("cpu"), ids=ids) as loader:
+        try:
+            row = exporting.write_export(folder, distiller, config, state, loader, onnx=onnx, overwrite=overwrite)
+        except exporting.AnswersDiffer as error:
+            return _complain(str(error), 1)
+    console = Console()
+    console.print(exporting.cost_table(row))
+    for line in exporting.summary(row, folder):
+        say(console, line)
+    print(json.dumps({"folder": str(folder), "checkpoint": str(path), **row}))
+    return 0
+
+
 def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str, Any], TrainConfig]:
     """The checkpoint of a run (a folder, last.pt or best.pt), what is in it, and the run's settings changed by those given.
 
@@ -725,6 +814,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "cache": cache,
     "evaluate": evaluate,
+    "export": export,
     "index": index,
     "prepare-imagenet": prepare_imagenet,
     "pack": pack,

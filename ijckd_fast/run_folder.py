@@ -214,7 +214,7 @@ def write_environment(folder: Path) -> None:
     """Saves what the run (or its latest part) runs on: versions, host, device, git commit of the package, if it has one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     environment = {
-        "ijckd_fast": _version("ijckd-fast"),
+        "ijckd_fast": version_of("ijckd-fast"),
         "code_hash": code_hash(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": len((_git("status", "--porcelain") or "").splitlines()),
@@ -223,9 +223,9 @@ def write_environment(folder: Path) -> None:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "gpu": gpu,
-        "dali": _version("nvidia-dali-cuda130"),
-        "timm": _version("timm"),
-        "torchvision": _version("torchvision"),
+        "dali": version_of("nvidia-dali-cuda130"),
+        "timm": version_of("timm"),
+        "torchvision": version_of("torchvision"),
         "host": platform.platform(),
         "host_cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
@@ -233,7 +233,8 @@ def write_environment(folder: Path) -> None:
     write_text(folder / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -624,10 +624,14 @@ def build_val_loader(
     index: Index,
     device: torch.device,
     processes: Processes = Processes(),  # noqa: B008 - frozen
+    *,
+    ids: np.ndarray | None = None,
     **more: Any,
 ) -> Loader:
-    """This process's share of the images of `index`, each once over all processes, in its order; may be iterated again and again."""
-    plan = EvalPlan(index, augment_of(config), config.batch_size, processes.rank, processes.world)
+    """This process's share of the images of `index`, or of those of `ids` [n] int64, each once over all processes, in order; may be
+    iterated again and again.
+    """
+    plan = EvalPlan(index, augment_of(config), config.batch_size, processes.rank, processes.world, ids=ids)
     return _loader(config, plan, device, **more)
 
 

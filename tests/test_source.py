@@ -46,6 +46,7 @@ def test_reference_imports_nothing_of_ours():
     ("lower", "above"),
     [
         ("ops", ["connectors", "models", "distiller", "data", "train", "cli"]),
+        ("folding", ["ops", "models", "connectors", "objectives", "distiller", "data", "train", "export", "cli"]),
         ("models", ["connectors", "objectives", "distiller", "data", "train", "cli"]),
         ("connectors", ["models", "objectives", "distiller", "data", "train", "cli"]),
         ("objectives", ["models", "distiller", "data", "train", "cli"]),

@@ -162,7 +162,12 @@ def _live_as_cached(patch, weights: Path) -> dict:
 
     patch.setattr(Tapped, "features", rounded)
     patch.setattr(training, "TrainPlan", lambda *arguments, views: TrainPlan(*arguments, views=VIEWS))
-    return {"teacher": "resnet8x0.5", "teacher_checkpoint": str(weights), "allow_weak_teacher": True}
+    return {
+        "teacher": "resnet8x0.5",
+        "teacher_checkpoint": str(weights),
+        "allow_weak_teacher": True,
+        "fold_teacher": False,
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import re
 import signal
 import sys
@@ -32,7 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of several processes: to leave the usual way could wait for ever for those that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ijckd_fast import run_folder
+from ijckd_fast.progress import bottleneck
 
 _PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd")
 
@@ -39,7 +41,8 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
 | student | {config["student"]}, connector {config["connector"]}, answers through the {config["infer_head"]}'s classifier |
 | schedule | {schedule} |
 | deployed | {summary["params"]:,} parameters, {summary["macs"]:,} multiply-accumulates per image (backbone, connector, classifier) |
-| speed | {summary["images_per_s"]:,.0f} images/s (median over the log, loader included), {summary["seconds"]:,.0f} s in all |
+| speed | {_speed(summary, rows)} |
+| memory | {max(row["memory_mb"] for row in rows if row["kind"] == "train"):,.0f} MB at most, in one process |
 | skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
 | unreadable files | {summary["unreadable_files"]} (went bad after they were indexed) |
 
@@ -55,6 +58,15 @@ IJCKD's authors report the last epoch. The best one is chosen on the very images
 Weights: `{run_folder.LAST}`, `{run_folder.BEST}`. Every setting: `{run_folder.CONFIG}`. Machine and versions:
 `{run_folder.ENVIRONMENT}`. Every figure plotted: `{run_folder.LOG}`.
 """,
+    )
+
+
+def _speed(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    wait = statistics.median(row["loader_wait_percent"] for row in rows if row["kind"] == "train")
+    processes = "" if summary["processes"] == 1 else f" by {summary['processes']} processes"
+    return (
+        f"{summary['images_per_s']:,.0f} images/s{processes} (median over the log, loader included), {summary['seconds']:,.0f} s in all; "
+        f"{bottleneck(wait)} it ({wait:.0f} % of the time the loop waits for the loader)"
     )
 
 

@@ -112,7 +112,9 @@ def _train(
                 run_folder.refuse_occupied(folder)
         device = device_of(config, processes)
         amp_dtype = amp_dtype_of(config)
-        if config.deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler: seconds
+        if (
+            config.deterministic != torch.are_deterministic_algorithms_enabled()
+        ):  # the call imports the compiler: seconds
             torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
 

@@ -57,6 +57,9 @@ def examine() -> list[Finding]:
         _import(
             "sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"
         ),
+        _import("onnxruntime", "onnxruntime", needed=False, advice="pip install 'ijckd-fast[export]', for ONNX files"),
+        _import("wandb", "wandb", needed=False, advice="pip install wandb, for --wandb"),
+        _processes(),
         _disk(),
     ]
 
@@ -132,6 +135,20 @@ def _dali() -> Finding:
         return f"{nvidia.dali.__version__} ({DaliLoader.__name__} ready)"
 
     return _attempt("DALI", False, look, "pip install nvidia-dali-cuda130, or train with --data-backend pillow")
+
+
+def _processes() -> Finding:
+    def look() -> str:
+        import torch.distributed as dist
+
+        there = {"nccl (GPUs)": dist.is_nccl_available(), "gloo (CPUs)": dist.is_gloo_available()}
+        if not there["gloo (CPUs)"]:
+            raise RuntimeError("this torch has no gloo")
+        return ", ".join(name for name, has in there.items() if has)
+
+    return _attempt(
+        "several processes", False, look, "a run is of one process; another build of torch has gloo and nccl"
+    )
 
 
 def _disk() -> Finding:

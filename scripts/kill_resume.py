@@ -37,6 +37,7 @@ COLUMNS = (
     "what", "kills", "during_writing", "before_the_first_checkpoint", "runs", "steps", "broken", "differing", "seconds", "seed", "machine",
     "torch", "python", "commit", "date",
 )  # fmt: skip
+KILLS_OF_A_RUN = 8  # then it is left to come to its end
 
 
 def write_data(root: pathlib.Path) -> pathlib.Path:
@@ -150,20 +151,20 @@ def main() -> int:
             folder = root / f"run{runs}"
             config = config_of(data, folder, args.epochs)
             runs += 1
-            resume = False
+            resume, end = False, min(args.kills, kills + KILLS_OF_A_RUN)
             while True:
                 process = context.Process(target=attempt, args=(config, resume))
                 process.start()
-                process.join(moments.uniform(0.05, 0.8) * whole if kills < args.kills else None)
+                process.join(moments.uniform(0.1, 1.2) * whole if kills < end else None)
                 if moments.random() < 0.5:  # wait for a file that is being written
-                    while process.is_alive() and not any(folder.glob("*.tmp")):
+                    while process.is_alive() and not any(folder.glob("*.pt.tmp")):
                         pass
                 if process.exitcode is not None:
                     break
                 process.kill()
                 process.join()
                 kills += 1
-                writing += any(folder.glob("*.tmp"))
+                writing += any(folder.glob("*.pt.tmp"))
                 resume = (folder / run_folder.CONFIG).exists()
                 first += not (folder / run_folder.LAST).exists()
                 for name in (run_folder.LAST, run_folder.BEST):

@@ -399,8 +399,9 @@ def test_slow_contenders_take_few_steps():
 @pytest.mark.parametrize(
     ("parts", "device", "wait", "ours_ms", "first"),
     [
-        ({"loader": 9, "head": 1}, "cuda", 5, {"ours": 10}, "head (10 % of the sum): a larger --batch-size"),
-        ({"loader": 9, "head": 1}, "cuda", 30, {"ours": 10}, "the loader (90 % of the sum, and 30 % of a step"),
+        ({"loader": 9, "head": 1}, "cuda", 30, {"ours": 20}, "head (10 % of the sum): a larger --batch-size"),
+        ({"loader": 9, "head": 1}, "cuda", 5, {"ours": 10}, "the loader (90 % of the sum, and 5 % of a step"),
+        ({"loader": 1, "head": 9}, "cpu", 30, {"ours": 10}, "the loader (10 % of the sum, and 30 % of a step"),
         ({"loader": 9, "head": 1}, "cpu", 5, {"ours": 10}, "the loader (90 % of the sum"),
         (
             {"loader": 1, "teacher forward": 6, "student forward, backward": 5},

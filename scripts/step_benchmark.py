@@ -756,7 +756,11 @@ def make_rows(
         rows.append(
             common
             | {"what": "step-part", "mode": name, "baseline": "whole step", "ours_ms": ms, "baseline_ms": whole}
-            | {"ratio": whole / ms, "share_percent": 100 * ms / sum(alone.values()), "repeats": len(turns["ours"])}
+            | {
+                "ratio": whole / ms,
+                "share_percent": 100 * ms / sum(alone.values()),
+                "repeats": len(next(iter(parts.values()))),
+            }
             | {"gflop": gflop, "gflop_per_s": None if gflop is None else 1e3 * gflop / ms, "baseline_loader": ""}
         )
     rounded = []

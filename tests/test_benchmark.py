@@ -425,6 +425,20 @@ def test_what_to_fix_first(parts, device, wait, ours_ms, first):
     assert said.startswith(f"to fix first: {first}")
 
 
+def test_rows_count_their_own_repeats():
+    step = benchmark.step_benchmark
+    turns = {"ours": [step.Turn(1, 50.0, 4.0, None)], "eager-fp32": [step.Turn(1, 100.0, 0.0, None)] * 3}
+    parts = {"loader": [1.0, 2.0, 9.0], "head": [2.0, 2.0, 2.0]}
+    whole, *alone = step.make_rows(turns, parts, {"head": 10**9}, {"batch": 8, "dtype": "float32"})
+    assert (whole["ratio"], whole["ours_images_per_s"], whole["repeats"]) == (2.0, 160.0, 1)
+    assert [(row["mode"], row["ours_ms"], row["share_percent"], row["repeats"]) for row in alone] == [
+        ("loader", 2.0, 50.0, 3),
+        ("head", 2.0, 50.0, 3),
+        ("sum", 4.0, 100.0, 3),
+    ]
+    assert (alone[1]["gflop"], alone[1]["gflop_per_s"]) == (16.0, 8000.0)
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

@@ -79,9 +79,13 @@ class TrainingProgress:
             say(self._console, text)
 
 
+# Share of a step's time that is spent waiting for the next batch. Beyond it the loader is what to mend first.
+LOADER_BOUND_PERCENT = 20
+
+
 def bottleneck(loader_wait_percent: float) -> str:
     """What bounds the speed, in words: the share of a step's time in which the loop waits for the next batch tells."""
-    return "the loader bounds" if loader_wait_percent > 20 else "the nets bound"
+    return "the loader bounds" if loader_wait_percent > LOADER_BOUND_PERCENT else "the nets bound"
 
 
 def memory_mb(device: torch.device) -> float:

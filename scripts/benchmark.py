@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Times the fused ops against whatever else computes the same, the data loaders against torchvision's, and the index of a data folder:
-`scripts/benchmark.py op --help`, `scripts/benchmark.py loader --help`, `scripts/benchmark.py index --help`.
+"""Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the data loaders against
+torchvision's, and the index of a data folder: `scripts/benchmark.py op --help`, and likewise step, loader and index.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's, else the workload
 is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits every contender alike.
@@ -38,8 +38,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: 
 
 import index_benchmark  # noqa: E402
 import loader_benchmark  # noqa: E402
+import step_benchmark  # noqa: E402
 
 from ijckd_fast import ops, reference  # noqa: E402
+from ijckd_fast.errors import UserError  # noqa: E402
 
 RESULTS = ROOT / "results" / "op.csv"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -758,6 +760,7 @@ def parser() -> argparse.ArgumentParser:
     )
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
     loader_benchmark.add_parser(commands)
+    step_benchmark.add_parser(commands)
     index_benchmark.add_parser(commands)
     return top
 
@@ -843,10 +846,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.what == "loader":
             return loader_benchmark.run(args, environment(args.device))
+        if args.what == "step":
+            return step_benchmark.run(args, environment(args.device) | {"cpu": _cpu_name()})
         if args.what == "index":
             return index_benchmark.run(args, environment("cpu"))
         return run_op(args)
-    except Usage as usage:
+    except (Usage, UserError) as usage:
         print(f"benchmark: {usage}", file=sys.stderr)
         return 2
 

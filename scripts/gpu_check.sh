@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks the compiled ops on this machine's GPU, then times them: scripts/gpu_check.sh [--out DIR] [--wheels DIR]
+# Checks the compiled ops on this machine's GPU, then times them and the whole training step: scripts/gpu_check.sh [--out DIR] [--wheels DIR]
 #
 #   --out DIR      where the log, the table of steps and the benchmark's rows go (default runs/gpu_check)
 #   --wheels DIR   a folder of wheels for what is missing here (Liger-Kernel, jsonargparse, ...), installed into a temporary folder, no network
@@ -7,7 +7,8 @@
 # Needs the checkout with the two built libraries (ijckd_fast/_C.so, _C_cuda.so) and a Python with torch, pytest and hypothesis;
 # PYTHON chooses it (default: .venv's, else python3). Every step has its own time limit and its own process, so that one that
 # hangs or corrupts the GPU's memory spoils no other; the whole takes under 9 minutes. The exit status is 1 if any step failed.
-# Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv, never to results/: copy the good ones there.
+# Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv, DIR/step.csv and DIR/loader.csv, never to results/: copy
+# the good ones there.
 set -uo pipefail
 
 fail() {
@@ -43,7 +44,7 @@ log=$out/gpu_check.log steps=$out/steps.csv
 : >"$log"
 echo "step,result,seconds,what" >"$steps"
 readonly whole_seconds=530
-reserve=200 # seconds that the checks must leave to the benchmark
+reserve=200 # seconds that the checks must leave to the benchmarks
 failures=0
 
 step() { # NAME LIMIT_SECONDS COMMAND...; the limit is cut to what is left of the whole
@@ -157,8 +158,19 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     else
         record "compute-sanitizer" "skipped" 0 "compute-sanitizer is not installed"
     fi
+    reserve=120 # for the ops, which also get what the steps leave; torch.compile, a minute for two nets, is for one pair only
+    if can_import "torchvision, pyarrow, rich, yaml, PIL"; then
+        backend=synthetic
+        if can_import nvidia.dali; then backend=dali; fi
+        training=("$python" scripts/benchmark.py step --device cuda --batch 256 --images 400 --data-backend $backend --repeats 2
+            --turn-seconds 1.5 --save "$out/step.csv")
+        step "step r34-r18" 130 "${training[@]}" --pair r34-r18 --contenders ours ours-graph eager-autocast eager-compile
+        step "step r50-mv1" 80 "${training[@]}" --pair r50-mv1 --contenders ours ours-graph eager-autocast
+    else
+        record step "skipped" 0 "torchvision or another package of the trainer is not here; --wheels can bring them"
+    fi
     reserve=0
-    step benchmark "$whole_seconds" "$python" scripts/benchmark.py op --device cuda --dtype bfloat16 --repeats 100 \
+    step benchmark "$whole_seconds" "$python" scripts/benchmark.py op --device cuda --dtype bfloat16 --repeats 50 \
         --workloads W1 W2 I1 I2 W3 W3b W2-ce W3-ce --save "$out/op.csv" --plot "$out/op.png"
 else
     device=cpu
@@ -174,18 +186,19 @@ else
 fi
 
 echo
-if [ -s "$out/op.csv" ]; then
-    "$python" - "$out/op.csv" <<'PYTHON'
+for rows in "$out/op.csv" "$out/step.csv"; do
+    [ -s "$rows" ] || continue
+    "$python" - "$rows" <<'PYTHON'
 import csv, sys
 
 with open(sys.argv[1]) as file:
     for row in csv.DictReader(file):
         peaks = " / ".join(f"{float(row[k]):.0f}" if row[k] else "-" for k in ("ours_peak_mb", "baseline_peak_mb"))
-        print(f"{row['workload']:10} {row['dtype']:9} {row['baseline']:20} ours {float(row['ours_ms']):9.4f} ms "
+        print(f"{row['workload']:10} {row['dtype']:9} {row['mode']:26} {row['baseline']:20} ours {float(row['ours_ms']):9.4f} ms "
               f"baseline {float(row['baseline_ms']):9.4f} ms ratio {float(row['ratio']):6.2f} MB {peaks}")
 PYTHON
     echo
-fi
+done
 awk -F, '{ printf "%-22s %-14s %8s  %s\n", $1, $2, $3, $4 }' "$steps"
 echo "gpu_check on $device: $([ "$failures" -eq 0 ] && echo "all steps ok" || echo "$failures step$([ "$failures" -eq 1 ] || echo s) FAILED"), $SECONDS s; log and rows in $out"
 [ "$failures" -eq 0 ]

@@ -148,7 +148,9 @@ def plan_seconds(plan: Any, steps: int) -> float:
     return statistics.median(times)
 
 
-def _above(least: int) -> Callable[[str], int]:
+def above(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number above `least`."""
+
     def number(text: str) -> int:
         if int(text) <= least:
             raise argparse.ArgumentTypeError(f"must be above {least}, got {text}")
@@ -188,9 +190,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument(
-        "--steps", type=_above(UNTIMED), default=28, help="batches of a pass, the first four of which are not timed"
+        "--steps", type=above(UNTIMED), default=28, help="batches of a pass, the first four of which are not timed"
     )
-    parser.add_argument("--repeats", type=_above(0), default=5, help="passes of each contender")
+    parser.add_argument("--repeats", type=above(0), default=5, help="passes of each contender")
     parser.add_argument("--save", nargs="?", const=pathlib.Path("results/loader.csv"), type=pathlib.Path, metavar="CSV")
 
 
@@ -204,7 +206,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")
-    versions = {"torchvision": torchvision.__version__, "pillow": PIL.__version__, "dali": _dali_version()}
+    versions = {"torchvision": torchvision.__version__, "pillow": PIL.__version__, "dali": dali_version()}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_dir
@@ -245,7 +247,8 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     return 0
 
 
-def _dali_version() -> str:
+def dali_version() -> str:
+    """Of the installed package; empty without one."""
     from importlib import metadata
 
     for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120"):

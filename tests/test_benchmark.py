@@ -267,6 +267,8 @@ def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
             "trainer no sync",
             "DALI on the GPU",
             "loader",
+            "step r34-r18",
+            "step r50-mv1",
             "benchmark",
         ),
     ]
@@ -297,6 +299,167 @@ def test_loader_rows(capsys, tmp_path):
     with pytest.raises(SystemExit):
         benchmark.main([*quick, "--steps", "4"])
     assert "must be above 4, got 4" in capsys.readouterr().err
+
+
+STEP = ["step", "--pair", "tiny", "--device", "cpu", "--batch", "8", "--threads", "1", "--repeats", "1"]
+PARTS = [
+    "loader",
+    "teacher forward",
+    "student forward, backward",
+    "connector trunk",
+    "head",
+    "optimizer, guard",
+    "sum",
+]
+
+
+def test_step_rows(capsys, tmp_path):
+    saved = tmp_path / "step.csv"
+    quick = [*STEP, "--images", "40", "--steps", "2", "--amp-dtype", "float32", "--save", str(saved)]
+    assert benchmark.main([*quick, "--contenders", "eager-fp32", "eager-autocast", "ours"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert "skipped" not in err
+    assert "left out" not in err
+    assert [(r["what"], r["mode"], r["baseline"]) for r in rows] == [
+        ("step", "ours", "eager-fp32"),
+        ("step", "ours", "eager-autocast"),
+        *(("step-part", part, "whole step") for part in PARTS),
+    ]
+    for row in rows:
+        assert list(row) == list(CONTRACT)
+        for key, kind in CONTRACT.items():
+            assert isinstance(row[key], kind) or (key.endswith("_peak_mb") and row[key] is None), key
+        assert (row["workload"], row["device"], row["dtype"], row["repeats"]) == ("tiny", "cpu", "float32", 1)
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-2)
+    with saved.open(newline="") as file:
+        full = list(csv.DictReader(file))
+    whole, alone = full[:2], full[2:]
+    assert [r["baseline_dtype"] for r in whole] == ["float32", "bfloat16"]
+    for row in whole:
+        assert float(row["ours_images_per_s"]) == pytest.approx(8e3 / float(row["ours_ms"]), rel=1e-3)
+        assert 0 <= float(row["loader_wait_percent"]) <= 100
+        assert (row["data_backend"], row["baseline_loader"], row["images"], row["steps"]) == (
+            "dali",
+            "torchvision",
+            "36",
+            "2",
+        )
+        assert all(row[k] for k in ("machine", "threads", "torch", "torchvision", "commit", "date"))
+    assert float(alone[-1]["ours_ms"]) == pytest.approx(sum(float(r["ours_ms"]) for r in alone[:-1]), rel=1e-3)
+    assert sum(float(r["share_percent"]) for r in alone[:-1]) == pytest.approx(100, abs=0.1)
+    by_part = {row["mode"]: row for row in alone}
+    # the convolutions of resnet8x0.5 on 32x32 images, by hand: 1, 2, 3 and 3 layers of stem and stages, multiply-accumulates
+    stem, one, two, three = (
+        3 * 9 * 11,
+        9 * (11 * 8 + 8 * 8) + 11 * 8,
+        9 * (8 * 16 + 16 * 16) + 8 * 16,
+        9 * 3 * 32 * 16 + 512,
+    )
+    macs = 1024 * (stem + one) + 256 * two + 64 * three
+    assert float(by_part["teacher forward"]["gflop"]) == pytest.approx(2e-9 * 8 * macs, abs=1e-4)
+    assert "to fix first: " in out
+
+
+def test_a_step_that_computes_something_else_is_not_timed(capsys, monkeypatch):
+    step = benchmark.step_benchmark
+    right = step.eager_loss
+    monkeypatch.setattr(step, "take_turn", lambda *_: pytest.fail("timed a wrong step"))
+    quick = [*STEP, "--images", "10", "--data-backend", "synthetic", "--contenders", "ours", "eager-fp32"]
+    monkeypatch.setattr(step, "eager_loss", lambda *args: 1.002 * right(*args))
+    assert benchmark.main(quick) == 1
+    rows, err = rows_of(capsys)
+    assert rows == []
+    assert "refused to time tiny: ours in float32: loss" in err
+
+    def wrong_gradient(*args):
+        loss = right(*args)
+        return loss.detach() + 1.002 * (loss - loss.detach())
+
+    monkeypatch.setattr(step, "eager_loss", wrong_gradient)
+    assert benchmark.main(quick) == 1
+    assert "refused to time tiny: ours in float32: gradient norm" in rows_of(capsys)[1]
+
+
+def test_step_with_pooled_match_and_without_files(capsys):
+    quick = [*STEP, "--images", "10", "--data-backend", "synthetic", "--steps", "1", "--objective", "ijckd-pooled"]
+    assert benchmark.main([*quick, "--contenders", "ours", "eager-channels-last"]) == 0
+    rows, _ = rows_of(capsys)
+    assert [row["mode"] for row in rows] == ["ours", *PARTS]
+
+
+def test_slow_contenders_take_few_steps():
+    args = benchmark.parser().parse_args([*STEP, "--steps", "20", "--turn-seconds", "2", "--repeats", "3"])
+    step = benchmark.step_benchmark
+    assert step.pace_of(0.01, args) == (5, 20, 3)
+    assert step.pace_of(0.6, args) == (3, 3, 3)
+    assert step.pace_of(60.0, args) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "device", "wait", "ours_ms", "first"),
+    [
+        ({"loader": 9, "head": 1}, "cuda", 30, {"ours": 20}, "head (10 % of the sum): a larger --batch-size"),
+        ({"loader": 9, "head": 1}, "cuda", 5, {"ours": 10}, "the loader (90 % of the sum, and 5 % of a step"),
+        ({"loader": 1, "head": 9}, "cpu", 30, {"ours": 10}, "the loader (10 % of the sum, and 30 % of a step"),
+        ({"loader": 9, "head": 1}, "cpu", 5, {"ours": 10}, "the loader (90 % of the sum"),
+        (
+            {"loader": 1, "teacher forward": 6, "student forward, backward": 5},
+            "cpu",
+            0,
+            {"ours": 12},
+            "teacher forward (50 % of the sum): a teacher cache",
+        ),
+        (
+            {"loader": 1, "head": 2},
+            "cuda",
+            0,
+            {"ours": 10, "ours-graph": 8},
+            "--cuda-graph, with which a step takes 8.0 ms",
+        ),
+        ({"loader": 1, "head": 2}, "cuda", 0, {"ours": 10, "ours-graph": 9.5}, "head"),
+    ],
+)
+def test_what_to_fix_first(parts, device, wait, ours_ms, first):
+    said = benchmark.step_benchmark.fix_first(parts, device, wait, ours_ms)
+    assert said.startswith(f"to fix first: {first}")
+
+
+def test_rows_count_their_own_repeats():
+    step = benchmark.step_benchmark
+    turns = {"ours": [step.Turn(1, 50.0, 4.0, None)], "eager-fp32": [step.Turn(1, 100.0, 0.0, None)] * 3}
+    parts = {"loader": [1.0, 2.0, 9.0], "head": [2.0, 2.0, 2.0]}
+    whole, *alone = step.make_rows(turns, parts, {"head": 10**9}, {"batch": 8, "dtype": "float32"})
+    assert (whole["ratio"], whole["ours_images_per_s"], whole["repeats"]) == (2.0, 160.0, 1)
+    assert [(row["mode"], row["ours_ms"], row["share_percent"], row["repeats"]) for row in alone] == [
+        ("loader", 2.0, 50.0, 3),
+        ("head", 2.0, 50.0, 3),
+        ("sum", 4.0, 100.0, 3),
+    ]
+    assert (alone[1]["gflop"], alone[1]["gflop_per_s"]) == (16.0, 8000.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--contenders", "eager-fp32"], "--contenders must name ours and one of eager-fp32, eager-channels-last"),
+        (["--contenders", "ours", "ours-compile"], "got ours ours-compile"),
+        (["--turn-seconds", "0"], "--turn-seconds must be above 0, got 0"),
+        (["--save", "/nowhere/step.csv"], "there is no folder /nowhere"),
+        (["--images", "9", "--batch", "16", "--data-dir", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_impossible_steps(capsys, argv, text):
+    assert benchmark.main([*STEP, *argv]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--pair", "r18-r34"], ["--contenders", "liger"], ["--precision", "float32"]])
+def test_unknown_step_options(capsys, argv):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([*STEP, *argv])
+    assert ended.value.code == 2
+    assert argv[0] in capsys.readouterr().err
 
 
 def test_index_rows(capsys, tmp_path, monkeypatch):

@@ -57,6 +57,7 @@ OURS = {
     "ours": "the trainer's own parts, as ijckd-fast train runs them",
     "ours-graph": "the same with --cuda-graph (GPU)",
     "ours-compile": "the same with --compile",
+    "ours-cache": "the same with a teacher cache of one view (--objective ijckd-pooled)",
 }
 BASELINES = {
     "eager-fp32": "IJCKD as one writes it by hand: torchvision's nets, transforms and ImageFolder, float32, NCHW",
@@ -139,21 +140,31 @@ class Turn(NamedTuple):
 class Ours:
     """What `ijckd-fast train` is made of, put together as its loop does."""
 
-    def __init__(self, setting: Setting, amp_dtype: str, *, cuda_graph: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        amp_dtype: str,
+        *,
+        cuda_graph: bool = False,
+        compiled: bool = False,
+        cache: pathlib.Path | None = None,
+    ) -> None:
         from ijckd_fast import models
         from ijckd_fast.config import TrainConfig
         from ijckd_fast.distributed import Processes
         from ijckd_fast.optimize import build_optimizer
         from ijckd_fast.progress import Meter
         from ijckd_fast.step import TrainStep
+        from ijckd_fast.teacher_cache import TeacherCache
         from ijckd_fast.train import amp_dtype_of, build_distiller, prepare, resolve
 
         self.setting, self.plan = setting, setting.plan
+        checkpoint = str(setting.weights / "teacher.pt")
         self.config = config = resolve(
             TrainConfig(
                 data_dir=str(setting.root),
-                teacher=setting.pair.teacher,
-                teacher_checkpoint=str(setting.weights / "teacher.pt"),
+                teacher=setting.pair.teacher if cache is None else f"cache:{cache}",
+                teacher_checkpoint=checkpoint if cache is None else None,
                 student=setting.pair.student,
                 student_checkpoint=str(setting.weights / "student.pt"),
                 objective=setting.objective,
@@ -171,13 +182,13 @@ class Ours:
         )
         self.device, self.amp_dtype = torch.device(setting.device), amp_dtype_of(config)
         self.distiller = build_distiller(config, setting.classes, self.device)
-        teacher = self.distiller.teacher
-        assert teacher is not None
+        self._cache, self._loader = None if cache is None else TeacherCache(cache), None
         # before prepare: a compiled net would be compiled once more for the counting
         self.macs = {
-            "teacher forward": models.macs(teacher.net, setting.image_size),
-            "student forward, backward": 3 * models.macs(self.distiller.learner.student.net, setting.image_size),
+            "student forward, backward": 3 * models.macs(self.distiller.learner.student.net, setting.image_size)
         }
+        if isinstance(self.distiller.teacher, models.Tapped):
+            self.macs["teacher forward"] = models.macs(self.distiller.teacher.net, setting.image_size)
         prepare(config, self.distiller, Processes())
         optimizer = build_optimizer(
             self.distiller.learner,
@@ -208,13 +219,18 @@ class Ours:
         with make_loader(
             self.config.data_backend, self.plan, device=self.device, start=self._steps, **settings
         ) as loader:
+            self._loader = loader
             yield iter(loader)
+            self._loader = None
 
-    def step(self, batch: Batch) -> None:
-        """One turn of the loop, its log included."""
+    def step(self, batch: Batch, pooled_t: Tensor | None = None) -> None:
+        """One turn of the loop, its log included. pooled_t [B, Ct] where the batch is not the loader's: what a cache would hold."""
         from ijckd_fast.optimize import learning_rate
+        from ijckd_fast.train import cached_features
 
         config = self.config
+        if self._cache is not None and self._loader is not None:
+            pooled_t = cached_features(self._cache, self._loader, self.device)
         lr = learning_rate(
             self._steps,
             steps_per_epoch=self.plan.steps_per_epoch,
@@ -226,7 +242,7 @@ class Ours:
             warmup_epochs=config.warmup_epochs,
         )
         progress = self._steps / self.plan.steps_per_epoch
-        self._figures = self.train_step(batch, step=self._steps, lr=lr, progress=progress)
+        self._figures = self.train_step(batch, pooled_t, step=self._steps, lr=lr, progress=progress)
         self._steps += 1
         self._meter.add(self._figures)
         if self._steps % LOG_INTERVAL == 0:
@@ -406,12 +422,57 @@ def write_weights(folder: pathlib.Path, pair: Pair, classes: int, image_size: in
 
 def make_contender(name: str, setting: Setting, connector: nn.Sequential) -> Ours | Eager:
     """The contender called `name`, with the first weights."""
+    if name == "ours-cache":
+        return Ours(with_views(setting), setting.amp_dtype, cache=written_cache(setting))
     if name in OURS:
         graph, compiled = name == "ours-graph", name == "ours-compile"
         return Ours(setting, setting.amp_dtype, cuda_graph=graph, compiled=compiled)
     amp = {"eager-autocast": torch.bfloat16, "eager-compile": DTYPES[setting.amp_dtype]}.get(name)
     tuned, compiled = name != "eager-fp32", name == "eager-compile"
     return Eager(setting, amp, copy.deepcopy(connector), tuned=tuned, compiled=compiled)
+
+
+def with_views(setting: Setting) -> Setting:
+    """The same with the plan of a cache of one view: the epochs show the same crops."""
+    from ijckd_fast.data import TrainPlan
+
+    plan = setting.plan
+    return setting._replace(plan=TrainPlan(plan.index, plan.augment, plan.batch_size, plan.seed, views=1))
+
+
+def written_cache(setting: Setting) -> pathlib.Path:
+    """A cache of one view of the setting's teacher, made when it is first asked for."""
+    from rich.console import Console
+
+    from ijckd_fast.caching import make_cache
+    from ijckd_fast.config import TrainConfig
+
+    folder = setting.weights / "cache"
+    if not folder.exists():
+        config = TrainConfig(
+            data_dir=str(setting.root),
+            teacher=setting.pair.teacher,
+            teacher_checkpoint=str(setting.weights / "teacher.pt"),
+            allow_weak_teacher=True,
+            image_size=setting.image_size,
+            batch_size=setting.batch,
+            device=setting.device,
+            amp_dtype=setting.amp_dtype,
+            workers=setting.threads,
+            data_backend=setting.data_backend,
+        )
+        make_cache(config, folder, 1, verify=0, console=Console(quiet=True))
+    return folder
+
+
+def cached_pooled(setting: Setting, images: Tensor) -> Tensor:
+    """[B, Ct] float32: what a cache would hold of images [B, 3, S, S]."""
+    from ijckd_fast.models import create_model
+
+    checkpoint = setting.weights / "teacher.pt"
+    teacher = create_model(setting.pair.teacher, setting.classes, checkpoint=checkpoint, image_size=setting.image_size)
+    with torch.no_grad():
+        return teacher.to(images.device).eval().features(images)[1].bfloat16().float()
 
 
 def fixed_batch(
@@ -429,7 +490,8 @@ def step_on(images: Tensor, labels: Tensor, contender: Ours | Eager) -> Figures:
     from ijckd_fast.data import Batch
 
     if isinstance(contender, Ours):
-        contender.step(Batch(images, labels, torch.zeros_like(labels)))
+        pooled_t = None if contender.config.teacher_cache is None else cached_pooled(contender.setting, images)
+        contender.step(Batch(images, labels, torch.zeros_like(labels)), pooled_t)
     else:
         contender.step((images, labels))
     return contender.figures()
@@ -517,6 +579,7 @@ def measure(setting: Setting, names: list[str], args: argparse.Namespace) -> tup
             contender = make_contender(name, setting, connector)
             began = time.perf_counter()
             full = contender.amp_dtype is None and setting.device == "cpu"  # a GPU's float32 may be TF32
+            full &= name != "ours-cache"  # which keeps the teacher's features in bfloat16
             check(name, step_on(*fixed, contender), exact, TOLERANCE["float32" if full else "bfloat16"])
             seconds = time.perf_counter() - began
             # the first step also compiles, chooses algorithms and makes workspaces, and so tells little, but for one that is hopeless
@@ -696,7 +759,9 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
         return f"to fix first: the loader ({why}): {REMEDIES['loader']}"
     variant = min(ours_ms, key=lambda name: ours_ms[name])
     if ours_ms[variant] < 0.9 * ours_ms["ours"]:
-        option = {"ours-graph": "--cuda-graph", "ours-compile": "--compile"}[variant]
+        option = {"ours-graph": "--cuda-graph", "ours-compile": "--compile", "ours-cache": "--teacher cache:FOLDER"}[
+            variant
+        ]
         return f"to fix first: {option}, with which a step takes {ours_ms[variant]:.1f} ms in the place of {ours_ms['ours']:.1f} ms"
     nets = {name: ms for name, ms in parts.items() if name != "loader"}
     largest = max(nets, key=lambda name: nets[name])
@@ -874,8 +939,10 @@ def has_bfloat16() -> bool:
     return False
 
 
-def absent(name: str, device: str) -> str | None:
+def absent(name: str, device: str, objective: str) -> str | None:
     """Why a contender cannot run here, or None."""
+    if name == "ours-cache" and objective != "ijckd-pooled":
+        return "a cache has no maps: --objective ijckd-pooled"
     return "needs a GPU" if name == "ours-graph" and device == "cpu" else None
 
 
@@ -960,7 +1027,7 @@ def _chosen(args: argparse.Namespace) -> list[str]:
             raise UserError(f"benchmark.py step needs {package}, which is not installed: pip install {package}")
     names = []
     for name in args.contenders or (*OURS, *BASELINES):
-        reason = absent(name, args.device)
+        reason = absent(name, args.device, args.objective)
         if reason is None:
             names.append(name)
         elif args.contenders:

@@ -142,7 +142,7 @@ class TrainConfig:
     epochs: int = _setting(100, "length of the run and of its schedule, passes over the training images")
     batch_size: int = _setting(
         256,
-        "images per step of one process (one GPU); the global batch, to which --lr belongs, is this times the processes, or what"
+        "images per step and per process, which has one GPU; the global batch, to which --lr belongs, is this times the processes, or what"
         " --global-batch says",
     )
     global_batch: int | None = _setting(

@@ -141,30 +141,40 @@ class TrainConfig:
 
     epochs: int = _setting(100, "length of the run and of its schedule, passes over the training images")
     batch_size: int = _setting(
-        256, "images per step and per process; the global batch, to which --lr belongs, is this times the processes"
+        256,
+        "images per step and per process, which has one GPU; the global batch, to which --lr belongs, is this times the processes, or what"
+        " --global-batch says",
     )
     global_batch: int | None = _setting(
         None,
-        "images per step over all processes, in the place of --batch-size; default: --batch-size times the processes",
+        "images per step over all processes, in the place of --batch-size: must be a multiple of the processes times --accumulate;"
+        " default: --batch-size times the processes",
     )
     accumulate: int = _setting(
         1,
-        "parts of a process's batch that go through the nets one after the other, for less memory; the update is the same but for"
-        " BatchNorm, whose statistics are then those of a part",
+        "equal parts of a process's batch that go through the nets one after the other, for less memory; batch size and number of"
+        " updates stay, and the update is the same but for BatchNorm, whose statistics are then those of a part",
     )
-    optimizer: Literal["sgd", "adamw", "lamb"] = _setting("sgd", "sgd and adamw are PyTorch's fused ones, lamb timm's")
+    optimizer: Literal["sgd", "adamw", "lamb"] = _setting(
+        "sgd", "sgd and adamw are PyTorch's fused ones, lamb timm's; the defaults of --lr and --weight-decay are sgd's"
+    )
     lr: float = _setting(0.1, "peak learning rate for the global batch; never rescaled behind your back")
     momentum: float = _setting(0.9, "momentum of SGD")
     nesterov: bool = _setting(False, "Nesterov momentum, of SGD")
-    betas: tuple[float, float] = _setting((0.9, 0.999), "decay of AdamW's and LAMB's averages of gradient and square")
+    betas: tuple[float, float] = _setting(
+        (0.9, 0.999), "AdamW and LAMB: decay per step of the averages of the gradient and of its square, each in [0, 1)"
+    )
     weight_decay: float = _setting(
-        1e-4, "weight decay of student and connector; AdamW's is decoupled from the gradient"
+        1e-4,
+        "weight decay of student and connector; AdamW's and LAMB's is not part of the gradient: 0.01 to 0.1 are usual",
     )
     decay_norms: bool = _setting(
-        True, "weight decay also for BatchNorm's parameters and biases, as the published recipes"
+        True, "weight decay also for BatchNorm's parameters and for biases, as in the published recipes"
     )
     clip_grad: float | None = _setting(
-        None, "largest L2 norm of the gradient, which is scaled down to it; default: any"
+        None,
+        "largest L2 norm of the whole gradient, of the mean loss over the global batch; a longer one is scaled down to it, 1 to 5 are"
+        " usual; default: no clipping",
     )
     schedule: Literal["step", "cosine"] = _setting(
         "step", "course of the learning rate after the warm-up, set every step"
@@ -179,20 +189,30 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "auto: the GPU if there is one")
     amp_dtype: Literal["float32", "bfloat16", "float16"] | None = _setting(
         None,
-        "precision of convolutions and matrix products, losses stay in float32; float16 (GPUs only) with a loss scale that adapts itself;"
-        " default: bfloat16 on a GPU, float32 on a CPU",
+        "precision of convolutions and matrix products; weights and losses stay in float32; float16 (GPUs only) with a loss scale that"
+        " adapts itself; default: bfloat16 on a GPU, float32 on a CPU",
     )
     fold_teacher: bool = _setting(
-        True, "fold the teacher's BatchNorm into its convolutions: the same net but for rounding, fewer passes"
+        True,
+        "fold the teacher's BatchNorm into the layers before it, in memory only: the same answers but for rounding, fewer passes over"
+        " its maps",
     )
-    compile: bool = _setting(False, "compile teacher, student and connector by torch.compile: minutes at the start")
+    compile: bool = _setting(
+        False,
+        "compile teacher, student and connector by torch.compile: takes minutes at the start and at the first step of each image size",
+    )
     cuda_graph: bool = _setting(
         False,
-        "run each step as one CUDA graph: no kernel is launched from Python; pays with small batches (one GPU, sgd or adamw)",
+        "record a step as a CUDA graph and replay it, so that no kernel is launched from Python: pays where batches are small; one"
+        " process with a GPU, sgd or adamw only",
     )
-    sync_bn: bool = _setting(False, "statistics of every BatchNorm, the connector's too, over all processes")
+    sync_bn: bool = _setting(
+        False,
+        "statistics of every BatchNorm that is trained, the connector's too, over the images of all processes, for few images per"
+        " process; default: of its own process's; no effect with one process",
+    )
     dist_backend: Literal["nccl", "gloo"] | None = _setting(
-        None, "what processes share gradients by; default: nccl with GPUs, gloo without"
+        None, "torch.distributed's backend for gradients, with several processes; default: nccl with GPUs, gloo without"
     )
     channels_last: bool = _setting(True, "memory layout NHWC")
     head: Literal["fused", "reference"] = _setting("fused", "the C++/CUDA ops, or plain PyTorch to compare with")
@@ -205,13 +225,17 @@ class TrainConfig:
     checkpoint_minutes: float = _setting(10.0, "minutes between two writings of last.pt")
     checkpoint_steps: int | None = _setting(None, "write last.pt every so many steps too; default: by minutes only")
     keep_checkpoints: int = _setting(
-        1, "checkpoints to keep: with more than 1 each last.pt is kept as checkpoint-STEP.pt too, so many of them"
+        1,
+        "above 1: each last.pt is kept as checkpoint-STEP.pt too, the newest so many of them; --resume FOLDER/checkpoint-STEP.pt goes on"
+        " from one",
     )
     nonfinite_limit: int = _setting(
         20, "steps skipped for a NaN or infinite loss or gradient before the run is stopped"
     )
     tensorboard: bool = _setting(True, "write TensorBoard events")
-    wandb: str | None = _setting(None, "Weights & Biases project to log to as well (pip install wandb); default: none")
+    wandb: str | None = _setting(
+        None, "name of a Weights & Biases project to send the log to as well (pip install wandb); default: none"
+    )
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -75,6 +75,8 @@ def train(arguments: list[str]) -> int:
     ).as_dict()  # only what the user or a YAML file sets
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     given.pop("config", None)
+    if _values_of("--batch-size", arguments) and not _values_of("--global-batch", arguments):
+        given.pop("global_batch", None)  # the preset's, which this option replaces
     students = _values_of("--student", arguments)
     if len(students) > 1:
         if resume is not None:

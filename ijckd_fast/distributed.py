@@ -103,6 +103,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or (os.environ.get("SLURM_NTASKS") if _by_srun() else None) or 1)
 
 
+def local_world_size() -> int:
+    """How many of them are on this machine, as far as the launcher says; 1 where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+
+
 def _by_srun() -> bool:
     """Whether srun started this process as one of several that know where to meet."""
     return "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ
@@ -129,16 +134,21 @@ def started(device: str, backend: str | None = None) -> Iterator[Processes]:
         return
     if device == "cuda":
         gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
+        if gpus == 1:
+            local_rank = (
+                0  # the batch system shows each process a GPU of its own and no other, or this is the only process here
+            )
+        if local_rank >= gpus or (gpus == 1 and local_world_size() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ):
             raise UserError(
-                f"process {local_rank} of this machine wants a GPU of its own, but torch finds {gpus}: start at most {gpus} processes a "
+                f"{local_world_size()} processes of this machine want a GPU each, but torch finds {gpus}: start at most {gpus} processes a "
                 "machine (torchrun --nproc-per-node), or use --device cpu"
             )
         torch.cuda.set_device(local_rank)
     backend = backend or ("nccl" if device == "cuda" else "gloo")
-    if backend == "nccl" and not dist.is_nccl_available():
+    if backend == "nccl" and (device != "cuda" or not dist.is_nccl_available()):
+        found = "--device cpu" if device != "cuda" else "a torch without it"
         raise UserError(
-            "this torch has no NCCL, which GPUs share gradients by: install a CUDA build of torch, or use --dist-backend gloo"
+            f"NCCL shares the gradients of GPUs, got {found}: use --dist-backend gloo, or a CUDA build of torch with GPUs"
         )
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     try:

@@ -121,6 +121,7 @@ def _train(
         # --- data: every batch is a pure function of (index, seed, step)
         with processes.main_first():  # a first scan is made once, and kept
             train_index, val_index = build_indexes(config)
+        refuse_other_images(config, processes.gather((train_index.hash, val_index.hash)))
         cache = open_cache(config, train_index)
         plan = TrainPlan(
             train_index,
@@ -144,7 +145,8 @@ def _train(
         closing.enter_context(val_loader)
 
         # --- models
-        distiller = build_distiller(config, train_index.num_classes, device)
+        with processes.main_first():  # published weights are downloaded once
+            distiller = build_distiller(config, train_index.num_classes, device)
         learner = distiller.learner
         params, macs = distiller.deployed_cost(config.image_size)
         teacher_digest = None if distiller.teacher is None else teacher_fingerprint(distiller.teacher)
@@ -515,6 +517,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
+    cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(
         config,
         data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
@@ -527,7 +530,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",
         eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
-        workers=config.workers or (max(1, len(os.sched_getaffinity(0)) - 1) if device == "cuda" else 2),
+        workers=config.workers or (max(1, cores // distributed.local_world_size() - 1) if device == "cuda" else 2),
         device=device,
         amp_dtype=amp_dtype,
         global_batch=global_batch,
@@ -620,6 +623,17 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     whole = build_index(config.data_dir, "train", class_list=config.class_list, **how)
     val = build_index(config.data_dir, "val", classes=whole.classes, labels=config.val_labels, **how)
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
+
+
+def refuse_other_images(config: TrainConfig, hashes: Sequence[tuple[str, str]]) -> None:
+    """UserError unless all processes have the hashes (train, val) of the first; each machine may have a copy of the data."""
+    for rank, theirs in enumerate(hashes):
+        for split, mine, other in zip(("train", "val"), hashes[0], theirs, strict=True):
+            if mine != other:
+                raise UserError(
+                    f"processes 0 and {rank} see different images in {config.data_dir}/{split}, wanted the same files on every machine: "
+                    "ijckd-fast index lists them; or give one shared folder"
+                )
 
 
 def build_val_loader(

@@ -12,7 +12,7 @@ import pytest
 import recorded_run
 import torch
 from processes import Run, free_port
-from tiny_run import differing, distilled, options, settings, write_teacher, write_tree
+from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,6 +22,7 @@ from ijckd_fast.distributed import SyncBatchNorm, started, synchronise_batch_nor
 from ijckd_fast.errors import UserError
 from ijckd_fast.models import create_model
 from ijckd_fast.objectives import get_objective
+from ijckd_fast.train import refuse_other_images
 
 
 @pytest.fixture(scope="module")
@@ -244,8 +245,25 @@ def test_a_meeting_that_fails_says_where(rank, monkeypatch):
 def test_a_torch_without_nccl_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: False)
-    with pytest.raises(UserError, match="this torch has no NCCL"), started("cpu", "nccl"):
+    with pytest.raises(UserError, match="NCCL shares the gradients of GPUs, got --device cpu"), started("cpu", "nccl"):
         pass
+
+
+def test_machines_with_different_images_are_refused(data, tmp_path):
+    with pytest.raises(
+        UserError, match=r"processes 0 and 2 see different images in .*/val, wanted the same files on every machine"
+    ):
+        refuse_other_images(config(data, tmp_path), [("a", "b"), ("a", "b"), ("a", "c")])
+
+
+def test_a_preset_s_global_batch_gives_way_to_the_batch_size(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "ijckd_fast.train.train", lambda config, **_: seen.append((config.global_batch, config.batch_size))
+    )
+    for more in ([], ["--batch-size", "64"], ["--batch-size", "64", "--global-batch", "128"]):
+        assert cli.main(["train", "--config", "imagenet_r34_r18", "--data-dir", "data", *more]) == 0
+    assert seen == [(256, 256), (None, 64), (128, 64)]
 
 
 def test_srun_is_understood(monkeypatch):

@@ -199,7 +199,6 @@ class TrainStep:
         Changes no weight and no statistic; 0 if not even one does.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        self.guard.restore_statistics()
         images = len(batch.labels) // self._accumulate // 2
         while images:
             if self._device.type == "cuda":

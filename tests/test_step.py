@@ -64,7 +64,7 @@ def _batch(seed=0, size=8, mixup=False):
 
 def _run(step, batches, pooled_t=None, lr=0.05):
     return [
-        {name: figure.clone() for name, figure in step(batch, pooled_t, step=i, lr=lr, progress=i / 4).items()}
+        {name: figure.clone() for name, figure in step(batch, pooled_t, step=i, lr=lr, progress=i + 1).items()}
         for i, batch in enumerate(batches)
     ]
 
@@ -120,7 +120,11 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(objective, source, parts
     assert summed.keys() == whole.keys()
     _same(summed, whole, rtol=1e-5, atol=1e-6)
     _same(of_parts, weights, rtol=1e-5, atol=1e-6)
-    assert differing(weights, _weights(_distiller(objective, norm=False, **changes))) != []
+    fresh = _distiller(objective, norm=False, **changes)
+    assert differing(weights, _weights(fresh)) != []
+    if source == "cache" and fresh.teacher:
+        (by_teacher,) = _run(_step_of(fresh), [_batch(mixup=True)])
+        assert abs(by_teacher["loss"] - whole["loss"]) > 1e-3
 
 
 def test_statistics_in_parts_are_those_of_each_part():

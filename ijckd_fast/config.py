@@ -152,7 +152,10 @@ class TrainConfig:
         "parts of a process's batch that go through the nets one after the other, for less memory; the update is the same but for"
         " BatchNorm, whose statistics are then those of a part",
     )
-    optimizer: Literal["sgd", "adamw", "lamb"] = _setting("sgd", "sgd and adamw are PyTorch's fused ones, lamb timm's")
+    optimizer: Literal["sgd", "adamw", "lamb"] = _setting(
+        "sgd",
+        "sgd and adamw are PyTorch's fused ones, lamb timm's, which counts its steps on the host; none waits for the GPU",
+    )
     lr: float = _setting(0.1, "peak learning rate for the global batch; never rescaled behind your back")
     momentum: float = _setting(0.9, "momentum of SGD")
     nesterov: bool = _setting(False, "Nesterov momentum, of SGD")

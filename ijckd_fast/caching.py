@@ -32,6 +32,7 @@ from ijckd_fast.train import (
     build_val_loader,
     build_view_loader,
     check_parity,
+    refuse_restless_teacher,
     refuse_weak_teacher,
     resolve,
     stop_signal,
@@ -99,6 +100,7 @@ def make_cache(
         if config.channels_last:
             teacher.to(memory_format=torch.channels_last)
         teacher.to(device).eval().requires_grad_(False)
+        refuse_restless_teacher(teacher, config.image_size)
         features_of = _features_of(teacher, device, config.amp_dtype)
         writer = CacheWriter(
             folder,

@@ -350,7 +350,7 @@ class _Probe:
                 if map_.shape[1] != self.pooled.shape[1] or map_.shape[2] * map_.shape[3] == 1:
                     continue
                 for relu in (False, True):
-                    if _same((F.relu(map_) if relu else map_).mean((2, 3)), self.pooled):
+                    if same((F.relu(map_) if relu else map_).mean((2, 3)), self.pooled):
                         self.map_path, self.map_nhwc, self.map_relu = path, nhwc, relu
                         return
 
@@ -368,12 +368,19 @@ class _Probe:
             pooled = net.eval()(self.images)
         except Exception as error:  # e.g. the forward reads the layer's weight
             raise self._no_classifier() from error
-        net.train(was_training)
-        if not isinstance(pooled, Tensor) or pooled.shape != self.pooled.shape or not _same(pooled, self.pooled):
-            raise self._no_classifier()
+        if isinstance(pooled, Tensor) and pooled.shape == self.pooled.shape:
+            if same(pooled, self.pooled):
+                net.train(was_training)
+                return
+            if not same(net(self.images), pooled):
+                raise UserError(
+                    f"model {self.name!r} gives other features for the same images a second time though in eval mode (dropout that is"
+                    " always on?), wanted one fixed function: let its dropout follow self.training, or choose another model"
+                )
+        raise self._no_classifier()
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     """Equal up to the order of a float32 sum."""
     return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
 

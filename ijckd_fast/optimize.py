@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,32 +78,22 @@ def build_optimizer(
 class FiniteGuard:
     """Makes a step whose loss or gradient is NaN or infinite a step that changes nothing, without asking the device.
 
-    `before_forward` keeps a copy of the running statistics (BatchNorm), which the forward pass updates. `judge` puts them back if the
-    step is bad, and `update` leaves weights and optimizer alone: a fused optimizer reads the `found_inf` tensor, as for a GradScaler,
-    another one's work is undone. Everything is a tensor on the device: the host never waits.
+    `before_forward` keeps a copy of the running statistics (BatchNorm) and their counts of batches, which the forward pass updates.
+    `update` puts them back if the step is bad, and leaves weights and optimizer alone: a fused optimizer reads the `found_inf` tensor,
+    as for a GradScaler, another one's work is undone. Everything is a tensor on the device: the host never waits.
 
     armed  [] bool on the device; False makes every step one that changes nothing
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        slots = [
-            (part, name, buffer)
-            for part in module.modules()
-            for name, buffer in part.named_buffers(recurse=False)
-            if buffer.is_floating_point()
+        # One vector holds all statistics and one all counts, the modules get views of them: copying is one operation each.
+        self._statistics = [
+            _laid_together(module, torch.float32, device, lambda buffer: buffer.is_floating_point()),
+            _laid_together(
+                module, torch.int64, device, lambda buffer: buffer.dtype == torch.int64 and not buffer.dim()
+            ),
         ]
-        # One vector holds all statistics, the modules get views of it: copying and restoring is one operation each.
-        self._statistics = torch.cat(
-            [buffer.detach().flatten().float() for *_, buffer in slots] or [torch.zeros(0)]
-        ).to(device)
-        offset = 0
-        for part, name, buffer in slots:
-            view = self._statistics[offset : offset + buffer.numel()].view(buffer.shape)
-            part.register_buffer(
-                name, view.data, persistent=name not in part._non_persistent_buffers_set
-            )  # .data: own version counter
-            offset += buffer.numel()
-        self._before = self._statistics.clone()
+        self._before = [vector.clone() for vector in self._statistics]
         self.armed = torch.ones((), dtype=torch.bool, device=device)
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -114,11 +104,13 @@ class FiniteGuard:
 
     def before_forward(self) -> None:
         """Keeps a copy of the running statistics, which the forward pass will update."""
-        self._before.copy_(self._statistics)
+        for old, now in zip(self._before, self._statistics, strict=True):
+            old.copy_(now)
 
     def restore_statistics(self) -> None:
         """Puts back the running statistics that `before_forward` kept, after a step that did not come to its end."""
-        self._statistics.copy_(self._before)
+        for old, now in zip(self._before, self._statistics, strict=True):
+            now.copy_(old)
 
     def judge(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """loss [] with gradients in place -> (ok [] bool, grad_norm [] float32: L2 norm of the whole gradient)."""
@@ -136,7 +128,8 @@ class FiniteGuard:
         LAMB's count of steps, of which its correction of the first averages depends, goes on in any case.
         """
         ok = ok & self.armed
-        self._statistics.copy_(torch.where(ok, self._statistics, self._before))
+        for old, now in zip(self._before, self._statistics, strict=True):
+            now.copy_(torch.where(ok, now, old))
         if self._fused:
             self._found_inf.copy_(~ok)
             self._optimizer.step()
@@ -150,6 +143,27 @@ class FiniteGuard:
 
     def _state(self) -> list[Tensor]:
         return [x for state in self._optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+
+
+def _laid_together(
+    module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Callable[[Tensor], bool]
+) -> Tensor:
+    """One vector with the contents of all buffers of `module` that are wanted, which become views of it."""
+    slots = [
+        (part, name, buffer)
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if wanted(buffer)
+    ]
+    flat = [buffer.detach().flatten().to(dtype) for *_, buffer in slots]
+    vector = torch.cat(flat or [torch.zeros(0, dtype=dtype)]).to(device)
+    offset = 0
+    for part, name, buffer in slots:
+        view = vector[offset : offset + buffer.numel()].view(buffer.shape)
+        persistent = name not in part._non_persistent_buffers_set
+        part.register_buffer(name, view.data, persistent=persistent)  # .data: own version counter
+        offset += buffer.numel()
+    return vector
 
 
 class Ema:

@@ -80,14 +80,17 @@ def clear(folder: Path) -> None:
 
 
 def keep_as(folder: Path, name: str, count: int) -> None:
-    """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those the newest `count`."""
+    """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those up to its step the newest `count`. Later ones are of a run that
+    was taken back to an earlier step; it writes them anew when it comes there.
+    """
     with replacing(folder / name) as tmp:
         tmp.unlink(missing_ok=True)
         try:
             os.link(folder / LAST, tmp)
         except OSError:  # a file system without links
             shutil.copyfile(folder / LAST, tmp)
-    for old in kept(folder)[:-count]:
+    so_far = kept(folder)
+    for old in so_far[: so_far.index(folder / name) + 1][:-count]:
         old.unlink(missing_ok=True)
 
 

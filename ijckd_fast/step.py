@@ -165,10 +165,9 @@ class TrainStep:
     def _captured(self, batch: _Inputs) -> tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]:
         """The step as a graph that reads the tensors of the inputs returned and writes the figures returned. Changes no weight."""
         inputs = _each(batch, torch.clone)
-        counters = [b for b in self._distiller.learner.buffers() if not b.is_floating_point()]
-        before = [b.clone() for b in counters]
         scale = self.scaler.state_dict()
-        for group in self._optimizer.param_groups:
+        groups = self._optimizer.param_groups
+        for group in groups:
             group["lr"] = self._lr  # a number would be frozen into the graph
         self.guard.armed.fill_(False)
         stream = torch.cuda.Stream()
@@ -179,11 +178,14 @@ class TrainStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
+        adam = [group for group in groups if "capturable" in group]  # which wants the word; its fused form always is
+        for group in adam:
+            group["capturable"] = True
         # thread_local: the loader's threads may talk to the GPU meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             figures = self._update(inputs, self._progress)
-        for mine, old in zip(counters, before, strict=True):
-            mine.copy_(old)
+        for group in adam:
+            group["capturable"] = False
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scale)
         self.guard.armed.fill_(True)
@@ -197,7 +199,6 @@ class TrainStep:
         Changes no weight and no statistic; 0 if not even one does.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        self.guard.restore_statistics()
         images = len(batch.labels) // self._accumulate // 2
         while images:
             if self._device.type == "cuda":

@@ -46,7 +46,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.folding import fold_batch_norm
 from ijckd_fast.libraries import REBUILD, load_libraries
-from ijckd_fast.models import CachedTeacher, Tapped, create_model, is_model_name
+from ijckd_fast.models import CachedTeacher, Tapped, create_model, is_model_name, same
 from ijckd_fast.objectives import Objective, get_objective
 from ijckd_fast.optimize import build_optimizer, learning_rate
 from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress, memory_mb
@@ -343,7 +343,7 @@ def _train(
             progress = step / plan.steps_per_epoch
             try:
                 figures = train_step(batch, pooled_t, step=step, lr=lr, progress=progress)
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MemoryError) as error:
                 if out_of_memory(error):
                     fits = None
                     if processes.world == 1:  # to save takes all of them
@@ -697,6 +697,8 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
     processes, the teacher's BatchNorm folded, compilation.
     """
     learner, teacher = distiller.learner, distiller.teacher
+    if isinstance(teacher, Tapped):
+        refuse_restless_teacher(teacher, config.image_size)
     if config.sync_bn and processes.group is not None:
         learner.synchronise(processes.group)
     if isinstance(teacher, Tapped) and config.fold_teacher:
@@ -711,6 +713,29 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
             learner.connector.trunk.compile()
         if isinstance(teacher, Tapped):
             teacher.net.compile()
+
+
+@torch.no_grad()
+def refuse_restless_teacher(teacher: Tapped, image_size: int) -> None:
+    """UserError where the teacher, in eval mode, is not one and the same function: its features would be noise to learn from."""
+    training = next((name for name, part in teacher.named_modules() if part.training), None)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(teacher.parameters()).device)
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    first, second = (teacher.features(images)[1] for _ in range(2))  # [2, Ct]
+    moved = next((name for name, buffer in teacher.named_buffers() if not torch.equal(buffer, before[name])), None)
+    if training is not None:
+        what = f"has a layer ({training}) that stays in training mode"
+    elif moved is not None:
+        what = f"changes its own buffers ({moved})"
+    elif not same(first, second):
+        what = "gives other features for the same images a second time (dropout that is always on?)"
+    else:
+        return
+    raise UserError(
+        f"teacher {teacher.name} {what}, wanted a net that eval() makes one fixed function: let its dropout and BatchNorm follow "
+        "self.training, or take another teacher"
+    )
 
 
 def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeacher | None:

@@ -159,6 +159,19 @@ def test_a_classifier_that_cannot_be_parted_from_its_net_is_refused(make):
         Tapped(make(F.relu), "toy", 10, 16)
 
 
+def test_dropout_that_is_always_on_is_named():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 10)
+
+        def forward(self, images):
+            return self.fc(F.dropout(images.mean((2, 3)), 0.5, training=True))
+
+    with pytest.raises(UserError, match="model 'restless' gives other features for the same images a second time"):
+        Tapped(Net(), "restless", 10, 32)
+
+
 def test_an_unknown_function_before_pooling_leaves_no_map():
     assert not Tapped(Toy(torch.sigmoid), "toy", 10, 16).has_map
 

@@ -23,10 +23,11 @@ import yaml
 from rich.console import Console
 from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
 
-from ijckd_fast import checkpoint, cli, models, optimize, run_folder
+from ijckd_fast import checkpoint, cli, models, run_folder
 from ijckd_fast.config import FREE_ON_RESUME
 from ijckd_fast.data import build_index
 from ijckd_fast.errors import UserError
+from ijckd_fast.optimize import FiniteGuard
 from ijckd_fast.train import Stopped
 from ijckd_fast.train import train as loud_train
 
@@ -144,16 +145,64 @@ def test_signal_saves_and_says_how_to_go_on(data, tmp_path, number, code):
 
 def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     """The process gets the signal during the update of step `step`."""
-    sgd = optimize.torch.optim.SGD
-    original, calls = sgd.step, []
+    original, calls = FiniteGuard.update, []
 
-    def stepping(self, *arguments):
+    def updating(self, ok):
         calls.append(1)
         if len(calls) == step:
             os.kill(os.getpid(), number)
-        return original(self, *arguments)
+        return original(self, ok)
 
-    monkeypatch.setattr(sgd, "step", stepping)
+    monkeypatch.setattr(FiniteGuard, "update", updating)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "betas": (0.8, 0.99), "lr": 0.01},
+        {"optimizer": "lamb", "lr": 0.01, "decay_norms": False},
+        {"accumulate": 2},
+        {"clip_grad": 0.1},
+        {"ema_decay": 0.9},
+        {"decay_norms": False, "nesterov": True},
+        {"amp_dtype": "bfloat16"},
+        {"fold_teacher": False},
+        {"objective": "ijckd-pooled", "connector": "linear"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_stopped_at_a_random_step_with_every_option(data, teacher, tmp_path, monkeypatch, changes):
+    settings = {**distilled(teacher), "max_steps": 7, **changes}
+    train(config(data, tmp_path / "undisturbed", **settings))
+    step = random.randrange(2, 7)
+    with monkeypatch.context() as stopping:
+        _stop_at(stopping, step)
+        with pytest.raises(Stopped, match=f"at step {step} of 7"):
+            train(config(data, tmp_path / "run", **settings))
+    train(config(data, tmp_path / "run", **settings), resume=True)
+    _assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
+    assert _figures(tmp_path / "run") == _figures(tmp_path / "undisturbed")
+
+
+def _names(folder) -> list[str]:
+    return [path.name for path in run_folder.kept(folder)]
+
+
+def test_goes_on_from_a_checkpoint_that_was_kept(data, tmp_path, monkeypatch):
+    keeping = {"checkpoint_steps": 4, "keep_checkpoints": 3}
+    train(config(data, tmp_path / "undisturbed", **keeping))
+    assert _names(tmp_path / "undisturbed") == ["checkpoint-12.pt", "checkpoint-16.pt", "checkpoint-20.pt"]
+    run = tmp_path / "run"
+    with monkeypatch.context() as stopping:
+        _stop_at(stopping, 14)
+        with pytest.raises(Stopped):
+            train(config(data, run, **keeping))
+    assert _names(run) == ["checkpoint-8.pt", "checkpoint-12.pt", "checkpoint-14.pt"]
+    assert [checkpoint.load(path)["step"] for path in (*run_folder.kept(run), run / "last.pt")] == [8, 12, 14, 14]
+    assert cli.main(["train", "--resume", str(run / "checkpoint-8.pt")]) == 0
+    _assert_same_end(run, tmp_path / "undisturbed")
+    assert _figures(run) == _figures(tmp_path / "undisturbed")
+    assert _names(run)[1:] == ["checkpoint-16.pt", "checkpoint-20.pt"]
 
 
 def test_mixed_views_of_growing_images_go_on_where_they_stopped(data, teacher, tmp_path, monkeypatch):

@@ -162,12 +162,10 @@ def _live_as_cached(patch, weights: Path) -> dict:
 
     patch.setattr(Tapped, "features", rounded)
     patch.setattr(training, "TrainPlan", lambda *arguments, views: TrainPlan(*arguments, views=VIEWS))
+    # a folded BatchNorm rounds otherwise
     return {
-        "teacher": "resnet8x0.5",
-        "teacher_checkpoint": str(weights),
-        "allow_weak_teacher": True,
-        "fold_teacher": False,
-    }
+        "teacher": "resnet8x0.5", "teacher_checkpoint": str(weights), "allow_weak_teacher": True, "fold_teacher": False,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import io
 import itertools
 import json
 import math
+import os
+import signal
+import sys
+import time
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
+from host_waits import HostWaits
 from rich.console import Console
 from tiny_run import config, differing, distilled, write_teacher, write_tree
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ijckd_fast import checkpoint, run_folder
 from ijckd_fast.config import load_preset, make_config, preset_names
@@ -23,6 +31,7 @@ from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.models import create_model
 from ijckd_fast.objectives import PRESETS, get_objective
 from ijckd_fast.optimize import Ema, FiniteGuard, build_optimizer, learning_rate
+from ijckd_fast.progress import Stopwatch, bottleneck
 from ijckd_fast.train import build_distiller, resolve
 from ijckd_fast.train import train as loud_train
 
@@ -129,13 +138,7 @@ def test_guard_makes_a_bad_step_do_nothing(bad, optimizer_name):
         assert torch.isfinite(norm)
     assert results == [[False, True, True, False, True, True], [True] * 4]
     state, expected = net.state_dict(), spared.state_dict()
-    assert (
-        differing(
-            {k: v for k, v in state.items() if "num_batches" not in k},
-            {k: v for k, v in expected.items() if "num_batches" not in k},
-        )
-        == []
-    )
+    assert differing(dict(state), dict(expected)) == []
 
 
 def test_guard_restores_the_connectors_statistics(data, teacher):
@@ -295,20 +298,6 @@ def test_ema_is_what_is_evaluated_and_deployed(data, tmp_path):
     assert differing(state["live"], state["learner"]) != []
 
 
-class _HostWaits(TorchDispatchMode):
-    """Counts the operations by which the host would wait for a GPU to know a value."""
-
-    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "item")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ in self.NAMES
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("objective", ["ce", "ijckd", "dkd"])
 def test_steps_never_wait_for_the_device(data, teacher, tmp_path, objective):
     """Three times the steps between two log lines, and not one wait more."""
@@ -321,7 +310,7 @@ def test_steps_never_wait_for_the_device(data, teacher, tmp_path, objective):
             "log_interval": 1000,
             "eval_every": 1000,
         }
-        with _HostWaits() as waits:
+        with HostWaits() as waits:
             train(config(data, tmp_path / str(steps), max_steps=steps, **changes))
         counts.append(waits.count)
     assert counts[0] > 0  # logging and evaluating do wait, and are seen
@@ -388,7 +377,177 @@ def test_too_many_skipped_steps_stop_the_run(data, tmp_path, monkeypatch):
         train(config(data, tmp_path, nonfinite_limit=3), overwrite=True)
 
 
+def _save_calls(monkeypatch):
+    """Names and steps of the checkpoints that a run writes."""
+    original, saved = checkpoint.Writer.save, []
+
+    def save(self, path, state, then=None):
+        saved.append((path.name, state["step"]))
+        original(self, path, state, then)
+
+    monkeypatch.setattr(checkpoint.Writer, "save", save)
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("room", "accumulate", "wanted"),
+    [
+        (
+            3,
+            1,
+            "with 8 images .* on cpu; the last good checkpoint is .*last.pt \\(step 5\\). 2 fit: start anew with --accumulate 4 ",
+        ),
+        (3, 2, "with 4 images .* 2 fit: start anew with --accumulate 4 .* or resume where more memory is free"),
+        (0, 1, "Not even one image fits: choose a smaller student"),
+    ],
+    ids=["whole", "in parts", "nothing fits"],
+)
+def test_out_of_memory_saves_and_says_what_fits(data, tmp_path, monkeypatch, room, accumulate, wanted):
+    original, steps = Distiller.step, []
+
+    def step(self, images, labels, **named):
+        steps.append(len(labels))
+        if len(steps) > 5 * accumulate and len(labels) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, images, labels, **named)
+
+    settings = config(data, tmp_path / "run", max_steps=8, accumulate=accumulate)
+    with monkeypatch.context() as small:
+        small.setattr(Distiller, "step", step)
+        with pytest.raises(UserError, match=f"out of memory at step 5 .*{wanted}"):
+            train(settings)
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 5
+    if room:
+        train(settings, resume=True)
+        train(config(data, tmp_path / "undisturbed", max_steps=8, accumulate=accumulate))
+        ends = [checkpoint.load(tmp_path / name / "last.pt") for name in ("run", "undisturbed")]
+        assert differing(*({key: end[key] for key in ("learner", "optimizer", "random", "step")} for end in ends)) == []
+
+
+def test_sigusr1_saves_and_goes_on(data, tmp_path, monkeypatch):
+    saved, update, calls = _save_calls(monkeypatch), FiniteGuard.update, []
+
+    def updating(self, ok):
+        calls.append(1)
+        if len(calls) in (2, 5):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return update(self, ok)
+
+    monkeypatch.setattr(FiniteGuard, "update", updating)
+    before = signal.getsignal(signal.SIGUSR1)
+    assert train(config(data, tmp_path, max_steps=8))["complete"]
+    assert saved == [("last.pt", 2), ("last.pt", 5), ("best.pt", 8), ("last.pt", 8)]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+class _WeightsAndBiases(types.ModuleType):
+    """Stands for the package `wandb`."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.begun, self.rows, self.finished = [], [], 0
+
+    def init(self, **how):
+        self.begun.append(how)
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_rows_go_to_weights_and_biases(data, tmp_path, monkeypatch):
+    settings = config(data, tmp_path / "run", max_steps=8, wandb="tints")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--wandb tints needs the package: pip install wandb, or leave it out"):
+        train(settings)
+    fake = _WeightsAndBiases()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    _spoil(monkeypatch, {5, 6, 7, 8})
+    train(settings)
+    assert [step for step, _ in fake.rows] == [4, 8, 8]
+    logged = run_folder.read_log(tmp_path / "run")
+    assert fake.rows[0][1] == {f"train/{k}": v for k, v in logged[0].items() if k not in ("kind", "step")}
+    assert "train/loss" not in fake.rows[1][1]  # no step was good, so there is none
+    assert fake.rows[2][1]["eval/top1_percent"] == logged[2]["top1_percent"]
+    assert fake.finished == 1
+    (tmp_path / "run" / "summary.json").unlink()
+    train(settings, resume=True)
+    first, again = fake.begun
+    assert (first["project"], first["name"], first["resume"]) == ("tints", "run", "allow")
+    assert first["config"]["max_steps"] == 8
+    assert again["id"] == first["id"]
+    assert fake.finished == 2
+
+
+def test_a_line_of_progress_names_what_bounds_the_speed(data, tmp_path, monkeypatch):
+    assert [bottleneck(percent) for percent in (0, 20, 21, 100)] == ["the nets bound"] * 2 + ["the loader bounds"] * 2
+    said = io.StringIO()
+    take = Stopwatch.take
+    monkeypatch.setattr(Stopwatch, "take", lambda self: {**take(self), "loader_wait_percent": waits.pop(0)})
+    waits = [60.0, 5.0]
+    loud_train(config(data, tmp_path, max_steps=8), console=Console(file=said, width=200))
+    lines = [line for line in said.getvalue().splitlines() if "images/s" in line]
+    assert "step 4/8, epoch 1.00, lr 0.05, loss " in lines[0]
+    assert [line.split("images/s  ")[1] for line in lines] == [
+        "the loader bounds (60 % loader wait)",
+        "the nets bound (5 % loader wait)",
+    ]
+    rows = [row for row in run_folder.read_log(tmp_path) if row["kind"] == "train"]
+    assert all(10 < row["memory_mb"] < 100_000 for row in rows)
+
+
+def test_a_clock_that_is_set_changes_nothing(data, tmp_path, monkeypatch):
+    """By a day to and fro, at every look: nothing is saved sooner or later, and no figure is odd."""
+    saved, days = _save_calls(monkeypatch), itertools.cycle([0, 86_400, -86_400])
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + next(days))
+    summary = train(config(data, tmp_path, max_steps=8))
+    assert saved == [("best.pt", 8), ("last.pt", 8)]
+    assert 0 < summary["seconds"] < 600
+    assert 0 < summary["images_per_s"] < 1e6
+    assert all(0 <= row["loader_wait_percent"] <= 100 for row in run_folder.read_log(tmp_path) if "loss" in row)
+
+
 # --- what is refused, in a sentence, before anything is lost
+
+
+class _Stubborn(nn.BatchNorm2d):
+    """Takes the statistics of the batch whatever eval() says; one that admits it, one that does not."""
+
+    admits = True
+
+    def train(self, mode=True):
+        return super().train(mode or self.admits)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "wanted"),
+    [
+        ("dropout", "gives other features for the same images a second time"),
+        ("training mode", r"has a layer \(net\.bn1\) that stays in training mode"),
+        ("statistics", r"changes its own buffers \(net\.bn1\.running_mean\)"),
+    ],
+    ids=["dropout", "training mode", "statistics"],
+)
+def test_a_teacher_that_eval_does_not_freeze(data, teacher, tmp_path, monkeypatch, fault, wanted):
+    net = create_model("resnet8x0.5", 3, checkpoint=teacher, image_size=16)
+    if fault == "dropout":
+        net.net.layer3.register_forward_hook(lambda _module, _given, out: F.dropout(out, 0.5, training=True))
+    else:
+        net.net.bn1 = _Stubborn(11)
+        net.net.bn1.admits = fault == "training mode"
+    monkeypatch.setattr("ijckd_fast.train.build_teacher", lambda *_: net)
+    text = f"teacher resnet8x0.5 {wanted}.*, wanted a net that eval.. makes one fixed function.*take another teacher"
+    with pytest.raises(UserError, match=text):
+        train(config(data, tmp_path, **distilled(teacher)))
+    assert not (tmp_path / "config.yaml").exists()
 
 
 def test_weak_teacher(data, teacher, tmp_path):
@@ -446,11 +605,26 @@ def test_a_path_that_is_no_run_or_names_two_weights(data, teacher, tmp_path):
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum"),
         ({"ema_decay": 1.0}, r"--ema-decay must lie in \[0, 1\)"),
         ({"eval_resize": 8}, "eval_resize"),
+        ({"optimizer": "adamw", "nesterov": True}, "--nesterov is SGD's, got --optimizer adamw: leave it out"),
+        ({"betas": (0.9, 1.0)}, r"--betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": (-0.1, 0.9)}, "--betas must be two numbers"),
+        ({"clip_grad": 0.0}, "--clip-grad must be above 0, got 0.0: 1 to 5 are usual"),
+        ({"accumulate": 0}, "--accumulate must be at least 1"),
+        ({"accumulate": 3}, "global batch of 8 images cannot .* --accumulate 3 in equal parts: wanted a multiple of 3"),
+        ({"global_batch": 9, "accumulate": 2}, "global batch of 9 images cannot"),
+        ({"amp_dtype": "float16"}, "--amp-dtype float16 needs a GPU, got --device cpu: use bfloat16 or float32"),
+        ({"cuda_graph": True}, "--cuda-graph is for one GPU and sgd or adamw, got --device cpu"),
     ],
 )  # fmt: skip
 def test_impossible_settings(data, tmp_path, changes, text):
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path, **changes))
+
+
+def test_the_global_batch_takes_the_place_of_a_processes(data, tmp_path):
+    resolved = resolve(config(data, tmp_path, global_batch=12, batch_size=8, accumulate=3))
+    assert (resolved.global_batch, resolved.batch_size) == (12, 12)
+    assert resolve(config(data, tmp_path, batch_size=8)).global_batch == 8
 
 
 def test_teacher_of_other_classes_or_nan(data, tmp_path):

@@ -169,7 +169,7 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         {"fold_teacher": False},
         {"objective": "ijckd-pooled", "connector": "linear"},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )
 def test_stopped_at_a_random_step_with_every_option(data, teacher, tmp_path, monkeypatch, changes):
     settings = {**distilled(teacher), "max_steps": 7, **changes}

@@ -57,7 +57,7 @@ OURS = {
     "ours": "the trainer's own parts, as ijckd-fast train runs them",
     "ours-graph": "the same with --cuda-graph (GPU)",
     "ours-compile": "the same with --compile",
-    "ours-cache": "the same with a teacher cache of one view (--objective ijckd-pooled)",
+    "ours-cache": "the same with a teacher cache of one view (--objective ijckd-pooled; K is then the data's)",
 }
 BASELINES = {
     "eager-fp32": "IJCKD as one writes it by hand: torchvision's nets, transforms and ImageFolder, float32, NCHW",
@@ -968,7 +968,8 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         for pair_name in args.pair:
             pair = PAIRS[pair_name]
             size = args.image_size or pair.image_size
-            classes = max(pair.classes, index.num_classes)
+            # a cache is made from the data, whose classes its teacher must have
+            classes = index.num_classes if "ours-cache" in names else max(pair.classes, index.num_classes)
             weights = pathlib.Path(folder, pair_name)
             weights.mkdir()
             write_weights(weights, pair, classes, size)

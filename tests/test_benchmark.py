@@ -265,6 +265,7 @@ def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
             "CUDA graph",
             "torch.compile",
             "trainer no sync",
+            "training step",
             "DALI on the GPU",
             "loader",
             "step r34-r18",

@@ -664,7 +664,7 @@ def test_presets():
         resolve(make_config({**values, **given}))
     wanted = (
         "epochs",
-        "batch_size",
+        "global_batch",
         "lr",
         "milestones",
         "gamma",

@@ -70,12 +70,13 @@ def main() -> int:
             run = folder / str(processes)
             train(
                 processes, *data, "--teacher", str(folder / "teacher"), "--student", "resnet8x0.25", "--global-batch", str(GLOBAL_BATCH),
-                "--lr", "0.05", "--schedule", "cosine", "--epochs", str(args.epochs), "--output-dir", str(run),
+                "--lr", "0.01", "--schedule", "cosine", "--epochs", str(args.epochs), "--output-dir", str(run),
                 "--sync-bn" if args.sync_bn else "--no-sync-bn",
             )  # fmt: skip
             losses = [row["loss"] for row in run_folder.read_log(run) if row["kind"] == "train"]
             state = checkpoint.load(run / run_folder.LAST)
-            weights = torch.cat([x.flatten() for x in state["learner"].values() if x.is_floating_point()])
+            parameters = [x.flatten() for name, x in state["learner"].items() if name.endswith(("weight", "bias"))]
+            weights = torch.cat(parameters)
             if not rows:
                 loss, first_weights = losses[-1], weights
             rows.append(

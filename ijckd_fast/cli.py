@@ -25,6 +25,7 @@ from ijckd_fast.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from ijckd_fast.config import TrainConfig
+    from ijckd_fast.data import Index
     from ijckd_fast.distiller import Distiller
 
 
@@ -286,22 +287,13 @@ def evaluate(arguments: list[str]) -> int:
 
     import torch
 
-    from ijckd_fast.data import build_index
     from ijckd_fast.evaluate import evaluate as measure
     from ijckd_fast.teacher_cache import TeacherCache
     from ijckd_fast.train import amp_dtype_of, augment_of, build_val_loader
 
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
-    index = build_index(
-        config.data_dir,
-        "val",
-        classes=state["classes"],
-        labels=config.val_labels,
-        verify=config.index_verify,
-        trust_folders=not config.check_files,
-        progress=sys.stderr.isatty(),
-    )
+    index = _val_index(state, config)
     distiller = _trained(path, state, config)
     amp_dtype = amp_dtype_of(config)
     with build_val_loader(config, index, device) as loader:
@@ -394,7 +386,6 @@ def export(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ijckd_fast import export as exporting
-    from ijckd_fast.data import build_index
     from ijckd_fast.progress import say
     from ijckd_fast.train import build_val_loader
 
@@ -410,15 +401,7 @@ def export(arguments: list[str]) -> int:
     exporting.refuse_occupied(folder, overwrite)
     if onnx:
         exporting.require_onnx()
-    index = build_index(
-        config.data_dir,
-        "val",
-        classes=state["classes"],
-        labels=config.val_labels,
-        verify=config.index_verify,
-        trust_folders=not config.check_files,
-        progress=sys.stderr.isatty(),
-    )
+    index = _val_index(state, config)
     distiller = _trained(path, state, config)
     config = dataclasses.replace(config, batch_size=min(config.batch_size, 32))  # a GPU's batch may not fit here
     ids = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).round().astype(np.int64))
@@ -482,6 +465,21 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
         config = dataclasses.replace(config, objective="ce", teacher=None, teacher_checkpoint=None, **weights)
         state["learner"] = {k: v for k, v in state["learner"].items() if not k.startswith("connector.")}
     return path, state, resolve(config)
+
+
+def _val_index(state: dict[str, Any], config: TrainConfig) -> Index:
+    """The validation images of a run, with the classes it was trained on."""
+    from ijckd_fast.data import build_index
+
+    return build_index(
+        config.data_dir,
+        "val",
+        classes=state["classes"],
+        labels=config.val_labels,
+        verify=config.index_verify,
+        trust_folders=not config.check_files,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distiller:

@@ -112,9 +112,8 @@ def _train(
                 run_folder.refuse_occupied(folder)
         device = device_of(config, processes)
         amp_dtype = amp_dtype_of(config)
-        if (
-            config.deterministic != torch.are_deterministic_algorithms_enabled()
-        ):  # the call imports the compiler: seconds
+        # the call imports the compiler, which takes seconds
+        if config.deterministic != torch.are_deterministic_algorithms_enabled():
             torch.use_deterministic_algorithms(config.deterministic)
         torch.backends.cudnn.benchmark = not config.deterministic
 

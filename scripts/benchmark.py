@@ -11,18 +11,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import ctypes
-import datetime
 import gc
-import hashlib
 import importlib.util
 import json
-import os
 import pathlib
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,12 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: 
 
 import index_benchmark  # noqa: E402
 import loader_benchmark  # noqa: E402
+import records  # noqa: E402
 import step_benchmark  # noqa: E402
 
 from ijckd_fast import ops, reference  # noqa: E402
 from ijckd_fast.errors import UserError  # noqa: E402
 
-RESULTS = ROOT / "results" / "op.csv"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16 gradients vanish without a loss scale, which is why every float16 trainer has one
 LOSS_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 4096.0}
@@ -562,39 +556,6 @@ def measure(
 # rows
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a row must say of where and when it was measured."""
-    return {
-        "device": device,
-        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if device == "cuda" else "",
-        "python": platform.python_version(),
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    vectors = torch.backends.cpu.get_cpu_capability()  # AVX2, AVX512: the library's products depend on it
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {vectors}"
-
-
-def _commit() -> str:
-    """The commit, with -dirty behind it if files differ; where the checkout came without git, a hash of the sources."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "ijckd_fast").glob("*.py")])
-    return "sources-" + hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
-
-
 def make_rows(
     name: str, w: Workload, dtype: str, mode: str, measured: dict[str, Measured], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -630,25 +591,6 @@ def make_rows(
         }
         rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
     return rows
-
-
-def check_csv(path: pathlib.Path) -> None:
-    """Usage if the file's columns are not ours, before an hour is spent on rows that could not be written."""
-    wanted = ",".join(JSON_KEYS + CSV_ONLY_KEYS)
-    if path.exists() and (found := path.read_text().partition("\n")[0].strip()) != wanted:
-        raise Usage(f"--save: {path} has other columns ({found[:60]}...): name another file or move this one away")
-    if not path.parent.is_dir():
-        raise Usage(f"--save: there is no folder {path.parent}: make it first")
-
-
-def append_csv(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    """Appends rows, under a header if the file is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, JSON_KEYS + CSV_ONLY_KEYS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -750,14 +692,7 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument(
         "--sweep", choices=("k", "b"), help="instead of workloads: over K from 100 to 200,000, or over B at K 21841"
     )
-    op.add_argument(
-        "--save",
-        nargs="?",
-        const=RESULTS,
-        type=pathlib.Path,
-        metavar="CSV",
-        help="append the rows to this file, each workload's once it is done; without a name results/op.csv",
-    )
+    records.add_save(op, "op.csv")
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
     loader_benchmark.add_parser(commands)
     step_benchmark.add_parser(commands)
@@ -802,12 +737,11 @@ def run_op(args: argparse.Namespace) -> int:
         raise Usage("--sweep brings its own workloads: leave --workloads out")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if args.save:
-        check_csv(args.save)
+    records.check(args.save, JSON_KEYS + CSV_ONLY_KEYS)
     if "float32" in dtypes:  # TF32 would give eager's convolution another precision than its linear layers, and ours
         torch.backends.cudnn.allow_tf32 = False
     workloads = chosen_workloads(args.workloads, args.sweep, device)
-    where, timer, rows, failed = environment(device), Timer(device), [], False
+    where, timer, rows, failed = records.environment(device), Timer(device), [], False
     for dtype in dtypes:
         for name, w in workloads.items():
             wanted = []
@@ -828,8 +762,7 @@ def run_op(args: argparse.Namespace) -> int:
                 failed = True
                 continue
             new = make_rows(name, w, dtype, args.mode, measured, where)
-            if args.save:
-                append_csv(args.save, new)
+            records.append(args.save, JSON_KEYS + CSV_ONLY_KEYS, new)
             rows += new
             print(f"{name} {dtype} done", file=sys.stderr, flush=True)
     print_table(rows)
@@ -845,11 +778,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         if args.what == "loader":
-            return loader_benchmark.run(args, environment(args.device))
+            return loader_benchmark.run(args, records.environment(args.device))
         if args.what == "step":
-            return step_benchmark.run(args, environment(args.device) | {"cpu": _cpu_name()})
+            return step_benchmark.run(args, records.environment(args.device) | {"cpu": records.cpu_name()})
         if args.what == "index":
-            return index_benchmark.run(args, environment("cpu"))
+            return index_benchmark.run(args, records.environment("cpu"))
         return run_op(args)
     except (Usage, UserError) as usage:
         print(f"benchmark: {usage}", file=sys.stderr)

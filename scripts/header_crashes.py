@@ -12,7 +12,6 @@ The last line is one JSON object {"rows": [...]}. Exit code 1 if a run behind th
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
 import pathlib
@@ -23,12 +22,14 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
 import numpy as np
+import records
 from PIL import Image
 
 if TYPE_CHECKING:
     from ijckd_fast.data import Index
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 COLUMNS = (
     "what", "guard", "kinds", "runs", "crashes", "other_failures", "batch", "threads", "s_per_run", "machine", "torch", "dali", "pillow",
     "python", "commit", "date",
@@ -99,16 +100,12 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--unguarded", action="store_true", help="tell DALI the sizes instead of letting it look")
     parser.add_argument("--at-once", type=int, default=2, help="processes")
-    parser.add_argument(
-        "--save", nargs="?", const=ROOT / "results/header_crashes.csv", type=pathlib.Path, metavar="CSV"
-    )
-    args = parser.parse_args()
-
-    from benchmark import environment
+    records.add_save(parser, "header_crashes.csv")
+    args = records.parse_args(parser, COLUMNS)
 
     from ijckd_fast.data.parity import versions
 
-    where = environment("cpu") | versions()  # loads torch and DALI, which then every run has
+    where = records.environment("cpu") | versions()  # loads torch and DALI, which then every run has
     with tempfile.TemporaryDirectory() as folder:
         indexes = [spoilt_index(pathlib.Path(folder) / kind, kind) for kind in KINDS]
         began = time.perf_counter()
@@ -128,13 +125,7 @@ def main() -> int:
         "threads": THREADS,
     }
     print(f"{crashes} of {args.runs} processes died of a signal, {failures} ended otherwise than they should")
-    if args.save:
-        new = not args.save.exists()
-        with args.save.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    records.append(args.save, COLUMNS, [row])
     print(json.dumps({"rows": [row]}), flush=True)
     return int(not args.unguarded and crashes + failures > 0)
 

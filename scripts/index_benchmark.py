@@ -7,7 +7,6 @@ have, each in a process of its own. The class folders are there, the images are 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -20,6 +19,7 @@ import time
 from typing import Any
 
 import loader_benchmark
+import records
 
 # What needs more packages than torch is imported where it is used: the other half of benchmark.py must run without.
 
@@ -111,11 +111,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="of each start; the first scan is timed a third as often"
     )
-    parser.add_argument("--save", nargs="?", const=pathlib.Path("results/index.csv"), type=pathlib.Path, metavar="CSV")
+    records.add_save(parser, "index.csv")
 
 
 def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     """Prints and saves the rows; the exit status."""
+    records.check(args.save, COLUMNS)
     import numpy
     import PIL
     import pyarrow
@@ -132,14 +133,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         measured.append(starts(name, args.repeats))
     rows = [{column: (row | where | {"what": "index"}).get(column) for column in COLUMNS} for row in measured]
     _print(rows)
-    if args.save:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.save.exists()
-        with args.save.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    records.append(args.save, COLUMNS, rows)
     print(json.dumps({"rows": rows}), flush=True)
     return 0
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import records
 import torch
 from PIL import Image
 
@@ -114,12 +114,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="how many (default 200)")
     parser.add_argument("--epochs", type=int, default=10, help="length of a run, four steps each (default 10)")
     parser.add_argument("--seed", type=int, help="of the moments (default: another one each time)")
-    parser.add_argument("--save", nargs="?", const=ROOT / "results/kill_resume.csv", type=pathlib.Path, metavar="CSV")
-    args = parser.parse_args()
+    records.add_save(parser, "kill_resume.csv")
+    args = records.parse_args(parser, COLUMNS)
     if args.kills < 1 or args.epochs < 1:
         parser.error("--kills and --epochs must be at least 1")
-
-    import benchmark
 
     # loaded before the forks, the plots' library with its first figure
     from ijckd_fast import checkpoint, report, run_folder, train  # noqa: F401
@@ -181,19 +179,13 @@ def main() -> int:
             found = differing(checkpoint.load(folder / run_folder.LAST), want)
             unequal += found > 0
             print(f"run {runs}: {kills} kills so far, {found} differences", flush=True)
-    where = benchmark.environment("cpu")
+    where = records.environment("cpu")
     row = {
         "what": "kill_resume", "kills": kills, "during_writing": writing, "before_the_first_checkpoint": first, "runs": runs,
         "steps": want["step"], "broken": broken, "differing": unequal, "seconds": round(time.perf_counter() - began), "seed": seed,
         **{key: where[key] for key in COLUMNS[10:]},
     }  # fmt: skip
-    if args.save:
-        new = not args.save.exists()
-        with args.save.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+    records.append(args.save, COLUMNS, [row])
     print(
         f"{kills} kills in {runs} runs, {writing} of them while a file was being written: {broken} broken, {unequal} runs with other bits"
     )

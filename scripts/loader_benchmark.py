@@ -7,7 +7,6 @@ of a pass are not timed: starting workers or building a pipeline is once per epo
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import records
 import torch
 
 if TYPE_CHECKING:
@@ -193,11 +193,12 @@ def add_parser(commands: Any) -> None:
         "--steps", type=above(UNTIMED), default=28, help="batches of a pass, the first four of which are not timed"
     )
     parser.add_argument("--repeats", type=above(0), default=5, help="passes of each contender")
-    parser.add_argument("--save", nargs="?", const=pathlib.Path("results/loader.csv"), type=pathlib.Path, metavar="CSV")
+    records.add_save(parser, "loader.csv")
 
 
 def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     """Prints and saves the rows; the exit status."""
+    records.check(args.save, COLUMNS)
     import PIL
     import torchvision
 
@@ -235,14 +236,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
                 for name in args.contenders
             ]
     _print(rows)
-    if args.save:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        new = not args.save.exists()
-        with args.save.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    records.append(args.save, COLUMNS, rows)
     print(json.dumps({"rows": rows}), flush=True)
     return 0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import csv
 import importlib.util
 import itertools
 import json
@@ -27,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import loader_benchmark
+import records
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -928,7 +928,7 @@ def add_parser(commands: Any) -> None:
         "--data-backend", choices=("dali", "pillow", "synthetic"), default="dali",
         help="loader of ours (default: dali); synthetic: one batch of noise for everybody, no file is opened",
     )  # fmt: skip
-    parser.add_argument("--save", nargs="?", const=pathlib.Path("results/step.csv"), type=pathlib.Path, metavar="CSV")
+    records.add_save(parser, "step.csv")
 
 
 def has_bfloat16() -> bool:
@@ -949,8 +949,7 @@ def absent(name: str, device: str, objective: str) -> str | None:
 def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     """Prints and saves the rows; the exit status: 1 if a contender computed something else."""
     names = _chosen(args)
-    if args.save:
-        _check_csv(args.save)
+    records.check(args.save, COLUMNS)
     from ijckd_fast.data import Augment, TrainPlan, build_index
 
     torch.set_num_threads(args.threads)
@@ -1009,8 +1008,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
                     "this CPU has no instructions for bfloat16: the ratio to eager-autocast says what autocast costs on such a CPU, not "
                     "what ijckd-fast gains; eager-channels-last is the baseline to compare with"
                 )
-            if args.save:
-                _append(args.save, mine)
+            records.append(args.save, COLUMNS, mine)
             del ours
     print(json.dumps({"rows": [{key: row[key] for key in JSON_KEYS} for row in rows]}), flush=True)
     print(f"benchmark: {len(rows)} rows{'; see above for what FAILED' if failed else ''}", file=sys.stderr)
@@ -1045,22 +1043,6 @@ def _versions() -> dict[str, str]:
     import torchvision
 
     return {"torchvision": torchvision.__version__, "pillow": PIL.__version__, "dali": loader_benchmark.dali_version()}
-
-
-def _check_csv(path: pathlib.Path) -> None:
-    if path.exists() and (found := path.read_text().partition("\n")[0].strip()) != ",".join(COLUMNS):
-        raise UserError(f"--save: {path} has other columns ({found[:60]}...): name another file or move this one away")
-    if not path.parent.is_dir():
-        raise UserError(f"--save: there is no folder {path.parent}: make it first")
-
-
-def _append(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The last line is one JSON object {"rows": [...]}.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import pathlib
@@ -19,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+
+import records
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
@@ -50,16 +51,15 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--save", nargs="?", const=ROOT / "results/world_sizes.csv", type=pathlib.Path, metavar="CSV")
-    args = parser.parse_args()
+    records.add_save(parser, "world_sizes.csv")
+    args = records.parse_args(parser, COLUMNS)
 
     import torch
-    from benchmark import environment
 
     from ijckd_fast import checkpoint, run_folder
     from ijckd_fast.data.digits import write_digits
 
-    where = environment("cpu")
+    where = records.environment("cpu")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
@@ -96,13 +96,7 @@ def main() -> int:
                 f"{rows[-1]['top1_percent']:.2f} % of {rows[-1]['val_images']}",
                 flush=True,
             )
-    if args.save:
-        new = not args.save.exists()
-        with args.save.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerows(rows)
+    records.append(args.save, COLUMNS, rows)
     print(json.dumps({"rows": rows}))
     return 0
 

@@ -470,7 +470,7 @@ def test_index_rows(capsys, tmp_path, monkeypatch):
     arguments = ["index", "--files", "250", "--repeats", "2", "--threads", "1", "--save", str(saved)]
     args = benchmark.parser().parse_args([*arguments, "--starts"])
     args.starts = ["tiny"]
-    assert benchmark.index_benchmark.run(args, benchmark.environment("cpu")) == 0
+    assert benchmark.index_benchmark.run(args, benchmark.records.environment("cpu")) == 0
     rows, _ = rows_of(capsys)
     assert [(row["workload"], row["files"], row["folders"], row["repeats"]) for row in rows] == [
         ("first scan", 250, 3, 1),
@@ -491,3 +491,12 @@ def test_photos_are_like_imagenet_s(tmp_path):
     assert len(files) == 20
     assert {path.parts[-3] for path in files} == {"train", "val"}
     assert 80_000 < sum(path.stat().st_size for path in files) / 20 < 140_000
+
+
+@pytest.mark.parametrize("what", ["loader", "index"])
+def test_other_columns_are_refused_before_anything_is_measured(what, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("name,value\n")
+    assert benchmark.main([what, "--save", str(path)]) == 2
+    assert f"{path} has other columns (name,value...)" in capsys.readouterr().err
+    assert path.read_text() == "name,value\n"

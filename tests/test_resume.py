@@ -172,7 +172,12 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
     ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )
 def test_stopped_at_a_random_step_with_every_option(data, teacher, tmp_path, monkeypatch, changes):
-    settings = {**distilled(teacher), "max_steps": 7, **changes}
+    _stop_and_go_on(data, tmp_path, monkeypatch, **{**distilled(teacher), **changes})
+
+
+def _stop_and_go_on(data, tmp_path, monkeypatch, **settings) -> None:
+    """7 steps, and again with a stop at a random one: equal checkpoints and logs."""
+    settings["max_steps"] = 7
     train(config(data, tmp_path / "undisturbed", **settings))
     step = random.randrange(2, 7)
     with monkeypatch.context() as stopping:
@@ -182,6 +187,31 @@ def test_stopped_at_a_random_step_with_every_option(data, teacher, tmp_path, mon
     train(config(data, tmp_path / "run", **settings), resume=True)
     _assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
     assert _figures(tmp_path / "run") == _figures(tmp_path / "undisturbed")
+
+
+def test_stopped_with_a_compiled_student(data, tmp_path, monkeypatch):
+    """By the compiler's front end alone: what its back ends make of the graphs takes minutes."""
+    compile_, compiled = torch.nn.Module.compile, []
+
+    def compile_in_front(self):
+        compiled.append(self)
+        compile_(self, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_in_front)
+    _stop_and_go_on(data, tmp_path, monkeypatch, compile=True)
+    assert len(compiled) == 3  # the student of each part of a run
+
+
+def test_loss_scale_goes_on_where_it_stopped(data, teacher, tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+
+    def growing(device, enabled):
+        assert not enabled  # for float16 alone, which takes a GPU
+        return scaler(device, init_scale=2.0**10, growth_interval=2)
+
+    monkeypatch.setattr(torch.amp, "GradScaler", growing)
+    _stop_and_go_on(data, tmp_path, monkeypatch, **distilled(teacher))
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["scaler"]["scale"] == 2.0**13  # grown three times in 7 steps
 
 
 def _names(folder) -> list[str]:

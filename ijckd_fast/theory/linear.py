@@ -275,10 +275,13 @@ class Isotropic:
 
     def tail(self, t: Array, dimension: int) -> Array:
         """p(t) = P[acute angle between x and a fixed axis >= t], t [...] in [0, pi/2]; the density of the angle goes as sin^(d-2)."""
-        ends = np.stack([np.asarray(t, dtype=np.float64), np.zeros_like(t)])[..., None]
-        nodes = ends + (math.pi / 2 - ends) * (_NODES + 1) / 2  # [2, ..., nodes]
-        mass = (np.sin(nodes) ** (dimension - 2) @ _WEIGHTS) * (math.pi / 2 - ends[..., 0])
-        return mass[0] / mass[1]
+
+        def beyond(start: Array) -> Array:
+            """Integral of the density from start [...] to pi/2, times a constant."""
+            nodes = start[..., None] + (math.pi / 2 - start[..., None]) * (_NODES + 1) / 2  # [..., nodes]
+            return (np.sin(nodes) ** (dimension - 2) @ _WEIGHTS) * (math.pi / 2 - start)
+
+        return beyond(np.asarray(t, dtype=np.float64)) / beyond(np.zeros(()))
 
     def risk(self, student_angle: Array, dimension: int) -> Array:
         """Transfer risk of students [...] at this angle: angle/pi, in any dimension."""
@@ -397,12 +400,12 @@ def risk_bound(tail: Callable[[Array], Array], n: int, dimension: int) -> float:
         return 0.0
 
     value, low, high = 1.0, 0.0, math.pi / 2
-    for _ in range(4):  # each round looks 1,000 times closer around the least value of the last
-        b = np.linspace(low, high, 2001)
+    for _ in range(5):  # each round looks 100 times closer around the least value of the last
+        b = np.linspace(low, high, 201)
         values = tail(b) + tail(math.pi / 2 - b) ** n
         least = int(values.argmin())
         value = min(value, float(values[least]))
-        low, high = float(b[max(least - 1, 0)]), float(b[min(least + 1, 2000)])
+        low, high = float(b[max(least - 1, 0)]), float(b[min(least + 1, 200)])
     return value
 
 

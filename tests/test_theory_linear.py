@@ -240,11 +240,18 @@ def test_isotropic_closed_forms():
     assert linear.isotropic_risk(1, 3) == pytest.approx(1 / math.pi)
     assert linear.isotropic_risk(2, 3) == pytest.approx((math.pi / 2 - 1) / math.pi)
     assert linear.isotropic_risk(3, 3) == 0
-    assert 0.49 < linear.isotropic_risk(1, 5000) < 0.5  # densities this sharp would underflow
+    assert linear.isotropic_risk(2500, 5000) == pytest.approx(0.25, abs=1e-6)  # a density below the least float
     assert linear.isotropic_hard_label_risk(100, 100) == 0.5
     for n in (99, 101):
         assert 0.4 < linear.isotropic_hard_label_risk(n, 100) < 0.5
     assert linear.isotropic_hard_label_risk(10**6, 100) < 0.01
+    x = np.random.default_rng(6).standard_normal((16, 600, 300))
+    for n in (60, 180, 600):
+        students = linear.hard_label_student(x[:, :n], np.sign(x[:, :n, 0]))
+        found = linear.angle(students, np.eye(300)[0]) / math.pi
+        error = found.std() / math.sqrt(16)
+        assert error < 0.005
+        assert found.mean() == pytest.approx(linear.isotropic_hard_label_risk(n, 300), abs=4 * error + 0.002)
 
 
 @pytest.mark.parametrize("k", [1, 3])

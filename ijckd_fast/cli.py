@@ -808,17 +808,22 @@ def demo(arguments: list[str]) -> int:
 
 def study(arguments: list[str]) -> int:
     """The theory of distillation, measured beside its closed forms."""
-    if arguments and arguments[0] in _STUDIES:
-        return _STUDIES[arguments[0]](arguments[1:])
-    parser = _parser(
+    name = arguments[0] if arguments else ""
+    if name in _STUDIES:
+        return _STUDIES[name](arguments[1:])
+    if name not in ("-h", "--help"):
+        raise UserError(
+            f"study wants its name first, linear or finite, got {name or 'none'}{did_you_mean(name, _STUDIES)}; ijckd-fast study --help "
+            "says what each is"
+        )
+    _parser(
         "study",
         "linear: a linear teacher distilled into linear and deep-linear students (arXiv 2105.13093). finite: what hard labels, the "
         "teacher's probability of one label, and all of its probabilities are worth on finite domains (arXiv 2310.07838). Each writes a "
         "report, plots and a CSV file; ijckd-fast study linear|finite --help describes its options.",
-    )
-    parser.add_argument("what", type=Literal["linear", "finite"], help="linear or finite")
-    parser.parse_args(arguments)
-    raise UserError(f"study takes its options after its name, as in: ijckd-fast study linear {' '.join(arguments)}")
+        usage="ijckd-fast study linear|finite [options]",
+    ).parse_args(arguments)
+    return 0
 
 
 def _study_linear(arguments: list[str]) -> int:
@@ -835,7 +840,7 @@ def _study_linear(arguments: list[str]) -> int:
     parser.add_argument(
         "--sizes",
         type=list[int] | None,
-        help="numbers of training inputs, n, as 10,50,90 or [10]; default: 13 from 1 %% to 200 %% of d",
+        help="numbers of training inputs, n, as 10,50,90 or [10]; default: 13 from d/100 to 2d",
     )
     parser.add_argument(
         "--laws",

@@ -806,6 +806,110 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+def study(arguments: list[str]) -> int:
+    """The theory of distillation, measured beside its closed forms."""
+    name = arguments[0] if arguments else ""
+    if name in _STUDIES:
+        return _STUDIES[name](arguments[1:])
+    if name not in ("-h", "--help"):
+        raise UserError(
+            f"study wants its name first, linear or finite, got {name or 'none'}{did_you_mean(name, _STUDIES)}; ijckd-fast study --help "
+            "says what each is"
+        )
+    _parser(
+        "study",
+        "linear: a linear teacher distilled into linear and deep-linear students (arXiv 2105.13093). finite: what hard labels, the "
+        "teacher's probability of one label, and all of its probabilities are worth on finite domains (arXiv 2310.07838). Each writes a "
+        "report, plots and a CSV file; ijckd-fast study linear|finite --help describes its options.",
+        usage="ijckd-fast study linear|finite [options]",
+    ).parse_args(arguments)
+    return 0
+
+
+def _study_linear(arguments: list[str]) -> int:
+    from ijckd_fast.theory.study import LAWS, study_linear
+
+    parser = _parser(
+        "study linear",
+        "A linear student distilled from a linear teacher's soft labels, against one trained on hard labels: risk over the number of "
+        "training inputs beside closed forms and bounds, gradient descent, deep-linear students, steps outside the inputs' span "
+        "(docs/theory.md). Writes report.md, study.csv and two plots. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("--output", type=str, default="runs/study-linear", help="folder for the report")
+    parser.add_argument("--dimension", type=int, default=100, help="of the inputs, d")
+    parser.add_argument(
+        "--sizes",
+        type=list[int] | None,
+        help="numbers of training inputs, n, as 10,50,90 or [10]; default: 13 from d/100 to 2d",
+    )
+    parser.add_argument(
+        "--laws",
+        type=str,
+        default=LAWS,
+        help="of the inputs, separated by commas: isotropic; angle:K[:MARGIN], whose acute angle t to the teacher has "
+        "P[t >= a] = (1 - a/(pi/2 - MARGIN))^K, radians",
+    )
+    parser.add_argument("--repeats", type=int, default=200, help="training sets per law, at least 10")
+    parser.add_argument("--points", type=int, default=2000, help="fresh test inputs for each training set")
+    parser.add_argument("--gradient-dimension", type=int, default=20, help="d of the runs by gradient descent")
+    parser.add_argument(
+        "--gradient-sizes",
+        type=list[int],
+        default=[5, 15, 40],
+        help="their n; n = d is refused, because gradient descent does not end there",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of every draw")
+    given = parser.parse_args(arguments).as_dict()
+
+    from rich.console import Console
+
+    rows = study_linear(Path(given.pop("output")), **given, console=Console())
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
+def _study_finite(arguments: list[str]) -> int:
+    parser = _parser(
+        "study finite",
+        "Four learners that see hard labels (CE_sgl), the teacher's probability of the label drawn (CE_ptl, SEL_ptl) or all its "
+        "probabilities (CE_ful): mean risk over the number of samples, slopes, and closed forms beside them (docs/theory.md). Writes "
+        "report.md, study.csv and two plots. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("--output", type=str, default="runs/study-finite", help="folder for the report")
+    parser.add_argument(
+        "--instances",
+        type=list[int],
+        default=[0, 1, 2, 3],
+        help="problems: 0 fixed; 1, 2, 3 hard for CE_sgl, SEL_ptl, CE_ful",
+    )
+    parser.add_argument("--inputs", type=int, help="S; default: 100 and 1 for instance 0, 10 for the others")
+    parser.add_argument(
+        "--labels", type=int, help="A; default: 25 and 100 for instance 0, 10 for 1, 11 for 2 and 3, which need it odd"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=list[int] | None,
+        help="numbers of samples, n, as 1000,5000 or [1000]; default: nine from 1e3 to 1e5, for instance 0 seven from 1e2 on",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=4000, help="draws for each n, at least 10; the paper took 64,000"
+    )
+    parser.add_argument("--curve-repeats", type=int, default=100, help="draws for each n of instance 0, at least 10")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw")
+    given = parser.parse_args(arguments).as_dict()
+
+    from rich.console import Console
+
+    from ijckd_fast.theory.study import study_finite
+
+    rows = study_finite(Path(given.pop("output")), **given, console=Console())
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
+_STUDIES = {"linear": _study_linear, "finite": _study_finite}
+
+
 def doctor(arguments: list[str]) -> int:
     """What is installed, what works here, and what to do about the rest."""
     _parser("doctor", "Exit code 0 if training can run here.").parse_args(arguments)
@@ -827,6 +931,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "pack": pack,
     "bench": bench,
     "demo": demo,
+    "study": study,
     "doctor": doctor,
 }
 

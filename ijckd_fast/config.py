@@ -39,7 +39,8 @@ class TrainConfig:
     )
     output_dir: str | None = _setting(None, "folder of this run; default: runs/<objective>-<student>-seed<seed>")
     student: str = _setting(
-        "resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME, or an earlier run"
+        "resnet18",
+        "student: name of ours for small images (resnet8x4, wrn_40_2, cifar/NAME), torchvision/NAME or timm/NAME, or an earlier run",
     )
     student_checkpoint: str | None = _setting(None, "file with weights the student starts from; default: random")
     student_pretrained: bool = _setting(False, "start the student from the library's published weights")

@@ -806,6 +806,32 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+def recipes(arguments: list[str]) -> int:
+    """The packaged teacher-student pairs and what each deploys."""
+    parser = _parser(
+        "recipes",
+        "A table (Markdown) of the presets with a teacher: parameters, and multiply-accumulates per image in convolutions and linear "
+        "layers, of the student with a classifier of its own and of what the preset deploys (backbone, connector, teacher's classifier). "
+        "The nets are built with random weights: no data, nothing is downloaded. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("presets", type=str, nargs="*", default=[], help="names of presets; default: all")
+    parser.add_argument("--objective", type=str, help="in the place of the presets'")
+    parser.add_argument("--connector", type=str, help="in the place of the presets'")
+    given = parser.parse_args(arguments).as_dict()
+
+    from ijckd_fast import recipes as pairs
+
+    changes = {key: given[key] for key in ("objective", "connector") if given[key] is not None}
+    rows = []
+    for name in given["presets"] or pairs.pair_names():
+        rows.append({"preset": settings.preset_path(name).stem, **pairs.cost_row(*pairs.build_pair(name, **changes))})
+        if len(rows) == 1:
+            print(pairs.table_head())
+        print(pairs.table_line(rows[-1]), flush=True)
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
 def study(arguments: list[str]) -> int:
     """The theory of distillation, measured beside its closed forms."""
     name = arguments[0] if arguments else ""
@@ -932,6 +958,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": bench,
     "demo": demo,
     "study": study,
+    "recipes": recipes,
     "doctor": doctor,
 }
 

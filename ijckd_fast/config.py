@@ -12,6 +12,7 @@ import yaml
 from ijckd_fast.errors import UserError, did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "configs"
+_PREFIXES = ("imagenet_", "cifar100_")  # of presets' names, which may be left out
 
 
 # results/parity.csv: rounding alone makes 0.14 to 0.18 grey levels; the mildest mistake, a bicubic for the bilinear filter, 2.37 on
@@ -39,7 +40,8 @@ class TrainConfig:
     )
     output_dir: str | None = _setting(None, "folder of this run; default: runs/<objective>-<student>-seed<seed>")
     student: str = _setting(
-        "resnet18", "student: resnet8x4-like name of ours, torchvision/NAME or timm/NAME, or an earlier run"
+        "resnet18",
+        "student: name of ours for small images (resnet8x4, wrn_40_2, cifar/NAME), torchvision/NAME or timm/NAME, or an earlier run",
     )
     student_checkpoint: str | None = _setting(None, "file with weights the student starts from; default: random")
     student_pretrained: bool = _setting(False, "start the student from the library's published weights")
@@ -336,18 +338,19 @@ def preset_names() -> list[str]:
 
 
 def preset_path(name_or_path: str) -> Path:
-    """The YAML file that --config names: a path, or a packaged preset by name, the 'imagenet_' in front left out or not."""
+    """The YAML file that --config names: a path, or a packaged preset by name, 'imagenet_' or 'cifar100_' in front left out or not."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
             raise UserError(f"no configuration file {path}: give a YAML file, or one of {', '.join(preset_names())}")
         return path
-    for name in (name_or_path, f"imagenet_{name_or_path}"):
-        if name in preset_names():
-            return PRESET_FOLDER / f"{name}.yaml"
+    for prefix in ("", *_PREFIXES):
+        if prefix + name_or_path in preset_names():
+            return PRESET_FOLDER / f"{prefix}{name_or_path}.yaml"
+    short = (name.removeprefix(prefix) for name in preset_names() for prefix in _PREFIXES)
     raise UserError(
         f"no preset '{name_or_path}': give a YAML file, or one of {', '.join(preset_names())}"
-        f"{did_you_mean(name_or_path, preset_names())}"
+        f"{did_you_mean(name_or_path, {*preset_names(), *short})}"
     )
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,60 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijckd_fast import cifar_nets
+from ijckd_fast.cifar_nets import init_convs
 from ijckd_fast.errors import UserError, did_you_mean
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Our own nets. Layer names of the ResNets are those of the published CIFAR checkpoints, which therefore load.
-
-
-class _BasicBlock(nn.Module):
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.stride = stride
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels_in != channels:
-            self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, C, H/stride, W/stride]
-        # Positions are left out before the 1x1 convolution, not by its stride: with fewer channels than a vector register
-        # holds, oneDNN's gradient of a strided one writes past its memory (oneDNN issue 6035, in torch 2.14).
-        shortcut = x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride])
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
-
-
-class SmallResNet(nn.Module):
-    """ResNet for 32x32 images: depth 6n+2, three stages of n basic blocks, 16/32/64 channels times `width`.
-
-    The stem has 16 sqrt(width) channels: 16 at width 1 and 32 at width 4, as the published resnet20 and resnet8x4 have.
-    """
-
-    def __init__(self, depth: int, width: float, num_classes: int) -> None:
-        super().__init__()
-        stem = max(1, round(16 * math.sqrt(width)))
-        stages = [max(1, round(c * width)) for c in (16, 32, 64)]
-        blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.layer1 = self._stage(stem, stages[0], blocks, 1)
-        self.layer2 = self._stage(stages[0], stages[1], blocks, 2)
-        self.layer3 = self._stage(stages[1], stages[2], blocks, 2)
-        self.fc = nn.Linear(stages[2], num_classes)
-        _init_convs(self)
-
-    @staticmethod
-    def _stage(channels_in: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
-        first = _BasicBlock(channels_in, channels, stride)
-        return nn.Sequential(first, *(_BasicBlock(channels, channels, 1) for _ in range(blocks - 1)))
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, K]
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
-        x = self.layer3(self.layer2(self.layer1(x)))  # [B, C, S/4, S/4]
-        return self.fc(x.mean((2, 3)))
+# Our own net for images of ImageNet's size; those for small images are in cifar_nets.py
 
 
 class MobileNetV1(nn.Module):
@@ -89,7 +39,7 @@ class MobileNetV1(nn.Module):
             channels_in = channels
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(1024, num_classes)
-        _init_convs(self)
+        init_convs(self)
 
     @staticmethod
     def _conv(channels_in: int, channels: int, kernel: int, stride: int, groups: int = 1) -> list[nn.Module]:
@@ -98,12 +48,6 @@ class MobileNetV1(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, S, S] -> [B, K]
         return self.fc(self.features(images).mean((2, 3)))
-
-
-def _init_convs(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,6 +105,7 @@ class Tapped(nn.Module):
                 f"model {self.name!r} has no map before a global average pooling (its classifier sees something else"
                 " than the spatial mean of a 4-D layer output), which map matching and map connectors need: choose"
                 " another model, or pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
+                f"{_in_small_form(self.name)}"
             )
 
     def drop_classifier(self) -> None:
@@ -228,6 +173,7 @@ class Tapped(nn.Module):
             raise UserError(
                 f"{origin} does not fit model {self.name!r} with {self.num_classes} classes:"
                 f" {'; '.join(f for f in faults if f)}. Name the model that these weights belong to"
+                f"{_in_small_form(self.name)}"
             )
         for key, value in weights.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -388,8 +334,8 @@ def same(a: Tensor, b: Tensor) -> bool:
 # ----------------------------------------------------------------------------------------------------------------------
 # By name
 
-_SMALL_RESNET = re.compile(r"resnet(8|14|20|32|44|56|110)(?:x(\d+(?:\.\d+)?))?")
-_OWN_NAMES = [f"resnet{d}{x}" for d in (8, 14, 20, 32, 44, 56, 110) for x in ("", "x4")] + ["mobilenet_v1"]
+# Nets for small images whose names are torchvision's too: alone they mean torchvision's, ours is 'cifar/NAME'.
+SHARED_NAMES = ("resnet50", "vgg11", "vgg13", "vgg16", "vgg19")
 
 
 def create_model(
@@ -402,9 +348,9 @@ def create_model(
 ) -> Tapped:
     """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
 
-    name         resnet{8,14,20,32,44,56,110}, optionally x<width> (resnet8x4, resnet8x0.25), for small images;
-                 mobilenet_v1; any torchvision classifier; any timm model. In that order; 'torchvision/NAME' and
-                 'timm/NAME' force the library.
+    name         one for small images as `cifar_nets.builder` takes it (resnet8x4, wrn_40_2, shufflenetv1, ...), but for
+                 `SHARED_NAMES`; mobilenet_v1; any torchvision classifier; any timm model. In that order; 'cifar/NAME',
+                 'torchvision/NAME' and 'timm/NAME' force the library.
     num_classes  K, as in the data
     checkpoint   weights: a state_dict, one under 'model' or 'state_dict', a run checkpoint of ours ('learner'), or
                  .safetensors; 'module.' prefixes are dropped. Read with weights_only=True.
@@ -429,7 +375,7 @@ def is_model_name(name: str) -> bool:
 
 def _library_of(name: str) -> str | None:
     """'own', 'torchvision' or 'timm', in that order of preference; None for no model's name."""
-    if _SMALL_RESNET.fullmatch(name) or name in ("mobilenet_v1", "mobilenetv1"):
+    if _own_builder(name) is not None:
         return "own"
     # Imported only here: our own nets need neither library, which together take seconds to import.
     import timm
@@ -451,25 +397,51 @@ def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn
         return _build_timm(short, num_classes, pretrained, image_size)
     if pretrained:
         raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
-    own = _SMALL_RESNET.fullmatch(name)
-    if own is None:
-        return MobileNetV1(num_classes)
-    width = float(own[2] or 1)
-    if width == 0:
-        raise UserError(f"model {name!r}: the width after 'x' must be greater than 0, e.g. 'resnet{own[1]}x0.5'")
-    return SmallResNet(int(own[1]), width, num_classes)
+    build = _own_builder(name)
+    assert build is not None
+    return build(num_classes)
+
+
+def _own_builder(name: str) -> Callable[[int], nn.Module] | None:
+    library, _, short = name.rpartition("/")
+    if name in ("mobilenet_v1", "mobilenetv1"):
+        return MobileNetV1
+    if library == "cifar" or (library == "" and short not in SHARED_NAMES):
+        return cifar_nets.builder(short)
+    return None
+
+
+def _in_small_form(name: str) -> str:
+    """ "" or a hint, for a library's net that we have in another form as well."""
+    short = name.rpartition("/")[2]
+    if short not in SHARED_NAMES or name.startswith("cifar/"):
+        return ""
+    return f"; for small images there is 'cifar/{short}'"
 
 
 def _unknown(name: str) -> UserError:
     import timm
     import torchvision
 
-    known = {*_OWN_NAMES, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     if Path(name).is_file():
         return UserError(f"{name!r} is a file, wanted a model's name: give the file as the model's checkpoint")
+    library, _, short = name.rpartition("/")
+    ours = [f"cifar/{known}" if known in SHARED_NAMES else known for known in cifar_nets.NAMES]
+    if library == "" and short.lower() in cifar_nets.TOOLBOX_NAMES:
+        meant = cifar_nets.TOOLBOX_NAMES[short.lower()]
+        return UserError(
+            f"unknown model {name!r}: the published CIFAR net of this name is"
+            f" {f'cifar/{meant}' if meant in SHARED_NAMES else meant!r} here"
+        )
+    if library == "cifar":
+        return UserError(
+            f"unknown model {name!r}: wanted 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or vgg13"
+            f"{did_you_mean(short, cifar_nets.NAMES)}"
+        )
+    known = {*ours, "mobilenet_v1", *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     return UserError(
         f"unknown model {name!r}: wanted one of ours (resnet20, resnet8x4, mobilenet_v1, ...), of torchvision's or of"
-        f" timm's{did_you_mean(name.rpartition('/')[2], known)}"
+        f" timm's{did_you_mean(short, known)}"
     )
 
 

@@ -365,7 +365,7 @@ def _by_hand(name: str, classes: int, weights: pathlib.Path) -> Any:
     """The net, uncut, in plain PyTorch."""
     from torchvision.models import get_model
 
-    from ijckd_fast import models
+    from ijckd_fast import cifar_nets, models
 
     if name.startswith("torchvision/"):
         net = get_model(name.removeprefix("torchvision/"), weights=None, num_classes=classes)
@@ -373,7 +373,7 @@ def _by_hand(name: str, classes: int, weights: pathlib.Path) -> Any:
         net = models.MobileNetV1(classes)
     else:
         depth, width = name.removeprefix("resnet").split("x")
-        net = models.SmallResNet(int(depth), float(width), classes)
+        net = cifar_nets.SmallResNet(int(depth), float(width), classes)
     net.load_state_dict(torch.load(weights, weights_only=True))
     return net
 

@@ -47,6 +47,7 @@ def test_reference_imports_nothing_of_ours():
     [
         ("ops", ["connectors", "models", "distiller", "data", "train", "cli"]),
         ("folding", ["ops", "models", "connectors", "objectives", "distiller", "data", "train", "export", "cli"]),
+        ("cifar_nets", ["ops", "models", "connectors", "objectives", "distiller", "data", "train", "cli"]),
         ("models", ["connectors", "objectives", "distiller", "data", "train", "cli"]),
         ("connectors", ["models", "objectives", "distiller", "data", "train", "cli"]),
         ("objectives", ["models", "distiller", "data", "train", "cli"]),

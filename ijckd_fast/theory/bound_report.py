@@ -47,8 +47,8 @@ def advise(row: Mapping[str, Any], objective: Objective, rank: int, channels: in
         )
     elif error_t >= DOMINATES * apart:
         said.append(
-            f"The teacher dominates: {against}. The student answers almost as its teacher does, and closer matching can take away no more "
-            "than the disagreement: a better teacher lowers the bound most."
+            f"The teacher dominates: {against}. Closer matching can take away no more than the disagreement: a better teacher lowers the "
+            "bound most."
         )
     elif apart >= DOMINATES * error_t:
         said.append(
@@ -64,7 +64,7 @@ def advise(row: Mapping[str, Any], objective: Objective, rank: int, channels: in
     if corrected and corrected >= CORRECTS_PERCENT / 100 * apart:
         said.append(
             f"On {corrected:.2f} % of the images the student is right and the teacher wrong, which counts as disagreement: perfect "
-            "matching would cost these; it is the cross-entropy (--ce) that makes them."
+            "matching would cost these; the hard labels (--ce) are what can keep them."
         )
     if error < error_t:
         said.append(

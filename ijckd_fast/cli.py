@@ -338,6 +338,127 @@ def evaluate(arguments: list[str]) -> int:
     return 0
 
 
+def bound(arguments: list[str]) -> int:
+    """Upper bounds on a student's error, what dominates them, what to change."""
+    parser = _parser(
+        "bound",
+        "How far a trained student is from its teacher, in terms that bound its error through the teacher's classifier: the teacher's "
+        "error, their disagreement, the margin form and the norm form. Beside them the distances of features and logits, the share "
+        "of them that the classifier does not see, calibration, and each class. Says what dominates and what to change "
+        "(docs/bound.md). For runs with a connector: ijckd, ijckd-pooled, srrl, simkd. Writes bound.md, bound.json, bound.csv and "
+        "bound.png (bound-train.* for the training images). The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("run", type=str, help="folder of a run, or a last.pt or best.pt")
+    parser.add_argument(
+        "--split",
+        type=Literal["val", "train"],
+        default="val",
+        help="images to measure on; train: those the run was trained on, with their labels, in the evaluation's view",
+    )
+    parser.add_argument("--data-dir", type=str, help="folder with {train,val}/<class>/*; default: the run's")
+    parser.add_argument(
+        "--val-labels",
+        type=str,
+        help=f"{settings.help_of('val_labels')}; default: the run's, with the run's --data-dir",
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="of a folder take best.pt; default: last.pt, as in published results"
+    )
+    parser.add_argument("--output", type=str, help="folder for what is written; default: the run's folder")
+    parser.add_argument(
+        "--teacher-checkpoint",
+        type=str,
+        help="where the teacher's weights are now, if they were moved; wanted for a run that was trained from a cache",
+    )
+    parser.add_argument("--batch-size", type=int, help="images per step; default: the run's")
+    parser.add_argument("--workers", type=int, help="decoding threads; default: the run's")
+    parser.add_argument("--data-backend", type=settings.TYPES["data_backend"], help="default: the run's")
+    parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="auto: the GPU if there is one")
+    given = parser.parse_args(arguments).as_dict()
+    split, output, run = given.pop("split"), given.pop("output"), Path(given.pop("run"))
+
+    import torch
+    from rich.console import Console
+
+    from ijckd_fast import run_folder
+    from ijckd_fast.evaluate import evaluate as measure
+    from ijckd_fast.progress import say
+    from ijckd_fast.theory import bound_report
+    from ijckd_fast.theory.bound import Meter, chain_line
+    from ijckd_fast.train import amp_dtype_of, build_val_loader
+
+    path, state, config = _begun(str(run), given.pop("best"), given)
+    if state["config"]["connector"] == "none":
+        raise UserError(
+            f"{path} was trained by {state['config']['objective']} without a connector: wanted a run with one (ijckd, ijckd-pooled, srrl, "
+            "simkd, or --connector), since the bound compares the student's connected features with the teacher's"
+        )
+    if config.connector == "none":  # _begun found no teacher
+        raise UserError(
+            f"the bound compares the student of {path} with its teacher {state['config']['teacher']}, whose weights are not there: give "
+            "--teacher-checkpoint with their file"
+        )
+    if config.teacher_cache is not None:
+        raise UserError(
+            f"{path} was trained from the teacher cache {config.teacher_cache}, which has the teacher's features of views of the training "
+            f"images, not of the {split} images in the evaluation's view: give --teacher-checkpoint with the weights of "
+            f"{config.teacher}, and the teacher itself is asked"
+        )
+    folder = Path(output) if output is not None else path.parent
+    run_folder.require_writable(folder, "--output")
+    device = torch.device(config.device)
+    index = _split_index(state, config, split)
+    if split == "train":
+        index = index.subset(config.train_per_class, config.label_noise, config.seed)
+    distiller = _trained(path, state, config)
+    meter = Meter(distiller)
+    with build_val_loader(config, index, device) as loader:
+        result = measure(meter.predict, loader, device=device, amp_dtype=amp_dtype_of(config), note=meter.note)
+    images = meter.take()
+    about = {
+        "checkpoint": str(path),
+        "step": state["step"],
+        "split": split,
+        "data": config.data_dir,
+        "student": config.student,
+        "teacher": config.teacher,
+        "objective": config.objective,
+        "connector": config.connector,
+        "answers_through": config.infer_head,
+        "evaluated_error_percent": 100 - result.top1,
+        "unreadable": len(index) - result.images,
+        "classes": index.num_classes,
+        "channels": meter.geometry.weight.shape[1],
+        "rank": meter.geometry.rank,
+        "widest_class_distance": meter.geometry.widest,
+        "seconds": result.seconds,
+    }
+    rows, advice = bound_report.write_bound(folder, images, index.classes, about, distiller.objective)
+    console = Console()
+    console.print(bound_report.table(rows[0]))
+    left_out = f" ({about['unreadable']} more could not be read)" if about["unreadable"] else ""
+    say(
+        console,
+        f"{path} (step {state['step']}): {config.student} by {config.objective}, {split} images of {index.root}{left_out}",
+    )
+    say(
+        console,
+        "% of the images: student wrong <= teacher wrong + disagreement <= ... + margin form <= ... + norm form",
+    )
+    say(console, chain_line(rows[0]))
+    if config.infer_head == "student":
+        own = rows[0]["own_head_error_percent"]
+        say(
+            console,
+            f"this student answers through its own classifier ({own:.2f} % wrong); the chain is about its answers through the teacher's",
+        )
+    for sentence in advice:
+        say(console, f"- {sentence}")
+    say(console, f"every figure, class by class, and plots: {folder / bound_report.stem(split)}.md, .csv, .json, .png")
+    print(json.dumps({"rows": rows}))
+    return 0
+
+
 def export(arguments: list[str]) -> int:
     """Files to deploy a trained net with: safetensors, ONNX, the student for timm."""
     parser = _parser(
@@ -431,7 +552,9 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
     if path.is_dir():
         path /= run_folder.BEST if best else run_folder.LAST
     state = checkpoint.load(path)
-    of_training = {"global_batch": None, "accumulate": 1, "compile": False, "cuda_graph": False, "wandb": None}
+    of_training = {
+        "global_batch": None, "accumulate": 1, "compile": False, "cuda_graph": False, "wandb": None, "log_bound": False
+    }  # fmt: skip
     if state["config"]["amp_dtype"] == "float16" and given.get("device") != "cuda":
         of_training["amp_dtype"] = None  # what the device has
     begun = settings.make_config(
@@ -469,13 +592,18 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
 
 def _val_index(state: dict[str, Any], config: TrainConfig) -> Index:
     """The validation images of a run, with the classes it was trained on."""
+    return _split_index(state, config, "val")
+
+
+def _split_index(state: dict[str, Any], config: TrainConfig, split: Literal["train", "val"]) -> Index:
+    """All images of a split, with the classes a run was trained on."""
     from ijckd_fast.data import build_index
 
     return build_index(
         config.data_dir,
-        "val",
+        split,
         classes=state["classes"],
-        labels=config.val_labels,
+        labels=config.val_labels if split == "val" else None,
         verify=config.index_verify,
         trust_folders=not config.check_files,
         progress=sys.stderr.isatty(),
@@ -951,6 +1079,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "cache": cache,
     "evaluate": evaluate,
+    "bound": bound,
     "export": export,
     "index": index,
     "prepare-imagenet": prepare_imagenet,

@@ -224,6 +224,11 @@ class TrainConfig:
         50, "steps between two lines of the log (the only moments the host waits for the device)"
     )
     eval_every: int = _setting(1, "epochs between two evaluations on val; the last epoch is always evaluated")
+    log_bound: bool = _setting(
+        False,
+        "at every evaluation also log the terms of the bound on the student's error (docs/bound.md); for objectives with a connector, and"
+        " not from a cache: the teacher then runs on val each time",
+    )
     checkpoint_minutes: float = _setting(10.0, "minutes between two writings of last.pt")
     checkpoint_steps: int | None = _setting(None, "write last.pt every so many steps too; default: by minutes only")
     keep_checkpoints: int = _setting(
@@ -288,7 +293,7 @@ FREE_ON_RESUME = frozenset(
         "data_dir", "class_list", "val_labels", "output_dir", "teacher_checkpoint", "teacher_cache", "student_checkpoint",
         "allow_weak_teacher", "index_verify", "check_files", "workers", "prefetch", "log_interval", "checkpoint_minutes",
         "checkpoint_steps", "nonfinite_limit", "tensorboard", "unreadable_limit", "max_drift", "batch_size", "dist_backend",
-        "keep_checkpoints", "wandb",
+        "keep_checkpoints", "wandb", "log_bound",
     }
 )  # fmt: skip
 

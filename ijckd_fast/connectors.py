@@ -10,6 +10,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijckd_fast import ops, reference
@@ -156,6 +157,19 @@ class Connector(nn.Module):
             pooled_t=pooled_t,
             process_group=self.process_group,
         )
+
+    def connected_map(self, x: Tensor) -> Tensor:
+        """Z = g(x), the map whose mean over the positions is z, in eval mode; plain PyTorch, as the fused op never has it whole.
+
+        x        the student's map [B, Cs, H, W]; a connector on vectors has no such map
+        returns  [B, Ct, H, W], float32 or, for float64 input, float64
+        """
+        if self.training or not self.takes_map:
+            raise RuntimeError("Connector.connected_map: wanted eval mode and a connector on maps")
+        y = F.conv2d(self.trunk(x), self.weight[:, :, None, None])  # [B, Ct, H, W]
+        y = y if y.dtype == torch.float64 else y.float()
+        y = F.batch_norm(y, self.running_mean, self.running_var, self.bn_weight, self.bn_bias, eps=self.eps)
+        return F.relu(y) if self.relu else y
 
     def projection_macs(self, positions: int) -> int:
         """Multiply-accumulates of the projection for one image whose map has `positions` = H*W (1 for a vector)."""

@@ -7,7 +7,7 @@ wraps and what a checkpoint holds. `Distiller` keeps the teacher beside it, froz
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,23 @@ class StepOutput(NamedTuple):
     loss: Tensor
     parts: dict[str, Tensor]
     correct: Tensor
+
+
+class Compared(NamedTuple):
+    """What student and teacher make of the same images.
+
+    logits      [B, K] of the objective's inference head, bit for bit what `Distiller.predict` returns
+    own_logits  [B, K] of the student's own classifier; None where the objective does not train it
+    z           [B, Ct] the student's connected and pooled features
+    pooled_t    [B, Ct] the teacher's
+    map_mse     [B] mean square difference of the maps behind them; None where connector or teacher has no map
+    """
+
+    logits: Tensor
+    own_logits: Tensor | None
+    z: Tensor
+    pooled_t: Tensor
+    map_mse: Tensor | None
 
 
 class Learner(nn.Module):
@@ -89,7 +106,7 @@ class Learner(nn.Module):
             if map_t is not None:
                 map_size_t = (map_t.shape[2], map_t.shape[3])
             if map_s is not None and map_size_t is not None:
-                size = (min(map_s.shape[2], map_size_t[0]), min(map_s.shape[3], map_size_t[1]))
+                size = _smaller(map_s.shape[2:], map_size_t)
                 x = _pool_to(map_s, size)
                 map_t = None if map_t is None else _pool_to(map_t, size)
             if project:
@@ -106,6 +123,10 @@ class Learner(nn.Module):
         if self.connector is not None:
             synchronise_batch_norm(self.connector.trunk, group)
             self.connector.process_group = group
+
+
+def _smaller(size: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
+    return min(size[0], other[0]), min(size[1], other[1])
 
 
 def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
@@ -327,6 +348,39 @@ class Distiller:
             return _full(self.learner.student(images))
         z, _, _ = self.learner(images, map_size_t=self._map_size_t(images))
         return _full(self._classifier(z))
+
+    @torch.no_grad()
+    def compare(self, images: Tensor) -> Compared:
+        """images [B, 3, S, S] -> the answers of `predict`, and what they are compared by with the teacher; call `eval()` first.
+
+        Maps of unequal size are compared by SimKD's rule, the larger one average-pooled to the smaller: where the objective matches maps
+        the student's before the connector, as in training, else what the connector makes of it.
+        raises  UserError without a connector, or where the teacher is a cache, which has no features of these images
+        """
+        connector, student, teacher = self.learner.connector, self.learner.student, self.teacher
+        if connector is None or not isinstance(teacher, Tapped):
+            lacks = "connector" if connector is None else "teacher's backbone, only a cache of its features"
+            raise UserError(
+                f"objective {self.objective.name!r} has no {lacks}: wanted both, to compare features with the teacher's"
+            )
+        if self.learner.training:
+            raise RuntimeError("Distiller.compare: the learner is in training mode, call eval() first")
+        map_t, pooled_t = teacher.features(images, connector.takes_map and teacher.has_map)  # [B, Ct, Ht, Wt], [B, Ct]
+        map_s, pooled_s = student.features(images, self.learner.needs_map)  # [B, Cs, Hs, Ws], [B, Cs]
+        x = pooled_s if map_s is None else map_s
+        if map_s is not None and map_t is not None and self.objective.needs_teacher_map:
+            x = _pool_to(map_s, _smaller(map_s.shape[2:], map_t.shape[2:]))
+        z, _ = connector(x, head=self.head)  # [B, Ct]
+        map_mse = None
+        if map_t is not None:
+            connected = connector.connected_map(x)  # [B, Ct, H, W]
+            size = _smaller(connected.shape[2:], map_t.shape[2:])
+            map_mse = (_pool_to(connected, size) - _pool_to(map_t, size)).square().mean((1, 2, 3))
+        own_logits = None if student.classifier is None else _full(student.classifier(pooled_s))
+        if self.objective.infer_head == "student":
+            assert own_logits is not None
+            return Compared(own_logits, own_logits, z, pooled_t, map_mse)
+        return Compared(_full(self._classifier(z)), own_logits, z, pooled_t, map_mse)
 
     def _map_size_t(self, images: Tensor) -> tuple[int, int] | None:
         """(Ht, Wt) for images of this size if the connector learns from maps; runs the teacher once per size."""

@@ -56,6 +56,7 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     teacher: Evaluation | None = None,
+    note: Callable[[Tensor, Tensor], None] | None = None,
     processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> Evaluation:
     """One pass over `loader` (each image once); the host waits for the device once, at the end.
@@ -63,6 +64,7 @@ def evaluate(
     logits_of  images [B, 3, S, S] -> logits [B, K], e.g. Distiller.predict or Distiller.teacher_logits
     amp_dtype  autocast to it; None: float32
     teacher    the teacher's own evaluation on the same split
+    note       called after logits_of with the batch's labels and ids, each [B] int64: for what else is measured in the same pass
     processes  of which each has its own part of the split in its loader; all get the result for the whole
     raises     UserError when no loader gives an image
     """
@@ -77,6 +79,8 @@ def evaluate(
         hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
         predictions.append(highest[:, 0])
         seen.append(ids)
+        if note is not None:
+            note(labels, ids)
     none = torch.zeros(0, dtype=torch.int64)
     mine = torch.cat(predictions).cpu() if predictions else none, torch.cat(seen).cpu() if seen else none, hits.cpu()
     everyone = processes.gather(mine)

@@ -20,6 +20,9 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
     rows     the rows of log.jsonl
     """
     plot_training(folder / run_folder.PLOT, rows)
+    bounds = [row for row in rows if row["kind"] == "bound"]
+    if bounds:
+        plot_bound(folder / run_folder.BOUND_PLOT, bounds)
     config, last, best = summary["config"], summary["last"], summary["best"]
     teacher, top1 = config["teacher"] or "none", summary["teacher_top1_percent"]
     if top1 is not None:
@@ -54,7 +57,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
 IJCKD's authors report the last epoch. The best one is chosen on the very images it is judged by.
 
 ![training]({run_folder.PLOT})
-
+{_bound(bounds)}
 Weights: `{run_folder.LAST}`, `{run_folder.BEST}`. Every setting: `{run_folder.CONFIG}`. Machine and versions:
 `{run_folder.ENVIRONMENT}`. Every figure plotted: `{run_folder.LOG}`.
 """,
@@ -73,6 +76,24 @@ def _speed(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
 def _accuracy(name: str, row: Mapping[str, Any]) -> str:
     agreement = "-" if row["agreement_percent"] is None else f"{row['agreement_percent']:.2f}"
     return f"| {name} | {row['step']} | {row['top1_percent']:.2f} | {row['top5_percent']:.2f} | {agreement} |"
+
+
+def _bound(bounds: Sequence[Mapping[str, Any]]) -> str:
+    if not bounds:
+        return ""
+    last = bounds[-1]
+    terms = ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form")
+    figures = " | ".join(f"{last[f'{name}_percent']:.2f}" for name in terms)
+    return f"""
+Bound on the student's error through the teacher's classifier, last epoch, % of the validation images: student wrong is at most teacher
+wrong plus any of the three to its right. `ijckd-fast bound` says what dominates, and has the classes.
+
+| student wrong | teacher wrong | disagreement | margin form | norm form |
+|---|---|---|---|---|
+| {figures} |
+
+![bound]({run_folder.BOUND_PLOT})
+"""
 
 
 def figure(columns: int, rows: int = 1) -> tuple[Any, Any]:
@@ -114,4 +135,28 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for axes in (losses, accuracy):
         if axes.lines:
             axes.legend(fontsize="small")
+    drawing.savefig(path, dpi=150)
+
+
+def plot_bound(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The terms of the bound, and the discrepancies behind them, over the epochs: a PNG of about 1400 x 480 pixels.
+
+    rows  those of kind "bound"
+    """
+    drawing, ((terms, distances),) = figure(2)
+    epochs = [row["epoch"] for row in rows]
+    for name in ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form"):
+        terms.plot(epochs, [row[f"{name}_percent"] for row in rows], label=name.replace("_", " "), marker=".")
+    terms.set(title="terms of the bound, % of images", xlabel="epoch", ylim=(0, None))
+    for name in ("logit_mse", "pooled_mse", "map_mse"):
+        if rows[0][name] is not None:
+            distances.plot(
+                epochs,
+                [row[name] for row in rows],
+                label={"logit_mse": "logits", "pooled_mse": "pooled features", "map_mse": "maps"}[name],
+                marker=".",
+            )
+    distances.set(title="mean square difference from the teacher", xlabel="epoch", yscale="log")
+    for axes in (terms, distances):
+        axes.legend(fontsize="small")
     drawing.savefig(path, dpi=150)

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 CONFIG, ENVIRONMENT, LOG, SUMMARY = "config.yaml", "env.json", "log.jsonl", "summary.json"
 LAST, BEST, TEACHER, EVENTS = "last.pt", "best.pt", "teacher_val.npz", "tensorboard"
-REPORT, PLOT = "report.md", "training.png"
-_OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT, PLOT)
+REPORT, PLOT, BOUND_PLOT = "report.md", "training.png", "bound_epochs.png"
+_BOUND = [f"{stem}.{kind}" for stem in ("bound", "bound-train") for kind in ("md", "json", "csv", "png")]
+_OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT, PLOT, BOUND_PLOT, *_BOUND)
 
 
 @contextmanager
@@ -57,6 +59,18 @@ def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Makes the folder that `option` named; UserError where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option} must be a folder that can be written, but {folder} is not ({error.strerror}): choose another"
+        ) from error
 
 
 def refuse_occupied(folder: Path) -> None:

@@ -52,6 +52,7 @@ from ijckd_fast.optimize import build_optimizer, learning_rate
 from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress, memory_mb
 from ijckd_fast.step import TrainStep, out_of_memory
 from ijckd_fast.teacher_cache import TeacherCache
+from ijckd_fast.theory import bound
 
 __all__ = ["Stopped", "TrainConfig", "build_distiller", "build_indexes", "build_val_loader", "resolve", "train"]
 
@@ -150,6 +151,7 @@ def _train(
         params, macs = distiller.deployed_cost(config.image_size)
         teacher_digest = None if distiller.teacher is None else teacher_fingerprint(distiller.teacher)
         prepare(config, distiller, processes)
+        terms = bound.Meter(distiller) if config.log_bound else None
         optimizer = build_optimizer(
             learner,
             name=config.optimizer,
@@ -406,19 +408,26 @@ def _train(
             if step == total_steps or step % (config.eval_every * plan.steps_per_epoch) == 0:
                 with watch.paused(), contextlib.nullcontext() if ema is None else ema.swapped_in():
                     processes.share_buffers(learner)
+                    distiller.eval()
                     evaluation = evaluate(
-                        distiller.eval().predict,
+                        distiller.predict if terms is None else terms.predict,
                         val_loader,
                         device=device,
                         amp_dtype=amp_dtype,
                         teacher=teacher_val,
+                        note=None if terms is None else terms.note,
                         processes=processes,
                     )
+                    of_bound = None if terms is None else bound_row(terms, processes, show.say)
                     distiller.train()
                 evaluated = {"step": step, "epoch": epoch, **evaluation.row()}
                 if log is not None:
                     log.write("eval", step, evaluated)
                 show.say(_describe(step, total_steps, evaluation))
+                if of_bound is not None:
+                    show.say(f"bound, % of the images: {bound.chain_line(of_bound)}")
+                    if log is not None:
+                        log.write("bound", step, {"epoch": epoch, **of_bound})
                 if best is None or evaluation.top1 > best["top1_percent"]:
                     best = evaluated
                     with watch.paused():
@@ -488,6 +497,16 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"objective {objective.name!r} matches the teacher's maps, wanted one that needs pooled features, all that the cache "
             f"{config.teacher_cache} holds: take --objective ijckd-pooled (or srrl, kd, dkd), or the teacher itself (--teacher NAME or RUN)"
+        )
+    if config.log_bound and (objective.connector is None or config.teacher_cache is not None):
+        found = (
+            f"objective {objective.name!r}, which has no connector"
+            if objective.connector is None
+            else f"the cache {config.teacher_cache}, which has no features of the val images"
+        )
+        raise UserError(
+            f"--log-bound compares the student's connected features with the teacher's on val, found {found}: leave it out, or train by "
+            "ijckd, ijckd-pooled, srrl or simkd with the teacher itself (--teacher NAME or RUN)"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
@@ -849,6 +868,15 @@ def teacher_on_val(
     if processes.is_main:
         save_evaluation(path, key, evaluation)
     return evaluation
+
+
+def bound_row(terms: bound.Meter, processes: Processes, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The overall figures of the bound that were noted in the last evaluation; None, and a warning, where features are not finite."""
+    try:
+        return bound.overall(terms.take(processes))
+    except UserError as error:
+        say(f"warning: no bound is logged: {error}")
+        return None
 
 
 def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:

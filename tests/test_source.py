@@ -53,6 +53,7 @@ def test_reference_imports_nothing_of_ours():
         ("objectives", ["models", "distiller", "data", "train", "cli"]),
         ("distiller", ["data", "train", "cli"]),
         ("data", ["ops", "models", "connectors", "objectives", "distiller", "train", "cli"]),
+        ("theory", ["train", "cli", "demo"]),
         ("train", ["cli", "demo"]),
     ],
 )

@@ -1,1 +1,1 @@
-"""Theory of distillation that can be computed: closed forms, and studies that measure them. numpy only."""
+"""Theory beside the trainer: the bound on a student's error, and studies of small solvable cases."""

@@ -667,6 +667,9 @@ def bench(arguments: list[str]) -> int:
         help="train: random crops and flips; val: the evaluation's central crops",
     )
     parser.add_argument("--image-size", type=int, help="side of the crops, pixels; default: the run's, or 224")
+    parser.add_argument(
+        "--crop-padding", type=int, help=f"{settings.help_of('crop_padding')}; default: the run's, or 0"
+    )
     parser.add_argument("--workers", type=int, default=2, help="decoding threads of each")
     parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="of the net, and of --decode")
     parser.add_argument(
@@ -695,11 +698,9 @@ def bench(arguments: list[str]) -> int:
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:
         changed["data_dir"] = given.data_dir
-    for name in ("decode", "class_list", "val_labels"):
+    for name in ("decode", "class_list", "val_labels", "image_size", "crop_padding"):
         if given[name] is not None:
             changed[name] = given[name]
-    if given.image_size is not None:
-        changed |= {"image_size": given.image_size, "eval_resize": round(given.image_size * 256 / 224)}
     classes = run = None
     if given.model is not None and not is_model_name(given.model):
         if not Path(given.model).exists():
@@ -708,6 +709,9 @@ def bench(arguments: list[str]) -> int:
             )
         run = _begun(given.model, False, changed)
         _, state, config = run
+        if given.image_size is not None:
+            shorter = settings.default_eval_resize(config.image_size, config.crop_padding)
+            config = dataclasses.replace(config, eval_resize=shorter)
         classes = state["classes"]
     else:
         named = {} if given.model is None else {"student": given.model, "student_pretrained": True}

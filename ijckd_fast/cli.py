@@ -576,12 +576,35 @@ def prepare_imagenet(arguments: list[str]) -> int:
         val_labels=given.val_labels,
         progress=sys.stderr.isatty(),
     )
+    _say_unpacked(given.out, done)
+    return 0
+
+
+def prepare_cifar(arguments: list[str]) -> int:
+    """Unpack CIFAR-100's or CIFAR-10's archive into class folders."""
+    parser = _parser(
+        "prepare-cifar",
+        "Writes the images of cifar-100-python.tar.gz or cifar-10-python.tar.gz, which its checksum tells apart, as PNG files to "
+        "OUT/train/<class>/ and OUT/val/<class>/ (CIFAR's test images; CIFAR-100's fine classes), and the classes in the order of the "
+        "labels to OUT/classes.txt. Fetches nothing: the archives are at https://www.cs.toronto.edu/~kriz/cifar.html. Interrupted, it "
+        "goes on where it stopped when it is run again. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("out", type=str, help="folder for train/ and val/")
+    parser.add_argument("--archive", type=str, help="the python version of either archive, as it was downloaded")
+    given = parser.parse_args(arguments)
+
+    from ijckd_fast.data.cifar import prepare_cifar as unpack
+
+    _say_unpacked(given.out, unpack(given.out, given.archive, progress=sys.stderr.isatty()))
+    return 0
+
+
+def _say_unpacked(out: str, done: dict[str, dict[str, int]]) -> None:
     for split, found in done.items():
         print(
-            f"{given.out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
+            f"{out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
         )
     print(json.dumps(done))
-    return 0
 
 
 def pack(arguments: list[str]) -> int:
@@ -828,6 +851,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "index": index,
     "prepare-imagenet": prepare_imagenet,
+    "prepare-cifar": prepare_cifar,
     "pack": pack,
     "bench": bench,
     "demo": demo,

@@ -95,8 +95,9 @@ class Augment:
             )
         if self.crop_padding and (self.scale, self.ratio) != (Augment.scale, Augment.ratio):
             raise UserError(
-                f"crop_padding {self.crop_padding} replaces the random resized crop, whose are scale and ratio: wanted these unset, or at "
-                f"their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and {self.ratio}; leave them out, or crop_padding"
+                f"crop_padding {self.crop_padding} replaces the random resized crop, to which scale and ratio belong: wanted both unset, "
+                f"or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and {self.ratio}; leave them out, or "
+                "crop_padding"
             )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")

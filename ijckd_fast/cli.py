@@ -704,12 +704,35 @@ def prepare_imagenet(arguments: list[str]) -> int:
         val_labels=given.val_labels,
         progress=sys.stderr.isatty(),
     )
+    _say_unpacked(given.out, done)
+    return 0
+
+
+def prepare_cifar(arguments: list[str]) -> int:
+    """Unpack CIFAR-100's or CIFAR-10's archive into class folders."""
+    parser = _parser(
+        "prepare-cifar",
+        "Writes the images of cifar-100-python.tar.gz or cifar-10-python.tar.gz, which its checksum tells apart, as PNG files to "
+        "OUT/train/<class>/ and OUT/val/<class>/ (CIFAR's test images; CIFAR-100's fine classes), and the classes in the order of the "
+        "labels to OUT/classes.txt. Fetches nothing: the archives are at https://www.cs.toronto.edu/~kriz/cifar.html. Interrupted, it "
+        "goes on where it stopped when it is run again. The last line of standard output is one JSON object.",
+    )
+    parser.add_argument("out", type=str, help="folder for train/ and val/")
+    parser.add_argument("--archive", type=str, help="the python version of either archive, as it was downloaded")
+    given = parser.parse_args(arguments)
+
+    from ijckd_fast.data.cifar import prepare_cifar as unpack
+
+    _say_unpacked(given.out, unpack(given.out, given.archive, progress=sys.stderr.isatty()))
+    return 0
+
+
+def _say_unpacked(out: str, done: dict[str, dict[str, int]]) -> None:
     for split, found in done.items():
         print(
-            f"{given.out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
+            f"{out}/{split}: {found['images']:,} images of {found['classes']:,} classes, {found['written']:,} of them written now"
         )
     print(json.dumps(done))
-    return 0
 
 
 def pack(arguments: list[str]) -> int:
@@ -795,6 +818,9 @@ def bench(arguments: list[str]) -> int:
         help="train: random crops and flips; val: the evaluation's central crops",
     )
     parser.add_argument("--image-size", type=int, help="side of the crops, pixels; default: the run's, or 224")
+    parser.add_argument(
+        "--crop-padding", type=int, help=f"{settings.help_of('crop_padding')}; default: the run's, or 0"
+    )
     parser.add_argument("--workers", type=int, default=2, help="decoding threads of each")
     parser.add_argument("--device", type=settings.TYPES["device"], default="auto", help="of the net, and of --decode")
     parser.add_argument(
@@ -823,11 +849,9 @@ def bench(arguments: list[str]) -> int:
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:
         changed["data_dir"] = given.data_dir
-    for name in ("decode", "class_list", "val_labels"):
+    for name in ("decode", "class_list", "val_labels", "image_size", "crop_padding"):
         if given[name] is not None:
             changed[name] = given[name]
-    if given.image_size is not None:
-        changed |= {"image_size": given.image_size, "eval_resize": round(given.image_size * 256 / 224)}
     classes = run = None
     if given.model is not None and not is_model_name(given.model):
         if not Path(given.model).exists():
@@ -836,6 +860,9 @@ def bench(arguments: list[str]) -> int:
             )
         run = _begun(given.model, False, changed)
         _, state, config = run
+        if given.image_size is not None:
+            shorter = settings.default_eval_resize(config.image_size, config.crop_padding)
+            config = dataclasses.replace(config, eval_resize=shorter)
         classes = state["classes"]
     else:
         named = {} if given.model is None else {"student": given.model, "student_pretrained": True}
@@ -1083,6 +1110,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "index": index,
     "prepare-imagenet": prepare_imagenet,
+    "prepare-cifar": prepare_cifar,
     "pack": pack,
     "bench": bench,
     "demo": demo,

@@ -90,6 +90,12 @@ class TrainConfig:
     image_size: int = _setting(224, "side of the square network input, pixels")
     scale: tuple[float, float] = _setting((0.08, 1.0), "random crop: least and most share of the image area")
     ratio: tuple[float, float] = _setting((3 / 4, 4 / 3), "random crop: least and most width / height")
+    crop_padding: int = _setting(
+        0,
+        "above 0: resize each image so that its shorter side is image_size (as it is, if it is), pad it by this many black pixels on"
+        " every side and cut a square of image_size at a random place, instead of the random resized crop, its --scale and --ratio:"
+        " CIFAR's usual augmentation (4)",
+    )
     hflip: float = _setting(0.5, "probability of a horizontal flip in training")
     mixup: float = _setting(0.0, "alpha of the blending of images in pairs, 0.1 to 1; 0: off. Both nets see the blend")
     cutmix: float = _setting(
@@ -101,7 +107,8 @@ class TrainConfig:
         (), "progressive resizing, PIXELS@EPOCH of each change, e.g. 128@0,192@30; default: image_size throughout"
     )
     eval_resize: int | None = _setting(
-        None, "evaluation: shorter side before the centre crop, pixels; default: image_size * 256 / 224"
+        None,
+        "evaluation: shorter side before the centre crop, pixels; default: image_size * 256 / 224, with crop_padding image_size",
     )
     mean: tuple[float, float, float] = _setting(
         (0.485, 0.456, 0.406), "RGB mean that is subtracted, in units of [0, 1]"
@@ -273,7 +280,7 @@ _LEAST = {
     "epochs": 1, "batch_size": 1, "momentum": 0, "weight_decay": 0, "warmup_epochs": 0, "max_steps": 1, "workers": 0,
     "prefetch": 1, "log_interval": 1, "eval_every": 1, "checkpoint_minutes": 0, "checkpoint_steps": 1, "nonfinite_limit": 0,
     "seed": 0, "train_per_class": 1, "unreadable_limit": 0, "max_drift": 0, "global_batch": 1, "accumulate": 1,
-    "keep_checkpoints": 1,
+    "keep_checkpoints": 1, "crop_padding": 0,
 }  # fmt: skip
 
 # Headings of the help, by the first setting below each.
@@ -306,9 +313,9 @@ OBJECTIVE_FIELDS = (
 # What a teacher cache is made of and by; the rest belongs to the student.
 CACHE_FIELDS = (
     "data_dir", "class_list", "val_labels", "teacher", "teacher_checkpoint", "teacher_pretrained", "allow_weak_teacher", "image_size",
-    "scale", "ratio", "hflip", "eval_resize", "mean", "std", "train_per_class", "label_noise", "data_backend", "index_verify",
-    "check_files", "unreadable_limit", "max_drift", "workers", "decode", "hw_decoder_load", "prefetch", "batch_size", "seed", "device",
-    "amp_dtype", "channels_last",
+    "scale", "ratio", "crop_padding", "hflip", "eval_resize", "mean", "std", "train_per_class", "label_noise", "data_backend",
+    "index_verify", "check_files", "unreadable_limit", "max_drift", "workers", "decode", "hw_decoder_load", "prefetch", "batch_size",
+    "seed", "device", "amp_dtype", "channels_last",
 )  # fmt: skip
 UNCACHED_FIELDS = ("mixup", "cutmix", "repeats", "sizes")  # must be off in a training from a cache
 
@@ -319,6 +326,11 @@ TYPES: dict[str, Any] = typing.get_type_hints(TrainConfig)
 def help_of(name: str) -> str:
     """The description of one setting, with its unit."""
     return FIELDS[name].metadata["help"]
+
+
+def default_eval_resize(image_size: int, crop_padding: int) -> int:
+    """--eval-resize where it is not given, pixels: no margin around the crop where training has none either."""
+    return image_size if crop_padding else round(image_size * 256 / 224)
 
 
 def make_config(values: Mapping[str, Any]) -> TrainConfig:

@@ -89,6 +89,7 @@ def plan_settings(index: Index, augment: Augment, seed: int, data_backend: str) 
         "image_size": augment.image_size,
         "scale": list(augment.scale),
         "ratio": list(augment.ratio),
+        "crop_padding": augment.crop_padding,
         "hflip": augment.hflip,
         "mean": list(augment.mean),
         "std": list(augment.std),
@@ -105,6 +106,7 @@ def val_key(fingerprint: str, index: Index, augment: Augment, data_backend: str)
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """'seed 0 where 1 is wanted', for each setting of `wanted` that is another in the cache."""
     found = []
+    there = {"crop_padding": 0, **there}  # which older caches do not name
     for name, value in wanted.items():
         if there.get(name) == value:
             continue

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ijckd_fast import checkpoint, distributed, ops, report, run_folder
-from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, make_config
+from ijckd_fast.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, default_eval_resize, make_config
 from ijckd_fast.data import (
     Augment,
     EvalPlan,
@@ -119,13 +119,14 @@ def _train(
         torch.backends.cudnn.benchmark = not config.deterministic
 
         # --- data: every batch is a pure function of (index, seed, step)
+        augment = augment_of(config)  # what makes no sense is refused before a first scan, which may take minutes
         with processes.main_first():  # a first scan is made once, and kept
             train_index, val_index = build_indexes(config)
         refuse_other_images(config, processes.gather((train_index.hash, val_index.hash)))
         cache = open_cache(config, train_index)
         plan = TrainPlan(
             train_index,
-            augment_of(config),
+            augment,
             config.batch_size,
             config.seed,
             processes.rank,
@@ -273,7 +274,7 @@ def _train(
         if cache is None:
             teacher_val = teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
         else:
-            teacher_val = cache.on_val(val_index, augment_of(config), config.data_backend)
+            teacher_val = cache.on_val(val_index, augment, config.data_backend)
             if teacher_val is None:
                 show.say(
                     "the cache holds the teacher's answers to other val images, or with other settings: no agreement"
@@ -547,7 +548,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",
-        eval_resize=config.eval_resize or round(config.image_size * 256 / 224),
+        eval_resize=config.eval_resize or default_eval_resize(config.image_size, config.crop_padding),
         workers=config.workers or (max(1, cores // distributed.local_world_size() - 1) if device == "cuda" else 2),
         device=device,
         amp_dtype=amp_dtype,
@@ -612,6 +613,7 @@ def augment_of(config: TrainConfig) -> Augment:
         image_size=config.image_size,
         scale=config.scale,
         ratio=config.ratio,
+        crop_padding=config.crop_padding,
         hflip=config.hflip,
         eval_resize=config.eval_resize,
         mean=config.mean,

@@ -30,6 +30,7 @@ from ijckd_fast.data.loader import mixed
 from ijckd_fast.errors import UserError
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
+PADDED = Augment(image_size=24, eval_resize=28, crop_padding=5)
 REPOSITORY = Path(__file__).parent.parent
 EXECUTORS = ["dali", "pillow"]
 
@@ -71,16 +72,17 @@ def pixels(images: torch.Tensor) -> np.ndarray:
 # --- the same bits whatever the settings ------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("augment", [AUGMENT, PADDED], ids=["resized crops", "padded crops"])
 @pytest.mark.parametrize("backend", EXECUTORS)
-def test_batches_do_not_depend_on_threads_prefetch_or_start(data, backend):
-    plan = TrainPlan(data, AUGMENT, 8, seed=3)  # 7 steps per epoch: 16 steps cross two borders
+def test_batches_do_not_depend_on_threads_prefetch_or_start(data, backend, augment):
+    plan = TrainPlan(data, augment, 8, seed=3)  # 7 steps per epoch: 16 steps cross two borders
     first = batches(backend, plan, threads=1, prefetch=1, stop=16)
     assert [len(batch.ids) for batch in first] == [8] * 16
     assert not torch.equal(first[0].images, first[7].images)
     for threads, prefetch in ((1, 4), (2, 1), (2, 4)):
         assert identical(batches(backend, plan, threads=threads, prefetch=prefetch, stop=16), first)
     for start in (5, 7, 15):
-        fresh = TrainPlan(data, AUGMENT, 8, seed=3)
+        fresh = TrainPlan(data, augment, 8, seed=3)
         assert identical(batches(backend, fresh, start=start, stop=16), first[start:])
 
 
@@ -119,10 +121,9 @@ def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(data, backen
 
 
 @pytest.mark.parametrize("backend", EXECUTORS)
-@pytest.mark.parametrize("batch_size", [3, 6])
-def test_from_an_epoch_on_with_two_processes_instead_of_one(data, backend, batch_size):
+@pytest.mark.parametrize(("batch_size", "augment"), [(3, AUGMENT), (6, AUGMENT), (6, PADDED)])
+def test_from_an_epoch_on_with_two_processes_instead_of_one(data, backend, batch_size, augment):
     """Whether the global batch stays (3 each) or doubles (6 each), the epoch has the same images with the same crops and flips."""
-    augment = Augment(image_size=24, eval_resize=28)
 
     def epoch(world: int, batch_size: int, number: int):
         """Of each image seen: what its pixels are made of, and the pixels."""
@@ -182,6 +183,81 @@ def test_pillow_training_is_torchvisions(data):
             flips += 1
         assert np.abs(pixels(batch.images)[i] - np.asarray(want)).max() < 1e-3
     assert 5 < flips < 25
+
+
+SHAPES = [(32, 32), (32, 32), (32, 47), (40, 32), (64, 48), (20, 31), (200, 203)]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Index:
+    """A PNG of each of SHAPES (h, w)."""
+    folder = tmp_path_factory.mktemp("small") / "train" / "all"
+    folder.mkdir(parents=True)
+    for n, (height, width) in enumerate(SHAPES):
+        photo(height, width, n).save(folder / f"{n}.png")
+    return build_index(folder.parent.parent, "train")
+
+
+class _RandomCrop(torchvision.transforms.RandomCrop):
+    """torchvision's own, at places that are given in the place of its draws."""
+
+    place: tuple[int, int]
+
+    def get_params(self, img, output_size):
+        return (*self.place, *output_size)
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_padded_crops_are_torchvisions(small, backend):
+    """Of images of image_size and of others, in several epochs, flips included: RandomCrop(32, padding=4) after Resize(32)."""
+    plan = TrainPlan(small, Augment(image_size=32, eval_resize=32, crop_padding=4), len(SHAPES), seed=5)
+    places, flips = set(), 0
+    for step, batch in enumerate(batches(backend, plan, stop=40)):
+        numbers = plan.batch(step)
+        got = pixels(batch.images)
+        for i, path in enumerate(numbers.paths):
+            crop = _RandomCrop(32, padding=4)
+            y, x = (numbers.anchor[i] + 4).tolist()  # torchvision counts from the border's corner
+            crop.place = y, x
+            with Image.open(path) as image:
+                want = np.asarray(crop(torchvision.transforms.Resize(32)(image)))
+            if numbers.flip[i]:
+                want = want[:, ::-1]
+                flips += 1
+            exact = backend == "pillow" or min(numbers.size[i]) == 32
+            assert np.abs(got[i] - want).max() < 1e-3 if exact else np.abs(got[i] - want).mean() < 0.5
+            black = np.zeros((32, 32), bool)  # by hand: the rows and columns of the border
+            height, width = numbers.resize[i].tolist()
+            black[: max(0, 4 - y)], black[max(0, height + 4 - y) :] = True, True
+            black[:, : max(0, 4 - x)], black[:, max(0, width + 4 - x) :] = True, True
+            black = black[:, ::-1] if numbers.flip[i] else black
+            assert np.abs(got[i][black]).max(initial=0) < 1e-3
+            places |= {(y, x)} if tuple(numbers.size[i]) == (32, 32) else set()
+    assert len(places) > 40  # of 81, by 80 draws
+    assert {0, 8} <= {y for y, _ in places} & {x for _, x in places}  # the outermost ones too
+    assert 100 < flips < 180
+
+
+def test_dali_s_padded_crops_are_pillow_s(small, data):
+    """The same where nothing is resized, by rounding apart where it is."""
+    augment = Augment(image_size=32, eval_resize=32, crop_padding=4)
+    for index, batch_size in ((small, len(SHAPES)), (data, 20)):
+        plan = TrainPlan(index, augment, batch_size, seed=1)
+        for dali, pillow in zip(*(batches(backend, plan, stop=12) for backend in EXECUTORS), strict=True):
+            same = torch.from_numpy(index.sizes[dali.ids].min(1) == 32)
+            # but for the last bit of the normalisation
+            torch.testing.assert_close(dali.images[same], pillow.images[same], rtol=0, atol=2e-6)
+            assert np.abs(pixels(dali.images) - pixels(pillow.images)).mean((1, 2, 3)).max() < 0.6
+            assert torch.equal(dali.ids, pillow.ids)
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_evaluation_of_images_of_its_size_leaves_their_pixels(small, backend):
+    augment = Augment(image_size=32, eval_resize=32, crop_padding=4)
+    (batch,) = batches(backend, EvalPlan(small, augment, len(SHAPES)))
+    for i in (0, 1):
+        with Image.open(small.absolute(i)) as image:
+            assert np.abs(pixels(batch.images)[i] - np.asarray(image)).max() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -442,9 +518,10 @@ def test_mixed_images_are_what_the_plan_says():
     torch.testing.assert_close(got.mix, torch.tensor([0.7, 0.7, 0.6875, 0.6875, 1]))
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
-def test_mixed_batches_are_the_plain_ones_mixed(data, backend):
-    settings = {"image_size": 24, "eval_resize": 28}
+def test_mixed_batches_are_the_plain_ones_mixed(data, backend, padding):
+    settings = {"image_size": 24, "eval_resize": 28, "crop_padding": padding}
     plain = TrainPlan(data, Augment(**settings), 8, seed=5)
     plan = TrainPlan(data, Augment(**settings, mixup=0.2, cutmix=1.0), 8, seed=5)
     for k, (a, b) in enumerate(zip(batches(backend, plain, stop=7), batches(backend, plan, stop=7), strict=True)):
@@ -456,9 +533,10 @@ def test_mixed_batches_are_the_plain_ones_mixed(data, backend):
     assert all(batch.labels_b is None and batch.mix is None for batch in evaluated)
 
 
+@pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
-def test_images_grow_with_the_epochs(data, backend):
-    augment = Augment(image_size=24, eval_resize=28, sizes=((0, 16), (1, 20), (3, 32)))
+def test_images_grow_with_the_epochs(data, backend, padding):
+    augment = Augment(image_size=24, eval_resize=28, sizes=((0, 16), (1, 20), (3, 32)), crop_padding=padding)
     plan = TrainPlan(data, augment, 20, seed=0)  # 3 steps an epoch
     got = batches(backend, plan, stop=12)
     assert [batch.images.shape[-1] for batch in got] == [16] * 3 + [20] * 6 + [32] * 3
@@ -626,11 +704,15 @@ def test_impossible_settings_of_dali_are_refused(data, setting, text):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("plan", [TrainPlan, EvalPlan])
+@pytest.mark.parametrize("plan", ["train", "padded", "evaluation"])
 @pytest.mark.parametrize(("decode", "levels"), [("cpu", 0.0), ("hybrid", 0.5), ("gpu", 3.0)])
 def test_a_gpu_gets_the_same_images(data, plan, decode, levels):
     """levels: mean difference in grey levels; a GPU's resize rounds otherwise, and its decoder has another inverse DCT."""
-    plan = plan(data, AUGMENT, 8, 1) if plan is TrainPlan else plan(data, AUGMENT, 8)
+    plan = {
+        "train": TrainPlan(data, AUGMENT, 8, 1),
+        "padded": TrainPlan(data, PADDED, 8, 1),
+        "evaluation": EvalPlan(data, AUGMENT, 8),
+    }[plan]
     for dtype in (torch.float32, torch.bfloat16):
         on_gpu = batches("dali", plan, stop=5, device="cuda", decode=decode, dtype=dtype)
         for ours, cpu in zip(on_gpu, batches("dali", plan, stop=5, dtype=dtype), strict=True):

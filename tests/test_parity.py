@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import json
@@ -81,6 +82,27 @@ def test_the_same_sample_every_time_from_all_classes(data):
     assert parity.compare(index, AUGMENT, images=9) == parity.compare(index, AUGMENT, images=9)
     plan = parity._sample(index, AUGMENT, 9)
     assert len(set(plan.batch(0).labels.tolist())) == 3
+
+
+@pytest.mark.parametrize("kind", ["sound", "border", "place"])
+def test_padded_crops_are_compared(tmp_path, monkeypatch, kind):
+    """PNGs that need no resize: equal; a white border, or a crop a pixel away, is far off."""
+    folder = tmp_path / "train" / "all"
+    folder.mkdir(parents=True)
+    for n in range(32):
+        photo(24, 24, n).save(folder / f"{n}.png")
+    make = pillow.arrange
+
+    def other(image, plan, i):
+        if kind == "place":
+            return make(image, dataclasses.replace(plan, anchor=plan.anchor + 1), i)
+        return np.where(make(image, plan, i).any(2, keepdims=True), make(image, plan, i), np.uint8(255))
+
+    if kind != "sound":
+        monkeypatch.setattr(pillow, "arrange", other)
+    augment = dataclasses.replace(AUGMENT, crop_padding=4)
+    found = parity.compare(build_index(tmp_path, "train"), augment, images=32)
+    assert found.mean_levels < 1e-4 if kind == "sound" else found.mean_levels > 10
 
 
 def test_mixing_and_growing_images_are_left_out_of_the_comparison(data):
@@ -264,6 +286,12 @@ def test_command_without_a_net(data, capsys):
         assert row["pillow"] == parity.PIL.__version__
     _, _, (alone,) = bench(capsys, "--data-dir", str(data), "--images", "18", "--image-size", "24", "--split", "val")
     assert alone == rows[1]
+    padded = ("--data-dir", str(data), "--images", "18", "--image-size", "24", "--crop-padding", "4")
+    _, _, rows = bench(capsys, *padded)
+    augment = Augment(image_size=24, eval_resize=24, crop_padding=4)
+    for row in rows:
+        compared = parity.compare(build_index(data, row["split"]), augment, images=18)
+        assert (row["mean_levels"], row["worst_levels"]) == (compared.mean_levels, compared.worst_levels)
 
 
 @pytest.mark.usefixtures("swapped_channels")
@@ -284,6 +312,7 @@ def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
     assert row["pillow_top1_percent"] == pytest.approx(top1)
     assert row["dali_top1_percent"] == pytest.approx(top1, abs=6)
     assert f"{row['disagreements']} answers differ" in out
+    assert bench(capsys, "--model", str(tmp_path / "run"), "--split", "val", "--image-size", "20")[0] == 0
 
     make = pillow.arrange
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan, ViewPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.plan import mixing, random_resized_crop, resize_and_center_crop
+from ijckd_fast.data.plan import mixing, padded_crop, random_resized_crop, resize_and_center_crop
 from ijckd_fast.errors import UserError
 
 
@@ -198,6 +198,92 @@ def test_flip_probability():
     assert abs(random_resized_crop(0, 0, np.arange(4000), size, Augment(hflip=0.2))[2].mean() - 0.2) < 0.03
 
 
+# --- padded crops -----------------------------------------------------------------------------------------------------
+
+
+def chi_square(counts, expected) -> float:
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_padded_crops_lie_anywhere_with_equal_chances(padding):
+    """Every (y, x) of 32 x 32 images, against equal shares and against torchvision's own draws; flips besides."""
+    n, places = 81 * 200, 2 * padding + 1
+    augment = Augment(image_size=32, eval_resize=32, crop_padding=padding)
+    resize, anchor, flip = padded_crop(11, 3, np.arange(n), np.tile([[32, 32]], (n, 1)), 32, augment)
+    assert (resize == 32).all()
+    assert [array.dtype for array in (resize, anchor, flip)] == [np.int32] * 3
+
+    def counts(offsets):
+        return np.bincount(np.ravel_multi_index(offsets.T, (places, places)), minlength=places**2)
+
+    ours = counts(anchor + padding)
+    torch.manual_seed(0)
+    padded = torch.empty(3, 32 + 2 * padding, 32 + 2 * padding, device="meta")
+    theirs = counts(np.array([torchvision.transforms.RandomCrop.get_params(padded, (32, 32))[:2] for _ in range(n)]))
+    limit = {1: 42.7, 4: 155.4}[
+        padding
+    ]  # of chi-square with places^2 - 1 degrees of freedom, exceeded once in a million
+    assert chi_square(ours, n / places**2) < limit
+    assert ((ours - theirs) ** 2 / (ours + theirs)).sum() < limit
+    assert chi_square(counts((anchor + padding) // 2), n / places**2) > limit  # the test can fail
+    assert abs(flip.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(np.stack([anchor[:, 0], anchor[:, 1], flip])) - np.eye(3)).max() < 0.03
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 1500), st.integers(1, 1500), st.integers(2, 300), st.integers(1, 40), st.integers(0, 2**31))
+def test_padded_crops_of_other_sizes_are_torchvisions(height, width, side, padding, seed):
+    """Resize(side), then every place that RandomCrop(side, padding) could take and no other."""
+    augment = Augment(image_size=side, eval_resize=side, crop_padding=min(padding, side - 1))
+    resize, anchor, _ = padded_crop(seed, 0, np.arange(8), np.tile([[height, width]], (8, 1)), side, augment)
+    theirs = torchvision.transforms.Resize(side)(torch.empty(1, height, width, device="meta"))
+    assert (resize == list(theirs.shape[1:])).all()
+    assert (anchor >= -augment.crop_padding).all()
+    assert (anchor + side <= resize + augment.crop_padding).all()
+
+
+def test_every_place_of_a_longer_side_is_taken():
+    augment = Augment(image_size=8, eval_resize=8, crop_padding=2)
+    _, anchor, _ = padded_crop(0, 0, np.arange(2000), np.tile([[16, 24]], (2000, 1)), 8, augment)
+    assert set(anchor[:, 0].tolist()) == set(range(-2, 3))  # 8 x 12 pixels after the resize
+    assert set(anchor[:, 1].tolist()) == set(range(-2, 7))
+
+
+def test_a_padded_crop_is_a_plan_s_crop():
+    augment = Augment(image_size=32, eval_resize=32, crop_padding=4, sizes=((0, 16), (1, 32)))
+    plan = TrainPlan(make_index(20, size=(64, 48)), augment, 5, seed=0)
+    for step, side in ((0, 16), (4, 32)):
+        batch = plan.batch(step)
+        assert (batch.image_size, batch.resize.tolist()) == (side, [[side, side * 4 // 3]] * 5)
+        assert (batch.shape == side).all()
+        assert {array.dtype for array in (batch.anchor, batch.shape, batch.resize)} == {np.dtype(np.int32)}
+    evaluation = EvalPlan(make_index(20, size=(64, 48)), augment, 5).batch(0)
+    assert (evaluation.anchor == [0, 5]).all()  # the centre, as without padding
+    assert evaluation.flip.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"crop_padding": -1}, r"crop_padding must be from 0 \(off\) to 31 pixels, .* found -1"),
+        ({"crop_padding": 32}, "from 0 .* to 31 pixels, so that a crop always holds some of its image of 32, found 32"),
+        ({"crop_padding": 8, "sizes": ((0, 8), (1, 32))}, "to 7 pixels"),
+        (
+            {"crop_padding": 4, "scale": (0.5, 1.0)},
+            r"crop_padding 4 replaces the random resized crop.*found \(0.5, 1.0\)",
+        ),
+        (
+            {"crop_padding": 4, "ratio": (1.0, 1.0)},
+            r"found \(0.08, 1.0\) and \(1.0, 1.0\); leave them out, or crop_padding",
+        ),
+    ],
+)
+def test_impossible_padding_is_refused(setting, text):
+    with pytest.raises(UserError, match=text):
+        Augment(image_size=32, eval_resize=32, **setting)
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.integers(1, 1500), st.integers(1, 1500), st.integers(1, 300), st.integers(0, 100))
 def test_evaluation_geometry_is_torchvisions(height, width, crop, margin):
@@ -212,6 +298,9 @@ def test_evaluation_geometry_is_torchvisions(height, width, crop, margin):
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
+KINDS = pytest.mark.parametrize("augment", [Augment(), Augment(crop_padding=40)], ids=["resized crops", "padded crops"])
+
+
 def content(plan):
     """A BatchPlan as rows that can be compared and sorted: one per image, everything that decides its pixels."""
     resize = plan.shape if plan.resize is None else plan.resize
@@ -220,28 +309,31 @@ def content(plan):
     return [(*row[:-1], *row[-1]) for row in columns]
 
 
+@KINDS
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 4), st.integers(1, 8), st.integers(0, 40), st.integers(0, 1000))
-def test_global_batch_does_not_depend_on_the_world_size(world, batch_size, step, seed):
+@given(world=st.integers(1, 4), batch_size=st.integers(1, 8), step=st.integers(0, 40), seed=st.integers(0, 1000))
+def test_global_batch_does_not_depend_on_the_world_size(augment, world, batch_size, step, seed):
     index = make_index(100)
-    alone = TrainPlan(index, Augment(), batch_size * world, seed)
-    ranks = [TrainPlan(index, Augment(), batch_size, seed, rank, world) for rank in range(world)]
+    alone = TrainPlan(index, augment, batch_size * world, seed)
+    ranks = [TrainPlan(index, augment, batch_size, seed, rank, world) for rank in range(world)]
     assert all(plan.steps_per_epoch == alone.steps_per_epoch for plan in ranks)
     union = [row for plan in ranks for row in content(plan.batch(step))]
     assert union == content(alone.batch(step))
 
 
-def test_batch_is_a_function_of_the_step_alone():
+@KINDS
+def test_batch_is_a_function_of_the_step_alone(augment):
     index = make_index(50)
-    forward = TrainPlan(index, Augment(), 8, seed=3)
+    forward = TrainPlan(index, augment, 8, seed=3)
     batches = [content(forward.batch(step)) for step in range(20)]
-    backward = TrainPlan(index, Augment(), 8, seed=3)
+    backward = TrainPlan(index, augment, 8, seed=3)
     assert [content(backward.batch(step)) for step in reversed(range(20))] == batches[::-1]
-    assert content(TrainPlan(index, Augment(), 8, seed=4).batch(0)) != batches[0]
+    assert content(TrainPlan(index, augment, 8, seed=4).batch(0)) != batches[0]
 
 
-def test_epoch_shows_each_image_once_and_every_epoch_another_order_and_crop():
-    plan = TrainPlan(make_index(50), Augment(), 8, seed=0)
+@KINDS
+def test_epoch_shows_each_image_once_and_every_epoch_another_order_and_crop(augment):
+    plan = TrainPlan(make_index(50), augment, 8, seed=0)
     assert plan.steps_per_epoch == 6
     assert plan.num_steps is None
     epochs = [[row for k in range(6) for row in content(plan.batch(6 * epoch + k))] for epoch in range(3)]
@@ -253,11 +345,12 @@ def test_epoch_shows_each_image_once_and_every_epoch_another_order_and_crop():
     assert sum(crops[0][i] == crops[1][i] for i in both) < 3
 
 
-def test_an_images_crop_depends_on_seed_epoch_and_id_only():
+@KINDS
+def test_an_images_crop_depends_on_seed_epoch_and_id_only(augment):
     index = make_index(60)
     rows = {}
     for batch_size in (5, 12, 60):
-        plan = TrainPlan(index, Augment(), batch_size, seed=1)
+        plan = TrainPlan(index, augment, batch_size, seed=1)
         for k in range(plan.steps_per_epoch):
             for row in content(plan.batch(2 * plan.steps_per_epoch + k)):
                 assert rows.setdefault(row[0], row) == row
@@ -427,14 +520,17 @@ def test_with_both_a_pair_is_blended_or_cut():
     assert np.array_equal(cut[::2], cut[1::2])
 
 
-def test_mixing_does_not_depend_on_the_number_of_processes():
-    augment = Augment(mixup=0.4, cutmix=1.0, repeats=2)
+@pytest.mark.parametrize("padding", [0, 40])
+def test_mixing_does_not_depend_on_the_number_of_processes(padding):
+    augment = Augment(mixup=0.4, cutmix=1.0, repeats=2, crop_padding=padding)
     index = make_index(64)
     whole = TrainPlan(index, augment, 16, seed=1)
     halves = [TrainPlan(index, augment, 8, seed=1, rank=rank, world=2) for rank in range(2)]
     for step in (0, 3, 5):
         one, two = whole.batch(step), [plan.batch(step) for plan in halves]
         assert np.array_equal(one.ids, np.concatenate([part.ids for part in two]))
+        assert np.array_equal(one.anchor, np.concatenate([part.anchor for part in two]))
+        assert (one.anchor[::2] != one.anchor[1::2]).any()  # two views of an image
         for field in ("blend", "box", "share"):
             parts = [getattr(part.mixing, field) for part in two]
             assert np.array_equal(getattr(one.mixing, field), np.concatenate(parts))
@@ -505,9 +601,10 @@ def _views(plan, epoch: int) -> dict[int, tuple]:
     }
 
 
-def test_epochs_with_views_repeat_crops_and_flips_but_no_order():
+@KINDS
+def test_epochs_with_views_repeat_crops_and_flips_but_no_order(augment):
     index = make_index(24)
-    free, fixed = (TrainPlan(index, Augment(), 4, seed=5, views=views) for views in (None, 3))
+    free, fixed = (TrainPlan(index, augment, 4, seed=5, views=views) for views in (None, 3))
     for epoch in range(7):
         for k in range(6):
             a, b = free.batch(6 * epoch + k), fixed.batch(6 * epoch + k)
@@ -517,14 +614,16 @@ def test_epochs_with_views_repeat_crops_and_flips_but_no_order():
         assert (epoch < 3) == (_views(fixed, epoch) == _views(free, epoch))
 
 
-def test_a_view_plan_shows_what_training_sees():
+@KINDS
+def test_a_view_plan_shows_what_training_sees(augment):
     index = make_index(24)
-    train = TrainPlan(index, Augment(), 4, seed=5, views=3)
-    plan = ViewPlan(index, Augment(), [(2, range(0, 16)), (0, [7, 3]), (2, range(16, 24))], batch_size=16, seed=5)
+    train = TrainPlan(index, augment, 4, seed=5, views=3)
+    plan = ViewPlan(index, augment, [(2, range(0, 16)), (0, [7, 3]), (2, range(16, 24))], batch_size=16, seed=5)
     assert plan.num_steps == 3
     first, few, last = (plan.batch(k) for k in range(3))
     assert [list(first.ids), list(few.ids)] == [list(range(16)), [7, 3]]
-    assert (first.view, few.view, first.resize, first.mixing) == (2, 0, None, None)
+    assert (first.view, few.view, first.mixing) == (2, 0, None)
+    assert (first.resize is None) == (augment.crop_padding == 0)
     for batches, epoch in (((first, last), 5), ((few,), 3)):
         wanted = _views(train, epoch)
         for batch in batches:

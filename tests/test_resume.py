@@ -167,6 +167,7 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         {"decay_norms": False, "nesterov": True},
         {"amp_dtype": "bfloat16"},
         {"fold_teacher": False},
+        {"crop_padding": 3, "mixup": 0.2},
         {"objective": "ijckd-pooled", "connector": "linear"},
     ],
     ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
@@ -257,11 +258,14 @@ def test_mixed_views_of_growing_images_go_on_where_they_stopped(data, teacher, t
         ({"sizes": ("128",)}, "--sizes must be PIXELS@EPOCH for every change, e.g. 128@0,192@30, got 128"),
         ({"sizes": ("128@1",)}, "epochs rising from 0"),
         ({"mixup": 3.0}, "mixup must be an alpha from 0.1 to 1"),
+        ({"crop_padding": -1}, "--crop-padding must be at least 0, got -1"),
+        ({"crop_padding": 16}, "crop_padding must be from 0 .* to 15 pixels"),
+        ({"crop_padding": 2, "scale": (0.5, 1.0)}, "crop_padding 2 replaces the random resized crop"),
     ],
 )
 def test_augmentations_that_make_no_sense_are_refused(data, tmp_path, setting, text):
     with pytest.raises(UserError, match=text):
-        train(config(data, tmp_path / "run", **setting))
+        train(config(data, tmp_path / "run", **{**setting, "data_dir": str(tmp_path / "no data is looked at")}))
 
 
 def test_dropout_continues_its_random_numbers(data, tmp_path, monkeypatch):

@@ -194,13 +194,16 @@ def test_training_from_a_cache_is_training_with_the_teacher(made, data, weights,
     assert (inputs[0]["cached features"], inputs[1]["cached features"]) == (None, TeacherCache(made).digest)
 
 
-def test_by_dali_kd_too(data, weights, tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    assert cli.main(_words(folder, data, weights, data_backend="dali")) == 0
+@pytest.mark.parametrize("padding", [0, 3])
+def test_by_dali_kd_too(data, weights, tmp_path, monkeypatch, padding):
+    folder, images = tmp_path / "cache", {"data_backend": "dali", "crop_padding": padding}
+    assert cli.main(_words(folder, data, weights, **images)) == 0
     with monkeypatch.context() as patch:
-        train(config(data, tmp_path / "live", **_live_as_cached(patch, weights), objective="kd", data_backend="dali"))
-    train(config(data, tmp_path / "cached", **{**_from(folder), "objective": "kd", "data_backend": "dali"}))
+        train(config(data, tmp_path / "live", **_live_as_cached(patch, weights), objective="kd", **images))
+    train(config(data, tmp_path / "cached", **{**_from(folder), "objective": "kd", **images}))
     assert _same_weights(tmp_path / "live", tmp_path / "cached") == []
+    with pytest.raises(UserError, match=f"crop_padding {padding} where 5 is wanted"):
+        train(config(data, tmp_path / "other", **{**_from(folder), "objective": "kd", **images, "crop_padding": 5}))
 
 
 def test_the_backbone_is_never_built(made, data, tmp_path, monkeypatch, capsys):
@@ -547,6 +550,17 @@ def test_trainings_that_the_cache_cannot_serve_are_refused(made, data, weights, 
     changes = {name: places.get(value, value) if isinstance(value, str) else value for name, value in changes.items()}
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path / "run", **{**_from(made), **changes}))
+
+
+def test_a_cache_from_before_padded_crops_is_one_without(cache, data, tmp_path):
+    about = teacher_cache._read_about(cache)
+    assert about["settings"].pop("crop_padding") == 0
+    layout, (done, _) = teacher_cache._layout(about), teacher_cache._read_progress(cache / "progress.jsonl")
+    about["digest"] = teacher_cache._identity(about, done, layout.chunks)
+    (cache / "cache.json").write_text(json.dumps({**about, "checksum": teacher_cache._digest(about)}))
+    assert train(config(data, tmp_path / "run", **_from(cache), epochs=1))["complete"]
+    with pytest.raises(UserError, match="crop_padding 0 where 2 is wanted: train with the cache's settings"):
+        train(config(data, tmp_path / "other", **_from(cache), crop_padding=2))
 
 
 def test_the_right_weights_beside_the_cache_are_accepted(made, data, weights, tmp_path):

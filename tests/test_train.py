@@ -621,6 +621,13 @@ def test_impossible_settings(data, tmp_path, changes, text):
         train(config(data, tmp_path, **changes))
 
 
+def test_the_margin_of_the_evaluation(data, tmp_path):
+    own = {"eval_resize": None, "image_size": 32}
+    assert resolve(config(data, tmp_path, **own)).eval_resize == 37
+    assert resolve(config(data, tmp_path, **own, crop_padding=4)).eval_resize == 32  # none, as in training
+    assert resolve(config(data, tmp_path, image_size=32, crop_padding=4, eval_resize=36)).eval_resize == 36
+
+
 def test_the_global_batch_takes_the_place_of_a_processes(data, tmp_path):
     resolved = resolve(config(data, tmp_path, global_batch=12, batch_size=8, accumulate=3))
     assert (resolved.global_batch, resolved.batch_size) == (12, 12)

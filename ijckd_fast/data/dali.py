@@ -103,7 +103,8 @@ class DaliLoader(Loader):
 
     def _build(self, source: Callable[[int], tuple], batch_size: int, prefetch: int) -> Pipeline:
         augment = self.plan.augment
-        training = not isinstance(self.plan, EvalPlan)
+        # the plan's BatchPlan.resize is None: cut from the stored image, of which the rest is not decoded
+        crop_first = not isinstance(self.plan, EvalPlan) and not augment.crop_padding
         on_gpu = self.device.type == "cuda"
         decoder: dict[str, Any] = {}
         if self.decode == "gpu":
@@ -121,8 +122,8 @@ class DaliLoader(Loader):
             prefetch_queue_depth=prefetch,
         )
         with pipeline:
-            # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop in training, of the
-            # resized image in evaluation. result: (h, w) of what comes out.
+            # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop where it comes first, else
+            # of the resized image. result: (h, w) of what comes out.
             first, stored, anchor, target, result, flip = fn.external_source(
                 source=source,
                 num_outputs=6,
@@ -138,8 +139,8 @@ class DaliLoader(Loader):
             off = (peeked - stored) * _FAR_OUTSIDE
             image: Any = fn.decoders.image_slice(
                 encoded,
-                anchor + off if training else off,
-                target if training else stored,
+                anchor + off if crop_first else off,
+                target if crop_first else stored,
                 axes=[0, 1],
                 output_type=types.RGB,
                 adjust_orientation=False,
@@ -147,10 +148,12 @@ class DaliLoader(Loader):
             )
             if self.decode == "hybrid":
                 image = image.gpu()
-            resize_to = fn.cast(result if training else target, dtype=types.FLOAT)
+            resize_to = fn.cast(result if crop_first else target, dtype=types.FLOAT)
             image = fn.resize(image, size=resize_to, interp_type=types.INTERP_LINEAR, antialias=True)
-            if not training:
-                image = fn.slice(image, start=anchor, shape=result, axes=[0, 1])
+            if not crop_first:  # black where a padded crop reaches beyond the image
+                image = fn.slice(
+                    image, start=anchor, shape=result, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0
+                )
             half = on_gpu and self.dtype in (torch.float16, torch.bfloat16)
             image = fn.crop_mirror_normalize(
                 image,

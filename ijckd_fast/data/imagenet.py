@@ -121,9 +121,14 @@ def _is_there(path: Path, length: int) -> bool:
 
 
 def _write(path: Path, data: bytes, length: int, archive: Path) -> None:
-    """Whole or not at all under its name. Not forced to the disk: what a power cut leaves is too short, and is written again."""
+    """What a power cut leaves is too short, and is written again."""
     if len(data) != length:
         raise UserError(f"{archive} ends within {path.name}; fetch it again. What was unpacked stays")
+    write_whole(path, data)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """The whole file or none under its name, whenever the process dies. Not forced to the disk: a power cut may leave less."""
     partial = path.with_name(f".{path.name}.part")
     try:
         partial.write_bytes(data)

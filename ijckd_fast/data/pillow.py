@@ -65,7 +65,7 @@ def arrange(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
     (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
     if plan.resize is None:  # crop first, so that no pixel outside it enters the resize (resize(box=...) would let it)
         image = image.crop((x, y, x + w, y + h)).resize((plan.image_size, plan.image_size), Image.Resampling.BILINEAR)
-    else:
+    else:  # Pillow too makes black what a crop has outside of the image
         nh, nw = plan.resize[i].tolist()
         image = image.resize((nw, nh), Image.Resampling.BILINEAR).crop((x, y, x + w, y + h))
     pixels = np.asarray(image)

@@ -29,6 +29,10 @@ class Augment:
     image_size   side of the square input, pixels
     scale        training crop's share of the image area, (least, most), in (0, 1]
     ratio        training crop's width / height, (least, most)
+    crop_padding above 0: training's padded crop in the place of the random resized crop, and so of scale and ratio. The image is resized
+                 so that its shorter side is image_size (not touched where it is), gets a border of so many black pixels on every
+                 side, and a square of image_size is cut at a random place: torchvision's RandomCrop(image_size, padding). With
+                 sizes the epoch's side takes image_size's place, and the border stays as wide
     hflip        probability of a horizontal flip in training
     eval_resize  shorter side before the evaluation's centre crop, pixels; at least image_size
     mean, std    per RGB channel, in units of [0, 1]
@@ -44,6 +48,7 @@ class Augment:
     image_size: int = 224
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_padding: int = 0
     hflip: float = 0.5
     eval_resize: int = 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -82,6 +87,18 @@ class Augment:
             raise UserError(f"scale must be two area fractions with 0 < least <= most <= 1, found {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"ratio must be two aspect ratios with 0 < least <= most, found {self.ratio}")
+        side = min([self.image_size, *(size for _, size in self.sizes)])
+        if not 0 <= self.crop_padding < side:
+            raise UserError(
+                f"crop_padding must be from 0 (off) to {side - 1} pixels, so that a crop always holds some of its image of {side}, found "
+                f"{self.crop_padding}; 4 is usual for 32"
+            )
+        if self.crop_padding and (self.scale, self.ratio) != (Augment.scale, Augment.ratio):
+            raise UserError(
+                f"crop_padding {self.crop_padding} replaces the random resized crop, to which scale and ratio belong: wanted both unset, "
+                f"or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and {self.ratio}; leave them out, or "
+                "crop_padding"
+            )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -114,11 +131,12 @@ class BatchPlan:
     extents [B] where the bytes are; None: each is all of the file at its path
     labels  [B] int64
     size    [B, 2] int32, (h, w) the stored image must have, as it was indexed
-    anchor  [B, 2] int32, (y, x) of the crop's upper left pixel
+    anchor  [B, 2] int32, (y, x) of the crop's upper left pixel; with a padded crop it may lie outside of the image
     shape   [B, 2] int32, (h, w) of the crop
     flip    [B] int32, 1 = mirror left to right
-    resize  training: None. The crop is cut from the stored image, then resized to image_size.
-            evaluation: [B, 2] int32, (h, w). The whole image is resized to it, then the crop, of image_size, is cut.
+    resize  None: the crop is cut from the stored image, then resized to image_size. Training's random resized crop.
+            [B, 2] int32, (h, w): the whole image is resized to it, then the crop, of image_size, is cut; what the crop has outside of
+            the image is black. Evaluation, and training's padded crop.
     image_size  side of the square result, pixels
     mixing  None: images stay apart
     view    which of a fixed number of views of its images this is; None where every epoch draws new ones
@@ -237,13 +255,10 @@ class TrainPlan:
         ids = self.stand_ins.of(planned)
         if self.views is not None:
             return _view(self.index, ids, epoch % self.views, self.seed, self.augment)
-        size = self.index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
         # drawn for the planned image: a stand-in that is in the batch anyway is seen with two crops
-        anchor, shape, flip = random_resized_crop(self.seed, epoch, keys, size, self.augment)
-        side = self.augment.size_at(epoch)
-        batch = _batch(self.index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None, side)
+        batch = _augmented(self.index, ids, keys, self.seed, epoch, self.augment)
         if self.augment.mixup or self.augment.cutmix:
-            batch.mixing = mixing(self.seed, epoch, keys, side, self.augment)
+            batch.mixing = mixing(self.seed, epoch, keys, batch.image_size, self.augment)
         return batch
 
 
@@ -349,11 +364,22 @@ def _check_shard(batch_size: int, rank: int, world: int) -> None:
 
 def _view(index: Index, ids: np.ndarray, view: int, seed: int, augment: Augment) -> BatchPlan:
     """One view of images: drawn for the ids seen, so that it is a function of image and view alone."""
-    size = index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
-    anchor, shape, flip = random_resized_crop(seed, view, ids, size, augment)
-    batch = _batch(index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, None, augment.image_size)
+    batch = _augmented(index, ids, ids, seed, view, augment)
     batch.view = view
     return batch
+
+
+def _augmented(index: Index, ids: np.ndarray, keys: np.ndarray, seed: int, epoch: int, augment: Augment) -> BatchPlan:
+    """Training images, with the crops and flips that are drawn for `keys` [B] int64 in an epoch."""
+    size = index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
+    side = augment.size_at(epoch)
+    resize = None
+    if augment.crop_padding:
+        resize, anchor, flip = padded_crop(seed, epoch, keys, size, side, augment)
+        shape = np.full_like(size, side)
+    else:
+        anchor, shape, flip = random_resized_crop(seed, epoch, keys, size, augment)
+    return _batch(index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, resize, side)
 
 
 def _batch(
@@ -406,6 +432,23 @@ def random_resized_crop(
     return np.stack([y, x], 1).astype(np.int32), np.stack([h, w], 1).astype(np.int32), flip.astype(np.int32)
 
 
+def padded_crop(
+    seed: int, epoch: int, ids: np.ndarray, size: np.ndarray, side: int, augment: Augment
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """torchvision's Resize(side), which leaves a shorter side of `side` as it is, then RandomCrop(side, padding=augment.crop_padding).
+
+    ids      [n] int64, or other keys below 2^63; size [n, 2] int (h, w) of the stored images
+    returns  resize [n, 2] int32 (h, w) of the resized image, anchor [n, 2] int32 (y, x) of the crop in it, from -padding on, every
+             place equally likely, flip [n] int32 in {0, 1}
+    A pure function of (seed, epoch, id, size): neither batch nor position in it matter.
+    """
+    draws = uniforms(seed, epoch, ids, 3)  # y, x, flip
+    resized = _resized(size, side)  # [n, 2]
+    places = resized + 2 * augment.crop_padding - side + 1  # [n, 2]
+    anchor = np.floor(draws[:, :2] * places).astype(np.int32) - augment.crop_padding
+    return resized.astype(np.int32), anchor, (draws[:, 2] < augment.hflip).astype(np.int32)
+
+
 def mixing(seed: int, epoch: int, keys: np.ndarray, side: int, augment: Augment) -> Mixing:
     """mixup's and cutmix's draws, one for both images of a pair.
 
@@ -452,10 +495,13 @@ def resize_and_center_crop(size: np.ndarray, shorter: int, crop: int) -> tuple[n
     size     [n, 2] int (h, w) of the stored images
     returns  resize [n, 2] int32 (h, w) of the resized image, anchor [n, 2] int32 (y, x) of the crop in it
     """
-    wide = size.astype(np.int64)
-    short = wide.min(1, keepdims=True)
-    resized = np.where(
-        wide == short, shorter, (shorter * wide / short).astype(np.int64)
-    )  # the longer side is truncated
+    resized = _resized(size, shorter)
     anchor = np.rint((resized - crop) / 2)  # halves to even, as Python's round
     return resized.astype(np.int32), anchor.astype(np.int32)
+
+
+def _resized(size: np.ndarray, shorter: int) -> np.ndarray:
+    """[n, 2] int64 (h, w) of images of `size` [n, 2] after torchvision's Resize(shorter)."""
+    wide = size.astype(np.int64)
+    short = wide.min(1, keepdims=True)
+    return np.where(wide == short, shorter, (shorter * wide / short).astype(np.int64))  # the longer side is truncated

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,15 @@ class Run:
             process = _CONTEXT.Process(target=_run, args=(function, arguments, environment, str(self._outputs[rank])))
             process.start()
             self.processes.append(process)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Until something that the processes do has come true, while the first of them is alive."""
+        while not ready():
+            assert self.processes[0].exitcode is None, self.output()
+            time.sleep(0.002)
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        os.kill(self.processes[rank].pid, number)
 
     def output(self, rank: int = 0) -> str:
         return self._outputs[rank].read_text()

@@ -1,14 +1,10 @@
-"""`ijckd-fast` with a record of its training batches: recorded_run.py RECORD train OPTIONS...
-
-RECORD gets one line per batch as it is handed to the loop: step, ids, digest of every tensor of the batch.
-"""
+"""`ijckd-fast` with a record of its training batches: a line for each as it is handed to the loop: step, ids, digest of every tensor."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +64,7 @@ def recording(record: Path) -> Iterator[None]:
         os.close(file)
 
 
-if __name__ == "__main__":
-    with recording(Path(sys.argv[1])):
-        sys.exit(cli.main(sys.argv[2:]))
+def recorded(record: str, command: list[str]) -> int:
+    """`ijckd-fast COMMAND` with a record of this process's batches."""
+    with recording(Path(record)):
+        return cli.main(command)

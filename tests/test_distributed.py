@@ -49,12 +49,6 @@ def _command(data, folder, teacher, **changes):
     return ["train", *options(settings(data, folder, **{**defaults, **changes}))]
 
 
-def _recorded(record: str, command: list[str]) -> int:
-    """`ijckd-fast COMMAND` with a record of this process's batches."""
-    with recorded_run.recording(record):
-        return cli.main(command)
-
-
 def _rows(folder, kind):
     return [row for row in run_folder.read_log(folder) if row["kind"] == kind]
 
@@ -109,7 +103,7 @@ def worlds(data, teacher, tmp_path_factory):
 
 
 def _record_own(folder: str, command: list[str]) -> int:
-    return _recorded(f"{folder}/batches{os.environ.get('RANK', '0')}.txt", command)
+    return recorded_run.recorded(f"{folder}/batches{os.environ.get('RANK', '0')}.txt", command)
 
 
 def test_world_sizes_see_the_same_images_and_learn_the_same(worlds):
@@ -137,9 +131,7 @@ def test_validation_counts_every_image_once(worlds):
 
 
 def _wait_for_steps(run: Run, folder, steps: int) -> None:
-    while len(_rows(folder, "train")) < steps:
-        assert run.processes[0].exitcode is None, run.output()
-        time.sleep(0.01)
+    run.wait_until(lambda: len(_rows(folder, "train")) >= steps)
 
 
 def test_one_process_killed_ends_the_other_and_the_run_goes_on(data, teacher, worlds, tmp_path):
@@ -147,7 +139,7 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(data, teacher, wo
     command = _command(data, folder, teacher, checkpoint_steps=1)
     run = Run(tmp_path, 2, cli.main, command)
     _wait_for_steps(run, folder, 3)
-    os.kill(run.processes[1].pid, signal.SIGKILL)
+    run.signal(signal.SIGKILL, rank=1)
     begin = time.monotonic()
     codes = run.ends(60)
     assert codes == [2, -signal.SIGKILL]
@@ -172,7 +164,7 @@ def test_a_signal_to_one_process_is_for_all(data, teacher, tmp_path, number, cod
     run = Run(tmp_path, 2, cli.main, _command(data, folder, teacher, epochs=8 if code == 0 else 1000, log_interval=1))
     _wait_for_steps(run, folder, 3)
     seen = len(_rows(folder, "train"))
-    os.kill(run.processes[1].pid, number)
+    run.signal(number, rank=1)
     while not (folder / "last.pt").exists():
         time.sleep(0.002)
     step = checkpoint.load(folder / "last.pt")["step"]
@@ -195,7 +187,7 @@ def test_goes_on_with_another_number_of_processes(data, teacher, worlds, tmp_pat
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("max_steps: 4", "max_steps: null"))
     record = tmp_path / "batches.txt"
-    one = Run(tmp_path, 1, _recorded, str(record), ["train", "--resume", str(folder)])
+    one = Run(tmp_path, 1, recorded_run.recorded, str(record), ["train", "--resume", str(folder)])
     assert one.ends() == [0], one.output()
     assert "begun with 2 processes, going on with 1: the same images in every step" in one.output()
     alone = {seen.step: seen.ids for seen in recorded_run.read(worlds[1][1][0])}

@@ -10,9 +10,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ import recorded_run
 import torch
 import torch.nn.functional as F
 import yaml
+from processes import Run
 from rich.console import Console
 from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
 
@@ -43,12 +41,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
-
-
-def _start(*arguments: str, record: Path | None = None) -> subprocess.Popen:
-    program = ["-m", "ijckd_fast.cli"] if record is None else [recorded_run.__file__, str(record)]
-    command = [sys.executable, *program, "train", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def _steps(folder) -> int:
@@ -90,16 +82,14 @@ def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
 
     with recorded_run.recording(records[0]):
         train(config(data, undisturbed, **{**changes, "checkpoint_steps": 1000}))
-    run = _start(*options(settings(data, folder, **changes)), record=records[1])
+    start = functools.partial(Run, tmp_path, 1, recorded_run.recorded, str(records[1]))
+    run = start(["train", *options(settings(data, folder, **changes))])
     for kill in kills:
-        while _steps(folder) < kill:
-            assert run.poll() is None, run.communicate()[0]
-            time.sleep(0.002)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        run = _start("--resume", str(folder), record=records[1])
-    output = run.communicate()[0]
-    assert run.returncode == 0, output
+        run.wait_until(lambda kill=kill: _steps(folder) >= kill)
+        run.signal(signal.SIGKILL)
+        assert run.ends() == [-signal.SIGKILL]
+        run = start(["train", "--resume", str(folder)])
+    assert run.ends() == [0], run.output()
     want, got = map(recorded_run.read, records)
     assert [seen.step for seen in want] == list(range(TOTAL))
     assert len(set(want)) == TOTAL
@@ -115,12 +105,10 @@ def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
 
 def test_killed_before_the_first_checkpoint(data, tmp_path):
     folder = tmp_path / "run"
-    run = _start(*options(settings(data, folder, log_interval=1)))
-    while not _steps(folder):
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run = Run(tmp_path, 1, cli.main, ["train", *options(settings(data, folder, log_interval=1))])
+    run.wait_until(lambda: _steps(folder) > 0)
+    run.signal(signal.SIGKILL)
+    assert run.ends() == [-signal.SIGKILL]
     assert not (folder / "last.pt").exists()
     train(config(data, folder, log_interval=1), resume=True)
     train(config(data, tmp_path / "undisturbed", log_interval=1))
@@ -130,13 +118,11 @@ def test_killed_before_the_first_checkpoint(data, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_and_says_how_to_go_on(data, tmp_path, number, code):
     folder = tmp_path / "run"
-    run = _start(*options(settings(data, folder, epochs=1000, log_interval=1)))
-    while _steps(folder) < 3:
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.002)
-    run.send_signal(number)
-    output = run.communicate()[0]
-    assert run.returncode == code, output
+    run = Run(tmp_path, 1, cli.main, ["train", *options(settings(data, folder, epochs=1000, log_interval=1))])
+    run.wait_until(lambda: _steps(folder) >= 3)
+    run.signal(number)
+    assert run.ends() == [code], run.output()
+    output = run.output()
     assert f"stopped by {number.name} at step" in output
     assert f"ijckd-fast train --resume {folder}" in output
     assert "Traceback" not in output

@@ -10,15 +10,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Run
 from rich.console import Console
 from tiny_run import SETTINGS, config, differing, options, settings, write_teacher, write_tree
 
@@ -259,31 +257,20 @@ def test_other_validation_settings_mean_no_agreement(made, data, tmp_path, capsy
     assert _last_json(capsys.readouterr().out)["agreement_percent"] is None
 
 
-def _start(*words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "ijckd_fast.cli", *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _wait(run: subprocess.Popen, ready) -> None:
-    while not ready():
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.002)
-
-
 def test_a_killed_training_resumes_to_the_bit_though_the_cache_moves(cache, data, tmp_path):
     changes = {**_from(cache), "epochs": 10, "checkpoint_steps": 7, "log_interval": 1}
     train(config(data, tmp_path / "undisturbed", **changes))
     folder = tmp_path / "run"
-    run = _start("train", *options(settings(data, folder, **changes)))
-    _wait(run, lambda: len(run_folder.read_log(folder)) > 9)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run = Run(tmp_path, 1, cli.main, ["train", *options(settings(data, folder, **changes))])
+    run.wait_until(lambda: len(run_folder.read_log(folder)) > 9)
+    run.signal(signal.SIGKILL)
+    assert run.ends() == [-signal.SIGKILL]
     step = checkpoint.load(folder / "last.pt")["step"]
     moved = cache.rename(tmp_path / "moved")
-    run = _start("train", "--resume", str(folder), "--teacher", f"cache:{moved}")
-    _wait(run, lambda: len(run_folder.read_log(folder)) > step + 5)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait() == 143, run.communicate()[0]
+    run = Run(tmp_path, 1, cli.main, ["train", "--resume", str(folder), "--teacher", f"cache:{moved}"])
+    run.wait_until(lambda: len(run_folder.read_log(folder)) > step + 5)
+    run.signal(signal.SIGTERM)
+    assert run.ends() == [143], run.output()
     assert 7 <= checkpoint.load(folder / "last.pt")["step"] < 40
     assert cli.main(["train", "--resume", str(folder)]) == 0
     assert _same_weights(folder, tmp_path / "undisturbed") == []
@@ -355,20 +342,19 @@ def test_killed_and_told_to_stop_the_cache_goes_on_where_it_was(data, weights, t
     first, second = sorted(random.Random(seed).sample(range(20, 250), 2))
     print(f"killed at chunk {first}, stopped at {second}: random.Random({seed})")
     words = _words(folder, data, weights, **many)
-    run = _start(*words)
-    _wait(run, lambda: len(_chunks(folder)) >= first)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run = Run(tmp_path, 1, cli.main, words)
+    run.wait_until(lambda: len(_chunks(folder)) >= first)
+    run.signal(signal.SIGKILL)
+    assert run.ends() == [-signal.SIGKILL]
     with pytest.raises(
         UserError, match=r"is not finished \(\d+ of 360 chunks\): run the same ijckd-fast cache command again"
     ):
         TeacherCache(folder)
-    run = _start(*words)
-    _wait(run, lambda: len(_chunks(folder)) >= second)
-    run.send_signal(signal.SIGTERM)
-    output = run.communicate()[0]
-    assert run.returncode == 143, output
-    assert f"stopped by SIGTERM, {len(_chunks(folder))} of 360 chunks are there" in output
+    run = Run(tmp_path, 1, cli.main, words)
+    run.wait_until(lambda: len(_chunks(folder)) >= second)
+    run.signal(signal.SIGTERM)
+    assert run.ends() == [143], run.output()
+    assert f"stopped by SIGTERM, {len(_chunks(folder))} of 360 chunks are there" in run.output()
     assert cli.main(words) == 0
     assert sorted(_chunks(folder)) == list(range(360))  # none twice
     assert (folder / "features.bin").read_bytes() == (tmp_path / "undisturbed" / "features.bin").read_bytes()

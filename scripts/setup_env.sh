@@ -35,7 +35,8 @@ needed=$(inputs_hash requirements-dev.txt)
 if [ "$(cat .venv/installed.stamp 2>/dev/null)" != "$needed" ]; then
     echo "== installing requirements-dev.txt into .venv (7 GB with the CUDA build of torch; some minutes)"
     rm -f .venv/installed.stamp
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+    # --no-compile: Python compiles what it imports, a small part of all that is installed
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -r requirements-dev.txt
     echo "$needed" >.venv/installed.stamp
 fi
 

@@ -219,10 +219,13 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
         more["seeds"] = seeds
     if data_dir is not None:
         more["data_dir"] = data_dir
+    base = _preset(values.get("base"), f"base of {path}")
+    if not isinstance(values.get("base"), dict) or "seed" not in values["base"]:
+        base.pop("seed", None)  # that of a preset, which was for a run alone
     return Comparison(
         name=path.stem,
         methods=methods,
-        base=_preset(values.get("base"), f"base of {path}"),
+        base=base,
         teacher=_teacher(values.get("teacher"), f"teacher of {path}"),
         against=tuple(str(name) for name in values.get("against", ())),
         **more,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from ijckd_fast.step import TrainStep
 from ijckd_fast.train import Stopped
 
 QUIET = Console(quiet=True)
+DOCS = Path(__file__).parent.parent / "docs" / "compare.md"
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +374,19 @@ def test_refused_without_teacher_data_or_jobs(data, tmp_path):
     with pytest.raises(UserError, match=r"no preset 'compare_digit'.*did you mean 'compare_digits'"):
         load_comparison("compare_digit")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_file_of_the_docs(data, weights, tmp_path):
+    """Planned as it stands, but for images and teacher."""
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", DOCS.read_text(), re.DOTALL | re.MULTILINE)
+    values = yaml.safe_load(text)
+    values["teacher"] = "resnet8x0.5"
+    values["base"]["teacher_checkpoint"] = str(weights)
+    assert {*values, "name"} == {field.name for field in dataclasses.fields(Comparison)}
+    _, runs = plan(load_comparison(_write(tmp_path / "mine.yaml", **values), data_dir=str(data)), tmp_path)
+    assert len(runs) == 2 * 5 * 5
+    last = runs[-1].config
+    assert (last.connector, last.epochs, last.train_per_class, last.global_batch) == ("bottleneck:8", 40, 50, 256)
 
 
 def test_packaged_comparisons(tmp_path):

@@ -854,8 +854,9 @@ def compare(arguments: list[str]) -> int:
     say(console, f"{comparison.name}: {counts} in {output}")
     outcome = train_all(comparison, output, jobs=given.jobs, any_code=given.any_code, console=console)
     rows = write_comparison_report(output, comparison, outcome)
+    uncut = Console(width=max(console.width, 110 + 26 * len(comparison.against)))  # a narrow terminal wraps its lines
     for regime in comparison.regimes:
-        console.print(table(regime, [row for row in rows if row["regime"] == regime], comparison.against))
+        uncut.print(table(regime, [row for row in rows if row["regime"] == regime], comparison.against))
     for name, why in outcome.failed.items():
         say(console, f"failed: {name}: {why}")
     if outcome.failed:

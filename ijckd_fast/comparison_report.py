@@ -122,14 +122,17 @@ def difference(row: Mapping[str, Any], reference: str) -> str:
     mean, low, high = (row[f"minus_{reference}{end}"] for end in ("", "_low", "_high"))
     if mean is None:
         return ""
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" + (" *" if low > 0 or high < 0 else "")
+    shown = [f"{round(value, 2) + 0.0:+.2f}" for value in (mean, low, high)]  # + 0.0: no -0.00
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" + (" *" if low > 0 or high < 0 else "")
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], against: Sequence[str] = ()) -> Table:
     """The rows of one regime for the terminal."""
     drawn = Table(COLUMNS[0], title=title)
-    for column in (*COLUMNS[1:], *(f"- {name}" for name in against)):
+    for column in COLUMNS[1:]:
         drawn.add_column(column, justify="right")
+    for name in against:
+        drawn.add_column(f"- {name}", justify="right", no_wrap=True)
     for each in rows:
         drawn.add_row(*cells(each), *(difference(each, name) for name in against))
     return drawn
@@ -244,14 +247,22 @@ answer through the teacher's classifier deploy its connector too. Seconds: train
     )
     if comparison.against:
         plot_differences(output / DIFFERENCES, rows, comparison.against)
-        count = sum(each[f"minus_{name}"] is not None for each in rows for name in comparison.against)
-        chance = count * (1 - CONFIDENCE)
+        pairs = {
+            (
+                each["regime"],
+                frozenset((each["method"], name)),
+            )  # two methods of `against` stand in two cells, as one interval
+            for each in rows
+            for name in comparison.against
+            if each[f"minus_{name}"] is not None
+        }
+        chance = len(pairs) * (1 - CONFIDENCE)
         parts.append(f"![differences]({DIFFERENCES})")
         parts.append(
             f"""A difference, in points of top-1, is the mean of the differences seed by seed, in brackets its 95 % interval:
 Student's t over the n differences, n - 1 degrees of freedom, mean ± t s / √n, which supposes that they are normally distributed. Were
 the comparison made again and again with other seeds, 95 % of such intervals would hold the mean over all seeds. A star: the interval
-excludes 0. The intervals are not corrected for their number: of {count} intervals about {chance:.1f} would exclude 0 if no method
+excludes 0. The intervals are not corrected for their number: of {len(pairs)} intervals about {chance:.1f} would exclude 0 if no method
 differed from another. A seed draws subset, wrong labels, order, crops and first weights; the teacher and the validation images are the
 same in all runs, so the intervals say nothing about other teachers or other images."""
         )

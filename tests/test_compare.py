@@ -115,6 +115,7 @@ def test_rows_and_stars():
     assert a["minus_kd_high"] == pytest.approx(2.1 + 4.302653 * 0.1 / math.sqrt(3), abs=1e-6)
     assert difference(a, "kd") == "+2.10 [+1.85, +2.35] *"
     assert difference({**a, "minus_kd_low": -0.1}, "kd") == "+2.10 [-0.10, +2.35]"
+    assert difference({**a, "minus_kd": -1e-15, "minus_kd_low": -0.1}, "kd") == "+0.00 [-0.10, +2.35]"
     assert (b["top1_std"], b["agreement_mean"], b["minus_kd"], b["seeds"]) == (None, None, None, 1)
     assert "| a | 83.10 ± 1.10 | 50.00 | 5 | 6 | 1.5 | +2.10 [+1.85, +2.35] * |" in markdown([kd, a, b], ["kd"])
     assert "±" not in markdown([b])
@@ -140,7 +141,10 @@ def test_compare(data, tmp_path, capsys, trained):
     config = _write(tmp_path / "tiny.yaml", **values)
     words = ["compare", "--config", config, "--output", str(output)]
     assert cli.main(words) == 0
-    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["rows"]
+    out = capsys.readouterr().out
+    rows = json.loads(out.strip().splitlines()[-1])["rows"]
+    for each in rows:  # uncut, however narrow the terminal
+        assert f" {difference(each, 'kd')} " in out
     keys = ["method", "top1_mean", "top1_std", "seeds", "agreement_mean", "params", "macs", "seconds", "regime"]
     assert [list(each) for each in rows] == [[*keys, "minus_kd", "minus_kd_low", "minus_kd_high"]] * 4
     assert [(each["regime"], each["method"]) for each in rows] == [

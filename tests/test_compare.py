@@ -20,7 +20,7 @@ from tiny_run import SETTINGS, write_teacher, write_tree
 
 from ijckd_fast import cli, compare, report, run_folder
 from ijckd_fast.compare import Comparison, load_comparison, plan, train_all
-from ijckd_fast.comparison_report import comparison_rows, difference, markdown, paired_interval, row, student_t
+from ijckd_fast.comparison_report import cells, comparison_rows, difference, markdown, paired_interval, row, student_t
 from ijckd_fast.config import COMPARISONS, OBJECTIVE_FIELDS, preset_names
 from ijckd_fast.errors import UserError
 from ijckd_fast.step import TrainStep
@@ -143,8 +143,8 @@ def test_compare(data, tmp_path, capsys, trained):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     rows = json.loads(out.strip().splitlines()[-1])["rows"]
-    for each in rows:  # uncut, however narrow the terminal
-        assert f" {difference(each, 'kd')} " in out
+    for each in rows:  # in one line and uncut, however narrow the terminal
+        assert "│ " + " │ ".join([*cells(each), difference(each, "kd")]).strip(" │") in re.sub(" +", " ", out)
     keys = ["method", "top1_mean", "top1_std", "seeds", "agreement_mean", "params", "macs", "seconds", "regime"]
     assert [list(each) for each in rows] == [[*keys, "minus_kd", "minus_kd_low", "minus_kd_high"]] * 4
     assert [(each["regime"], each["method"]) for each in rows] == [

@@ -961,6 +961,70 @@ def demo(arguments: list[str]) -> int:
     return 0
 
 
+def compare(arguments: list[str]) -> int:
+    """Several methods in several regimes on one dataset, several seeds each, with intervals."""
+    parser = _parser(
+        "compare",
+        "Trains every method of a comparison in each of its regimes, seeds 0 ... N - 1, by the same loop, schedule and plan: a seed "
+        "gives all methods the same images, crops and order. Reports mean, deviation and the differences seed by seed with 95 % "
+        "intervals. Runs that are in the output folder already, with the same settings, code, images and teacher, are used again, an "
+        "interrupted one goes on; others there are replaced. Exit code 1, and their names, if runs failed. The last line of standard "
+        "output is one JSON object.",
+    )
+    parser.add_argument(
+        "--config",
+        type=str,
+        required=True,
+        help=f"YAML file (docs/compare.md), or a packaged comparison: {', '.join(settings.preset_names(settings.COMPARISONS))}",
+    )
+    parser.add_argument(
+        "--output", type=str, help="folder for the runs and the report; default: runs/NAME of the comparison"
+    )
+    parser.add_argument("--data-dir", type=str, help=f"{settings.help_of('data_dir')}; default: the comparison's")
+    parser.add_argument("--seeds", type=int, help="runs of each method in each regime; default: the comparison's")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs side by side, each a process that computes with one thread: the number of cores, or 1",
+    )
+    parser.add_argument(
+        "--any-code",
+        action="store_true",
+        help="use runs that another version of ijckd-fast finished or began, too; default: they are trained anew",
+    )
+    given = parser.parse_args(arguments)
+
+    from rich.console import Console
+
+    from ijckd_fast.compare import load_comparison, train_all
+    from ijckd_fast.comparison_report import table, write_comparison_report
+    from ijckd_fast.progress import say
+    from ijckd_fast.run_folder import REPORT
+
+    comparison = load_comparison(given.config, seeds=given.seeds, data_dir=given.data_dir)
+    output = Path(given.output or f"runs/{comparison.name}")
+    console = Console()
+    counts = f"{len(comparison.methods)} methods x {len(comparison.regimes)} regimes x {comparison.seeds} seeds"
+    say(console, f"{comparison.name}: {counts} in {output}")
+    outcome = train_all(comparison, output, jobs=given.jobs, any_code=given.any_code, console=console)
+    rows = write_comparison_report(output, comparison, outcome)
+    uncut = Console(width=max(console.width, 110 + 26 * len(comparison.against)))  # a narrow terminal wraps its lines
+    for regime in comparison.regimes:
+        uncut.print(table(regime, [row for row in rows if row["regime"] == regime], comparison.against))
+    for name, why in outcome.failed.items():
+        say(console, f"failed: {name}: {why}")
+    if outcome.failed:
+        say(
+            console,
+            f"{len(outcome.failed)} runs failed; the others are kept: the same command trains only what is missing",
+        )
+    if rows:
+        say(console, f"report: {output / REPORT}")
+    print(json.dumps({"rows": rows}))
+    return 1 if outcome.failed else 0
+
+
 def recipes(arguments: list[str]) -> int:
     """The packaged teacher-student pairs and what each deploys."""
     parser = _parser(
@@ -1116,6 +1180,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "demo": demo,
     "study": study,
     "recipes": recipes,
+    "compare": compare,
     "doctor": doctor,
 }
 

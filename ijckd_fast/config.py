@@ -1,6 +1,8 @@
 """Every setting of a training run, with its unit and default: the command line, the presets and config.yaml are made of it."""
 
 import dataclasses
+import functools
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 
 from ijckd_fast.errors import UserError, did_you_mean
 
 PRESET_FOLDER = Path(__file__).parent / "configs"
+COMPARISONS = Path(__file__).parent / "comparisons"  # what `ijckd-fast compare --config` takes by name
 _PREFIXES = ("imagenet_", "cifar100_")  # of presets' names, which may be left out
 
 
@@ -349,36 +353,68 @@ def check_names(names: Iterable[str], where: str) -> None:
             raise UserError(f"unknown setting '{name}' in {where}{did_you_mean(name, FIELDS)}")
 
 
-def preset_names() -> list[str]:
+def typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values`, settings as a YAML file has them, with the types of TrainConfig; `where` names them in errors.
+
+    raises   UserError for a name that is no setting, and for a value of another type
+    """
+    check_names(values, where)
+    try:
+        return _types().parse_object(dict(values), defaults=False).as_dict()
+    except ArgumentError as error:
+        name = re.match(r'Parser key "(\w+)"', error.message)
+        if name is None:
+            raise UserError(f"{where}: {' '.join(error.message.split())}") from error
+        wanted = re.findall(r"Expected an? ([^\n]+?)(?:\.|$)", error.message, re.MULTILINE)
+        kinds = [re.sub(r"<class '(\w+)'>", r"\1", kind.replace("typing.", "")) for kind in wanted]
+        raise UserError(
+            f"{name[1]} in {where}: wanted {' or '.join(kinds) or TYPES[name[1]]}, got {values[name[1]]!r}: {help_of(name[1])}"
+        ) from error
+
+
+@functools.cache
+def _types() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    for name in FIELDS:
+        parser.add_argument(f"--{name}", type=TYPES[name])
+    return parser
+
+
+def preset_names(folder: Path = PRESET_FOLDER) -> list[str]:
     """Names of the packaged presets, as --config takes them."""
-    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def preset_path(name_or_path: str) -> Path:
-    """The YAML file that --config names: a path, or a packaged preset by name, 'imagenet_' or 'cifar100_' in front left out or not."""
-    path = Path(name_or_path)
+def preset_path(name_or_path: str, folder: Path = PRESET_FOLDER) -> Path:
+    """The YAML file that --config names: a path, or one in `folder` by name, 'imagenet_' or 'cifar100_' in front left out or not."""
+    path, names = Path(name_or_path), preset_names(folder)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
-            raise UserError(f"no configuration file {path}: give a YAML file, or one of {', '.join(preset_names())}")
+            raise UserError(f"no configuration file {path}: give a YAML file, or one of {', '.join(names)}")
         return path
     for prefix in ("", *_PREFIXES):
-        if prefix + name_or_path in preset_names():
-            return PRESET_FOLDER / f"{prefix}{name_or_path}.yaml"
-    short = (name.removeprefix(prefix) for name in preset_names() for prefix in _PREFIXES)
+        if prefix + name_or_path in names:
+            return folder / f"{prefix}{name_or_path}.yaml"
+    short = (name.removeprefix(prefix) for name in names for prefix in _PREFIXES)
     raise UserError(
-        f"no preset '{name_or_path}': give a YAML file, or one of {', '.join(preset_names())}"
-        f"{did_you_mean(name_or_path, {*preset_names(), *short})}"
+        f"no preset '{name_or_path}': give a YAML file, or one of {', '.join(names)}{did_you_mean(name_or_path, {*names, *short})}"
     )
 
 
-def load_preset(name_or_path: str) -> dict[str, Any]:
-    """The settings in a YAML file or packaged preset."""
-    path = preset_path(name_or_path)
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a YAML file of 'name: value' lines holds; UserError for anything else."""
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold 'setting: value' lines, found {type(values).__name__}")
+    return values
+
+
+def load_preset(name_or_path: str) -> dict[str, Any]:
+    """The settings in a YAML file or packaged preset."""
+    path = preset_path(name_or_path)
+    values = read_yaml(path)
     check_names(values, str(path))
     return values

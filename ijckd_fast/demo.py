@@ -1,26 +1,23 @@
-"""`ijckd-fast demo`: a teacher, then one small student distilled by several methods, on real JPEG files."""
+"""`ijckd-fast demo`: a teacher, then one small student distilled by several methods, on real JPEG files: a comparison with one regime."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
 
 from ijckd_fast import run_folder
-from ijckd_fast.config import load_preset, make_config
-from ijckd_fast.data import write_digits
+from ijckd_fast.compare import DIGITS, Comparison, train_all
+from ijckd_fast.comparison_report import ACCURACY, Summaries, markdown, plot_accuracy, row, table
+from ijckd_fast.config import load_preset
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.objectives import PRESETS
 from ijckd_fast.report import figure
-from ijckd_fast.train import TrainConfig, resolve, train
 
 METHODS = ("ce", "kd", "srrl", "simkd", "ijckd")
 
@@ -58,137 +55,34 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
             )
     start = time.perf_counter()
     console.print(TASK + "\n", highlight=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nets this small gain nothing from more, and the figures then do not depend on the cores
-    try:
-        rows = _train_and_report(output, seeds, methods, console)
-    finally:
-        torch.set_num_threads(threads)
+    comparison = Comparison(
+        name="demo",
+        methods={method: {"objective": method} for method in methods},
+        base={**load_preset("digits_student"), "tensorboard": False},
+        teacher={**load_preset("digits_teacher"), "tensorboard": False},
+        seeds=seeds,
+        data_dir=DIGITS,
+    )
+    outcome = train_all(comparison, output, console=console)
+    if outcome.failed:
+        raise UserError(f"{len(outcome.failed)} runs failed, see above: {', '.join(outcome.failed)}")
+    assert outcome.teacher is not None
+    runs = outcome.runs[""]
+    rows = [row(method, summaries) for method, summaries in runs.items()]
+    console.print(table(f"the same student by {len(rows)} methods, {rows[0]['seeds']} seeds each", rows))
+    plot_accuracy(output / ACCURACY, outcome.runs, {"": outcome.teacher["last"]["top1_percent"]})
+    _plot_curves(output / "curves.png", runs, output)
+    _write_report(output, rows, outcome.teacher)
     console.print(f"{time.perf_counter() - start:.0f} s in all; report: {output / run_folder.REPORT}", highlight=False)
     return rows
 
 
-def _train_and_report(output: Path, seeds: int, methods: Sequence[str], console: Console) -> list[dict[str, Any]]:
-    data = write_digits(output / "digits")
-
-    settings = {"data_dir": str(data), "tensorboard": False}
-    teacher_folder = output / "teacher"
-    teacher_config = make_config({**load_preset("digits_teacher"), **settings, "output_dir": str(teacher_folder)})
-    teacher, reused = _run(teacher_config, console, reuse=True)
-    _tell(console, "teacher", teacher, reused)
-
-    student = {
-        **load_preset("digits_student"),
-        **settings,
-        "teacher_checkpoint": str(teacher_folder / run_folder.LAST),
-    }
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for method in methods:
-        runs[method] = []
-        for seed in range(seeds):
-            folder = output / f"{method}-seed{seed}"
-            config = make_config({**student, "objective": method, "seed": seed, "output_dir": str(folder)})
-            summary, used_again = _run(config, console, reuse=reused)  # a new teacher makes old students worthless
-            _tell(console, f"{method} seed {seed}", summary, used_again)
-            runs[method].append(summary)
-
-    rows = [_row(method, summaries) for method, summaries in runs.items()]
-    table = _table(rows)
-    console.print(table)
-    _plot_accuracy(output / "accuracy.png", runs, teacher)
-    _plot_curves(output / "curves.png", runs, output)
-    _write_report(output, rows, teacher)
-    return rows
-
-
-def _run(config: TrainConfig, console: Console, *, reuse: bool) -> tuple[dict[str, Any], bool]:
-    """(summary, whether it was there already). A run of other settings or other code in its folder is replaced."""
-    config = resolve(config)
-    assert config.output_dir is not None
-    folder = Path(config.output_dir)
-    environment = run_folder.read_json(folder / run_folder.ENVIRONMENT)
-    same = (
-        reuse
-        and environment is not None
-        and environment["code_hash"] == run_folder.code_hash()
-        and run_folder.read_config(folder) == dataclasses.asdict(config)
-    )
-    summary = run_folder.read_json(folder / run_folder.SUMMARY)
-    if same and summary is not None:
-        return summary, True
-    return train(config, resume=same, overwrite=not same, console=Console(quiet=True)), False
-
-
-def _tell(console: Console, name: str, summary: dict[str, Any], reused: bool) -> None:
-    last = summary["last"]
-    agreement = "" if last["agreement_percent"] is None else f", agreement {last['agreement_percent']:6.2f} %"
-    again = " (finished earlier, used again)" if reused else ""
-    console.print(
-        f"{name:14}  top-1 {last['top1_percent']:6.2f} %{agreement}, {summary['seconds']:5.1f} s{again}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _row(method: str, summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    top1 = [summary["last"]["top1_percent"] for summary in summaries]
-    return {
-        "method": method,
-        "top1_mean": statistics.mean(top1),
-        "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
-        "seeds": len(top1),
-        "agreement_mean": statistics.mean(summary["last"]["agreement_percent"] for summary in summaries),
-        "params": summaries[0]["params"],
-        "macs": summaries[0]["macs"],
-        "seconds": statistics.mean(summary["seconds"] for summary in summaries),
-    }
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    spread = "" if row["top1_std"] is None else f" ± {row['top1_std']:.2f}"
-    return [
-        row["method"],
-        f"{row['top1_mean']:.2f}{spread}",
-        f"{row['agreement_mean']:.2f}",
-        f"{row['params']:,}",
-        f"{row['macs']:,}",
-        f"{row['seconds']:.1f}",
-    ]
-
-
-_COLUMNS = ("method", "top-1 %", "agreement %", "deployed parameters", "deployed MACs", "s per run")
-
-
-def _table(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(*_COLUMNS[:1], title=f"the same student by {len(rows)} methods, {rows[0]['seeds']} seeds each")
-    for column in _COLUMNS[1:]:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
-
-
-def _plot_accuracy(path: Path, runs: dict[str, list[dict[str, Any]]], teacher: dict[str, Any]) -> None:
-    drawing, ((axes,),) = figure(1)
-    for position, summaries in enumerate(runs.values()):
-        top1 = [summary["last"]["top1_percent"] for summary in summaries]
-        axes.plot([position] * len(top1), top1, "o", color="tab:blue", markersize=4, alpha=0.6)
-        axes.plot(position, statistics.mean(top1), "_", color="black", markersize=24)
-    level = teacher["last"]["top1_percent"]
-    axes.axhline(level, color="tab:orange", linewidth=1, label=f"teacher {level:.1f} %")
-    axes.set(ylabel="top-1 %: each seed, mean", xlim=(-0.6, len(runs) - 0.4))
-    axes.set_xticks(range(len(runs)), list(runs))
-    axes.legend(fontsize="small")
-    drawing.savefig(path, dpi=150)
-
-
-def _plot_curves(path: Path, runs: dict[str, list[dict[str, Any]]], output: Path) -> None:
+def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path) -> None:
     """Validation top-1 over the epochs: thin lines the seeds, thick their mean."""
     drawing, ((axes,),) = figure(1)
     for number, (method, summaries) in enumerate(runs.items()):
         curves = []
-        for seed in range(len(summaries)):
+        for seed in summaries:
             rows = [row for row in run_folder.read_log(output / f"{method}-seed{seed}") if row["kind"] == "eval"]
             curves.append([row["top1_percent"] for row in rows])
             axes.plot([row["epoch"] for row in rows], curves[-1], color=f"C{number}", linewidth=0.5, alpha=0.6)
@@ -199,10 +93,7 @@ def _plot_curves(path: Path, runs: dict[str, list[dict[str, Any]]], output: Path
     drawing.savefig(path, dpi=150)
 
 
-def _write_report(output: Path, rows: Sequence[dict[str, Any]], teacher: dict[str, Any]) -> None:
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|" + "---:|" * (len(_COLUMNS) - 1)]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in rows]
-    table = "\n".join(lines)
+def _write_report(output: Path, rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> None:
     student = load_preset("digits_student")
     config = teacher["config"]
     environment = json.loads((output / "teacher" / run_folder.ENVIRONMENT).read_text())
@@ -215,7 +106,7 @@ def _write_report(output: Path, rows: Sequence[dict[str, Any]], teacher: dict[st
 Teacher: {config["student"]}, {teacher["params"]:,} parameters, top-1 {teacher["last"]["top1_percent"]:.2f} %.
 Student: {student["student"]}, {student["epochs"]} epochs of {student["train_per_class"] * 10} images.
 
-{table}
+{markdown(rows)}
 
 Mean ± sample standard deviation over {rows[0]["seeds"]} seeds. Agreement: share of the held-out images on which student and
 teacher give the same class. Deployed: backbone, connector and classifier, whatever answers after training; methods that answer

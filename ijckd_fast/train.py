@@ -175,12 +175,7 @@ def _train(
             cuda_graph=config.cuda_graph,
         )
         ema = train_step.ema
-        inputs = {
-            "training images": train_index.hash,
-            "validation images": val_index.hash,
-            "teacher": teacher_digest,
-            "cached features": None if cache is None else cache.digest,
-        }
+        inputs = digests(train_index, val_index, teacher_digest, cache)
 
         # --- where the run stands
         step = skipped = 0
@@ -460,6 +455,7 @@ def _train(
             summary = {
                 "complete": True,
                 "config": dataclasses.asdict(config),
+                "inputs": inputs,
                 "steps": step,
                 "last": evaluated,
                 "best": best,
@@ -776,6 +772,18 @@ def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeach
 def teacher_fingerprint(teacher: Tapped | CachedTeacher) -> str:
     """checkpoint.fingerprint of the whole teacher, also where only its classifier is here."""
     return teacher.fingerprint if isinstance(teacher, CachedTeacher) else checkpoint.fingerprint(teacher)
+
+
+def digests(
+    train_index: Index, val_index: Index, teacher_digest: str | None, cache: TeacherCache | None
+) -> dict[str, str | None]:
+    """What the result of a run depends on besides its settings, a digest each; teacher_digest as `teacher_fingerprint` gives it."""
+    return {
+        "training images": train_index.hash,
+        "validation images": val_index.hash,
+        "teacher": teacher_digest,
+        "cached features": None if cache is None else cache.digest,
+    }
 
 
 def open_cache(config: TrainConfig, index: Index) -> TeacherCache | None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ijckd_fast import cli, demo, run_folder
+from ijckd_fast import cli, compare, comparison_report, demo, run_folder
 from ijckd_fast.config import load_preset
 
 FAST = {"digits_teacher": {"epochs": 3}, "digits_student": {"epochs": 20, "eval_every": 5}}
@@ -54,9 +54,9 @@ def test_demo(fast, tmp_path, capsys, monkeypatch):
     for name in ("summary.json", "last.pt", "best.pt", "log.jsonl"):
         (tmp_path / "ce-seed1" / name).unlink()
     trained = []
-    train = demo.train
+    train = compare.train
     monkeypatch.setattr(
-        demo, "train", lambda config, **named: (trained.append(config.output_dir), train(config, **named))[1]
+        compare, "train", lambda config, **named: (trained.append(config.output_dir), train(config, **named))[1]
     )
     assert cli.main(words) == 0
     out = capsys.readouterr().out
@@ -81,9 +81,9 @@ def test_one_seed_has_no_spread():
         "macs": 6,
         "seconds": 1.5,
     }
-    row = demo._row("ce", [summary])
+    row = comparison_report.row("ce", {0: summary})
     assert row["top1_std"] is None
-    assert "±" not in demo._cells(row)[1]
+    assert "±" not in comparison_report.cells(row)[1]
 
 
 def test_the_task_is_what_the_presets_say():

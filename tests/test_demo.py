@@ -9,7 +9,7 @@ import pytest
 from ijckd_fast import cli, compare, comparison_report, demo, run_folder
 from ijckd_fast.config import load_preset
 
-FAST = {"digits_teacher": {"epochs": 3}, "digits_student": {"epochs": 20, "eval_every": 5}}
+FAST = {"digits_teacher": {"epochs": 3}, "digits_student": {"epochs": 6, "eval_every": 3}}
 
 
 @pytest.fixture

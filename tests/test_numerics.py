@@ -140,7 +140,8 @@ def run(op, case: Case, dtype: torch.dtype) -> tuple[float, Tensor]:
 def errors(build: Callable[..., Case], dtype: torch.dtype) -> list[list[float]]:
     """[[loss, dz] of ours, [loss, dz] of eager], relative."""
     squares = torch.zeros(2, 2, dtype=torch.float64)
-    for seed in range(SEEDS):
+    seeds = SEEDS // 2 if KERNELS == "cuda" and dtype != torch.float32 else SEEDS  # emulated tiles take seconds for one
+    for seed in range(seeds):
         case = build(dtype, torch.Generator().manual_seed(seed))
         # what every form is given: z and pooled_t in float32
         case = case._replace(
@@ -149,8 +150,8 @@ def errors(build: Callable[..., Case], dtype: torch.dtype) -> list[list[float]]:
         wanted, gradient = run(reference, case, torch.float64)
         for i, op in enumerate((ops, reference)):
             loss, dz = run(op, case, dtype)
-            squares[i, 0] += (loss / wanted - 1) ** 2 / SEEDS
-            squares[i, 1] += ((dz - gradient).norm() / gradient.norm()) ** 2 / SEEDS
+            squares[i, 0] += (loss / wanted - 1) ** 2 / seeds
+            squares[i, 1] += ((dz - gradient).norm() / gradient.norm()) ** 2 / seeds
     return squares.sqrt().tolist()
 
 

@@ -116,27 +116,39 @@ def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, .
 
 
 def build_runtime(folder: pathlib.Path, *flags: str) -> pathlib.Path:
-    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", ["-O3", *flags, "-isystem", str(cuda_include())])
+    return compile_host(HERE / "emulator.cpp", folder / "emulator.o", [*flags, "-isystem", str(cuda_include())])
+
+
+def python_includes() -> list[str]:
+    import pybind11
+
+    return ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
+
+
+def build_pybind11(folder: pathlib.Path) -> None:
+    """Its headers, which take most of the time to compile a binding, once for all of them."""
+    header = folder / "pybind.h"
+    header.write_text("#include <pybind11/numpy.h>\n#include <pybind11/pybind11.h>\n")
+    flags = [*HOST_FLAGS, *COMMON_FLAGS, *python_includes()]
+    run([compiler(), *flags, "-x", "c++-header", header, "-o", f"{header}.gch"])
 
 
 def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib.Path:
-    import pybind11
-
-    includes = [f"-I{CSRC}", f"-I{HERE}"]
-    for system in (sysconfig.get_paths()["include"], pybind11.get_include(), str(cuda_include())):
-        includes += ["-isystem", system]
+    includes = ["-include", str(built("pybind11") / "pybind.h"), *python_includes()]
+    includes += [f"-I{CSRC}", f"-I{HERE}", "-isystem", str(cuda_include())]
     return compile_host(HERE / source, folder / f"{pathlib.Path(source).stem}_bindings.o", includes)
 
 
 def build_kernels(folder: pathlib.Path) -> None:
     objects = together(lambda source: compile_kernels(source, folder), [CSRC / "cuda" / unit for unit in UNITS])
-    link([*objects, build_runtime(folder), build_bindings(folder)], folder / "emulated_kernels.so")
+    link([*objects, build_runtime(folder, "-O3"), build_bindings(folder)], folder / "emulated_kernels.so")
 
 
 def build_broken(folder: pathlib.Path) -> None:
     sources = [HERE / unit for unit in ("broken.cu", "broken_tile.cu", "broken_hopper.cu")]
     objects = together(lambda source: compile_kernels(source, folder), sources)
-    link([*objects, build_runtime(folder), build_bindings(folder, "broken.cpp")], folder / "emulated_broken.so")
+    objects += [built("kernels") / "emulator.o", build_bindings(folder, "broken.cpp")]
+    link(objects, folder / "emulated_broken.so")
 
 
 def build_sanitized(folder: pathlib.Path) -> None:
@@ -172,7 +184,13 @@ def build_ops(folder: pathlib.Path) -> None:
     link(objects, folder / "_C.so", torch_libraries)
 
 
-BUILDERS = {"kernels": build_kernels, "broken": build_broken, "sanitized": build_sanitized, "ops": build_ops}
+BUILDERS = {
+    "pybind11": build_pybind11,
+    "kernels": build_kernels,
+    "broken": build_broken,
+    "sanitized": build_sanitized,
+    "ops": build_ops,
+}
 
 
 def built(what: str) -> pathlib.Path:

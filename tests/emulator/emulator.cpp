@@ -66,10 +66,11 @@ constexpr bool kSeesPlainAccesses = true;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kSharedLimit = 48 << 10;        // of shared memory for a kernel that asked for no more, as on every GPU
-constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the largest GPUs
-constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
-constexpr size_t kDistance = 1 << 20;            // at least, between the call's arrays
+constexpr size_t kStackStride = kStack + 13 * 64;  // at equal distances of a power of two all would share a cache's few sets
+constexpr size_t kSharedLimit = 48 << 10;          // of shared memory for a kernel that asked for no more, as on every GPU
+constexpr size_t kLargeSharedLimit = 227 << 10;    // for one that did, on the largest GPUs
+constexpr size_t kGuard = 256;                     // bytes between shared arrays, owned by nobody
+constexpr size_t kDistance = 1 << 20;              // at least, between the call's arrays
 constexpr size_t kDynamicAlign = 1024;
 constexpr size_t kDynamicOffset = kDynamicAlign;  // in the arena; static arrays lie behind it
 constexpr size_t kStaticOffset = kDynamicOffset + kLargeSharedLimit + 4096;
@@ -1297,7 +1298,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (config.dynamicSmemBytes > (has_asked ? asked->second : kSharedLimit)) return cudaErrorInvalidValue;
   if (config.numAttrs != 0) return cudaErrorNotSupported;  // here, not by CUDA
   if (!m.stacks) {
-    m.stacks = reserve(kStack * kMaxThreads);
+    m.stacks = reserve(kStackStride * kMaxThreads);
     m.arena = reserve(kSharedArena);
     m.dynamic.name = "dynamic shared memory";
     m.dynamic.element = kDynamicElement;
@@ -1317,7 +1318,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   m.dynamic.cells.resize((config.dynamicSmemBytes + kDynamicElement - 1) / kDynamicElement);
   m.granules.assign((config.dynamicSmemBytes + kCopy - 1) / kCopy, {});
   for (uint32_t i = 0; i < threads; ++i) {
-    m.threads[i].stack = reinterpret_cast<uintptr_t>(m.stacks) + kStack * i;
+    m.threads[i].stack = reinterpret_cast<uintptr_t>(m.stacks) + kStackStride * i;
     m.threads[i].index = {i % b.x, i / b.x % b.y, i / (b.x * b.y)};
   }
   struct Parameters {  // threads read them where the launch keeps them

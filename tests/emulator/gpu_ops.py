@@ -153,7 +153,7 @@ def loss_and_grad(module, z, weight, bias, labels, **keywords):
 
 
 @pytest.mark.parametrize("case", TILED)
-@pytest.mark.parametrize(("B", "Ct", "K"), [(1, 8, 1), (5, 24, 70), (3, 64, 3000), (70, 136, 203)])
+@pytest.mark.parametrize(("B", "Ct", "K"), [(1, 8, 1), (5, 24, 70), (3, 64, 1500), (70, 136, 203)])
 def test_tiles_no_worse_than_eager(case, B, Ct, K, stage):
     """Sizes of one chunk of classes and of many; eager rounds its logits to bfloat16, so its error is the larger."""
     z, weight, bias, labels, keywords = tiled_inputs(B, Ct, K, **TILED[case])
@@ -320,7 +320,7 @@ def in_two(leaves, weight, bias, labels, keywords, **more):
 
 @pytest.mark.parametrize("case", TILED)
 @pytest.mark.parametrize(
-    ("B", "Cs", "Ct", "K"), [(1, 8, 8, 1), (5, 24, 72, 70), (3, 64, 200, 3000), (70, 40, 136, 203)]
+    ("B", "Cs", "Ct", "K"), [(1, 8, 8, 1), (5, 24, 72, 70), (3, 64, 200, 1500), (70, 40, 136, 203)]
 )
 def test_projected_tiles_equal_those_of_the_two_ops(case, B, Cs, Ct, K, stage):
     """Nearly: the label's logit is summed in another order."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,14 @@ class MobileNetV1(nn.Module):
 # Taps
 
 
+class Stage(NamedTuple):
+    """Where a net's map of one size is taken: the output of layer `path`, [B, channels, side, side] for the images of the probe."""
+
+    path: str
+    channels: int
+    side: int
+
+
 class Tapped(nn.Module):
     """A classification net cut at its classifier: `logits = classifier(pooled)`, and `pooled = mean(map)` if has_map.
 
@@ -61,6 +70,14 @@ class Tapped(nn.Module):
     classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`
     classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
     name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
+    stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map
+
+    Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a stage if it is
+    larger than the map's and is smaller than all sizes before it. Its map is the last layer output at that size, be it of a whole
+    block or sequence; but not one within a block (any module other than a plain nn.Sequential) that takes this size and gives the
+    next smaller one, which is where the next stage begins. The first size is no stage if just one convolution works at it: a stem.
+    Of ResNets stages are layer1 to layer4, on CIFAR layer1 to layer3. Unlike the last, the others' maps are as the layers leave them:
+    where the activation is part of the next block (WRN), from before it.
 
     net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; it is changed in place
     image_size   S of the probe forward: eval mode, no gradient, two images of random pixels
@@ -89,6 +106,10 @@ class Tapped(nn.Module):
         if self.map_path is not None:
             # A bound method, not a closure: deepcopy (as for an EMA copy) then binds the hook to the copy.
             net.get_submodule(self.map_path).register_forward_hook(self._keep_map)
+        self.stages: tuple[Stage, ...] = probe.stages
+        self._wanted: tuple[int, ...] = ()  # stages, by their place in `stages`
+        self._hooked: set[int] = set()
+        self._stage_maps: dict[int, Tensor] = {}
 
     @property
     def has_map(self) -> bool:
@@ -108,12 +129,34 @@ class Tapped(nn.Module):
                 f"{_in_small_form(self.name)}"
             )
 
+    def require_stages(self) -> None:
+        """Raises UserError if this net has no stages."""
+        if not self.has_map:
+            raise UserError(
+                f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a 4-D layer"
+                " output, the last of them), which attention transfer (at) and hints (hint) compare: choose another model, or"
+                f" objective 'kd'{_in_small_form(self.name)}"
+            )
+
+    def keep_stages(self, places: Sequence[int]) -> None:
+        """From here on `staged_features` gives the maps of these stages, by their places in `stages` (negative: from the end)."""
+        self.require_stages()
+        self._wanted = tuple(range(len(self.stages))[place] for place in places)
+        for place in self._wanted:
+            if place not in self._hooked and place != len(self.stages) - 1:  # the last is the map
+                hook = functools.partial(self._keep_stage, place)  # deepcopy binds it to the copy, as it does a method
+                self.net.get_submodule(self.stages[place].path).register_forward_hook(hook)
+                self._hooked.add(place)
+
     def drop_classifier(self) -> None:
         """Removes the classifier and its parameters, for a student that will answer through the teacher's."""
         self.classifier = None
 
     def _keep_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._map = output
+
+    def _keep_stage(self, place: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._stage_maps[place] = output
 
     def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
         """Backbone only. Gradients flow to the parameters through both outputs.
@@ -124,18 +167,30 @@ class Tapped(nn.Module):
                   the net's own dropout, the map does not.
         raises    UserError if need_map and the net has none
         """
+        map_, pooled, _ = self.staged_features(images, need_map)
+        return map_, pooled
+
+    def staged_features(
+        self, images: Tensor, need_map: bool = False
+    ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+        """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order; () without it."""
         if need_map:
             self.require_map()
         pooled = self.net(images)  # [B, C]
-        map_, self._map = self._map, None
-        if not need_map:
-            return None, pooled
-        assert map_ is not None
-        if self._map_nhwc:
-            map_ = map_.permute(0, 3, 1, 2)
-        if self._map_relu:
-            map_ = F.relu(map_)
-        return map_, pooled
+        kept, self._stage_maps = self._stage_maps, {}
+        last, self._map = self._map, None
+        map_: Tensor | None = None
+        if need_map or len(self.stages) - 1 in self._wanted:
+            assert last is not None
+            map_ = self._as_nchw(last)
+            if self._map_relu:
+                map_ = F.relu(map_)
+            kept[len(self.stages) - 1] = map_
+        stages = tuple(kept[i] if kept[i] is map_ else self._as_nchw(kept[i]) for i in self._wanted)
+        return map_ if need_map else None, pooled, stages
+
+    def _as_nchw(self, map_: Tensor) -> Tensor:
+        return map_.permute(0, 3, 1, 2) if self._map_nhwc else map_
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] -> logits [B, K]"""
@@ -214,6 +269,13 @@ class CachedTeacher(nn.Module):
             "(match 'pooled'), or the teacher itself"
         )
 
+    def require_stages(self) -> None:
+        """Raises UserError: a cache holds no maps."""
+        raise UserError(
+            f"the teacher {self.name!r} is a cache of pooled features, and attention transfer (at) and hints (hint) need the maps of its "
+            "stages: take objective 'kd', or the teacher itself"
+        )
+
     def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
         """Raises RuntimeError: whoever trains from a cache hands its features to Distiller.step."""
         raise RuntimeError(f"CachedTeacher {self.name!r}: there is no backbone to ask, give pooled_t")
@@ -235,6 +297,7 @@ class _Probe:
         self.name = name
         self.map_path: str | None = None
         self.map_nhwc = self.map_relu = False
+        self.stages: tuple[Stage, ...] = ()
         try:
             self._run(net, num_classes, image_size)
         except UserError:
@@ -252,12 +315,16 @@ class _Probe:
     def _run(self, net: nn.Module, num_classes: int, size: int) -> None:
         linears: dict[str, tuple[nn.Linear, Tensor, Tensor]] = {}
         maps: dict[str, Tensor] = {}  # ordered by the last call of each layer
+        calls: list[_Call] = []
         widths = {m.in_features for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes}
 
         def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 if not isinstance(output, Tensor):
                     return
+                if output.dim() == 4:
+                    given = args[0].shape if args and isinstance(args[0], Tensor) else None
+                    calls.append(_Call(path, module, given, output.shape))
                 if isinstance(module, nn.Linear):
                     linears.pop(path, None)
                     linears[path] = module, args[0], output
@@ -298,6 +365,7 @@ class _Probe:
                 for relu in (False, True):
                     if same((F.relu(map_) if relu else map_).mean((2, 3)), self.pooled):
                         self.map_path, self.map_nhwc, self.map_relu = path, nhwc, relu
+                        self.stages = _stages(calls, nhwc, Stage(path, map_.shape[1], map_.shape[2]))
                         return
 
     def _no_classifier(self) -> UserError:
@@ -324,6 +392,45 @@ class _Probe:
                     " always on?), wanted one fixed function: let its dropout follow self.training, or choose another model"
                 )
         raise self._no_classifier()
+
+
+class _Call(NamedTuple):
+    """A layer with a 4-D output, and the shapes of its first argument and of its output."""
+
+    path: str
+    module: nn.Module
+    given: torch.Size | None
+    made: torch.Size
+
+
+def _stages(calls: Sequence[_Call], nhwc: bool, map_: Stage) -> tuple[Stage, ...]:
+    """The stages of a net, as `Tapped` describes them, from its layers' calls in the order in which they ended."""
+
+    def side(shape: torch.Size | None) -> int | None:
+        """Of a map in the layout of the net's last; None for any other tensor, such as queries [B, heads, N, C]."""
+        if shape is None or len(shape) != 4:
+            return None
+        height, width = (shape[1], shape[2]) if nhwc else (shape[2], shape[3])
+        return height if height == width else None
+
+    last = {call.path: call for call in calls}
+    sides: list[int] = []
+    for call in calls:
+        made = side(call.made)
+        if made is not None and made > map_.side and (not sides or made < sides[-1]):
+            sides.append(made)
+    stages = []
+    for size, smaller in itertools.pairwise([*sides, map_.side]):
+        passages = tuple(
+            f"{call.path}."
+            for call in last.values()
+            if type(call.module) is not nn.Sequential and (side(call.given), side(call.made)) == (size, smaller)
+        )
+        own = [c for c in calls if last[c.path] is c and side(c.made) == size and not c.path.startswith(passages)]
+        is_stem = size == sides[0] and sum(isinstance(call.module, nn.Conv2d) for call in own) == 1
+        if own and not is_stem:
+            stages.append(Stage(own[-1].path, own[-1].made[3 if nhwc else 1], size))
+    return (*stages, map_)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -581,7 +688,7 @@ def _native_names(weights: dict[str, Tensor], model: Tapped, origin: str | Path)
         raise UserError(
             f"checkpoint {str(origin)!r} is of a student without a classifier of its own (it answers through its"
             " teacher's), wanted a whole model: give a checkpoint of an objective that trains the student's classifier"
-            " (ce, kd, dkd, srrl)"
+            " (ce, kd, dkd, fitnet, at, srrl)"
         )
     native = {}
     for key, value in weights.items():

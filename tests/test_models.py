@@ -188,6 +188,7 @@ def test_probing_leaves_mode_statistics_and_the_global_generator_alone():
 
 def test_a_deep_copy_taps_its_own_map():
     model = create_model("resnet8x0.5", 10, image_size=16)
+    model.keep_stages([0])
     model.features(torch.randn(2, 3, 16, 16))  # keeps no tensor of the graph, which deepcopy would refuse
     twin = copy.deepcopy(model.eval())
     with torch.no_grad():
@@ -195,8 +196,108 @@ def test_a_deep_copy_taps_its_own_map():
             p.mul_(0.5)
     images = torch.randn(2, 3, 16, 16)
     for net in (model, twin):
-        map_, pooled = net.features(images, need_map=True)
+        map_, pooled, (first,) = net.staged_features(images, need_map=True)
         torch.testing.assert_close(map_.mean((2, 3)), pooled)
+        torch.testing.assert_close(net.net.layer3(net.net.layer2(first)), map_)
+
+
+# --- stages
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "stages"),
+    [
+        ("resnet8x4", 32, ["layer1 64 32", "layer2 128 16", "layer3 256 8"]),
+        ("cifar/resnet50", 32, ["layer1 256 32", "layer2 512 16", "layer3 1024 8", "layer4 2048 4"]),
+        ("wrn_16_2", 32, ["block1 32 32", "block2 64 16", "relu 128 8"]),
+        ("vgg8", 32, ["block1 128 16", "block2 256 8", "block4 512 4"]),  # block0 is one convolution
+        ("cifar/vgg13", 32, ["block0 64 32", "block1 128 16", "block2 256 8", "block4 512 4"]),
+        ("mobilenetv2x0.5", 32, ["blocks.1 12 16", "blocks.2 16 8", "blocks.4 48 4", "conv2 1280 2"]),
+        ("shufflenetv1", 32, ["layer1 240 16", "layer2 480 8", "layer3 960 4"]),
+        ("resnet18", 64, ["layer1 64 16", "layer2 128 8", "layer3 256 4", "layer4 512 2"]),
+        # a map of one position: found on larger images
+        ("resnet18", 32, ["layer1 64 32", "layer2 128 16", "layer3 256 8", "layer4 512 4"]),
+        # whose second stages begin with a convolution at the first's size
+        ("resnet50", 64, ["layer1 256 16", "layer2 512 8", "layer3 1024 4", "layer4 2048 2"]),
+        ("mobilenet_v2", 64, ["features.1 16 32", "features.3 24 16", "features.6 32 8", "features.13 96 4", "features 1280 2"]),
+        (
+            "densenet121", 64,
+            ["features.denseblock1 256 16", "features.denseblock2 512 8", "features.denseblock3 1024 4", "features 1024 2"],
+        ),
+        # NHWC
+        ("timm/swin_tiny_patch4_window7_224", 56, ["layers.0 96 14", "layers.1 192 7", "layers.2 384 4", "norm 768 2"]),
+        ("timm/vit_tiny_patch16_224", 32, []),
+    ],
+)  # fmt: skip
+def test_stages_are_found(name, image_size, stages):
+    model = create_model(name, 10, image_size=image_size).eval()
+    assert [f"{stage.path} {stage.channels} {stage.side}" for stage in model.stages] == stages
+    if not stages:
+        with pytest.raises(UserError, match=f"'{name}' has no stage maps.*choose another model, or objective 'kd'"):
+            model.keep_stages([])
+        return
+    model.keep_stages([-1, 0])
+    size = 128 if (name, image_size) == ("resnet18", 32) else image_size
+    with torch.no_grad():
+        map_, _, kept = model.staged_features(torch.randn(2, 3, size, size), need_map=True)
+    assert [(map_.shape[1], map_.shape[2]) for map_ in kept] == [model.stages[-1][1:], model.stages[0][1:]]
+    assert torch.equal(kept[0], map_)
+
+
+def test_only_the_stages_that_are_wanted_are_kept():
+    model = create_model("resnet8x0.5", 10, image_size=16)
+    seen = []
+    model.net.fc.register_forward_hook(lambda *_: seen.append(sorted(model._stage_maps)))
+    images = torch.randn(2, 3, 16, 16)
+    assert model.staged_features(images)[2] == ()
+    model.keep_stages([1])
+    model.keep_stages([1])  # has no second effect
+    assert len(model.net.layer2._forward_hooks) == 1
+    map_, _, (second,) = model.staged_features(images)
+    assert map_ is None
+    assert second.shape == (2, 16, 8, 8)
+    model.features(images)
+    assert seen == [[], [1], [1]]
+    assert model._stage_maps == {}
+
+
+class Cross(nn.Module):
+    """One convolution, a stage that pools by a function, and a last one with scores [B, heads, N, N] and a gate [B, C, 1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 6, 3, 1, 1), nn.Conv2d(6, 6, 3, 1, 1)
+        self.pool, self.scores, self.gate = nn.MaxPool2d(2), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1)
+        self.last, self.fc = nn.Conv2d(6, 6, 1), nn.Linear(6, 10)
+
+    def forward(self, images):
+        x = self.one(self.pool(self.stem(images)))  # 16 -> 8
+        x = F.relu(F.max_pool2d(self.two(x), 2))  # 4
+        self.scores(torch.ones(len(x), 1, 9, 9))
+        x = self.last(x * self.gate(x))
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_is_no_stage():
+    """A stem, a size that comes after a smaller one, a size below the map's."""
+    model = Tapped(Cross(), "cross", 10, 32)
+    assert model.stages == (("two", 6, 8), ("last", 6, 4))
+
+
+def test_stages_within_one_sequence():
+    """A plain sequence is no block: what its layers put out before the map shrinks is a stage."""
+
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 3, 2, 1)
+            self.rest = nn.Sequential(nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, 2, 1))
+            self.fc = nn.Linear(6, 10)
+
+        def forward(self, images):
+            return self.fc(self.rest(self.first(images)).mean((2, 3)))
+
+    assert Tapped(Line(), "line", 10, 32).stages == (("rest.1", 6, 16), ("rest", 6, 8))
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_0", "timm/deit_tiny_distilled_patch16_224"])

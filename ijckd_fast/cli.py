@@ -586,7 +586,7 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
         alone = get_objective("ce")
         weights = {name: getattr(alone, name) for name in settings.OBJECTIVE_FIELDS}
         config = dataclasses.replace(config, objective="ce", teacher=None, teacher_checkpoint=None, **weights)
-        state["learner"] = {k: v for k, v in state["learner"].items() if not k.startswith("connector.")}
+        state["learner"] = {k: v for k, v in state["learner"].items() if k.startswith("student.")}
     return path, state, resolve(config)
 
 

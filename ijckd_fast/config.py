@@ -59,7 +59,7 @@ class TrainConfig:
     )
     allow_weak_teacher: bool = _setting(False, "train even if the teacher's own top-1 is near chance")
 
-    objective: str = _setting("ijckd", "ijckd, ijckd-pooled, srrl, simkd, kd, dkd or ce")
+    objective: str = _setting("ijckd", "ijckd, ijckd-pooled, srrl, simkd, kd, dkd, fitnet, at or ce")
     ce: float | None = _setting(None, "weight of the hard-label cross-entropy; default: the objective's")
     sr: float | None = _setting(
         None, "weight of the logit matching, mean over batch and classes; default: the objective's"
@@ -77,6 +77,16 @@ class TrainConfig:
     dkd_alpha: float | None = _setting(None, "weight of DKD's target-class term; default: the objective's")
     dkd_beta: float | None = _setting(None, "weight of DKD's other-classes term; default: the objective's")
     dkd_warmup: float | None = _setting(None, "epochs in which both DKD weights rise from 0; default: the objective's")
+    at: float | None = _setting(
+        None, "weight of the attention transfer, summed over the stages that both nets have; default: the objective's"
+    )
+    hint: float | None = _setting(
+        None, "weight of the hint, one stage's map matched through a regressor; default: the objective's"
+    )
+    hint_stage: int | None = _setting(
+        None,
+        "stage of the hint, of those that both nets have, 1 the one of the largest maps; default: the objective's",
+    )
     match: Literal["map", "pooled", "none"] | None = _setting(None, "features to match; default: the objective's")
     temperature: float | None = _setting(None, "temperature T of the KL and DKD terms; default: the objective's")
     connector: str | None = _setting(None, "bottleneck:FACTOR, conv1x1, linear, mlp or none; default: the objective's")
@@ -299,8 +309,8 @@ FREE_ON_RESUME = frozenset(
 
 # Settings that replace a field of the objective.
 OBJECTIVE_FIELDS = (
-    "ce", "sr", "fm", "kl", "ce_head", "kl_head", "dkd_alpha", "dkd_beta", "dkd_warmup", "match", "temperature", "connector",
-    "infer_head",
+    "ce", "sr", "fm", "kl", "ce_head", "kl_head", "dkd_alpha", "dkd_beta", "dkd_warmup", "at", "hint", "hint_stage", "match",
+    "temperature", "connector", "infer_head",
 )  # fmt: skip
 
 # What a teacher cache is made of and by; the rest belongs to the student.

@@ -19,7 +19,7 @@ from ijckd_fast import ops, reference
 from ijckd_fast.connectors import Connector, build_connector
 from ijckd_fast.distributed import synchronise_batch_norm
 from ijckd_fast.errors import UserError, did_you_mean
-from ijckd_fast.models import CachedTeacher, Tapped, count_macs, count_parameters, macs
+from ijckd_fast.models import CachedTeacher, Stage, Tapped, count_macs, count_parameters, macs
 from ijckd_fast.objectives import Objective
 
 HEADS = ("fused", "reference")
@@ -29,7 +29,7 @@ class StepOutput(NamedTuple):
     """What one step hands to the loop; all on the device, nothing of it has been waited for.
 
     loss     []  the weighted sum; differentiable
-    parts    the unweighted terms of non-zero weight by name ('ce', 'sr', 'fm', 'kl', 'dkd'), each [], detached. dkd is
+    parts    the unweighted terms of non-zero weight by name ('ce', 'sr', 'fm', 'kl', 'dkd', 'at', 'hint'), each [], detached. dkd is
              alpha TCKD + beta NCKD without its warm-up factor.
     correct  []  int64: how many images of the batch the inference head puts in class `labels`
     """
@@ -57,15 +57,24 @@ class Compared(NamedTuple):
 
 
 class Learner(nn.Module):
-    """Student backbone, its own classifier iff the objective trains it, and the connector iff there is one.
+    """Student backbone, its own classifier iff the objective trains it, the connector iff there is one, and the hint's regressor likewise.
 
     Every parameter gets a gradient in every step. `student`'s classifier is dropped in place if it is not needed.
 
+    stages            the pairs of stages of student and teacher that the objective compares, the smallest maps last; () for none
+    regressor         of the hint: one of the connectors, but between stages and thrown away after training
     projects_in_loss  whether a training step leaves the connector's projection to the loss, which has one op for both: where the
                       connector works on vectors and what it makes goes through the teacher's classifier
     """
 
-    def __init__(self, student: Tapped, objective: Objective, teacher_channels: int | None, head: str) -> None:
+    def __init__(
+        self,
+        student: Tapped,
+        objective: Objective,
+        teacher_channels: int | None,
+        head: str,
+        stages: Sequence[tuple[Stage, Stage]] = (),
+    ) -> None:
         super().__init__()
         self.head = head
         self.needs_map = objective.needs_student_map
@@ -79,6 +88,13 @@ class Learner(nn.Module):
             assert teacher_channels is not None
             connector = build_connector(objective.connector, student.channels, teacher_channels)
             self.connector = connector.to(next(student.parameters()))  # the student's device and dtype
+        self.transfers_attention = objective.at > 0
+        self.hint_place = objective.hint_stage - 1 if objective.at > 0 else 0  # among the pairs that are compared
+        self.regressor: Connector | None = None
+        if objective.hint > 0:
+            stage_s, stage_t = stages[self.hint_place]
+            regressor = build_connector("conv1x1", stage_s.channels, stage_t.channels)
+            self.regressor = regressor.to(next(student.parameters()))
         on_vectors = self.connector is not None and not self.connector.takes_map
         self.projects_in_loss = head == "fused" and on_vectors and objective.uses_teacher_head
 
@@ -89,17 +105,20 @@ class Learner(nn.Module):
         pooled_t: Tensor | None = None,
         map_size_t: tuple[int, int] | None = None,
         project: bool = True,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """images [B, 3, S, S] -> (z [B, Ct] | None, fm [] | None, student logits [B, K] | None)
+        stages_t: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """images [B, 3, S, S] -> (z [B, Ct] | None, fm [] | None, student logits [B, K] | None, terms of the stages by name, each [])
 
         map_t       [B, Ct, Ht, Wt] or pooled_t [B, Ct]: what the connector's output is matched against
         map_size_t  (Ht, Wt) where there is no map_t but the net was trained against maps (inference)
         project     False, of a connector on vectors: in z's place the vectors [B, Cin] that its projection takes, and no fm
+        stages_t    the teacher's maps [B, Ct, Ht, Wt] of the stages that are compared; none: 'at' and 'hint' are not computed
 
         SimKD's rule for maps of unequal size: the larger one is average-pooled to the smaller, the student's before the
-        connector.
+        connector or regressor.
         """
-        map_s, pooled_s = self.student.features(images, self.needs_map)  # [B, Cs, Hs, Ws], [B, Cs]
+        # [B, Cs, Hs, Ws], [B, Cs], stages as stages_t
+        map_s, pooled_s, stages_s = self.student.staged_features(images, self.needs_map)
         z = fm = logits_s = None
         if self.connector is not None:
             x = pooled_s if map_s is None else map_s
@@ -115,7 +134,15 @@ class Learner(nn.Module):
                 z = self.connector.trunk(x)
         if self.student.classifier is not None:
             logits_s = self.student.classifier(pooled_s)
-        return z, fm, logits_s
+        of_stages: dict[str, Tensor] = {}
+        if stages_t:
+            pairs = [_equal_sizes(s, t) for s, t in zip(stages_s, stages_t, strict=True)]
+            if self.transfers_attention:
+                of_stages["at"] = torch.stack([attention_distance(s, t) for s, t in pairs]).sum()
+            if self.regressor is not None:
+                s, t = pairs[self.hint_place]
+                _, of_stages["hint"] = self.regressor(s, map_t=t, head=self.head)
+        return z, fm, logits_s, of_stages
 
     def synchronise(self, group: dist.ProcessGroup) -> None:
         """From here on every BatchNorm, the connector's too, takes its statistics over all processes of `group` (SyncBN)."""
@@ -123,6 +150,8 @@ class Learner(nn.Module):
         if self.connector is not None:
             synchronise_batch_norm(self.connector.trunk, group)
             self.connector.process_group = group
+        if self.regressor is not None:  # which has no other BatchNorm than its op's
+            self.regressor.process_group = group
 
 
 def _smaller(size: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
@@ -133,6 +162,11 @@ def _pool_to(map_: Tensor, size: tuple[int, int]) -> Tensor:
     return map_ if tuple(map_.shape[2:]) == size else F.adaptive_avg_pool2d(map_, size)
 
 
+def _equal_sizes(map_: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    size = _smaller(map_.shape[2:], other.shape[2:])
+    return _pool_to(map_, size), _pool_to(other, size)
+
+
 class Distiller:
     """A learner, its frozen teacher and the objective that ties them.
 
@@ -141,12 +175,13 @@ class Distiller:
                `DistributedDataParallel(distiller.learner)` or `torch.compile(distiller.learner)`
     teacher    Tapped, CachedTeacher or None; always in eval mode, its parameters never require a gradient
     objective, label_smoothing, head: as given
+    stage_pairs  the stages of student and teacher that the objective compares; of nets with unequal numbers of stages the last ones
 
     student          its classifier is dropped in place if the objective does not train it
     teacher          frozen in place; None only for an objective without one ('ce')
     label_smoothing  of the hard-label cross-entropy, in [0, 1)
     head             'fused': the C++ ops; 'reference': plain PyTorch
-    raises           UserError: class counts differ, a map is needed and missing, no teacher, value out of range
+    raises           UserError: class counts differ, a map or a stage is needed and missing, no teacher, value out of range
     """
 
     def __init__(
@@ -177,7 +212,11 @@ class Distiller:
         self.label_smoothing = label_smoothing
         self.head = head
         self.teacher = teacher
-        self.learner = Learner(student, objective, teacher.channels if teacher else None, head)
+        self.stage_pairs: tuple[tuple[Stage, Stage], ...] = ()
+        if objective.needs_stages:
+            assert teacher is not None
+            self.stage_pairs = _matched_stages(objective, student, teacher)
+        self.learner = Learner(student, objective, teacher.channels if teacher else None, head, self.stage_pairs)
         self.trained: nn.Module = self.learner
         self._map_sizes_t: dict[torch.Size, tuple[int, int]] = {}  # image size -> teacher's map size
         self._frozen = ops.FrozenClassifier()
@@ -224,10 +263,14 @@ class Distiller:
         """
         o = self.objective
         map_t = logits_t = None
+        stages_t: tuple[Tensor, ...] = ()
         if o.needs_teacher_features:
             assert self.teacher is not None
             with torch.no_grad():
-                if pooled_t is None or o.needs_teacher_map:
+                if o.needs_stages:
+                    assert isinstance(self.teacher, Tapped)
+                    map_t, pooled_t, stages_t = self.teacher.staged_features(images, o.needs_teacher_map)
+                elif pooled_t is None or o.needs_teacher_map:
                     map_t, pooled_t = self.teacher.features(images, o.needs_teacher_map)  # [B, Ct, Ht, Wt], [B, Ct]
                 if (o.kl_head == "student" and o.kl > 0) or o.dkd_alpha > 0 or o.dkd_beta > 0:
                     logits_t = _full(self._classifier(pooled_t))  # [B, K]
@@ -236,9 +279,9 @@ class Distiller:
 
         match_pooled = pooled_t if o.fm > 0 and o.match == "pooled" else None
         if self.learner.projects_in_loss:
-            z, fm, logits_s = self.trained(images, project=False)
+            z, fm, logits_s, of_stages = self.trained(images, project=False, stages_t=stages_t)
         else:
-            z, fm, logits_s = self.trained(images, map_t, match_pooled)
+            z, fm, logits_s, of_stages = self.trained(images, map_t, match_pooled, stages_t=stages_t)
 
         loss: Tensor | None = None
         correct: Tensor | None = None
@@ -255,6 +298,10 @@ class Distiller:
                 parts[name] = term.detach()
             if o.infer_head == "student":
                 correct = (logits_s.detach().argmax(1) == labels).sum()
+        for name, term in of_stages.items():
+            weighted = getattr(o, name) * term
+            loss = weighted if loss is None else loss + weighted
+            parts[name] = term.detach()
         assert loss is not None
         assert correct is not None
         return StepOutput(loss, parts, correct)
@@ -346,7 +393,7 @@ class Distiller:
             raise RuntimeError("Distiller.predict: the learner is in training mode, call eval() first")
         if self.objective.infer_head == "student":
             return _full(self.learner.student(images))
-        z, _, _ = self.learner(images, map_size_t=self._map_size_t(images))
+        z, _, _, _ = self.learner(images, map_size_t=self._map_size_t(images))
         return _full(self._classifier(z))
 
     @torch.no_grad()
@@ -428,9 +475,47 @@ class Distiller:
         return parameters, total + count_macs(connector.trunk, x) + connector.projection_macs(positions)
 
 
-def _full(logits: Tensor) -> Tensor:
+def _full(x: Tensor) -> Tensor:
     """At least float32: losses are not formed in half precision."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _matched_stages(
+    objective: Objective, student: Tapped, teacher: Tapped | CachedTeacher
+) -> tuple[tuple[Stage, Stage], ...]:
+    """The pairs of stages that the objective compares, which both nets are told to keep. The last stages are a pair, then those before."""
+    student.require_stages()
+    teacher.require_stages()
+    assert isinstance(teacher, Tapped)
+    common = min(len(student.stages), len(teacher.stages))
+    if objective.hint > 0 and objective.hint_stage > common:
+        student_has, teacher_has = (
+            f"{net.name!r} ({', '.join(stage.path for stage in net.stages)})" for net in (student, teacher)
+        )
+        raise UserError(
+            f"objective {objective.name!r}: hint_stage {objective.hint_stage} wanted, but student {student_has} and teacher {teacher_has}"
+            f" have only {common} stages in common, counted from the last: set hint_stage to 1 (the largest maps) to {common}"
+        )
+    first = -common
+    places = range(first, 0) if objective.at > 0 else [first + objective.hint_stage - 1]
+    student.keep_stages(places)
+    teacher.keep_stages(places)
+    return tuple((student.stages[place], teacher.stages[place]) for place in places)
+
+
+def attention_distance(map_s: Tensor, map_t: Tensor) -> Tensor:
+    """Attention transfer of one stage, as CRD's and SimKD's toolboxes compute it: mean_{B,HW}(a_s - a_t)^2, Zagoruyko & Komodakis 2017.
+
+    map_s    [B, Cs, H, W]
+    map_t    [B, Ct, H, W]; gets no gradient where it requires none
+    returns  [], float32 or, for float64 input, float64. a = v / ||v||_2 for each image, v [B, HW] the mean over the channels of the
+             squares; of a map that is 0 everywhere a is 0.
+    """
+
+    def attention(map_: Tensor) -> Tensor:
+        return F.normalize(_full(map_).square().mean(1).flatten(1))  # [B, HW]
+
+    return (attention(map_s) - attention(map_t)).square().mean()
 
 
 def _kl(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:

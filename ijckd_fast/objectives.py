@@ -1,7 +1,9 @@
 """Objectives as data: which loss terms, with which weights, through which classifier, with which connector.
 
-    L = ce CE(logits of ce_head, labels) + sr mean_{B,K}(logits - logits_t)^2 + fm D + kl T^2 KL(p_t || p) + DKD
+    L = ce CE(logits of ce_head, labels) + sr mean_{B,K}(logits - logits_t)^2 + fm D + kl T^2 KL(p_t || p) + DKD + at A + hint H
     D = mean(Z - map_t)^2 (match 'map') or mean(z - pooled_t)^2 (match 'pooled')
+    A = sum over the stages of mean_{B,HW}(a_s - a_t)^2, a = the map's mean of squares over the channels, of L2 norm 1 for each image
+    H = mean_{B,C,H,W}(r(map_s) - map_t)^2 of one stage, r a 1x1 convolution to the teacher's channels, BatchNorm, ReLU
 
 `logits` of sr are those of z through the teacher's frozen classifier. A preset is a row of `PRESETS`, not a class.
 """
@@ -35,6 +37,9 @@ class Objective:
     dkd_alpha: float = 0.0  # DKD's target-class term, through the student's own classifier
     dkd_beta: float = 0.0  # DKD's non-target-class term
     dkd_warmup: float = 20.0  # epochs over which both rise linearly from 0
+    at: float = 0.0  # attention transfer, Zagoruyko & Komodakis 2017: over all stages that both nets have, counted from the last
+    hint: float = 0.0  # hints, Romero et al. 2015
+    hint_stage: int = 1  # at which of those stages, 1 the one of the largest maps
     connector: str | None = None  # spec of connectors.build_connector
     infer_head: str = "student"  # which classifier answers after training
 
@@ -62,9 +67,15 @@ class Objective:
         return self.fm > 0 and self.match == "map"
 
     @property
+    def needs_stages(self) -> bool:
+        """Whether maps of the stages of both nets are compared."""
+        return self.at > 0 or self.hint > 0
+
+    @property
     def needs_teacher_features(self) -> bool:
         """Whether a training step runs the teacher's backbone."""
-        return self.sr > 0 or self.fm > 0 or self.kl > 0 or self.dkd_alpha > 0 or self.dkd_beta > 0
+        needs_pooled = self.sr > 0 or self.fm > 0 or self.kl > 0 or self.dkd_alpha > 0 or self.dkd_beta > 0
+        return needs_pooled or self.needs_stages
 
     @property
     def needs_teacher(self) -> bool:
@@ -80,9 +91,9 @@ class Objective:
 
 
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the ImageNet
-# ones); kd's weights 1 and 1 at T = 4 are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up stand in IJCKD's released
-# settings. ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be
-# cached.
+# ones); the weights of kd (1 and 1 at T = 4), fitnet (at hint layer 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T
+# and warm-up stand in IJCKD's released settings. ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only
+# the pooled vector, which can be cached.
 PRESETS: dict[str, Objective] = {
     o.name: o
     for o in (
@@ -101,6 +112,8 @@ PRESETS: dict[str, Objective] = {
         ),
         Objective("kd", ce=1, kl=1),
         Objective("dkd", ce=1, dkd_alpha=1, dkd_beta=8),
+        Objective("fitnet", ce=1, kl=1, hint=100),
+        Objective("at", ce=1, kl=1, at=1000),
         Objective("ce", ce=1),
     )
 }  # fmt: skip
@@ -126,12 +139,14 @@ def get_objective(name: str, **overrides: float | str | None) -> Objective:
 
 def _check(o: Objective) -> None:
     what = f"objective {o.name!r}"
-    for field in ("ce", "sr", "fm", "kl", "dkd_alpha", "dkd_beta", "dkd_warmup"):
+    for field in ("ce", "sr", "fm", "kl", "dkd_alpha", "dkd_beta", "dkd_warmup", "at", "hint"):
         value = getattr(o, field)
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{what}: {field} must be a finite number >= 0, got {value}")
     if not (math.isfinite(o.temperature) and o.temperature > 0):
         raise UserError(f"{what}: temperature must be a finite number > 0, got {o.temperature}")
+    if o.hint_stage < 1:
+        raise UserError(f"{what}: hint_stage must be a whole number >= 1 (the largest maps), got {o.hint_stage}")
     for field, allowed in (
         ("ce_head", ("teacher", "student")),
         ("kl_head", ("teacher", "student")),

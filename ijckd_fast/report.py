@@ -10,7 +10,7 @@ from typing import Any
 from ijckd_fast import run_folder
 from ijckd_fast.progress import bottleneck
 
-_PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd")
+_PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd", "at", "hint")
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:

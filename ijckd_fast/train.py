@@ -46,7 +46,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.folding import fold_batch_norm
 from ijckd_fast.libraries import REBUILD, load_libraries
-from ijckd_fast.models import CachedTeacher, Tapped, create_model, is_model_name, same
+from ijckd_fast.models import CachedTeacher, Stage, Tapped, create_model, is_model_name, same
 from ijckd_fast.objectives import Objective, get_objective
 from ijckd_fast.optimize import build_optimizer, learning_rate
 from ijckd_fast.progress import Meter, Stopwatch, TrainingProgress, memory_mb
@@ -262,6 +262,8 @@ def _train(
             + (f"; {processes.world} processes, {config.global_batch} images a step" if processes.world > 1 else "")
             + (f"; going on from step {step}" if step else "")
         )
+        if distiller.stage_pairs:
+            show.say(f"stages compared, student's with teacher's: {_describe_stages(distiller.stage_pairs)}")
         if cache is not None:
             show.say(
                 f"teacher's features from {cache.path}: {cache.views} views of each image, begun again every {cache.views} epochs"
@@ -493,6 +495,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "library's published ones"
         )
     objective = objective_of(config)
+    if config.teacher_cache is not None and objective.needs_stages:
+        raise UserError(
+            f"objective {objective.name!r} compares maps of the teacher's stages (at {objective.at:g}, hint {objective.hint:g}), but the "
+            f"cache {config.teacher_cache} holds pooled features only: take --objective kd, or ijckd-pooled, without --at and --hint, or "
+            "the teacher itself (--teacher NAME or RUN)"
+        )
     if config.teacher_cache is not None and objective.needs_teacher_map:
         raise UserError(
             f"objective {objective.name!r} matches the teacher's maps, wanted one that needs pooled features, all that the cache "
@@ -726,6 +734,7 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
         ):  # whose rounding would look like a wrong formula
             fold_batch_norm(teacher.net, images.to(next(teacher.parameters()).device))
     if config.compile:
+        torch.compiler.reset()  # what an earlier run of this process compiled is taken again without a look at the hooks of the layers
         learner.student.net.compile()
         if learner.connector is not None:
             learner.connector.trunk.compile()
@@ -957,6 +966,10 @@ def _bad_labels(config: TrainConfig, count: int, step: int, num_classes: int) ->
 def _describe(step: int, total_steps: int, evaluation: Evaluation) -> str:
     agreement = "" if evaluation.agreement is None else f", agreement with the teacher {evaluation.agreement:.2f} %"
     return f"step {step}/{total_steps}: val top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} %{agreement}"
+
+
+def _describe_stages(pairs: Sequence[tuple[Stage, Stage]]) -> str:
+    return ", ".join(f"{stage_s.path} with {stage_t.path}" for stage_s, stage_t in pairs)
 
 
 class _StopSignal:

@@ -366,7 +366,7 @@ def test_compare_is_predict_and_what_training_matches(objective, head):
     map_t, pooled_t = distiller.teacher.features(images, True)
     assert torch.equal(seen.pooled_t, pooled_t)
     by_map = distiller.objective.match == "map"
-    z, fm, own = distiller.learner(images, map_t if by_map else None, None if by_map else pooled_t)
+    z, fm, own, _ = distiller.learner(images, map_t if by_map else None, None if by_map else pooled_t)
     assert torch.equal(seen.z, z)
     assert (seen.own_logits is None) == (own is None) == (objective != "srrl")
     if by_map:
@@ -394,7 +394,7 @@ def test_maps_of_unequal_size_are_compared_by_simkd_s_rule(student_side, teacher
     resized(distiller.learner.student, student_side)
     resized(distiller.teacher, teacher_side)
     map_t, _ = distiller.teacher.features(images, True)
-    _, fm, _ = distiller.learner(images, map_t)
+    _, fm, _, _ = distiller.learner(images, map_t)
     torch.testing.assert_close(distiller.compare(images).map_mse.mean(), fm)
     pooled = _nets("srrl")  # not trained on maps: the student's goes in as it is, what comes out is pooled
     resized(pooled.learner.student, student_side)

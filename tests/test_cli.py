@@ -375,9 +375,10 @@ def test_lists_as_people_write_them(capsys, option):
     assert "milestones:\n- 1\n- 2\n" in capsys.readouterr().out
 
 
-def test_evaluate_a_student_that_answers_alone_without_its_teacher(data, tmp_path, capsys):
+@pytest.mark.parametrize("objective", ["srrl", "fitnet"])
+def test_evaluate_a_student_that_answers_alone_without_its_teacher(data, tmp_path, capsys, objective):
     weights = write_teacher(tmp_path / "teacher.pt")
-    train(config(data, tmp_path / "run", **{**distilled(weights), "objective": "srrl"}), console=Console(quiet=True))
+    train(config(data, tmp_path / "run", **{**distilled(weights), "objective": objective}), console=Console(quiet=True))
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
     with_teacher = _last_json(capsys.readouterr().out)
     weights.unlink()

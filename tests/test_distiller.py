@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast import ops, reference
-from ijckd_fast.distiller import Distiller, dkd_rows
+from ijckd_fast.distiller import Distiller, attention_distance, dkd_rows
 from ijckd_fast.errors import UserError
-from ijckd_fast.models import Tapped, create_model
+from ijckd_fast.models import CachedTeacher, Tapped, create_model
 from ijckd_fast.objectives import PRESETS, get_objective
 
 HEADS = ("fused", "reference")
@@ -29,6 +29,8 @@ TABLE = {
     "simkd": {"fm": 1, "match": "map", "connector": "bottleneck:2", "infer": "teacher"},
     "kd": {"ce_s": 1, "kl_s": 1, "infer": "student"},
     "dkd": {"ce_s": 1, "alpha": 1, "beta": 8, "infer": "student"},
+    "fitnet": {"ce_s": 1, "kl_s": 1, "hint": 100, "stage": 1, "infer": "student"},
+    "at": {"ce_s": 1, "kl_s": 1, "at": 1000, "infer": "student"},
     "ce": {"ce_s": 1, "infer": "student"},
 }
 # What a user may set on its own: preset, overrides, how the table's row changes.
@@ -51,6 +53,10 @@ VARIANTS = [
         {"connector": "conv1x1", "sr": 0.5, "infer_head": "teacher"},
         {"connector": "conv1x1", "sr": 0.5, "infer": "teacher"},
     ),
+    ("fitnet", {"hint": 3.0, "hint_stage": 2, "kl": 0.0}, {"hint": 3, "stage": 2, "kl_s": 0}),
+    ("fitnet", {"hint_stage": 3, "at": 30.0}, {"stage": 3, "at": 30}),
+    ("ijckd", {"at": 40.0}, {"at": 40}),
+    ("srrl", {"connector": "linear", "hint": 2.0}, {"connector": "linear", "hint": 2, "stage": 1}),
 ]
 CASES = [(name, {}, row) for name, row in TABLE.items()] + [(n, o, {**TABLE[n], **row}) for n, o, row in VARIANTS]
 CASE_IDS = [f"{n}{'' if not o else '+' + ','.join(f'{k}={v}' for k, v in o.items())}" for n, o, _ in CASES]
@@ -85,6 +91,35 @@ def map_of(net: nn.Module, images):
     return net.layer3(net.layer2(net.layer1(F.relu(net.bn1(net.conv1(images))))))
 
 
+def stages_of(net: nn.Module, images):
+    """The maps after each of our ResNet's stages, the largest first."""
+    first = net.layer1(F.relu(net.bn1(net.conv1(images))))
+    return first, net.layer2(first), net.layer3(net.layer2(first))
+
+
+def attention(map_):
+    """Image by image: the mean of squares over the channels, as a vector of length 1."""
+    means = [sum(channel**2 for channel in image).flatten() / len(image) for image in map_]
+    return torch.stack([mean / mean.dot(mean).sqrt() for mean in means])
+
+
+def at_by_definition(maps_s, maps_t):
+    terms = []
+    for map_s, map_t in zip(maps_s, maps_t, strict=True):
+        size = min(map_s.shape[2], map_t.shape[2])
+        map_s, map_t = F.adaptive_avg_pool2d(map_s, size), F.adaptive_avg_pool2d(map_t, size)
+        terms.append(F.mse_loss(attention(map_s), attention(map_t)))
+    return sum(terms)
+
+
+def parameters_of(module: nn.Module | None) -> dict:
+    """Copies of its parameters, which take gradients of their own, and buffers, by name."""
+    p = {} if module is None else {k: v.detach().clone() for k, v in module.state_dict().items()}
+    for name, _ in [] if module is None else module.named_parameters():
+        p[name].requires_grad_()
+    return p
+
+
 def connect(p: dict, x, spec: str, training: bool):
     """A connector's output map or vector from its parameters and buffers by name."""
 
@@ -117,14 +152,11 @@ def dkd_by_definition(logits, logits_t, labels, alpha, beta):
 def compose(row: dict, learner: nn.Module, teacher: Tapped, images, labels, *, labels_b, mix, smoothing, progress):
     """Loss of a training step on copies of the learner's parameters: (loss, logits of the inference head, copies)."""
     student = copy.deepcopy(learner.student)
-    p = {}
-    if learner.connector is not None:
-        p = {k: v.detach().clone() for k, v in learner.connector.state_dict().items()}
-        for name, _ in learner.connector.named_parameters():
-            p[name].requires_grad_()
+    p, r = parameters_of(learner.connector), parameters_of(learner.regressor)
     W, b = teacher.classifier.weight.detach(), teacher.classifier.bias.detach()
     with torch.no_grad():
-        map_t = map_of(teacher.net, images)
+        stages_t = stages_of(teacher.net, images)
+        map_t = stages_t[-1]
         pooled_t = map_t.mean((2, 3))
         logits_t = F.linear(pooled_t, W, b)
 
@@ -138,9 +170,15 @@ def compose(row: dict, learner: nn.Module, teacher: Tapped, images, labels, *, l
     def kl(logits):
         return T**2 * F.kl_div((logits / T).log_softmax(1), (logits_t / T).softmax(1), reduction="batchmean")
 
-    map_s = map_of(student.net, images)
+    stages_s = stages_of(student.net, images)
+    map_s = stages_s[-1]
     pooled_s = map_s.mean((2, 3))
     loss = torch.zeros((), dtype=images.dtype)
+    if "at" in row:
+        loss = loss + row["at"] * at_by_definition(stages_s, stages_t)
+    if "hint" in row:
+        place = row["stage"] - 1
+        loss = loss + row["hint"] * F.mse_loss(connect(r, stages_s[place], "conv1x1", True), stages_t[place])
     logits = logits_s = None
     if row.get("connector"):
         on_map = row["connector"] not in ("linear", "mlp")
@@ -158,7 +196,7 @@ def compose(row: dict, learner: nn.Module, teacher: Tapped, images, labels, *, l
         if "beta" in row:
             dkd = mixed(lambda y: dkd_by_definition(logits_s, logits_t, y, row["alpha"], row["beta"]))
             loss = loss + min(progress / 20, 1) * dkd
-    return loss, logits if row["infer"] == "teacher" else logits_s, student, p
+    return loss, logits if row["infer"] == "teacher" else logits_s, student, {"connector": p, "regressor": r}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -175,12 +213,13 @@ def test_loss_and_gradients_are_those_of_torch_functions(name, overrides, row, m
         student, teacher, get_objective(name, **overrides), label_smoothing=smoothing, head=head
     ).train()
     learner = distiller.learner
-    if learner.connector is not None and learner.connector.takes_map:
-        with torch.no_grad():
-            learner.connector.bn_weight.uniform_(0.5, 1.5)
-            learner.connector.bn_bias.normal_(0, 0.3)
+    for connector in (learner.connector, learner.regressor):
+        if connector is not None and connector.takes_map:
+            with torch.no_grad():
+                connector.bn_weight.uniform_(0.5, 1.5)
+                connector.bn_bias.normal_(0, 0.3)
 
-    expected, logits, student_copy, p = compose(
+    expected, logits, student_copy, copies = compose(
         row, learner, teacher, images, labels, smoothing=smoothing, progress=5.5, **extra
     )
     expected.backward()
@@ -194,10 +233,11 @@ def test_loss_and_gradients_are_those_of_torch_functions(name, overrides, row, m
         torch.testing.assert_close(
             parameter.grad, student_copy.get_parameter(key).grad, **CLOSE, msg=lambda m, k=key: f"{k}: {m}"
         )
-    if learner.connector is not None:
-        for key, parameter in learner.connector.named_parameters():
+    for module, p in copies.items():
+        connector = getattr(learner, module)
+        for key, parameter in () if connector is None else connector.named_parameters():
             torch.testing.assert_close(parameter.grad, p[key].grad, **CLOSE, msg=lambda m, k=key: f"{k}: {m}")
-        for key, buffer in learner.connector.named_buffers():
+        for key, buffer in () if connector is None else connector.named_buffers():
             if "running" in key:
                 torch.testing.assert_close(buffer, p[key], **CLOSE)
     assert not out.loss.isnan()
@@ -211,7 +251,7 @@ def test_parts_are_the_unweighted_terms(name, connector):
         pytest.skip("matches maps, or nothing")
     student, teacher = pair()
     images, labels = batch()
-    weights = {k: 0.5 for k in ("ce", "sr", "fm", "kl") if getattr(PRESETS[name], k) > 0}
+    weights = {k: 0.5 for k in ("ce", "sr", "fm", "kl", "at", "hint") if getattr(PRESETS[name], k) > 0}
     objective = get_objective(name, **weights, connector=connector)
     out = Distiller(student, teacher, objective).train().step(images, labels, progress=10)
     total = sum(out.parts[k] * weight for k, weight in weights.items()) + out.parts.get("dkd", 0) * 0.5
@@ -227,6 +267,7 @@ def test_presets_are_the_table():
         assert o.infer_head == row["infer"]
         assert (o.connector, o.match) == (row.get("connector"), row.get("match", "none"))
         assert (o.temperature, o.dkd_warmup) == (4.0, 20.0)
+        assert (o.at, o.hint, o.hint_stage) == (row.get("at", 0), row.get("hint", 0), row.get("stage", 1))
 
 
 def record_calls(monkeypatch):
@@ -246,8 +287,8 @@ def test_a_step_calls_each_op_of_its_head_once(name, head, monkeypatch):
     distiller = Distiller(*pair(torch.float32), get_objective(name), head=head).train()
     distiller.step(*batch(torch.float32), progress=0)
     module = "ops" if head == "fused" else "reference"
-    with_connector = "connector" in TABLE[name]
-    assert calls == ([(module, "connector_match"), (module, "classifier_loss")] if with_connector else [])
+    expected = [(module, "connector_match"), (module, "classifier_loss")] if "connector" in TABLE[name] else []
+    assert calls == expected + ([(module, "connector_match")] if "hint" in TABLE[name] else [])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -287,7 +328,8 @@ def test_the_teacher_is_never_touched_and_every_parameter_of_the_learner_is_trai
 
     own = {id(p) for p in teacher.parameters()}
     assert not any(id(p) in own for p in learner.parameters())
-    assert {k.split(".")[0] for k in learner.state_dict()} <= {"student", "connector"}
+    assert {k.split(".")[0] for k in learner.state_dict()} <= {"student", "connector", "regressor"}
+    assert (learner.regressor is None) == ("hint" not in row)
     assert ("student.classifier.weight" in learner.state_dict()) == any(k in row for k in ("ce_s", "kl_s", "beta"))
 
     start = {k: p.detach().clone() for k, p in learner.named_parameters()}
@@ -372,6 +414,67 @@ def test_the_larger_map_is_pooled_to_the_smaller(match, stride_s, stride_t, head
             torch.testing.assert_close(distiller.predict(images), logits, **CLOSE)
 
 
+class Staged(nn.Module):
+    """Two convolutions, BatchNorm and ReLU for each stride: a stage's map is what the ReLU leaves."""
+
+    def __init__(self, channels: int, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList()
+        before = 3
+        for stride in strides:
+            first, second = nn.Conv2d(before, channels, 3, stride, 1), nn.Conv2d(channels, channels, 3, 1, 1)
+            self.stages.append(nn.Sequential(first, second, nn.BatchNorm2d(channels), nn.ReLU()))
+            before = channels
+        self.fc = nn.Linear(channels, K)
+
+    def maps(self, images):
+        made = [images]
+        for stage in self.stages:
+            made.append(stage(made[-1]))
+        return made[1:]
+
+    def forward(self, images):
+        return self.fc(self.maps(images)[-1].mean((2, 3)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("strides_s", "strides_t"),
+    [((1, 2, 2), (3, 2)), ((3, 2), (1, 2, 2)), ((2, 2), (2, 2))],
+    ids=["student larger, a stage more", "teacher larger, a stage more", "equal"],
+)
+def test_stages_are_matched_from_the_last_and_the_larger_map_is_pooled(strides_s, strides_t, head):
+    """Maps of 16 8 4 against 6 3: sizes that do not divide."""
+    torch.manual_seed(0)
+    net_s, net_t = Staged(5, strides_s).double(), Staged(8, strides_t).double()
+    student, teacher = Tapped(net_s.float(), "s", K, 16), Tapped(net_t.float(), "t", K, 16)
+    objective = get_objective("at", ce=0.3, kl=0.0, at=1.0, hint=1.0, hint_stage=1)
+    distiller = Distiller(student, teacher, objective, head=head).to(torch.float64).train()
+    assert len(distiller.stage_pairs) == 2
+    images, labels = batch()
+    maps_s, maps_t = copy.deepcopy(net_s).train().maps(images)[-2:], net_t.eval().maps(images)[-2:]
+    size = min(maps_s[0].shape[2], maps_t[0].shape[2])
+    pooled_s, pooled_t = F.adaptive_avg_pool2d(maps_s[0], size), F.adaptive_avg_pool2d(maps_t[0], size)
+    r = parameters_of(distiller.learner.regressor)
+    out = distiller.step(images, labels, progress=0)
+    torch.testing.assert_close(out.parts["at"], at_by_definition(maps_s, maps_t), **CLOSE)
+    torch.testing.assert_close(out.parts["hint"], F.mse_loss(connect(r, pooled_s, "conv1x1", True), pooled_t), **CLOSE)
+
+
+def test_attention_of_a_map_that_is_zero():
+    """All features dead, as early in training: no NaN, also in the gradient."""
+    dead = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    distance = attention_distance(dead, torch.rand(2, 5, 4, 4))
+    distance.backward()
+    torch.testing.assert_close(distance, torch.tensor(1 / 16))
+    assert dead.grad.isfinite().all()
+
+
+def test_attention_does_not_depend_on_the_scale_of_a_map():
+    map_s, map_t = torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 5, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(attention_distance(1e-3 * map_s, 50 * map_t), attention_distance(map_s, map_t), **CLOSE)
+
+
 # ------------------------------------------------------------------------------------------------------------ inference
 
 
@@ -427,14 +530,20 @@ def test_deployed_cost_counts_backbone_connector_and_classifier(student, teacher
     assert all(m.training for m in distiller.learner.modules())
 
 
-def test_deployed_cost_of_a_student_that_answers_alone_leaves_the_connector_out():
+@pytest.mark.parametrize("name", ["srrl", "fitnet", "at"])
+def test_deployed_cost_of_a_student_that_answers_alone_leaves_the_connector_out(name):
     student, teacher = pair()
-    cost = Distiller(student, teacher, get_objective("srrl")).deployed_cost(16)
+    cost = Distiller(student, teacher, get_objective(name)).deployed_cost(16)
     student, teacher = pair()
     assert cost == Distiller(student, None, get_objective("ce")).deployed_cost(16)
 
 
 # ------------------------------------------------------------------------------------------- precision, layout, wrappers
+
+
+def connectors_of(learner: nn.Module) -> list[nn.Parameter]:
+    """The parameters of connector and regressor, where there are any."""
+    return [p for module in (learner.connector, learner.regressor) if module is not None for p in module.parameters()]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -448,7 +557,7 @@ def test_bfloat16_autocast_keeps_losses_in_float32(name, head):
         distiller.to(memory_format=torch.channels_last).train()
         torch.manual_seed(0)
         with torch.no_grad():
-            for p in distiller.learner.connector.parameters() if distiller.learner.connector else ():
+            for p in connectors_of(distiller.learner):
                 p.copy_(torch.rand_like(p) * 0.3)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = distiller.step(images, labels, progress=20)
@@ -471,7 +580,7 @@ def test_channels_last_changes_nothing(name):
         distiller = Distiller(*pair(), get_objective(name))
         torch.manual_seed(0)
         with torch.no_grad():
-            for p in distiller.learner.connector.parameters() if distiller.learner.connector else ():
+            for p in connectors_of(distiller.learner):
                 p.copy_(torch.rand_like(p))
         distiller.to(torch.float64, memory_format=layout).train()
         loss = distiller.step(images.to(memory_format=layout), labels, progress=1).loss
@@ -482,7 +591,7 @@ def test_channels_last_changes_nothing(name):
 
 def test_the_learner_compiles():
     images, labels = batch(torch.float32)
-    distiller = Distiller(*pair(torch.float32), get_objective("ijckd")).train()
+    distiller = Distiller(*pair(torch.float32), get_objective("ijckd", at=1.0, hint=1.0, hint_stage=2)).train()
     twin = copy.deepcopy(distiller)
     twin.trained = torch.compile(twin.learner, backend="eager")
     out, out_twin = distiller.step(images, labels, progress=0), twin.step(images, labels, progress=0)
@@ -565,6 +674,10 @@ def test_dkd_warms_up_over_twenty_epochs():
         ("kd", {"infer_head": "teacher"}, "need a connector"),
         ("kd", {"connector": "conv1x1"}, "would not be trained"),
         ("srrl", {"sr": 0.0, "fm": 0.0}, "would not be trained"),
+        ("at", {"at": -1.0}, "at must be a finite number >= 0, got -1"),
+        ("fitnet", {"hint": float("inf")}, "hint must be a finite number"),
+        ("fitnet", {"hint_stage": 0}, "hint_stage must be a whole number >= 1"),
+        ("at", {"ce": 0.0, "kl": 0.0}, "nothing to learn"),
     ],
 )
 def test_unfit_objectives_are_refused(name, overrides, text):
@@ -593,6 +706,25 @@ def test_unfit_pairs_are_refused():
         models = [create_model(name, K, image_size=64) for name in (student_name, teacher_name)]
         with pytest.raises(UserError, match="'alexnet' has no map"):
             Distiller(*models, get_objective("ijckd"))
+
+
+@pytest.mark.parametrize("name", ["fitnet", "at"])
+def test_nets_without_stages_are_refused(name):
+    student, teacher = pair()
+    with pytest.raises(UserError, match=f"objective '{name}' needs a teacher"):
+        Distiller(student, None, get_objective(name))
+    cached = CachedTeacher(teacher.classifier, "resnet8x0.5", "")
+    with pytest.raises(UserError, match=r"'resnet8x0.5' is a cache of pooled features.*need the maps of its stages"):
+        Distiller(student, cached, get_objective(name))
+    vit = create_model("timm/vit_tiny_patch16_224", K, image_size=32)
+    for models in ((vit, teacher), (student, vit)):
+        with pytest.raises(UserError, match="'timm/vit_tiny_patch16_224' has no stage maps"):
+            Distiller(*models, get_objective(name))
+    with pytest.raises(
+        UserError,
+        match=r"hint_stage 4 wanted, but student 'resnet8x0.25' \(layer1, layer2, layer3\).*only 3 stages in common",
+    ):
+        Distiller(student, teacher, get_objective(name, hint=1.0, hint_stage=4))
 
 
 def test_a_teacher_without_a_map_can_be_matched_on_pooled_features():

@@ -66,7 +66,8 @@ def _gradients(head: str, folder: str) -> None:
     """Of one step on 12 images shared out, to a file; one process alone computes them from all of them."""
     torch.manual_seed(0)
     student, teacher = (create_model(name, 3, image_size=16) for name in ("resnet8x0.25", "resnet8x0.5"))
-    distiller = Distiller(student, teacher, get_objective("ijckd"), head=head).train().to(torch.float64)
+    objective = get_objective("ijckd", at=10.0, hint=1.0)
+    distiller = Distiller(student, teacher, objective, head=head).train().to(torch.float64)
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64)
     with started("cpu") as processes:
         if processes.group is not None:
@@ -81,7 +82,7 @@ def _gradients(head: str, folder: str) -> None:
 
 @pytest.mark.parametrize("head", ["fused", "reference"])
 def test_two_processes_with_sync_bn_have_the_gradients_of_one(head, tmp_path):
-    """And its running statistics, to float64's rounding: the connector's BatchNorm takes part."""
+    """And its running statistics, to float64's rounding: the connector's BatchNorm takes part, and the regressor's."""
     for world in (1, 2):
         assert Run(tmp_path / str(world), world, _gradients, head, str(tmp_path)).ends() == [0] * world
     want, *got = (torch.load(tmp_path / f"gradients{name}.pt") for name in ("0of1", "0of2", "1of2"))

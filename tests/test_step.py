@@ -81,7 +81,7 @@ def _same(ours, wanted, **tolerance):
 # --- an ordinary step
 
 
-@pytest.mark.parametrize("objective", ["ce", "ijckd"])
+@pytest.mark.parametrize("objective", ["ce", "ijckd", "fitnet", "at"])
 def test_without_options_it_is_a_step_written_by_hand(objective):
     ours, theirs = _distiller(objective), _distiller(objective)
     step = _step_of(ours)
@@ -324,6 +324,18 @@ def test_no_step_waits_for_the_device(name, accumulate, clip, ema_decay, scaler,
         for i in range(3):
             meter.add(step(batch, pooled_t, step=i, lr=0.05, progress=0.0))
     assert waits.count == (3 * len(step._optimizer.param_groups) if name == "lamb" else 0)
+
+
+@pytest.mark.parametrize("head", ["fused", "reference"])
+def test_no_comparison_of_stages_waits_for_the_device(head):
+    """All of them, and one through the regressor."""
+    distiller = _distiller("at", hint=1.0, head=head)
+    step = _step_of(distiller, accumulate=2, ema_decay=0.9)
+    batch = _batch(size=4, mixup=True)
+    with HostWaits() as waits:
+        for i in range(3):
+            step(batch, step=i, lr=0.05, progress=0.0)
+    assert waits.count == 0
 
 
 # --- out of memory

@@ -532,6 +532,8 @@ def test_features_that_are_not_finite_are_refused(data, weights, tmp_path, capsy
         ({"sizes": ("12@0", "16@1")}, "found progressive sizes"),
         ({"objective": "ijckd"}, "objective 'ijckd' matches the teacher's maps, .* take --objective ijckd-pooled"),
         ({"objective": "simkd"}, "objective 'simkd' matches the teacher's maps"),
+        ({"objective": "fitnet"}, r"objective 'fitnet' compares maps of the teacher's stages \(at 0, hint 100\), .* take --objective kd"),
+        ({"objective": "ijckd-pooled", "at": 5.0}, r"\(at 5, hint 0\), .* without --at and --hint"),
         ({"teacher": "resnet8", "teacher_cache": "CACHE"}, "is a cache of resnet8x0.5, wanted of resnet8: leave out --teacher"),
         ({"teacher_pretrained": True}, "is not a cache of the published weights of resnet8x0.5"),
         ({"teacher_cache": "CACHE"}, "is a cache and --teacher-cache .* is given too: leave out one"),

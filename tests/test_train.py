@@ -26,13 +26,14 @@ from ijckd_fast import checkpoint, run_folder
 from ijckd_fast.config import load_preset, make_config, preset_names
 from ijckd_fast.data import Batch
 from ijckd_fast.distiller import Distiller
+from ijckd_fast.distributed import Processes
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.models import create_model
 from ijckd_fast.objectives import PRESETS, get_objective
 from ijckd_fast.optimize import Ema, FiniteGuard, build_optimizer, learning_rate
 from ijckd_fast.progress import Stopwatch, bottleneck
-from ijckd_fast.train import build_distiller, resolve
+from ijckd_fast.train import build_distiller, prepare, resolve
 from ijckd_fast.train import train as loud_train
 
 train = functools.partial(loud_train, console=Console(quiet=True))
@@ -257,10 +258,26 @@ def test_every_objective_trains_and_freezes_the_teacher(data, teacher, tmp_path,
     assert checkpoint.load(tmp_path / "last.pt")["inputs"]["teacher"] == before
     row = run_folder.read_log(tmp_path)[0]
     weights = get_objective(objective)
-    parts = {name for name in ("ce", "sr", "fm", "kl") if getattr(weights, name)}
-    assert parts | ({"dkd"} if objective == "dkd" else set()) == {"ce", "sr", "fm", "kl", "dkd"} & set(row)
+    parts = {name for name in ("ce", "sr", "fm", "kl", "at", "hint") if getattr(weights, name)}
+    terms = {"ce", "sr", "fm", "kl", "dkd", "at", "hint"}
+    assert parts | ({"dkd"} if objective == "dkd" else set()) == terms & set(row)
     if objective != "dkd":  # its warm-up factor is not part of the figure
         assert row["loss"] == pytest.approx(sum(getattr(weights, name) * row[name] for name in parts), rel=1e-5)
+
+
+def test_compiled_nets_hand_over_their_stages(data, teacher, tmp_path, monkeypatch):
+    """Also after a run of the same nets that kept none; by the compiler's front end alone, as its back ends take minutes."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_(net, backend="eager"))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    for objective in ("kd", "at"):
+        changes = {**distilled(teacher), "objective": objective, "fold_teacher": False, "compile": True}
+        settings = resolve(config(data, tmp_path, **changes))
+        distiller, by_hand = (build_distiller(settings, 3, torch.device("cpu")).train() for _ in range(2))
+        prepare(settings, distiller, Processes())
+        out, wanted = (each.step(images, labels, progress=0) for each in (distiller, by_hand))
+        torch.testing.assert_close(out.parts, wanted.parts)
+    assert "at" in out.parts
 
 
 def test_first_weights_and_batches_are_the_seeds(data, teacher, tmp_path):
@@ -746,6 +763,12 @@ def test_every_field_of_the_objective_can_be_set(data, teacher, tmp_path):
         config(data, tmp_path, **{**distilled(teacher), "objective": "srrl", "ce_head": "teacher", "kl": 1.0})
     )
     assert (resolved.ce_head, resolved.kl_head) == ("teacher", "student")
+    changes = {"at": 3.0, "hint": 2.0, "hint_stage": 2}
+    resolved = resolve(config(data, tmp_path, **{**distilled(teacher), **changes}))
+    distiller = build_distiller(resolved, 3, torch.device("cpu"))
+    assert {name: getattr(distiller.objective, name) for name in changes} == changes
+    assert [stage.path for stage, _ in distiller.stage_pairs] == ["layer1", "layer2", "layer3"]
+    assert distiller.learner.regressor.weight.shape == (16, 8)  # channels of layer2
 
 
 def test_goes_on_from_the_checkpoint_that_is_named(data, tmp_path):

@@ -382,14 +382,13 @@ def test_maps_of_unequal_size_are_compared_by_simkd_s_rule(student_side, teacher
     images = torch.randn(3, 3, 32, 32)
 
     def resized(tapped, side):
-        original = tapped.features
-        monkeypatch.setattr(
-            tapped,
-            "features",
-            lambda x, need_map=False: (
-                (m := original(x, True)) and (nn.functional.adaptive_avg_pool2d(m[0], side) if need_map else None, m[1])
-            ),
-        )
+        original = tapped.staged_features
+
+        def features(images, need_map=False):
+            map_, pooled, stages = original(images, True)
+            return nn.functional.adaptive_avg_pool2d(map_, side) if need_map else None, pooled, stages
+
+        monkeypatch.setattr(tapped, "staged_features", features)
 
     resized(distiller.learner.student, student_side)
     resized(distiller.teacher, teacher_side)

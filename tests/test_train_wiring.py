@@ -109,7 +109,7 @@ def _layouts(tensors):
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_layout_inside_the_step(data, teacher, tmp_path, monkeypatch, channels_last):
     steps: list[dict[str, set[str]]] = []
-    features = Tapped.features
+    features = Tapped.staged_features
 
     def look(distiller, images, _labels, _progress):
         found = {"images": _layouts([images])}
@@ -118,14 +118,14 @@ def test_memory_layout_inside_the_step(data, teacher, tmp_path, monkeypatch, cha
         steps.append(found)
 
     def tapped(self, images, need_map=False):
-        map_, pooled = features(self, images, need_map)
+        map_, pooled, stages = features(self, images, need_map)
         if steps and self.training:  # the student, inside a step
-            steps[-1]["map"] = _layouts([map_])
-        return map_, pooled
+            steps[-1]["map"] = _layouts([map_, *stages])
+        return map_, pooled, stages
 
     _watch_steps(monkeypatch, look)
-    monkeypatch.setattr(Tapped, "features", tapped)
-    train(config(data, tmp_path, max_steps=2, channels_last=channels_last, **distilled(teacher)))
+    monkeypatch.setattr(Tapped, "staged_features", tapped)
+    train(config(data, tmp_path, max_steps=2, channels_last=channels_last, at=1.0, **distilled(teacher)))
 
     assert len(steps) == 2  # the second one: after an update
     wanted = {"channels last"} if channels_last else {"plain"}

@@ -991,7 +991,8 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument(
         "--any-code",
         action="store_true",
-        help="use runs that another version of ijckd-fast finished or began, too; default: they are trained anew",
+        help="use runs that another version of ijckd-fast finished or began, too, even one that lacked some settings; default: they are "
+        "trained anew",
     )
     given = parser.parse_args(arguments)
 

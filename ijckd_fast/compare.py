@@ -324,7 +324,8 @@ def train_all(
     """Trains what is not in `output` yet: its teacher, then every run, on one thread each; writes runs.csv.
 
     jobs      runs side by side, each a process of its own; 1: one after the other in this process
-    any_code  use runs that other code of ijckd_fast finished or began too; else they are trained anew
+    any_code  use runs that other code of ijckd_fast finished or began too, even where it lacked some of the settings; else they are
+              trained anew
     console   one line for each run
     returns   the summaries of all runs, and the errors of those that failed: one that fails does not end the others
     raises    UserError for what cannot be compared, or a teacher that fails; Stopped on SIGINT or SIGTERM, after every run was saved
@@ -449,7 +450,8 @@ def _state(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> str:
     if environment is None or not (any_code or environment["code_hash"] == run_folder.code_hash()):
         return "new"
     found = run_folder.read_config(run.folder)
-    if any(found.get(name) != getattr(run.config, name) for name in FIELDS if name not in _FREE):
+    compared = [name for name in FIELDS if name not in _FREE and (name in found or not any_code)]
+    if any(found.get(name) != getattr(run.config, name) for name in compared):
         return "new"
     summary = run_folder.read_json(run.folder / run_folder.SUMMARY)
     if summary is not None:

@@ -98,6 +98,12 @@ def test_the_progress_of_dkds_warm_up_is_read_by_every_replay():
     assert wanted[0]["loss"] < wanted[-1]["loss"]
 
 
+@pytest.mark.parametrize("objective", ["fitnet", "at"])
+def test_a_graph_compares_stages(objective):
+    """Their maps are handed from hooks to the losses within the capture."""
+    _assert_graph_is_eager([_batch(seed) for seed in range(STEPS)], objective=objective)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_every_shape_has_a_graph_of_its_own(name):
     """Growing images, there and back: the second capture changes no weight, no moment and no count of batches."""

@@ -401,7 +401,7 @@ def test_packaged_comparisons(tmp_path):
     assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits"]
     teacher, runs = plan(load_comparison("compare_digits"), tmp_path)
     assert teacher is not None
-    assert len(runs) == 7 * 5 * 5
+    assert len(runs) == 9 * 5 * 5
     steps = {run.config.epochs * (run.config.train_per_class or 100) * 10 // run.config.batch_size for run in runs}
     assert steps == {240}
     for regime in {run.regime for run in runs}:  # one schedule, whatever the method

@@ -660,7 +660,12 @@ def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
     bare.trunk = nn.Identity()
     head = copy.copy(distiller)  # the same step between nets that answer at once
     head.teacher = types.SimpleNamespace(features=lambda *_: (map_t, pooled_t), classifier=teacher.classifier)
-    head.trained = lambda _, map_t, pooled: (*bare(leaf_u, map_t=map_t, pooled_t=pooled, head=distiller.head), None)
+
+    def connected(_: Tensor, map_t: Tensor | None, pooled: Tensor | None, **__: object) -> tuple[object, ...]:
+        """In the learner's place: no logits of its own, no stages."""
+        return *bare(leaf_u, map_t=map_t, pooled_t=pooled, head=distiller.head), None, {}
+
+    head.trained = connected
     head_leaves = [leaf_u, *bare.parameters()]
 
     def head_both() -> object:

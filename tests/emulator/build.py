@@ -104,10 +104,10 @@ def compile_host(source: pathlib.Path, compiled: pathlib.Path, includes: list[st
     return compiled
 
 
-def together(compile_one: Callable[[pathlib.Path], pathlib.Path], sources: list[pathlib.Path]) -> list[pathlib.Path]:
-    """The objects, compiled two at a time."""
+def together(*compilations: Callable[[], pathlib.Path]) -> list[pathlib.Path]:
+    """The objects, compiled two at a time; what takes longest should come first."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(compile_one, sources))
+        return list(pool.map(lambda compilation: compilation(), compilations))
 
 
 def link(objects: list[pathlib.Path], library: pathlib.Path, extra: tuple[str, ...] = ()) -> pathlib.Path:
@@ -140,22 +140,23 @@ def build_bindings(folder: pathlib.Path, source: str = "kernels.cpp") -> pathlib
 
 
 def build_kernels(folder: pathlib.Path) -> None:
-    objects = together(lambda source: compile_kernels(source, folder), [CSRC / "cuda" / unit for unit in UNITS])
-    link([*objects, build_runtime(folder, "-O3"), build_bindings(folder)], folder / "emulated_kernels.so")
+    units = [functools.partial(compile_kernels, CSRC / "cuda" / unit, folder) for unit in UNITS]
+    runtime = functools.partial(build_runtime, folder, "-O3")
+    link(together(functools.partial(build_bindings, folder), runtime, *units), folder / "emulated_kernels.so")
 
 
 def build_broken(folder: pathlib.Path) -> None:
-    sources = [HERE / unit for unit in ("broken.cu", "broken_tile.cu", "broken_hopper.cu")]
-    objects = together(lambda source: compile_kernels(source, folder), sources)
-    objects += [built("kernels") / "emulator.o", build_bindings(folder, "broken.cpp")]
-    link(objects, folder / "emulated_broken.so")
+    sources = [HERE / unit for unit in ("broken_hopper.cu", "broken_tile.cu", "broken.cu")]
+    units = [functools.partial(compile_kernels, source, folder) for source in sources]
+    objects = together(functools.partial(build_bindings, folder, "broken.cpp"), *units)
+    link([*objects, built("kernels") / "emulator.o"], folder / "emulated_broken.so")
 
 
 def build_sanitized(folder: pathlib.Path) -> None:
     sources = [*(CSRC / "cuda" / unit for unit in UNITS), HERE / "broken_locals.cu"]
-    objects = together(lambda source: compile_kernels(source, folder, flags=SANITIZED), sources)
-    objects += [build_runtime(folder, *SANITIZED), built("kernels") / "kernels_bindings.o"]
-    link(objects, folder / "emulated_kernels.so", tuple(SANITIZED))
+    units = [functools.partial(compile_kernels, source, folder, flags=SANITIZED) for source in sources]
+    objects = together(functools.partial(build_runtime, folder, *SANITIZED), *units)
+    link([*objects, built("kernels") / "kernels_bindings.o"], folder / "emulated_kernels.so", tuple(SANITIZED))
 
 
 def sanitizer_environment() -> dict[str, str]:
@@ -177,8 +178,10 @@ def build_ops(folder: pathlib.Path) -> None:
     gpu = ["-DIJCKD_CUDA", SMALL, "-include", str(HERE / "host_on_cpu.h")]
     objects = [built("kernels") / f"{pathlib.Path(name).stem}.o" for name in (*UNITS, "emulator.cpp")]
     objects += together(
-        lambda source: compile_host(source, folder / f"{source.stem}_host.o", [*includes, *gpu]),
-        [*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")],
+        *(
+            functools.partial(compile_host, source, folder / f"{source.stem}_host.o", [*includes, *gpu])
+            for source in (*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp"))
+        )
     )
     torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))
     link(objects, folder / "_C.so", torch_libraries)

@@ -61,8 +61,9 @@ DIGITS = "digits"  # as data_dir: the embedded images, written to the output fol
 
 # Settings that decide which images a step sees. A method may not set them: the seeds of two methods would not be pairs any more.
 PLAN_FIELDS = (
-    "class_list", "val_labels", "image_size", "scale", "ratio", "hflip", "mixup", "cutmix", "repeats", "sizes", "eval_resize", "mean",
-    "std", "train_per_class", "label_noise", "data_backend", "decode", "epochs", "batch_size", "global_batch", "max_steps",
+    "class_list", "val_labels", "image_size", "scale", "ratio", "crop_padding", "hflip", "mixup", "cutmix", "repeats", "sizes",
+    "eval_resize", "mean", "std", "train_per_class", "label_noise", "data_backend", "decode", "epochs", "batch_size", "global_batch",
+    "max_steps",
 )  # fmt: skip
 _OWN = {  # settings that the comparison itself makes, and what to write instead
     "data_dir": "data_dir beside methods",

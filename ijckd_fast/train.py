@@ -153,16 +153,7 @@ def _train(
         teacher_digest = None if distiller.teacher is None else teacher_fingerprint(distiller.teacher)
         prepare(config, distiller, processes)
         terms = bound.Meter(distiller) if config.log_bound else None
-        optimizer = build_optimizer(
-            learner,
-            name=config.optimizer,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            decay_norms=config.decay_norms,
-        )
+        optimizer = optimizer_of(config, learner)
         train_step = TrainStep(
             distiller,
             optimizer,
@@ -603,6 +594,20 @@ def objective_of(config: TrainConfig) -> Objective:
 def device_of(config: TrainConfig, processes: Processes) -> torch.device:
     """This process's device; config is resolved."""
     return torch.device("cuda", processes.local_rank) if config.device == "cuda" else torch.device(config.device)
+
+
+def optimizer_of(config: TrainConfig, learner: torch.nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that a resolved config names, over every parameter of `learner`."""
+    return build_optimizer(
+        learner,
+        name=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        decay_norms=config.decay_norms,
+    )
 
 
 def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:

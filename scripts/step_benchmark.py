@@ -152,11 +152,10 @@ class Ours:
         from ijckd_fast import models
         from ijckd_fast.config import TrainConfig
         from ijckd_fast.distributed import Processes
-        from ijckd_fast.optimize import build_optimizer
         from ijckd_fast.progress import Meter
         from ijckd_fast.step import TrainStep
         from ijckd_fast.teacher_cache import TeacherCache
-        from ijckd_fast.train import amp_dtype_of, build_distiller, prepare, resolve
+        from ijckd_fast.train import amp_dtype_of, build_distiller, optimizer_of, prepare, resolve
 
         self.setting, self.plan = setting, setting.plan
         checkpoint = str(setting.weights / "teacher.pt")
@@ -190,16 +189,7 @@ class Ours:
         if isinstance(self.distiller.teacher, models.Tapped):
             self.macs["teacher forward"] = models.macs(self.distiller.teacher.net, setting.image_size)
         prepare(config, self.distiller, Processes())
-        optimizer = build_optimizer(
-            self.distiller.learner,
-            name=config.optimizer,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            decay_norms=config.decay_norms,
-        )
+        optimizer = optimizer_of(config, self.distiller.learner)
         self.train_step = TrainStep(
             self.distiller, optimizer, self.device, amp_dtype=self.amp_dtype, cuda_graph=cuda_graph
         )

@@ -22,6 +22,7 @@ from ijckd_fast import cli, compare, report, run_folder
 from ijckd_fast.compare import Comparison, load_comparison, plan, train_all
 from ijckd_fast.comparison_report import cells, comparison_rows, difference, markdown, paired_interval, row, student_t
 from ijckd_fast.config import COMPARISONS, OBJECTIVE_FIELDS, preset_names
+from ijckd_fast.data import Augment
 from ijckd_fast.errors import UserError
 from ijckd_fast.step import TrainStep
 from ijckd_fast.train import Stopped
@@ -395,6 +396,11 @@ def test_the_file_of_the_docs(data, weights, tmp_path):
     assert len(runs) == 2 * 5 * 5
     last = runs[-1].config
     assert (last.connector, last.epochs, last.train_per_class, last.global_batch) == ("bottleneck:8", 40, 50, 256)
+
+
+def test_no_method_may_change_the_augmentation():
+    """Whatever settings the plan gets: two methods would not see the same images."""
+    assert {field.name for field in dataclasses.fields(Augment)} <= set(compare.PLAN_FIELDS)
 
 
 def test_packaged_comparisons(tmp_path):

@@ -99,7 +99,6 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
                             .u = rows.const_data_ptr(),
                             .weight = w.const_data_ptr(),
                             .y = out.y.mutable_data_ptr(),
-                            .wide = false,
                             .mean = statistics ? part_mean->mutable_data_ptr<float>() : nullptr,
                             .m2 = statistics ? part_m2->mutable_data_ptr<float>() : nullptr,
                             .N = N,

@@ -561,7 +561,7 @@ class FrozenClassifier:
 
         weight  [K, Ct], no gradient
         match   whether the loss has a logit match, for which the gram is made where it can be the cheaper way (bfloat16; 3 Ct < K, or
-                channels so few that it spares more launches than it costs)
+                channels so few that its products take less time than a pass over whole rows of logits)
         """
         device = weight.device.type
         amp = torch.is_autocast_enabled(device) and weight.dtype != torch.float64

@@ -71,9 +71,18 @@ FAULTS = {
     "more_than_48_KiB_not_asked_for": "launch failed: 1$",
     "more_than_asked_for": "launch failed: 1$",
     "more_than_there_is": "launch failed: 1$",
+    "no_grid_barrier": "racecheck: .* (loads|stores to) element .* of out, which another block stored to|initcheck: .* of out",
+    "no_grid_barrier_before_store": "racecheck: .* (loads|stores to) element .* of out, which another block (loaded|stored to)",
+    "block_leaves_grid": r"synccheck: block \(0, 0, 0\) waits at the grid's barrier in broken.cu:\d+, which 1 blocks ended without",
+    "threads_leave_grid": "synccheck: .* (returned while others wait at|threads of the block have returned)",
+    "grid_or_block_barrier": "synccheck: .* is at the (grid's )?barrier in .*, others are at the (grid's )?barrier in broken.cu",
+    "two_grid_barriers": r"synccheck: .* is at the grid's barrier in broken.cu:\d+, others are at the grid's barrier in broken.cu:",
+    "grid_barrier_or_shuffle": "synccheck: .* others of its warp are at (shuffle_xor|the grid's barrier) in broken.cu",
+    "grid_not_together": "synccheck: .* is at the grid's barrier in broken.cu:.*, but the launch is not cooperative",
+    "more_blocks_than_fit": "launch failed: 720$",
     "static_and_dynamic_more_than_there_is": "memcheck: .* has more shared memory, static and dynamic, than 227 KiB",
 }
-SOUND = ("sound", "sound_shuffle", "sound_syncwarp", "sound_copy", "sound_intrinsics")
+SOUND = ("sound", "sound_shuffle", "sound_syncwarp", "sound_copy", "sound_intrinsics", "sound_grid")
 
 # Of a product in tiles.
 TILE_FAULTS = {

@@ -1,123 +1,27 @@
 // Kernels of classifier_loss around the library's GEMMs: any shape, any dtype; the GPU's oracle for faster ones.
+#include "block_reduce.cuh"
 #include "classifier_loss.h"
-#include "cuda/classifier_tiles.h"
 #include "device.cuh"
-#include "row_math.h"
+#include "row_loss.cuh"
 
 namespace ijckd {
 namespace {
 
 constexpr int kThreads = 256;
 
-template <typename A>
-struct Best {  // largest logit so far and its class; the first class wins a tie
-  A value;
-  long long index;
-};
-
-struct Better {
-  template <typename A>
-  __device__ Best<A> operator()(Best<A> a, Best<A> b) const {
-    if (b.value > a.value || (b.value == a.value && b.index < a.index)) return b;
-    return a;
-  }
-};
-
-// One block per sample: up to four passes over the row (maximum; sums; teacher's sums and KL; gradient in place), which stays in
-// L2. fp32 accumulation for half types; block trees in fixed order: deterministic. A label outside [0, K) gives a NaN loss
-// and is counted.
-// The gradient's rows, of type G, are `stride` apart and 0 past the classes.
-template <typename T, typename A, typename G>
-__global__ void row_loss_kernel(RowLoss r, G* gradient, int64_t stride) {
-  __shared__ A slots[kThreads];
-  __shared__ Best<A> best_slots[kThreads];
-  const int64_t b = blockIdx.x, K = r.K;
-  const T* logits = static_cast<const T*>(r.logits) + b * K;
-  const A* bias = static_cast<const A*>(r.bias);
-  const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
-  const T* logits_t = r.logits_t ? static_cast<const T*>(r.logits_t) + b * K : nullptr;
-  const LossWeights& w = r.weights;
-  const A temp = A(w.temperature), ninf = -INFINITY;
-
-  const auto logit = [&](int64_t k) { return load<A>(logits, k) + (bias ? bias[k] : A(0)); };
-  const auto diff = [&](int64_t k) { return delta ? load<A>(delta, k) : logit(k) - load<A>(logits_t, k); };
-  const auto sum = [&](A v) { return block_reduce<kThreads>(v, slots, Sum{}); };
-
-  Best<A> best{ninf, K};
-  for (int64_t k = threadIdx.x; k < K; k += kThreads) best = Better{}(best, Best<A>{logit(k), k});
-  best = block_reduce<kThreads>(best, best_slots, Better{});
-
-  const long long label_a = r.labels[b], label_b = r.labels_b ? r.labels_b[b] : label_a;
-  const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
-  const A smoothing = A(w.label_smoothing);
-  const Target<A> q{label_a, label_b, r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1), smoothing, smoothing / A(K)};
-
-  A ce = 0, others = 0, sr = 0, kl = 0, top_t = 0, sum_s = 0, sum_t = 0;
-  if (w.ce != 0) {
-    A s = 0, total = 0;
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-      if (k != best.index) s += exp(logit(k) - best.value);
-      total += logit(k);
-    }
-    // relative to the largest logit, without its own exponential: a confident sample keeps its digits, but an infinite logit
-    // would hide itself
-    others = sum(s);
-    if (!valid || !(fabs(best.value) < A(INFINITY))) others = NAN;
-    const A mean = sum(total) / A(K);
-    ce = others;
-    if (valid) {
-      const A l_a = logit(label_a);
-      ce = (best.value - l_a) + log1p(others) + (A(1) - smoothing) * (A(1) - q.mix) * (l_a - logit(label_b));
-      if (smoothing != 0) ce += smoothing * (l_a - mean);
-    }
-  }
-  if (w.sr != 0) {
-    A s = 0;
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) s += diff(k) * diff(k);
-    sr = sum(s);
-  }
-  if (w.kl != 0) {
-    Best<A> best_t{ninf, K};
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) best_t = Better{}(best_t, Best<A>{logit(k) - diff(k), k});
-    top_t = block_reduce<kThreads>(best_t, best_slots, Better{}).value;
-    A s = 0, s_t = 0;
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-      s += exp((logit(k) - best.value) / temp);
-      s_t += exp((logit(k) - diff(k) - top_t) / temp);
-    }
-    sum_s = sum(s);
-    sum_t = sum(s_t);
-    const A shift = (best.value - top_t) / temp + (log(sum_s) - log(sum_t));  // of the logarithms of both sums
-    s = 0;
-    for (int64_t k = threadIdx.x; k < K; k += kThreads) s += exp((logit(k) - diff(k) - top_t) / temp) * (shift - diff(k) / temp);
-    kl = temp * temp / sum_t * sum(s);
-  }
-  if (threadIdx.x == 0) {
-    A* rows = static_cast<A*>(r.part_rows);
-    rows[kPartCe * r.B + b] = ce;
-    rows[kPartSr * r.B + b] = sr;
-    rows[kPartKl * r.B + b] = kl;
-    r.top1_rows[b] = best.index == label_a;
-    if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
-  }
-  if (!r.grad) return;
-  __syncthreads();  // thread 0 may read the labels' logits in `ce` until here: below they are overwritten
-  const A c_sr = A(2 * w.sr) / A(K), c_kl = A(w.kl) * temp;
-  for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-    const A l = logit(k), d = w.sr != 0 || w.kl != 0 ? diff(k) : A(0);
-    A g = 0;
-    if (w.ce != 0) g += A(w.ce) * q.grad(k, exp(l - best.value), best.index, others);
-    if (w.sr != 0) g += c_sr * d;
-    if (w.kl != 0) g += c_kl * (exp((l - best.value) / temp) / sum_s - exp((l - d - top_t) / temp) / sum_t);
-    store(gradient + b * stride, k, g);
-  }
-  for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));
+// One block per sample.
+template <typename T, typename A>
+__global__ void row_loss_kernel(RowLoss r) {
+  __shared__ RowTops<A> tops[kThreads / 32];
+  __shared__ RowExponentials<A> exponentials[kThreads / 32];
+  __shared__ A kl[kThreads / 32];
+  row_loss_by_block<kThreads, T>(r, blockIdx.x, static_cast<T*>(r.logits), r.K, RowSlots<A>{tops, exponentials, kl});
 }
 
 // One block: means over B by a fixed tree, the weighted sum, the hits.
 template <typename A>
 __global__ void loss_sum_kernel(LossSum s) {
-  __shared__ double slots[kThreads];
+  __shared__ double slots[kThreads / 32];
   const double scale[kParts] = {1, 1 / double(s.K), 1 / double(s.Ct), 1};
   const double weight[kParts] = {s.weights.ce, s.weights.sr, s.weights.fm, s.weights.kl};
   const A* rows = static_cast<const A*>(s.part_rows);
@@ -153,20 +57,8 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 }  // namespace
 
 int row_loss(const RowLoss& r, void* stream) {
-  return dispatch(r.dtype, [&](auto t, auto a) {
-    using T = decltype(t);
-    return launch(row_loss_kernel<T, decltype(a), T>, r.B, kThreads, stream, r, static_cast<T*>(r.logits), r.K);
-  });
-}
-
-int row_loss_apart(const RowLossApart& r, void* stream) {
-  return dispatch(r.dtype, [&](auto t, auto) {
-    using T = decltype(t);
-    if constexpr (sizeof(T) == 2)
-      return launch(row_loss_kernel<float, float, T>, r.rows.B, kThreads, stream, r.rows, static_cast<T*>(r.gradient), r.stride);
-    else
-      return static_cast<int>(cudaErrorInvalidValue);  // in place, by row_loss
-  });
+  return dispatch(r.dtype,
+                  [&](auto t, auto a) { return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r); });
 }
 
 int loss_sum(const LossSum& s, void* stream) {

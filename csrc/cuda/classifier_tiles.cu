@@ -1,6 +1,7 @@
 // Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next launch, in
 // tile order, so equal inputs give equal bits.
 #include "anchors.cuh"
+#include "block_reduce.cuh"
 #include "hopper_tile.cuh"
 
 namespace ijckd {
@@ -18,7 +19,7 @@ constexpr float kLog2e = 1.44269504f;
 // One block per row, two channels per thread and turn.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRows p) {
-  __shared__ float slots[kRowThreads];
+  __shared__ float slots[kRowThreads / 32];
   const int64_t b = blockIdx.x;
   const RowLabels labels(p.anchors, b);
   RowDots dots;

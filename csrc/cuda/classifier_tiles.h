@@ -1,10 +1,11 @@
 #pragma once
-// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu, in the order of use.
+// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu and logit_rows.cu, in the
+// order of use.
 //
 // Two ways, both begun by anchor_rows, or by linear_tiles.h:linear_tiles where z is made too. The anchored one, for bfloat16:
 // then logits_exp and grad_rows for every chunk of classes. Where the loss needs what only whole rows of logits can give
 // (temperature KL, a teacher's logits) or float16's range is too small for exponentials that are not yet probabilities: of the
-// first step the rounding alone, then connector_tiles.h:project_tiles, row_loss_apart, times_classifier.
+// first step the rounding alone, then logit_rows and times_classifier.
 //
 // Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said otherwise
 // arrays are float. Every function returns 0 or a CUDA error code.
@@ -130,14 +131,18 @@ struct GradRows {
 };
 int grad_rows(const GradRows& g, void* stream);
 
-// classifier_loss.h:row_loss with float logits and delta, and the gradient kept apart from them in T.
-struct RowLossApart {
-  RowLoss rows;    // its dtype is float, its gradient not in place
-  DType dtype;     // T: bfloat16 or float16
-  void* gradient;  // [B, stride] T  out, with rows.grad; columns past K are 0
-  int64_t stride;  // K rounded up to a multiple of 8
+// Whole rows of logits, in float, and classifier_loss.h:row_loss of them with the gradient kept apart in T. One launch, whose
+// blocks wait for one another between the two.
+struct LogitRows {
+  int stage;           // 1 or 2
+  DType dtype;         // T: bfloat16 or float16
+  const void* stack;   // [B, Ct] T: z; with rows.delta [2, B, Ct]: d too
+  const void* weight;  // [K, Ct] T
+  RowLoss rows;        // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
+  void* gradient;      // [B, stride] T  out, with rows.grad; columns past K are 0
+  int64_t Ct, stride;  // stride: K rounded up to a multiple of 8
 };
-int row_loss_apart(const RowLossApart& r, void* stream);
+int logit_rows(const LogitRows& l, void* stream);
 
 // dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B, and the losses as classifier_loss.h:loss_sum has them.
 struct TimesClassifier {
@@ -149,7 +154,7 @@ struct TimesClassifier {
   const float* z;          // [B, Ct]
   const float* pooled_t;   // [B, Ct], or null where weights.fm is 0
   float* dz;               // [B, Ct]  out
-  const float* part_rows;  // [kParts, B]: row_loss_apart's; of kPartFm rows.fm instead
+  const float* part_rows;  // [kParts, B]: logit_rows'; of kPartFm rows.fm instead
   RowParts rows;
   const int64_t* top1_rows;  // [B]
   Losses losses;

@@ -40,15 +40,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
 
-  for_pairs<Shape>(acc, m0, n0, p.N, p.Ct, [&](int64_t row, int c, float2 v) {
-    if (p.wide) {  // rows of an odd number of floats are not aligned to pairs
-      float* y = static_cast<float*>(p.y) + row * p.Ct + c;
-      y[0] = v.x;
-      if (c + 1 < p.Ct) y[1] = v.y;
-    } else {
-      store_pair(static_cast<T*>(p.y) + row * p.Ct + c, v);
-    }
-  });
+  for_pairs<Shape>(acc, m0, n0, p.N, p.Ct,
+                   [&](int64_t row, int c, float2 v) { store_pair(static_cast<T*>(p.y) + row * p.Ct + c, v); });
   if (!p.mean) return;
 
   __syncthreads();                                  // the last stage has been read: its memory now holds the columns' sums

@@ -1,6 +1,5 @@
 #pragma once
-// Rows times a weight on tensor cores (sm_80 and newer), without torch: connector_match's projection, and classifier_loss's
-// logits where whole rows of them are kept. Returns 0 or a CUDA error code.
+// connector_match's projection on tensor cores (sm_80 and newer), without torch. Returns 0 or a CUDA error code.
 
 #include <cstdint>
 
@@ -15,9 +14,8 @@ struct ProjectTiles {
   DType dtype;         // T: bfloat16 or float16
   const void* u;       // [N, Cs] T, aligned to 16 bytes, Cs a multiple of 8
   const void* weight;  // [Ct, Cs] T, likewise
-  void* y;             // [N, Ct] T or float  out; Ct is a multiple of 2 where it is T
-  bool wide;           // y is float
-  float* mean;         // [parts, Ct]  out, or null: no statistics; with y of T only
+  void* y;             // [N, Ct] T  out; Ct is a multiple of 2
+  float* mean;         // [parts, Ct]  out, or null: no statistics
   float* m2;           // [parts, Ct]  out: sum of squared distances from the part's mean
   int64_t N, Cs, Ct;
 };

@@ -1,5 +1,5 @@
 #pragma once
-// What the kernels of every op share: dtype dispatch, the launch, block sums in a fixed order.
+// What the kernels of every op share: dtype dispatch, the launch, sums over columns in a fixed order.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -30,16 +30,44 @@ int dispatch(DType t, const F& body) {
   return body(__half{}, float{});
 }
 
-// Every kernel starts here, through a plain function of the runtime, so that tests/emulator can put its own in place.
+// The error as a launcher returns it. The caller gets it from here: torch must not find it again after a launch of its own.
+inline int returned(cudaError_t error) {
+  cudaGetLastError();
+  return static_cast<int>(error);
+}
+
+template <typename Kernel>
+cudaError_t allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;  // more than every GPU has must be asked for
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+// Every kernel starts here or below, through plain functions of the runtime, so that tests/emulator can put its own in place.
 template <typename... Params, typename... Args>
 int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 << 10)  // more than every GPU has must be asked for
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = allow_shared(kernel, shared_bytes);
   const cudaLaunchConfig_t config{grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), nullptr, 0};
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
-  cudaGetLastError();  // the caller gets it from here: torch must not find it again after a launch of its own
-  return static_cast<int>(error);
+  return returned(error);
+}
+
+// Of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time. Each of them must do what the
+// missing ones would have done.
+template <typename... Params, typename... Args>
+int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int threads, void* stream, const Args&... args) {
+  int device, multiprocessors, on_each;
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, threads, shared_bytes);
+  if (error != cudaSuccess) return returned(error);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = true;
+  const int resident = multiprocessors * on_each;
+  const cudaLaunchConfig_t config{blocks < resident ? blocks : resident, threads,   static_cast<size_t>(shared_bytes),
+                                  static_cast<cudaStream_t>(stream),     &together, 1};
+  return returned(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 template <typename... Params, typename... Args>
@@ -126,22 +154,6 @@ inline bool aligned(size_t bytes, std::initializer_list<const void*> pointers) {
   return true;
 }
 
-// Sum over the kThreads threads of a block, given to every thread; a binary tree in shared memory, so equal inputs give equal
-// bits. Ends with a barrier before `slots` may be written again.
-template <int kThreads, typename A, typename Op>
-__device__ A block_reduce(A v, A* slots, Op op) {
-  static_assert((kThreads & (kThreads - 1)) == 0, "the tree halves the block");
-  slots[threadIdx.x] = v;
-  __syncthreads();
-  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) slots[threadIdx.x] = op(slots[threadIdx.x], slots[threadIdx.x + half]);
-    __syncthreads();
-  }
-  const A out = slots[0];
-  __syncthreads();
-  return out;
-}
-
 // A block whose threads stand in lanes (threadIdx.y) of kColumns columns (threadIdx.x): one warp's width of coalesced loads.
 constexpr int kColumns = 32;
 
@@ -184,12 +196,5 @@ __device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, A (
   sum_lanes(s, slots);
   return s[0];
 }
-
-struct Sum {
-  template <typename A>
-  __device__ A operator()(A a, A b) const {
-    return a + b;
-  }
-};
 
 }  // namespace ijckd

@@ -125,31 +125,35 @@ __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, 
 }
 
 // acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread. Every thread
-// of the block calls, once in a kernel; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before `shared`
-// is used anew.
+// of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before `shared` is used anew. A
+// kernel that calls again, with nothing else in `shared` since, says how many steps there were before: its barriers go on.
 template <typename Shape, B kLayout, typename T, typename Copy>
 __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
-                                                                     const Copy& copy) {
+                                                                     const Copy& copy, int before = 0) {
   constexpr int kStages = Shape::kStages, kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
   uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);                          // [kStages]
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < kStages; ++s) barrier_init(landed + s, 1);
-    barrier_init_fence();
+  if (before == 0) {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < kStages; ++s) barrier_init(landed + s, 1);
+      barrier_init_fence();
+    }
+    __syncthreads();
   }
-  __syncthreads();
   const auto start = [&](int step) {
     if (threadIdx.x == 0 && step < steps) {
-      T* stage = shared + step % kStages * Shape::kStage;
-      barrier_expect(landed + step % kStages, Shape::kStage * 2);
-      copy(LandingStage<T>{stage, stage + Shape::kStageA, landed + step % kStages}, step);
+      const int slot = (before + step) % kStages;
+      T* stage = shared + slot * Shape::kStage;
+      barrier_expect(landed + slot, Shape::kStage * 2);
+      copy(LandingStage<T>{stage, stage + Shape::kStageA, landed + slot}, step);
     }
     __syncwarp();  // a warpgroup's instructions take whole warps
   };
   for (int s = 0; s < kStages - 1; ++s) start(s);
   for (int step = 0; step < steps; ++step) {
-    barrier_wait(landed + step % kStages, step / kStages % 2);
-    const T* a = shared + step % kStages * Shape::kStage + threadIdx.x / 128 * 64 * kDepth;
-    const T* b = shared + step % kStages * Shape::kStage + Shape::kStageA;
+    const int slot = (before + step) % kStages;
+    barrier_wait(landed + slot, (before + step) / kStages % 2);
+    const T* a = shared + slot * Shape::kStage + threadIdx.x / 128 * 64 * kDepth;
+    const T* b = shared + slot * Shape::kStage + Shape::kStageA;
     warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {

@@ -1,5 +1,6 @@
 // Kernels of linear_tiles.h.
 #include "anchors.cuh"
+#include "block_reduce.cuh"
 #include "cuda/linear_tiles.h"
 #include "hopper_tile.cuh"
 

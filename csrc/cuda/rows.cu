@@ -1,4 +1,5 @@
 // Kernels of rows.h, and what the host asks of the CUDA runtime.
+#include "block_reduce.cuh"
 #include "cuda/stage.h"
 #include "device.cuh"
 #include "rows.h"
@@ -28,7 +29,7 @@ __global__ void feature_diff_kernel(const A* z,         // [B, Ct]
                                     A* d,               // [B, Ct] out
                                     A* square_rows,     // [B]     out
                                     int64_t Ct) {
-  __shared__ A slots[kThreads];
+  __shared__ A slots[kThreads / 32];
   const int64_t row = int64_t(blockIdx.x) * Ct;
   A s = 0;
   for (int64_t c = threadIdx.x; c < Ct; c += kThreads) {
@@ -56,7 +57,7 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads) array_sum_kernel(const A* x,  // [n]
                                                                 A* out,      // [1] out
                                                                 int64_t n, A scale) {
-  __shared__ A slots[kSumThreads];
+  __shared__ A slots[kSumThreads / 32];
   A s = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += kSumThreads) s += x[i];

@@ -4,7 +4,6 @@
 
 #include "counts.h"
 #include "cuda/classifier_tiles.h"
-#include "cuda/connector_tiles.h"
 #include "cuda/linear_tiles.h"
 #include "cuda/stage.h"
 
@@ -12,14 +11,14 @@ namespace ijckd {
 namespace {
 
 #ifdef IJCKD_SMALL_SIZES  // tests/emulator: several chunks at sizes that a CPU can emulate
-constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72, kTwoLaunches = 1 << 20;
+constexpr int64_t kWhole = 1 << 12, kChunk = 1 << 11, kLeastClasses = 72, kRowPass = 1 << 20;
 #else
 constexpr int64_t kWhole = 1 << 24;      // exponentials up to which all classes are one chunk: 32 MiB, most of a large GPU's L2
 constexpr int64_t kChunk = 1 << 23;      // exponentials in a chunk: with their rows of W they stay in L2 between the two GEMMs
 constexpr int64_t kLeastClasses = 1024;  // in a chunk
-// Operations of the tensor cores that take about as long as the two launches which the anchored way spares: by arithmetic (5 us,
-// 200 TFLOP/s in products that small), not yet measured.
-constexpr int64_t kTwoLaunches = 1 << 30;
+// Operations of the tensor cores that take about as long as the pass over rows of logits which the anchored way spares: by
+// arithmetic (5 us, 200 TFLOP/s in products that small), not yet measured.
+constexpr int64_t kRowPass = 1 << 30;
 #endif
 constexpr int64_t kMostLogits = 1 << 23;  // float logits that are kept where whole rows of them are needed: 32 MiB
 
@@ -203,41 +202,32 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                 .counts = nullptr,
                 .K = K},
                launch);
-  launched(project_tiles({.stage = stage,
-                          .dtype = type,
-                          .u = z_t,
-                          .weight = data(t.weight),
-                          .y = l,
-                          .wide = true,
-                          .mean = nullptr,
-                          .m2 = nullptr,
-                          .N = stacked,
-                          .Cs = Ct,
-                          .Ct = K},
-                         launch.stream),
-           "classifier_loss's logits");
   OptTensor gradient;
   if (t.grad) gradient = empty(z, {B, stride}, type);
-  launched(row_loss_apart({.rows = {.dtype = DType::f32,
-                                    .logits = l,
-                                    .bias = data(t.bias),
-                                    .delta = features ? l + B * K : nullptr,
-                                    .logits_t = data(logits_t),
-                                    .labels = in<int64_t>(t.labels),
-                                    .labels_b = in<int64_t>(t.labels_b),
-                                    .mix = data(t.mix),
-                                    .part_rows = part_rows.mutable_data_ptr(),
-                                    .top1_rows = out<int64_t>(hits),
-                                    .counts = counts,
-                                    .B = B,
-                                    .K = K,
-                                    .weights = t.weights,
-                                    .grad = t.grad},
-                           .dtype = type,
-                           .gradient = out<void>(gradient),
-                           .stride = stride},
-                          launch.stream),
-           "classifier_loss's row pass");
+  launched(logit_rows({.stage = stage,
+                       .dtype = type,
+                       .stack = z_t,
+                       .weight = data(t.weight),
+                       .rows = {.dtype = DType::f32,
+                                .logits = l,
+                                .bias = data(t.bias),
+                                .delta = features ? l + B * K : nullptr,
+                                .logits_t = data(logits_t),
+                                .labels = in<int64_t>(t.labels),
+                                .labels_b = in<int64_t>(t.labels_b),
+                                .mix = data(t.mix),
+                                .part_rows = part_rows.mutable_data_ptr(),
+                                .top1_rows = out<int64_t>(hits),
+                                .counts = counts,
+                                .B = B,
+                                .K = K,
+                                .weights = t.weights,
+                                .grad = t.grad},
+                       .gradient = out<void>(gradient),
+                       .Ct = Ct,
+                       .stride = stride},
+                      launch.stream),
+           "classifier_loss's logits");
   launched(times_classifier({.stage = stage,
                              .dtype = type,
                              .grad = t.grad,
@@ -271,7 +261,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   if (tile_stage == 0) return false;
   const bool few = B * K <= kMostLogits, match = t.weights.sr != 0;
   // By G the logit match costs three products of Ct columns, by the logits' own difference one of K.
-  const bool by_gram = t.gram && t.pooled_t && (!few || 2 * B * Ct * (3 * Ct - K) < kTwoLaunches);
+  const bool by_gram = t.gram && t.pooled_t && (!few || 2 * B * Ct * (3 * Ct - K) < kRowPass);
   const bool by_anchor = bf16 && t.weights.kl == 0 && (!match || by_gram);
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;

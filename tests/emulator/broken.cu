@@ -1,4 +1,6 @@
 // See broken.h. Those whose names begin with `sound` have no fault; they reverse each block's 64 elements.
+#include <cooperative_groups.h>
+
 #include "broken.h"
 #include "cuda/device.cuh"
 #include "instructions.cuh"
@@ -425,6 +427,64 @@ __global__ void misaligned_shared_vector(const float* in, float* out) {
   out[i] = slots[threadIdx.x];
 }
 
+using cooperative_groups::this_grid;
+
+// Each block makes what the other one, having seen all of it, then turns round.
+__global__ void sound_grid(const float* in, float* out) {
+  __shared__ float slots[kThreads];
+  const int i = blockIdx.x * kThreads + threadIdx.x, other = (1 - blockIdx.x) * kThreads + threadIdx.x;
+  slots[threadIdx.x] = in[i];
+  out[other] = in[other];
+  this_grid().sync();
+  const bool seen = out[i] == slots[threadIdx.x];
+  this_grid().sync();
+  if (seen) out[i] = slots[kThreads - 1 - threadIdx.x];
+}
+
+__global__ void no_grid_barrier(const float* in, float* out) {
+  const int i = blockIdx.x * kThreads + threadIdx.x, other = (1 - blockIdx.x) * kThreads + threadIdx.x;
+  out[other] = in[other];
+  __syncthreads();
+  out[i] += 1;
+}
+
+__global__ void no_grid_barrier_before_store(const float* in, float* out) {
+  const int i = blockIdx.x * kThreads + threadIdx.x, other = (1 - blockIdx.x) * kThreads + threadIdx.x;
+  out[i] = in[i];
+  this_grid().sync();
+  out[i] = out[other];
+}
+
+__global__ void block_leaves_grid(const float* in, float* out) {
+  if (blockIdx.x == 0) this_grid().sync();
+  out[blockIdx.x * kThreads + threadIdx.x] = in[threadIdx.x];
+}
+
+__global__ void threads_leave_grid(const float*, float*) {
+  if (threadIdx.x != 40) this_grid().sync();
+}
+
+__global__ void grid_or_block_barrier(const float*, float*) {
+  if (threadIdx.x < 32)
+    this_grid().sync();
+  else
+    __syncthreads();
+}
+
+__global__ void two_grid_barriers(const float*, float*) {
+  if (threadIdx.x < 32)
+    this_grid().sync();
+  else
+    this_grid().sync();
+}
+
+__global__ void grid_barrier_or_shuffle(const float* in, float* out) {
+  if (threadIdx.x % 32 < 16)
+    this_grid().sync();
+  else
+    out[threadIdx.x] = shuffle_xor(in[threadIdx.x], 1);
+}
+
 template <void (*kernel)(const float*, float*), int blocks = 2, int threads = kThreads, int rows = 1>
 int run(const float* in, float* out) {
   return ijckd::launch(kernel, dim3(blocks, rows), threads, nullptr, in, out);
@@ -438,6 +498,15 @@ int run_dynamic(const float* in, float* out) {
     if (error != cudaSuccess) return error;
   }
   const cudaLaunchConfig_t config{2, kThreads, bytes, nullptr, nullptr, 0};
+  return cudaLaunchKernelEx(&config, kernel, in, out);
+}
+
+template <void (*kernel)(const float*, float*), int blocks = 2>
+int run_together(const float* in, float* out) {
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  const cudaLaunchConfig_t config{blocks, kThreads, 0, nullptr, &together, 1};
   return cudaLaunchKernelEx(&config, kernel, in, out);
 }
 
@@ -506,6 +575,16 @@ const Kernel kKernels[] = {
     {"more_than_48_KiB_not_asked_for", run_dynamic<sound_intrinsics, 49 << 10>},
     {"more_than_asked_for", run_dynamic<static_and_dynamic, 65 << 10, 64 << 10>},
     {"more_than_there_is", run_dynamic<static_and_dynamic, 228 << 10, 228 << 10>},
+    {"sound_grid", run_together<sound_grid>},
+    {"no_grid_barrier", run_together<no_grid_barrier>},
+    {"no_grid_barrier_before_store", run_together<no_grid_barrier_before_store>},
+    {"block_leaves_grid", run_together<block_leaves_grid>},
+    {"threads_leave_grid", run_together<threads_leave_grid>},
+    {"grid_or_block_barrier", run_together<grid_or_block_barrier>},
+    {"two_grid_barriers", run_together<two_grid_barriers>},
+    {"grid_barrier_or_shuffle", run_together<grid_barrier_or_shuffle>},
+    {"grid_not_together", run<sound_grid>},
+    {"more_blocks_than_fit", run_together<sound_grid, 4>},
     {"static_and_dynamic_more_than_there_is", run_dynamic<static_and_dynamic, 227 << 10, 227 << 10>},
 };
 const int kCount = sizeof(kKernels) / sizeof(kKernels[0]);

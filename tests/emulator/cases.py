@@ -330,14 +330,14 @@ ROW_LOSSES: dict[str, dict[str, Any]] = {
     "weights of one": {"ce": 1, "sr": 1, "kl": 1},
     "teacher's logits": {"teacher": "logits_t"},
     "teacher's logits, no bias": {"teacher": "logits_t", "bias": False},
-    "plain": {"sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None, "two_labels": False, "bias": False},
+    "plain": {"ce": 1, "sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None, "two_labels": False, "bias": False},
     "smoothing": {"sr": 0, "kl": 0, "label_smoothing": 0.3, "teacher": None, "two_labels": False},
     "smoothing only": {"sr": 0, "kl": 0, "label_smoothing": 1, "teacher": None},
     "mixup": {"sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None},
     "sr": {"ce": 0, "kl": 0, "two_labels": False},
-    "kl": {"ce": 0, "sr": 0, "temperature": 0.5, "two_labels": False},
+    "kl": {"ce": 0, "sr": 0, "kl": 1, "temperature": 0.5, "two_labels": False},
     "nothing": {"ce": 0, "sr": 0, "kl": 0, "teacher": None},
-    "forward only": {"grad": False},
+    "forward only": {"kl": 1, "grad": False},
 }
 
 

@@ -65,6 +65,7 @@ constexpr bool kSeesPlainAccesses = true;
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kResident = 3;  // blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns
 constexpr size_t kStack = 64 << 10;
 constexpr size_t kStackStride = kStack + 13 * 64;  // at equal distances of a power of two all would share a cache's few sets
 constexpr size_t kSharedLimit = 48 << 10;          // of shared memory for a kernel that asked for no more, as on every GPU
@@ -88,8 +89,10 @@ static_assert(kDynamicOffset % kTileAlign == 0 && kDynamicOffset + kLargeSharedL
 
 enum class Kind { load, store, atomic };
 
-// Who touched one element last. Blocks are numbered through all launches from 1, so that 0 is nobody.
+// Who touched one element last.
 struct Touch {
+  // Of shared memory a block's number, through all launches from 1; of global memory that of its visit: two that only the grid's
+  // barrier orders are another's, as those of two launches are. 0 is nobody.
   uint32_t block = 0, epoch = 0, warp_epoch = 0;
   uint16_t thread = 0;     // or kMany, or kWarpOf + warp: several threads of that warp
   bool in_flight = false;  // a store by a copy that has not landed
@@ -233,7 +236,38 @@ struct Warp {
   std::list<Accumulators> accumulators;
 };
 
-struct Machine {
+// A block that has been started and not ended.
+struct Block {
+  uint32_t block_number = 0;
+  uint32_t visit = 0;  // a number of its own for each stretch between the grid's barriers
+  uint3 block_index{};
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<Region> shared;
+  Region dynamic;           // its cells stay from block to block
+  size_t shared_bytes = 0;  // as the GPU counts them
+  size_t arena_used = 0;
+  Meeting barrier, grid_barrier;
+  uint32_t epoch = 0;  // barriers passed
+  int returned = 0;
+
+  // of its asynchronous proxy
+  std::map<uintptr_t, Mbarrier> barriers;
+  std::deque<TileCopy> tiles;
+  std::vector<uint32_t> under_way;  // of tiles, oldest first
+  std::vector<Granule> granules;    // of dynamic shared memory
+  bool granules_used = false;
+  std::array<Warpgroup, kWarpgroups> warpgroups;
+  size_t dynamic_align = 0;     // declared
+  bool generic_stores = false;  // to dynamic shared memory; barriers do not count
+  int64_t generic_epoch = -1;   // of the last load or store there
+
+  char* stacks = nullptr;
+  char* arena = nullptr;
+};
+
+// With the block that runs, or the last one that did.
+struct Machine : Block {
   Schedule schedule = Schedule::forward;
   Async async = Async::lazy;
   std::mt19937 random{1};
@@ -249,39 +283,16 @@ struct Machine {
   void (*body)(void*) = nullptr;
   void* started = nullptr;
   dim3 grid, block;
-  uint32_t first_block = 1;
+  bool cooperative = false;
+  uint32_t blocks_started = 0, visits = 0;  // in all launches
+  uint32_t first_visit = 1;                 // since the grid's last barrier
   size_t shared_limit = kSharedLimit;
+  std::array<Block, kResident> resident;  // a cooperative launch's blocks; the running one's place is empty
 
-  // of the block that runs
-  uint32_t block_number = 0;
-  uint3 block_index{};
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-  std::vector<Region> shared;
-  Region dynamic;           // its cells stay from block to block
-  size_t shared_bytes = 0;  // as the GPU counts them
-  size_t arena_used = 0;
-  Meeting barrier;
-  uint32_t epoch = 0;  // barriers passed
-  int returned = 0;
   int running = -1;     // thread, or -1 outside kernels
   uintptr_t stack = 0;  // its
   void* scheduler = nullptr;
   std::string violation;
-
-  // of its asynchronous proxy
-  std::map<uintptr_t, Mbarrier> barriers;
-  std::deque<TileCopy> tiles;
-  std::vector<uint32_t> under_way;  // of tiles, oldest first
-  std::vector<Granule> granules;    // of dynamic shared memory
-  bool granules_used = false;
-  std::array<Warpgroup, kWarpgroups> warpgroups;
-  size_t dynamic_align = 0;     // declared
-  bool generic_stores = false;  // to dynamic shared memory; barriers do not count
-  int64_t generic_epoch = -1;   // of the last load or store there
-
-  char* stacks = nullptr;
-  char* arena = nullptr;
 };
 
 Machine m;
@@ -352,6 +363,7 @@ void thread_main() {
   ++m.returned;
   ++own_warp().returned;
   if (m.barrier.arrived) violate("synccheck", "returned while others wait at ", m.barrier);
+  if (m.grid_barrier.arrived) violate("synccheck", "returned while others wait at ", m.grid_barrier);
   if (own_warp().meeting.arrived) violate("synccheck", "returned while others of its warp wait at ", own_warp().meeting);
   if (!t.copies.empty()) violate("synccheck", "returned before the copy it started in ", where(t.copies[0].place), " had landed");
   if (own_warp().issued > own_warp().waited)
@@ -368,7 +380,7 @@ void meet_warp(const char* what, int argument, Place place, const Lane& lane, co
   const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", what, " in ", where(place), ", ", why...); };
   if (w.size < kWarp) lacks("but its warp has ", w.size, " threads");
   if (w.returned) lacks("but ", w.returned, " threads of its warp have returned");
-  if (w.at_barrier) lacks("others of its warp are at ", m.barrier);
+  if (w.at_barrier) lacks("others of its warp are at ", m.barrier.arrived ? m.barrier : m.grid_barrier);
   if (meeting.arrived && !meeting.is_at(what, argument, place)) lacks("others of its warp are at ", meeting);
   meeting.what = what;
   meeting.argument = argument;
@@ -384,7 +396,39 @@ void meet_warp(const char* what, int argument, Place place, const Lane& lane, co
 bool greedy() { return m.schedule == Schedule::greedy || m.schedule == Schedule::greedy_reverse; }
 bool backwards() { return m.schedule == Schedule::reverse || m.schedule == Schedule::greedy_reverse; }
 
-void start_block() {
+char* reserve(size_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for the threads' stacks");
+  return static_cast<char*>(p);
+}
+
+// Room for a block of the launch.
+void prepare_block(size_t dynamic_bytes) {
+  if (!m.stacks) {
+    m.stacks = reserve(kStackStride * kMaxThreads);
+    m.arena = reserve(kSharedArena);
+    m.dynamic.name = "dynamic shared memory";
+    m.dynamic.element = kDynamicElement;
+    m.dynamic.access = Access::out;
+    m.dynamic.shared = true;
+  }
+  const dim3 b = m.block;
+  m.threads.resize(b.x * b.y * b.z);
+  m.warps.resize((m.threads.size() + kWarp - 1) / kWarp);
+  m.dynamic.begin = reinterpret_cast<uintptr_t>(m.arena) + kDynamicOffset;
+  m.dynamic.end = m.dynamic.begin + dynamic_bytes;
+  m.dynamic.cells.resize((dynamic_bytes + kDynamicElement - 1) / kDynamicElement);
+  m.granules.assign((dynamic_bytes + kCopy - 1) / kCopy, {});
+  for (uint32_t i = 0; i < m.threads.size(); ++i) {
+    m.threads[i].stack = reinterpret_cast<uintptr_t>(m.stacks) + kStackStride * i;
+    m.threads[i].index = {i % b.x, i / b.x % b.y, i / (b.x * b.y)};
+  }
+}
+
+void start_block(uint64_t index) {
+  const dim3 g = m.grid;
+  m.block_index = {uint32_t(index % g.x), uint32_t(index / g.x % g.y), uint32_t(index / (uint64_t(g.x) * g.y))};
+  m.block_number = ++m.blocks_started;
   for (Thread& t : m.threads) {
     t.state = Thread::ready;
     t.barrier = nullptr;
@@ -407,7 +451,7 @@ void start_block() {
   m.shared_bytes = m.dynamic.end - m.dynamic.begin;
   m.arena_used = kStaticOffset;
   memset(reinterpret_cast<void*>(m.dynamic.begin), 0xFF, m.shared_bytes);  // NaN in every floating type
-  m.barrier = {};
+  m.barrier = m.grid_barrier = {};
   m.epoch = 0;
   m.returned = 0;
   m.barriers.clear();
@@ -452,8 +496,16 @@ bool land_one() {
   return true;
 }
 
-void run_block() {
-  start_block();
+// All threads of the block, of which each is at its barrier or the grid's, go on.
+void pass_barrier() {
+  ++m.epoch;
+  for (Thread& t : m.threads) t.state = Thread::ready;
+  for (Warp& w : m.warps) w.at_barrier = 0, w.waited_sync = w.waited;
+  for (auto& [address, phases] : m.barriers) phases.seen_by_all = phases.seen_by_one;
+}
+
+// Until the block has ended, or has come to the grid's barrier as a whole; whether it has ended.
+bool run_block() {
   const int n = static_cast<int>(m.threads.size());
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
@@ -482,12 +534,50 @@ void run_block() {
         ran = true;
         if (!greedy()) break;
       }
-    if (!ran && !land_one()) throw std::runtime_error(deadlock());
+    if (ran || land_one()) continue;
+    if (m.grid_barrier.arrived == n) return false;
+    throw std::runtime_error(deadlock());
   }
   for (const TileCopy& c : m.tiles)
     if (!c.landed || c.barrier->seen_by_one <= c.phase)
       throw std::runtime_error("synccheck: " + block_name() + " ended before anyone had waited for the copy started in " +
                                where(c.place));
+  return true;
+}
+
+// The blocks of a cooperative launch, each as far as it gets, until all have ended. All come to the grid's barrier or none.
+void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
+  const auto change_over = [](uint64_t i) { std::swap(static_cast<Block&>(m), m.resident[i]); };
+  for (const uint64_t i : order) {
+    change_over(i);
+    prepare_block(dynamic_bytes);
+    start_block(i);
+    change_over(i);
+  }
+  for (;;) {
+    if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
+    size_t ended = 0;
+    std::ostringstream waiting;
+    for (const uint64_t i : order) {
+      change_over(i);
+      m.visit = ++m.visits;
+      if (run_block())
+        ++ended;
+      else if (waiting.str().empty())
+        waiting << block_name() << " waits at " << m.grid_barrier;
+      change_over(i);
+    }
+    if (ended == order.size()) return;
+    if (ended)
+      throw std::runtime_error("synccheck: " + waiting.str() + ", which " + std::to_string(ended) + " blocks ended without");
+    m.first_visit = m.visits + 1;
+    for (const uint64_t i : order) {
+      change_over(i);
+      m.grid_barrier.arrived = 0;
+      pass_barrier();
+      change_over(i);
+    }
+  }
 }
 
 bool in_arena(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(m.arena) < kSharedArena; }
@@ -502,7 +592,7 @@ Region* find(uintptr_t address, size_t bytes) {
 
 // Whether nothing orders what `t` did before what the running thread does now.
 bool races(const Touch& t, const Touch& now, bool shared) {
-  if (t.block != now.block) return !shared && t.block >= m.first_block;  // else an earlier launch's
+  if (t.block != now.block) return !shared && t.block >= m.first_visit;  // else before the grid's barrier, or an earlier launch's
   if (t.thread == now.thread || t.epoch != now.epoch) return false;
   const int warp = t.thread == kMany ? -1 : t.thread & kWarpOf ? t.thread & ~kWarpOf : t.thread / kWarp;
   return warp != now.thread / kWarp || t.warp_epoch == now.warp_epoch;
@@ -512,7 +602,7 @@ bool races(const Touch& t, const Touch& now, bool shared) {
 void add_load(Touch& load, const Touch& now, bool shared) {
   if (load.block != now.block) {
     // of two blocks the earlier one is kept: it races with whatever either may race with
-    if (shared || load.block < m.first_block) load = now;
+    if (shared || load.block < m.first_visit) load = now;
   } else if (load.epoch != now.epoch || load.thread == now.thread) {
     load = now;
   } else {
@@ -524,8 +614,8 @@ void add_load(Touch& load, const Touch& now, bool shared) {
   }
 }
 
-std::string who(const Touch& t) {
-  if (t.block != m.block_number) return "another block";
+std::string who(const Touch& t, bool shared) {
+  if (t.block != (shared ? m.block_number : m.visit)) return "another block";
   return t.thread & kWarpOf ? "others" : name(t.thread);
 }
 
@@ -535,7 +625,9 @@ Place copy_into(uintptr_t address, const Touch& store) {
   return {"?", 0};
 }
 
-Touch touch_now() { return {m.block_number, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false}; }
+Touch touch_now(bool shared) {
+  return {shared ? m.block_number : m.visit, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false};
+}
 
 bool has_seen(int thread, const TileCopy& c) { return std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase; }
 
@@ -593,7 +685,7 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   if (store && r->access == Access::in) violate("memcheck", "stores to the input ", r->name, ", in ", where(place));
   if (r->cells.empty()) return r;
 
-  Touch now = touch_now();
+  Touch now = touch_now(r->shared);
   now.atomic = kind == Kind::atomic;
   const char* does = store ? "stores to" : "loads";
   const bool dynamic = r == &m.dynamic;
@@ -611,7 +703,7 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
     const bool two_atomics = now.atomic && c.store.atomic;
     const bool after_store = races(c.store, now, r->shared) && !two_atomics;
     if (after_store || (store && races(c.load, now, r->shared)))
-      violate("racecheck", does, " element ", i, " of ", r->name, ", which ", who(after_store ? c.store : c.load),
+      violate("racecheck", does, " element ", i, " of ", r->name, ", which ", who(after_store ? c.store : c.load, r->shared),
               after_store ? " stored to" : " loaded", " with no barrier between, in ", where(place));
     const bool copied = dynamic && m.granules_used && m.granules[i * kDynamicElement / kCopy].copy;
     const bool unwritten = !copied && (r->shared ? c.store.block != now.block : c.store.block == 0);
@@ -775,7 +867,8 @@ void check_operand(Multiply& x, uint64_t descriptor, int rows, bool transposed) 
     const Cell* cells = &m.dynamic.cells[(address - kDynamicOffset) / kDynamicElement];
     for (size_t i = 0; m.generic_stores && i < kCopy / kDynamicElement; ++i)
       if (cells[i].store.block == m.block_number)
-        wrong("racecheck", address, "which ", who(cells[i].store), " stored to with no fence towards the asynchronous proxy");
+        wrong("racecheck", address, "which ", who(cells[i].store, true),
+              " stored to with no fence towards the asynchronous proxy");
     if (!granule.copy) wrong("initcheck", address, "which nobody has copied to");
     const TileCopy& c = m.tiles[granule.copy - 1];
     if (!c.landed) wrong("racecheck", address, "into which the copy started in ", where(c.place), " is under way");
@@ -890,12 +983,6 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   return CUDA_SUCCESS;
 }
 
-char* reserve(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::runtime_error("emulator: no memory for the threads' stacks");
-  return static_cast<char*>(p);
-}
-
 }  // namespace
 
 void set_schedule(Schedule schedule, unsigned seed) {
@@ -954,6 +1041,7 @@ void barrier(Place place) {
   constexpr const char* kWhat = "the barrier";
   const auto lacks = [&](const auto&... why) { violate("synccheck", "is at the barrier in ", where(place), ", ", why...); };
   if (m.returned) lacks("but ", m.returned, " threads of the block have returned");
+  if (m.grid_barrier.arrived) lacks("others are at ", m.grid_barrier);
   if (own_warp().meeting.arrived) lacks("others of its warp are at ", own_warp().meeting);
   if (b.arrived && !b.is_at(kWhat, 0, place)) lacks("others are at ", b);
   b.what = kWhat;
@@ -961,10 +1049,23 @@ void barrier(Place place) {
   ++own_warp().at_barrier;
   if (++b.arrived < static_cast<int>(m.threads.size())) return wait(kWhat, place);
   b.arrived = 0;
-  ++m.epoch;
-  for (Thread& t : m.threads) t.state = Thread::ready;
-  for (Warp& w : m.warps) w.at_barrier = 0, w.waited_sync = w.waited;
-  for (auto& [address, phases] : m.barriers) phases.seen_by_all = phases.seen_by_one;
+  pass_barrier();
+}
+
+void grid_barrier(Place place) {
+  Meeting& b = m.grid_barrier;
+  constexpr const char* kWhat = "the grid's barrier";
+  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", kWhat, " in ", where(place), ", ", why...); };
+  if (!m.cooperative) lacks("but the launch is not cooperative");
+  if (m.returned) lacks("but ", m.returned, " threads of the block have returned");
+  if (m.barrier.arrived) lacks("others are at ", m.barrier);
+  if (own_warp().meeting.arrived) lacks("others of its warp are at ", own_warp().meeting);
+  if (b.arrived && !b.is_at(kWhat, 0, place)) lacks("others are at ", b);
+  b.what = kWhat;
+  b.place = place;
+  ++b.arrived;
+  ++own_warp().at_barrier;
+  wait(kWhat, place);
 }
 
 uint32_t shared_address(const void* p) {
@@ -1143,13 +1244,13 @@ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, 
   constexpr const char* kDoes = "copies a tile to";
   m.granules_used = true;
   check_granules(offset, bytes, true, kDoes, place);
-  const Touch now = touch_now();
+  const Touch now = touch_now(true);
   if (m.generic_stores || m.generic_epoch == m.epoch)
     for (size_t i = offset / kDynamicElement; i < (offset + bytes) / kDynamicElement; ++i) {
       const Cell& c = m.dynamic.cells[i];
       const bool stored = c.store.block == now.block;
       if (stored || races(c.load, now, true))
-        violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ", who(stored ? c.store : c.load),
+        violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ", who(stored ? c.store : c.load, true),
                 stored ? " stored to with no fence towards the asynchronous proxy" : " loaded with no barrier between", ", in ",
                 where(place));
     }
@@ -1296,31 +1397,19 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   const auto asked = m.dynamic_limits.find(kernel);
   const bool has_asked = asked != m.dynamic_limits.end();
   if (config.dynamicSmemBytes > (has_asked ? asked->second : kSharedLimit)) return cudaErrorInvalidValue;
-  if (config.numAttrs != 0) return cudaErrorNotSupported;  // here, not by CUDA
-  if (!m.stacks) {
-    m.stacks = reserve(kStackStride * kMaxThreads);
-    m.arena = reserve(kSharedArena);
-    m.dynamic.name = "dynamic shared memory";
-    m.dynamic.element = kDynamicElement;
-    m.dynamic.access = Access::out;
-    m.dynamic.shared = true;
+  bool cooperative = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return cudaErrorNotSupported;  // here, not by CUDA
+    cooperative = config.attrs[i].val.cooperative;
   }
+  if (cooperative && blocks > kResident) return cudaErrorCooperativeLaunchTooLarge;
   ++m.counts.launches;
   m.body = body;
   m.started = started;
   m.grid = g;
   m.block = b;
-  m.threads.resize(threads);
-  m.warps.resize((threads + kWarp - 1) / kWarp);
+  m.cooperative = cooperative;
   m.shared_limit = has_asked ? kLargeSharedLimit : kSharedLimit;
-  m.dynamic.begin = reinterpret_cast<uintptr_t>(m.arena) + kDynamicOffset;
-  m.dynamic.end = m.dynamic.begin + config.dynamicSmemBytes;
-  m.dynamic.cells.resize((config.dynamicSmemBytes + kDynamicElement - 1) / kDynamicElement);
-  m.granules.assign((config.dynamicSmemBytes + kCopy - 1) / kCopy, {});
-  for (uint32_t i = 0; i < threads; ++i) {
-    m.threads[i].stack = reinterpret_cast<uintptr_t>(m.stacks) + kStackStride * i;
-    m.threads[i].index = {i % b.x, i / b.x % b.y, i / (b.x * b.y)};
-  }
   struct Parameters {  // threads read them where the launch keeps them
     Parameters(const void* p, size_t bytes) {
       Region r;
@@ -1333,14 +1422,19 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     ~Parameters() { m.arrays.pop_back(); }
   } parameters(started, started_bytes);
 
-  std::vector<uint64_t> order(m.schedule == Schedule::random ? blocks : 0);
+  m.first_visit = m.visits + 1;
+  std::vector<uint64_t> order(cooperative || m.schedule == Schedule::random ? blocks : 0);
   std::iota(order.begin(), order.end(), uint64_t(0));
-  std::shuffle(order.begin(), order.end(), m.random);
-  m.first_block = m.block_number + 1;
+  if (backwards()) std::reverse(order.begin(), order.end());
+  if (cooperative) {
+    run_together(order, config.dynamicSmemBytes);
+    return cudaSuccess;
+  }
+  if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
+  prepare_block(config.dynamicSmemBytes);
   for (uint64_t k = 0; k < blocks; ++k) {
-    const uint64_t i = !order.empty() ? order[k] : backwards() ? blocks - 1 - k : k;
-    m.block_index = {uint32_t(i % g.x), uint32_t(i / g.x % g.y), uint32_t(i / (uint64_t(g.x) * g.y))};
-    ++m.block_number;
+    start_block(!order.empty() ? order[k] : backwards() ? blocks - 1 - k : k);
+    m.visit = ++m.visits;
     run_block();
   }
   return cudaSuccess;
@@ -1414,10 +1508,27 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (attribute != cudaDevAttrComputeCapabilityMajor && attribute != cudaDevAttrComputeCapabilityMinor)
-    return emulator::remembered(cudaErrorInvalidValue);
+  if (device < 0 || device > 1) return emulator::remembered(cudaErrorInvalidDevice);
   const int capability = device == 0 ? 90 : 86;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = capability / 10;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = capability % 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::kResident;  // with a block on each
+      return cudaSuccess;
+    default:
+      return emulator::remembered(cudaErrorInvalidValue);
+  }
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t shared_bytes) {
+  const auto asked = emulator::m.dynamic_limits.find(kernel);
+  const size_t limit = asked == emulator::m.dynamic_limits.end() ? emulator::kSharedLimit : asked->second;
+  *blocks = threads <= emulator::kMaxThreads && shared_bytes <= limit;
   return cudaSuccess;
 }
 
@@ -1442,6 +1553,8 @@ const char* cudaGetErrorString(cudaError_t code) {
       return "no CUDA-capable device is detected";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "too many blocks in cooperative launch";
     case cudaErrorNotSupported:
       return "the emulator has no such attribute";
     default:

@@ -2,7 +2,8 @@
 // Runs CUDA kernels on the CPU from their own source and watches every memory access they make.
 //
 // Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers and
-// warp-wide instructions only; blocks run one after another. The kernels are compiled with -fsanitize=thread but linked without
+// warp-wide instructions only; blocks run one after another, those of a cooperative launch from one of the grid's barriers to the
+// next. The kernels are compiled with -fsanitize=thread but linked without
 // its library: the calls that the compiler puts before each load and store arrive in emulator.cpp, which checks them as
 // compute-sanitizer would on a GPU:
 //   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays; a store
@@ -107,6 +108,7 @@ uint3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
 void barrier(Place place);
+void grid_barrier(Place place);
 
 // Runs `body(started)` as every thread of `kernel`; `started` holds the kernel's parameters. What the CUDA runtime refuses is
 // refused with its error code.

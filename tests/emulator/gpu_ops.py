@@ -48,15 +48,14 @@ def test_classifier_loss_float16_no_worse_than_eager():
     assert (errors[0].sqrt() <= 2 * errors[1].sqrt()).all(), errors.sqrt()
 
 
-@pytest.mark.parametrize("confidence", [0, 12, 20, 30])
 @pytest.mark.parametrize(
-    "weights",
+    ("weights", "confidence"),
     [
-        {},
-        {"label_smoothing": 0.1},
-        {"sr": 1.0, "ce": 0.0},
-        {"kl": 1.0, "ce": 0.0},
-        {"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9},
+        *(({}, confidence) for confidence in (0, 12, 20, 30)),
+        *(({"label_smoothing": 0.1}, confidence) for confidence in (0, 30)),
+        *(({"sr": 1.0, "ce": 0.0}, confidence) for confidence in (0, 30)),
+        *(({"kl": 1.0, "ce": 0.0}, confidence) for confidence in (0, 30)),
+        *(({"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9}, confidence) for confidence in (0, 12, 30)),
     ],
     ids=str,
 )
@@ -153,7 +152,7 @@ def loss_and_grad(module, z, weight, bias, labels, **keywords):
 
 
 @pytest.mark.parametrize("case", TILED)
-@pytest.mark.parametrize(("B", "Ct", "K"), [(1, 8, 1), (5, 24, 70), (3, 64, 1500), (70, 136, 203)])
+@pytest.mark.parametrize(("B", "Ct", "K"), [(1, 8, 1), (5, 24, 70), (7, 64, 650), (70, 136, 203)])
 def test_tiles_no_worse_than_eager(case, B, Ct, K, stage):
     """Sizes of one chunk of classes and of many; eager rounds its logits to bfloat16, so its error is the larger."""
     z, weight, bias, labels, keywords = tiled_inputs(B, Ct, K, **TILED[case])
@@ -319,9 +318,7 @@ def in_two(leaves, weight, bias, labels, keywords, **more):
 
 
 @pytest.mark.parametrize("case", TILED)
-@pytest.mark.parametrize(
-    ("B", "Cs", "Ct", "K"), [(1, 8, 8, 1), (5, 24, 72, 70), (3, 64, 200, 1500), (70, 40, 136, 203)]
-)
+@pytest.mark.parametrize(("B", "Cs", "Ct", "K"), [(1, 8, 8, 1), (5, 24, 72, 70), (7, 64, 200, 650), (70, 40, 136, 203)])
 def test_projected_tiles_equal_those_of_the_two_ops(case, B, Cs, Ct, K, stage):
     """Nearly: the label's logit is summed in another order."""
     leaves, (weight, bias, labels, keywords) = projected_inputs(B, Cs, Ct, K, case)
@@ -354,7 +351,7 @@ def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("way", ["anchored", "kl", "no gram", "float16"])
 def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradients):
-    """Of ours, 4 or with whole rows of logits 5, and of torch's none: what a GPU would be given beside them shows as other calls
+    """Of ours 4, and of torch's none: what a GPU would be given beside them shows as other calls
     than of memory and views."""
     dtype = torch.float16 if way == "float16" else torch.bfloat16
     leaves, (weight, bias, labels, keywords) = projected_inputs(17, 40, 72, 203, "all", dtype)
@@ -376,7 +373,7 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
         loss, *_ = ops.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
         if gradients:
             torch.autograd.grad(loss, leaves, torch.full((), 2.0))
-    assert count() - before == (3 if way == "anchored" else 4) + gradients
+    assert count() - before == 3 + gradients
     assert called <= {
         "projected_classifier_loss",
         "connector_linear_grads",

@@ -210,8 +210,8 @@ PYBIND11_MODULE(emulated_kernels, module) {
                      nullptr);
   });
   def("project_tiles", [](Call& c) {
-    return project_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.flag("wide"),
-                          c.out<float>("mean"), c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+    return project_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.out<float>("mean"),
+                          c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
                          nullptr);
   });
   def("linear_tiles", [](Call& c) {
@@ -226,13 +226,18 @@ PYBIND11_MODULE(emulated_kernels, module) {
                               c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
                              nullptr);
   });
-  def("row_loss_apart", [](Call& c) {
-    RowLossApart r;
-    r.dtype = c.dtype();
-    r.rows = {DType::f32,
-              c.inout("logits"),
+  def("logit_rows", [](Call& c) {
+    LogitRows l;
+    l.stage = int(c.integer("stage"));
+    l.dtype = c.dtype();
+    l.stack = c.in("stack");
+    l.weight = c.in("weight");
+    const int64_t B = c.integer("B"), K = c.integer("K");
+    float* logits = c.out<float>("logits");
+    l.rows = {DType::f32,
+              logits,
               c.in("bias"),
-              c.in("delta"),
+              c.flag("features") ? logits + B * K : nullptr,
               c.in("logits_t"),
               c.in<int64_t>("labels"),
               c.in<int64_t>("labels_b"),
@@ -240,13 +245,14 @@ PYBIND11_MODULE(emulated_kernels, module) {
               c.out("part_rows"),
               c.out<int64_t>("top1_rows"),
               c.inout<int64_t>("counts"),
-              c.integer("B"),
-              c.integer("K"),
+              B,
+              K,
               c.weights(),
               c.flag("grad")};
-    r.gradient = c.out("gradient");
-    r.stride = c.integer("stride");
-    return row_loss_apart(r, nullptr);
+    l.gradient = c.out("gradient");
+    l.Ct = c.integer("Ct");
+    l.stride = c.integer("stride");
+    return logit_rows(l, nullptr);
   });
   def("times_classifier", [](Call& c) {
     return times_classifier({int(c.integer("stage")), c.dtype(), c.flag("grad"), c.in("gradient"), c.in("weight"),

@@ -383,23 +383,63 @@ def grad_rows(
     return [loss, parts, dz]
 
 
-def row_loss_apart(kernels: ModuleType, t: DType, B: int, K: int, **options: Any) -> list[Array]:
-    """cases.py:row_loss with its logits in float and its gradient taken from another array."""
-    stride = -(-K // 8) * 8
-    gradient = t.encode(np.full((B, stride), np.nan))
+def logit_rows(kernels: ModuleType, t: DType, B: int, K: int, stage: int = 1, **options: Any) -> list[Array]:
+    """cases.py:row_loss, whose logits and differences are products with a matrix of ones and zeros."""
+    stride = Ct = -(-K // 8) * 8
+    gradient, bits = t.encode(np.full((B, stride), np.nan)), []
+    weight = t.encode(np.eye(K, Ct))
 
-    class Apart:
+    class Product:
         @staticmethod
-        def row_loss(dtype: str, logits: Array, grad: bool, **rest: Any) -> None:
-            kernels.row_loss_apart(
-                dtype=t.name, logits=logits, grad=grad, gradient=gradient if grad else None, stride=stride, **rest
-            )
+        def row_loss(
+            dtype: str, logits: Array, delta: Array | None, logits_t: Array | None, grad: bool, **rest: Any
+        ) -> None:
+            rows = [logits] if delta is None else [logits, delta]
+            stack = t.encode(np.zeros((len(rows) * B, Ct)))
+            stack[:, :K] = np.concatenate(rows)
+            product = np.full((len(rows) * B, K), np.nan, np.float32)
+            kernels.logit_rows(
+                stage=stage, dtype=t.name, stack=stack, weight=weight, logits=product, features=delta is not None,
+                logits_t=None if logits_t is None else t.decode(logits_t).astype(np.float32), grad=grad,
+                gradient=gradient if grad else None, Ct=Ct, stride=stride, **rest,
+            )  # fmt: skip
+            np.testing.assert_array_equal(product, t.decode(stack)[:, :K])
+            bits.append(product)
             if grad:
                 np.testing.assert_array_equal(t.decode(gradient[:, K:]), 0)
-                logits[:] = t.decode(gradient[:, :K])
+                logits[:] = gradient[:, :K]
 
-    stored = DType("f32", np.float32, np.float32, t.rounding, t.smallest, F32.error)
-    return [*cases.row_loss(Apart, stored, B, K, **options), gradient]
+    return [*cases.row_loss(Product, t, B, K, **options), *bits, gradient]
+
+
+def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage: int = 1, odd: str = "") -> list[Array]:
+    """Products of any operands, and what the rows make of them."""
+    data = Data(t, f"logit_rows {B} {K} {Ct}")
+    operands, wide = {}, {}
+    for name, rows in (("stack", 2 * B), ("weight", K)):
+        operands[name], wide[name] = data.normal(rows, Ct, scale=Ct**-0.25)
+    if odd:
+        operands[odd] = cases.at_odd_address(operands[odd])
+    stride = -(-K // 8) * 8
+    logits, gradient, labels = data.out(2 * B, K), t.encode(np.full((B, stride), np.nan)), data.labels(B, K)
+    parts, top1, counts = data.out(4, B), np.full(B, -7), np.zeros(2, np.int64)
+    call = functools.partial(
+        kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None, bias=None,
+        labels=labels, labels_b=None, mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True, gradient=gradient,
+        B=B, K=K, Ct=Ct, stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
+    )  # fmt: skip
+    if odd:
+        return _refused(call)
+    call()
+    product = wide["stack"] @ wide["weight"].T
+    close("logits", logits, product, F32, scale=8)
+    difference = product[B:]
+    close("sr", parts[1], np.square(difference).sum(1), F32, scale=8)
+    close("gradient", gradient[:, :K], difference / K, t, stored=True, scale=8)
+    return [logits, parts, gradient, top1]
+
+
+logit_rows_of.__name__ = "logit_rows"
 
 
 def times_classifier(
@@ -459,7 +499,6 @@ def project_tiles(
     Ct: int,
     stats: bool,
     shift: float = 0,
-    wide: bool = False,
     stage: int = 1,
 ) -> list[Array]:
     data = Data(t, f"project_tiles {N} {Cs} {Ct}")
@@ -469,21 +508,20 @@ def project_tiles(
     )
     rows = kernels.project_rows(stage, N, Ct)
     parts = -(-N // rows)
-    y, mean, m2 = data.out(N, Ct) if wide else data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
+    y, mean, m2 = data.out_stored(N, Ct), data.out(parts, Ct), data.out(parts, Ct)
     kernels.project_tiles(
         stage=stage,
         dtype=t.name,
         u=u,
         weight=weight,
         y=y,
-        wide=wide,
         mean=mean if stats else None,
         m2=m2 if stats else None,
         N=N,
         Cs=Cs,
         Ct=Ct,
     )
-    close("y", y, u64 @ weight64.T, t, stored=not wide, scale=4)
+    close("y", y, u64 @ weight64.T, t, stored=True, scale=4)
     if stats:
         y64 = t.decode(y)
         for i in range(parts):
@@ -604,11 +642,6 @@ def all_cases() -> dict[str, Case]:
         add(anchor_rows, t, 2, 5, 136, teacher="rounded", two_labels=False)
         add(anchor_rows, t, 2, 5, 136, teacher=None, bias=False)
         add(anchor_rows, t, 2, 5, 136, teacher="rounded", anchors=False)
-        for B, K in ((1, 1), (3, 2), (2, 257), (2, 1000)):
-            for options in cases.ROW_LOSSES.values():
-                add(row_loss_apart, t, B, K, **options)
-        for edit in ("large", "ties", "labels"):
-            add(row_loss_apart, t, 7, 300, edit=edit)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
             for pooled in (False, True):
                 add(linear_grad_tiles, t, B, Cs, Ct, pooled=pooled)
@@ -628,8 +661,12 @@ def all_cases() -> dict[str, Case]:
         add(times_classifier, t, 300, 9, 8, grad=False, stage=stage)
         for part in ("ce", "sr", "fm", "kl"):
             add(times_classifier, t, 5, 90, 72, **{part: 0}, grad=False, stage=stage)
-        for N, Cs, Ct in ((1, 8, 1), (70, 24, 71), (5, 24, 72), (64, 264, 203)):
-            add(project_tiles, t, N, Cs, Ct, False, wide=True, stage=stage)
+        for B, K, options in ((1, 1, {}), (3, 2, {}), *((4, 90, options) for options in cases.ROW_LOSSES.values())):
+            add(logit_rows, t, B, K, stage=stage, **options)
+        for edit in ("large", "ties", "labels"):
+            add(logit_rows, t, 7, 300, edit=edit, stage=stage)  # more tiles than blocks
+        for B, K, Ct in ((1, 1, 8), (35, 71, 24), (5, 72, 24), (33, 203, 264)):
+            add(logit_rows_of, t, B, K, Ct, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             for bias, pooled in ((True, False), (False, True)):
                 add(linear_tiles, t, B, Cs, Ct, bias=bias, pooled=pooled, stage=stage)
@@ -639,6 +676,7 @@ def all_cases() -> dict[str, Case]:
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
+        add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
         add(project_tiles, BF16, 128 * 2 + 3, 72, 264, True, stage=stage)  # large tiles
         for anchored in (False, True):
             add(linear_tiles, BF16, 128 * 2 + 2, 24, 264, pooled=True, anchored=anchored, stage=stage)  # likewise
@@ -673,6 +711,8 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False, stage=stage, **smoothing)
         add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
         add(grad_rows, BF16, 128 * 2 + 2, 72, 264, stage=stage, **smoothing)  # large tiles
+    for odd in ("stack", "weight"):
+        add(logit_rows_of, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("gradient", "weight"):
         add(times_classifier, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("z_t", "weight"):

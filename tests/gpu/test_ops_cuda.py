@@ -197,9 +197,11 @@ def test_classifier_loss_bfloat16_with_gram_no_worse_than_eager(case, sizes):
 
 @pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
 @pytest.mark.parametrize("kl", [0.0, 0.9])
-@pytest.mark.parametrize("sizes", [(5, 24, 72, 203), (130, 40, 200, 3001), (1024, 512, 2048, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(5, 24, 72, 203), (130, 40, 200, 3001), (256, 40, 136, 21841), (1024, 512, 2048, 1000)], ids=str
+)
 def test_projected_classifier_loss_no_worse_than_eager(sizes, kl, dtype, stage):
-    """Small and large tiles, on both of the classifier's ways."""
+    """Small and large tiles, and more than the GPU holds at a time, on both of the classifier's ways."""
     B, Cs, Ct, K = sizes if DEVICE == "cuda" else (5, 24, 72, 203)
     (u, projection, bias), args = tables.projected_inputs(B, Cs, Ct, K, dtype)
     leaves, (weight, *args) = moved(([u, projection / Cs**0.5, bias], args))

@@ -1,0 +1,139 @@
+#pragma once
+// classifier_loss.h:row_loss of one row by one block, for the kernels that have rows of logits.
+
+#include "block_reduce.cuh"
+#include "classifier_loss.h"
+#include "device.cuh"
+#include "row_math.h"
+
+namespace ijckd {
+
+// What one look at a row finds.
+template <typename A>
+struct RowTops {
+  int64_t index;  // of the largest logit, the first on a tie; K where all are NaN
+  A value;        // that logit
+  A value_t;      // the teacher's largest
+  A square;       // sum of (logits - logits_t)^2
+
+  // NaN is never larger.
+  __device__ void meet(A v, int64_t k) {
+    if (v > value || (v == value && k < index)) value = v, index = k;
+  }
+};
+
+struct JoinTops {
+  template <typename A>
+  __device__ RowTops<A> operator()(RowTops<A> a, const RowTops<A>& b) const {
+    a.meet(b.value, b.index);
+    if (b.value_t > a.value_t) a.value_t = b.value_t;
+    a.square += b.square;
+    return a;
+  }
+};
+
+// Relative to the largest logits.
+template <typename A>
+struct RowExponentials {
+  A others, s, t;  // all but the largest's; at the temperature; the teacher's at the temperature
+  A logits;        // sum of them
+
+  __device__ RowExponentials operator+(const RowExponentials& o) const {
+    return {others + o.others, s + o.s, t + o.t, logits + o.logits};
+  }
+};
+
+// Shared memory for a block's sums, an element per warp. They are in use one after another, and may be one piece of memory.
+template <typename A>
+struct RowSlots {
+  RowTops<A>* tops;
+  RowExponentials<A>* exponentials;
+  A* kl;
+};
+
+// Three passes over the row, which stays in L2: largest logits and the logit match; exponentials; KL and the gradient, which may
+// take the logits' place. Sums in A, in fixed order: deterministic. A label outside [0, K) gives a NaN loss and is counted. The
+// gradient's row, of type G, is 0 between K and `stride`. Ends with a barrier.
+template <int kThreads, typename T, typename A, typename G>
+__device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int64_t stride, const RowSlots<A>& slots) {
+  const int64_t K = r.K;
+  const T* logits = static_cast<const T*>(r.logits) + b * K;
+  const A* bias = static_cast<const A*>(r.bias);
+  const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
+  const T* logits_t = r.logits_t ? static_cast<const T*>(r.logits_t) + b * K : nullptr;
+  const LossWeights& w = r.weights;
+  const bool match = w.sr != 0 || w.kl != 0;
+  const A temp = A(w.temperature);
+
+  const auto logit = [&](int64_t k) { return load<A>(logits, k) + (bias ? bias[k] : A(0)); };
+  const auto diff = [&](int64_t k, A l) { return delta ? load<A>(delta, k) : l - load<A>(logits_t, k); };
+
+  RowTops<A> tops{K, -INFINITY, -INFINITY, 0};
+  for (int64_t k = threadIdx.x; k < K; k += kThreads) {
+    const A l = logit(k);
+    tops.meet(l, k);
+    if (!match) continue;
+    const A d = diff(k, l);
+    if (l - d > tops.value_t) tops.value_t = l - d;
+    tops.square += d * d;
+  }
+  tops = block_reduce<kThreads>(tops, slots.tops, JoinTops{});
+
+  const long long label_a = r.labels[b], label_b = r.labels_b ? r.labels_b[b] : label_a;
+  const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
+  const A smoothing = A(w.label_smoothing);
+  const Target<A> q{label_a, label_b, r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1), smoothing, smoothing / A(K)};
+  const A l_a = valid ? logit(label_a) : A(0), l_b = valid ? logit(label_b) : A(0);  // before a gradient takes their place
+
+  RowExponentials<A> sums{};
+  if (w.ce != 0 || w.kl != 0)
+    for (int64_t k = threadIdx.x; k < K; k += kThreads) {
+      const A l = logit(k);
+      sums.logits += l;
+      if (w.ce != 0 && k != tops.index) sums.others += exp(l - tops.value);
+      if (w.kl == 0) continue;
+      sums.s += exp((l - tops.value) / temp);
+      sums.t += exp((l - diff(k, l) - tops.value_t) / temp);
+    }
+  sums = block_reduce<kThreads>(sums, slots.exponentials, Sum{});
+  // The largest logit's own exponential is left out, so that a confident sample keeps its digits; an infinite one would hide
+  // itself.
+  if (!valid || !(fabs(tops.value) < A(INFINITY))) sums.others = NAN;
+
+  A kl = 0;
+  const A shift = (tops.value - tops.value_t) / temp + (log(sums.s) - log(sums.t));  // of the logarithms of both sums
+  const A c_sr = A(2 * w.sr) / A(K), c_kl = A(w.kl) * temp;
+  if (r.grad || w.kl != 0)
+    for (int64_t k = threadIdx.x; k < K; k += kThreads) {
+      const A l = logit(k), d = match ? diff(k, l) : A(0);
+      A g = 0;
+      if (w.ce != 0) g += A(w.ce) * q.grad(k, exp(l - tops.value), tops.index, sums.others);
+      if (w.sr != 0) g += c_sr * d;
+      if (w.kl != 0) {
+        const A e_t = exp((l - d - tops.value_t) / temp);
+        kl += e_t * (shift - d / temp);
+        g += c_kl * (exp((l - tops.value) / temp) / sums.s - e_t / sums.t);
+      }
+      if (r.grad) store(gradient + b * stride, k, g);
+    }
+  if (r.grad)
+    for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));
+  kl = block_reduce<kThreads>(kl, slots.kl, Sum{});
+  if (threadIdx.x != 0) return;
+  A ce = 0;
+  if (w.ce != 0) {
+    ce = sums.others;
+    if (valid) {
+      ce = (tops.value - l_a) + log1p(sums.others) + (A(1) - smoothing) * (A(1) - q.mix) * (l_a - l_b);
+      if (smoothing != 0) ce += smoothing * (l_a - sums.logits / A(K));
+    }
+  }
+  A* rows = static_cast<A*>(r.part_rows);
+  rows[kPartCe * r.B + b] = ce;
+  rows[kPartSr * r.B + b] = w.sr != 0 ? tops.square : A(0);
+  rows[kPartKl * r.B + b] = w.kl != 0 ? temp * temp / sums.t * kl : A(0);
+  r.top1_rows[b] = tops.index == label_a;
+  if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
+}
+
+}  // namespace ijckd

@@ -52,7 +52,8 @@ class Workload(NamedTuple):
     """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the maps, 0 for vectors.
 
     Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU and match the map.
-    cpu_B: the batch on a CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>.
+    kl: the logits are matched by KL at temperature 4, not by their squares. cpu_B: the batch on a CPU, where B itself would take
+    minutes or not fit; its rows are called NAME-B<cpu_B>.
     """
 
     B: int
@@ -62,6 +63,7 @@ class Workload(NamedTuple):
     side: int = 0
     ce_only: bool = False
     cpu_B: int | None = None
+    kl: bool = False
 
     @property
     def losses(self) -> str:
@@ -69,7 +71,7 @@ class Workload(NamedTuple):
         if self.ce_only:
             return "ce"
         match = "map" if self.side else "fm"
-        return match if self.K is None else f"ce+sr+{match}"
+        return match if self.K is None else f"ce+{'kl' if self.kl else 'sr'}+{match}"
 
     @property
     def projects_in_loss(self) -> bool:
@@ -94,6 +96,9 @@ WORKLOADS = {
     "W2-ce": Workload(256, None, 2048, 1000, ce_only=True),
     "W3-ce": Workload(1024, None, 2048, 21841, ce_only=True, cpu_B=128),
     "W3b-ce": Workload(1024, None, 2048, 100_000, ce_only=True, cpu_B=32),
+    "W1-kl": Workload(256, 512, 512, 1000, kl=True),
+    "W2-kl": Workload(256, 1024, 2048, 1000, kl=True),
+    "W3-kl": Workload(1024, 1024, 2048, 21841, kl=True, cpu_B=128),
     "C512x1000": Workload(256, None, 512, 1000),
     "C2048x1000": Workload(256, None, 2048, 1000),
     "C512x21841": Workload(256, None, 512, 21841),
@@ -101,9 +106,10 @@ WORKLOADS = {
     "M1": Workload(64, 256, 512, None, side=7),
     "tiny": Workload(8, 6, 5, 11, side=3),
     "tiny-ce": Workload(8, None, 24, 50, ce_only=True),
+    "tiny-kl": Workload(8, 6, 24, 50, kl=True),
 }
 DEFAULT_WORKLOADS = {
-    "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce"],
+    "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl"],
     "cpu": ["C512x1000", "C2048x1000", "C512x21841", "C2048x21841", "M1"],
 }
 SWEEP_K = (100, 300, 1000, 3000, 10_000, 21_841, 50_000, 100_000, 200_000)
@@ -228,12 +234,12 @@ def fused_loss(
         )
     if w.K is None:
         return match, z
-    terms: dict[str, Any] = {} if w.ce_only else {"sr": 1.0, "pooled_t": t["pooled_t"]}
+    terms: dict[str, Any] = {} if w.ce_only else {"kl" if w.kl else "sr": 1.0, "pooled_t": t["pooled_t"]}
     if not w.side and not w.ce_only:
         terms["fm"] = 1.0
     weight = t["weight"]
     if frozen is not None and weight.is_cuda:
-        weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only)
+        weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only and not w.kl)
     classifier = (weight, t.get("bias"), t["labels"])
     if w.projects_in_loss:
         return op.projected_classifier_loss(t["u"], t["projection"], t["projection_bias"], *classifier, **terms)[
@@ -241,6 +247,12 @@ def fused_loss(
         ], None
     loss, _, _ = op.classifier_loss(z, *classifier, **terms)
     return loss if match is None else loss + match, z
+
+
+def temperature_kl(logits: Tensor, logits_t: Tensor, temperature: float = 4.0) -> Tensor:
+    """T^2 KL(softmax(logits_t / T) || softmax(logits / T)), mean over B, as every distillation script has it."""
+    log_p, p_t = F.log_softmax(logits / temperature, 1), F.softmax(logits_t / temperature, 1)
+    return F.kl_div(log_p, p_t, reduction="batchmean") * temperature**2
 
 
 def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -259,7 +271,8 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
     logits = F.linear(z, t["weight"], t.get("bias"))  # [B, K]
     loss = F.cross_entropy(logits, t["labels"])
     if not w.ce_only:
-        loss = loss + match + F.mse_loss(logits, F.linear(t["pooled_t"], t["weight"], t["bias"]))
+        logits_t = F.linear(t["pooled_t"], t["weight"], t["bias"])  # [B, K]
+        loss = loss + match + (temperature_kl(logits, logits_t) if w.kl else F.mse_loss(logits, logits_t))
     return loss, None if w.projects_in_loss else z
 
 

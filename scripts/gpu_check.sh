@@ -173,7 +173,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     fi
     reserve=0
     step benchmark "$whole_seconds" "$python" scripts/benchmark.py op --device cuda --dtype bfloat16 --repeats 50 \
-        --workloads W1 W2 I1 I2 W3 W3b W2-ce W3-ce --save "$out/op.csv" --plot "$out/op.png"
+        --workloads W1 W2 I1 I2 W3 W3b W2-ce W3-ce W1-kl W2-kl W3-kl --save "$out/op.csv" --plot "$out/op.png"
 else
     device=cpu
     echo "gpu_check: torch finds no GPU here: running the CPU half"

@@ -44,11 +44,10 @@ def rows_of(capsys):
 
 @pytest.mark.parametrize("mode", ["forward", "both"])
 def test_last_line_is_the_json_contract(capsys, mode):
-    assert benchmark.main([*QUICK, "--workloads", "tiny", "tiny-ce", "--mode", mode]) == 0
+    workloads = ["tiny", "tiny-ce", "tiny-kl"]
+    assert benchmark.main([*QUICK, "--workloads", *workloads, "--mode", mode]) == 0
     rows, _ = rows_of(capsys)
-    assert [(r["workload"], r["mode"], r["baseline"]) for r in rows] == [
-        (n, mode, "eager") for n in ("tiny", "tiny-ce")
-    ]
+    assert [(r["workload"], r["mode"], r["baseline"]) for r in rows] == [(n, mode, "eager") for n in workloads]
     for row in rows:
         assert list(row) == list(CONTRACT)
         for key, kind in CONTRACT.items():
@@ -73,6 +72,24 @@ def test_rows_are_appended_with_where_they_were_measured(capsys, tmp_path):
         assert float(row["ours_p20_ms"]) <= float(row["ours_ms"]) <= float(row["ours_p80_ms"])
         assert row["torch"] == torch.__version__
         assert all(row[k] for k in ("machine", "threads", "python", "commit", "date"))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-ce", "tiny-kl"])
+def test_both_programs_compute_what_the_row_says(name):
+    w = benchmark.WORKLOADS[name]
+    t = benchmark.make_tensors(w, torch.float32, "cpu")
+    ours, eager = (f(w, t)[0] for f in (benchmark.fused_loss, benchmark.eager_loss))
+    torch.testing.assert_close(ours, eager)
+    terms = set(w.losses.split("+"))
+    assert terms <= {"ce", "sr", "kl", "fm", "map"}
+    z = torch.nn.functional.linear(t["u"], t["projection"], t["projection_bias"]) if name == "tiny-kl" else t.get("z")
+    if z is None:  # a map's own connector
+        return
+    named = {term: float(term in terms) for term in ("ce", "sr", "kl", "fm")}
+    exact, *_ = benchmark.reference.classifier_loss(
+        z, t["weight"], t.get("bias"), t["labels"], pooled_t=t["pooled_t"], **named
+    )
+    torch.testing.assert_close(ours, exact)
 
 
 def test_a_file_of_other_columns_is_left_alone(capsys, tmp_path):

@@ -79,8 +79,24 @@ def run(command: list[str | pathlib.Path]) -> None:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr}")
 
 
+def kernel_command(*flags: str) -> list[str]:
+    cuda = cuda_include()
+    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", "-isystem", str(cuda), "-isystem", f"{cuda}/cccl"]
+    return [compiler(), *KERNEL_FLAGS, *flags, *COMMON_FLAGS, *includes]
+
+
+def build_toolkit(folder: pathlib.Path) -> None:
+    """The toolkit's headers, most of what the smaller units have to read, once for all of them."""
+    names = ("cuda_bf16.h", "cuda_fp16.h", "cuda_runtime.h", "cooperative_groups.h")
+    for kind, flags in (("watched", WATCHED), ("sanitized", SANITIZED)):
+        header = folder / f"{kind}.h"
+        header.write_text("".join(f"#include <{name}>\n" for name in names))
+        command = [argument for argument in kernel_command(*flags) if argument not in ("-x", "c++")]
+        run([*command, "-x", "c++-header", header, "-o", f"{header}.gch"])
+
+
 def compile_kernels(
-    source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC, flags: list[str] = WATCHED
+    source: pathlib.Path, folder: pathlib.Path, include: pathlib.Path = CSRC, *flags: str, sanitized: bool = False
 ) -> pathlib.Path:
     """Object file of one .cu file; headers beside it come before those in `include`."""
     translated, compiled = folder / source.name, folder / f"{source.stem}.o"
@@ -93,9 +109,9 @@ def compile_kernels(
             whole.write(f'#line 1 "{header.name}"\n{translate(header.read_text())}')
         pathlib.Path(whole.name).replace(folder / header.name)
     translated.write_text(f'#line 1 "{source.name}"\n{translate(source.read_text())}')
-    cuda = cuda_include()
-    includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{include}", "-isystem", cuda, "-isystem", f"{cuda}/cccl"]
-    run([compiler(), *KERNEL_FLAGS, *flags, *COMMON_FLAGS, *includes, "-c", translated, "-o", compiled])
+    toolkit = built("toolkit") / ("sanitized.h" if sanitized else "watched.h")
+    command = kernel_command(*(SANITIZED if sanitized else WATCHED), *flags)
+    run([*command, f"-I{include}", "-include", toolkit, "-c", translated, "-o", compiled])
     return compiled
 
 
@@ -154,7 +170,7 @@ def build_broken(folder: pathlib.Path) -> None:
 
 def build_sanitized(folder: pathlib.Path) -> None:
     sources = [*(CSRC / "cuda" / unit for unit in UNITS), HERE / "broken_locals.cu"]
-    units = [functools.partial(compile_kernels, source, folder, flags=SANITIZED) for source in sources]
+    units = [functools.partial(compile_kernels, source, folder, sanitized=True) for source in sources]
     objects = together(functools.partial(build_runtime, folder, *SANITIZED), *units)
     link([*objects, built("kernels") / "kernels_bindings.o"], folder / "emulated_kernels.so", tuple(SANITIZED))
 
@@ -188,6 +204,7 @@ def build_ops(folder: pathlib.Path) -> None:
 
 
 BUILDERS = {
+    "toolkit": build_toolkit,
     "pybind11": build_pybind11,
     "kernels": build_kernels,
     "broken": build_broken,

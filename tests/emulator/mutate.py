@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ LONG = 0.4  # seconds; a longer case runs in the first order only
 ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
 SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
 TIME_LIMIT = 30  # seconds, of at most 5 on a quiet machine
-FLAGS = [*build.WATCHED, "-Wno-empty-body"]  # of a statement removed after an `if`
+FLAG = "-Wno-empty-body"  # of a statement removed after an `if`
 
 # Which kernels a changed file can break: the launchers that a unit defines, and the units that include a file.
 LAUNCHER = re.compile(r"^int (\w+)\(", re.M)
@@ -190,8 +190,8 @@ class Workshop:
         self.folder = folder
         self.objects = [pathlib.Path(shutil.copy(p, folder)) for p in build.built("kernels").glob("*.o")]
 
-    def judge(self, mutant: Mutant) -> tuple[str, str]:
-        """(what noticed the mutant or SURVIVED, in which case)"""
+    def judge(self, mutant: Mutant, units: Iterable[str]) -> tuple[str, str]:
+        """(what noticed the mutant or SURVIVED, in which case), by the kernels of these units."""
         with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             work = pathlib.Path(temporary)
             csrc, out = work / "csrc", work / "out"
@@ -199,9 +199,9 @@ class Workshop:
             out.mkdir()
             changed = csrc / mutant.file
             changed.write_text(mutant.apply(changed.read_text()))
-            for unit in FILES[mutant.file]:  # the quickest to compile first: mostly it is enough
+            for unit in units:
                 try:
-                    fresh = build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAGS)
+                    fresh = build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAG)
                 except RuntimeError:
                     return NOT_COMPILED, ""
                 verdict, case = self.run(fresh, UNIT_KERNELS[unit])
@@ -262,10 +262,18 @@ def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     return SURVIVED, ""
 
 
-def judge_all(mutants: list[Mutant], workers: int = 2) -> Iterator[tuple[Mutant, str, str]]:
+def units_of(mutant: Mutant) -> tuple[str, ...]:
+    """All that it can break, the quickest to compile first: mostly it is enough."""
+    return FILES[mutant.file]
+
+
+def judge_all(
+    mutants: list[Mutant], workers: int = 2, units: Callable[[Mutant], Iterable[str]] = units_of
+) -> Iterator[tuple[Mutant, str, str]]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         workshop = Workshop(pathlib.Path(folder))
-        for mutant, (verdict, case) in zip(mutants, pool.map(workshop.judge, mutants), strict=True):
+        judged = pool.map(workshop.judge, mutants, map(units, mutants))
+        for mutant, (verdict, case) in zip(mutants, judged, strict=True):
             yield mutant, verdict, case
 
 

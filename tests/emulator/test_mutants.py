@@ -23,32 +23,24 @@ def test_every_mutant_has_been_judged():
     assert set(judged) <= set(mutants), f"rows of nothing any more, e.g. {min(set(judged) - set(mutants))}"
 
 
-def spaced(mutants: list[mutate.Mutant], n: int) -> list[mutate.Mutant]:
-    return mutants[:: max(1, len(mutants) // n)][:n] if len(mutants) > n else mutants
-
-
-def noticed_at_once(row: dict[str, str]) -> bool:
-    first = mutate.FILES[row["file"]][:2]
-    return any(row["case"].partition(" ")[0] in mutate.UNIT_KERNELS[unit] for unit in first)
-
-
 @pytest.mark.slow
 def test_sample_of_mutants_is_noticed():
-    """Barriers and waits for copies removed, and some of the other changes that the table says are noticed.
-
-    Of a header's changes, those noticed by a case of the first two units that include it: for others unit after unit is compiled and run.
+    """Of every file a barrier or a wait for copies removed, and another of the changes that the table says are noticed; by the cases
+    of the unit that noticed it then.
     """
-    silent = {mutate.SURVIVED, mutate.NOT_COMPILED}
-    quick = {
-        mutate.key(row)
+    silent = {mutate.SURVIVED, mutate.NOT_COMPILED, mutate.TIMED_OUT}
+    unit_of = {kernel: unit for unit, kernels in mutate.UNIT_KERNELS.items() for kernel in kernels}
+    by = {
+        mutate.key(row): unit_of[row["case"].split()[0]]
         for row in mutate.read_table()
-        if row["verdict"] not in {*silent, mutate.TIMED_OUT} and noticed_at_once(row)
+        if row["verdict"] not in silent and row["case"].partition(" ")[0] in unit_of
     }
-    mutants = [m for m in mutate.all_mutants() if m.key in quick]
-    orders = [m for m in mutants if m.drops_order]
-    assert len(orders) >= 7
-    sample = spaced(orders, 12)
-    sample += spaced([m for m in mutants if not m.drops_order], 24 - len(sample))
+    sample = []
+    for file in mutate.FILES:
+        mutants = [m for m in mutate.mutants_of(file) if m.key in by]
+        orders = [m for m in mutants if m.drops_order]
+        sample += [*orders[len(orders) // 2 :][:1], mutants[len(mutants) // 3]]
     assert len(sample) >= 24
-    for mutant, verdict, _ in mutate.judge_all(sample):
+    assert sum(m.drops_order for m in sample) >= 7
+    for mutant, verdict, _ in mutate.judge_all(sample, units=lambda m: [by[m.key]]):
         assert verdict not in silent, f"{mutant}: {verdict}"

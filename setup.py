@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sysconfig
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -36,13 +37,32 @@ def torch_dir() -> pathlib.Path:
 
 
 class CMakeBuild(build_ext):
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("kernels", None, "the CUDA kernels only: torch need not be there"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "kernels"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.kernels = False
+
     def get_ext_filename(self, fullname):
         # no Python tag: the libraries use torch's stable ABI and none of Python's
         return fullname.replace(".", os.sep) + ".so"
 
     def run(self):
         tmp = HERE / "build" / "cmake"  # kept, so that the next install compiles only what changed
-        configure = ["cmake", "-S", str(HERE), "-B", str(tmp), f"-DTORCH_DIR={torch_dir()}"]
+        configure = [
+            "cmake",
+            "-S",
+            str(HERE),
+            "-B",
+            str(tmp),
+            f"-DIJCKD_KERNELS_ONLY={'ON' if self.kernels else 'OFF'}",
+        ]
+        if not self.kernels:
+            configure.append(f"-DTORCH_DIR={torch_dir()}")
         configure.append(f"-DIJCKD_CUDA={os.environ.get('IJCKD_CUDA', 'auto')}")
         if archs := os.environ.get("IJCKD_ARCHS"):
             configure.append(f"-DIJCKD_ARCHS={archs}")
@@ -51,7 +71,10 @@ class CMakeBuild(build_ext):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.check_call(configure)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 2))
-        subprocess.check_call(["cmake", "--build", str(tmp), "--parallel", jobs])
+        target = ["--target", "kernels"] if self.kernels else []
+        subprocess.check_call(["cmake", "--build", str(tmp), "--parallel", jobs, *target])
+        if self.kernels:
+            return
         self.libraries = sorted(tmp.glob("_C*.so"))
         in_place = self.inplace or self.editable_mode
         package = HERE / "ijckd_fast" if in_place else pathlib.Path(self.build_lib) / "ijckd_fast"

@@ -31,16 +31,28 @@ if ! .venv/bin/python -c 'import pip' 2>/dev/null; then
     "$python" -m venv --clear .venv || fail "could not make .venv: see above"
 fi
 
+export PATH="$PWD/.venv/bin:$PATH" # cmake and ninja come with requirements-dev.txt; the tests build too
+
+compile_kernels() { # in the background; what goes wrong is said by the build, which does again what was not done
+    local few
+    mapfile -t few < <(grep -E '^(cmake|ninja|setuptools)==' requirements-dev.txt)
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile "${few[@]}" || return 0
+    nice -n 5 .venv/bin/python setup.py -q build_ext --kernels >/dev/null 2>&1 &
+    kernels=$!
+}
+
 needed=$(inputs_hash requirements-dev.txt)
 if [ "$(cat .venv/installed.stamp 2>/dev/null)" != "$needed" ]; then
     echo "== installing requirements-dev.txt into .venv (7 GB with the CUDA build of torch; some minutes)"
     rm -f .venv/installed.stamp
+    kernels=
+    compile_kernels # they need no torch
     # --no-compile: Python compiles what it imports, a small part of all that is installed
-    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -r requirements-dev.txt
+    .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -r requirements-dev.txt ||
+        { [ -z "$kernels" ] || kill "$kernels"; fail "could not install requirements-dev.txt: see above"; }
     echo "$needed" >.venv/installed.stamp
+    if [ -n "$kernels" ]; then wait "$kernels" || true; fi
 fi
-
-export PATH="$PWD/.venv/bin:$PATH" # cmake and ninja come with requirements-dev.txt; the tests build too
 
 mapfile -t sources < <(find csrc CMakeLists.txt setup.py pyproject.toml -type f | LC_ALL=C sort)
 needed=$(inputs_hash "${sources[@]}" .venv/installed.stamp)
@@ -52,4 +64,4 @@ if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation -e .
     echo "$needed" >.venv/built.stamp
 fi
-unset needed sources python
+unset needed sources python kernels

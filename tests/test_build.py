@@ -42,7 +42,10 @@ def test_wheel_serves_every_python(tmp_path):
         tmp_path,
         checkout,
     ]
-    subprocess.run(command, check=True, env=dict(os.environ, IJCKD_CUDA="off"))
+    quick = tmp_path / "c++"  # the library is not run here
+    quick.write_text(f'#!/bin/sh\nexec {shutil.which(os.environ.get("CXX", "c++"))} "$@" -O0\n')
+    quick.chmod(0o755)
+    subprocess.run(command, check=True, env=dict(os.environ, IJCKD_CUDA="off", CXX=str(quick)))
     (wheel,) = tmp_path.glob("*.whl")
     assert "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()

@@ -454,8 +454,8 @@ def same_distribution(a, b) -> bool:
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (1600, 90)])
 def test_random_resized_crop_has_torchvision_s_distribution(size):
-    """100,000 draws of each; the last shape takes the central fallback at times."""
-    n, (width, height) = 100_000, size
+    """50,000 draws of each; the last shape takes the central fallback at times."""
+    n, (width, height) = 50_000, size
     augment = Augment()
     stored = np.tile(np.array([[height, width]], np.int32), (n, 1))
     anchor, shape, _ = random_resized_crop(11, 3, np.arange(n), stored, augment)

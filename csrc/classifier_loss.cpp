@@ -57,8 +57,12 @@ struct Rows {
 const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
 
 #ifdef IJCKD_CUDA
-// [B, Ct] times the classifier transposed, and dlogits [B, K] times the classifier.
+// [B, Ct] times the classifier transposed, z's and d's where there is one; and dlogits [B, K] times the classifier.
 Tensor to_logits(const Tensor& features, const Tensor& weight) { return torch::stable::contiguous(matmul_nt(features, weight)); }
+
+std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
+  return {to_logits(z, weight), d ? OptTensor(to_logits(*d, weight)) : OptTensor()};
+}
 
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
   return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
@@ -66,6 +70,18 @@ Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) 
 #else
 Tensor to_logits(const Tensor& features, const Tensor& weight) {
   return by_convolution(features) ? conv_rows(features, weight) : torch::stable::contiguous(matmul_nt(features, weight));
+}
+
+// One product for both: of few rows it takes as long as W takes to be read.
+std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
+  if (!d) return {to_logits(z, weight), OptTensor()};
+  const int64_t B = z.size(0), bytes = B * z.size(1) * int64_t(z.element_size());
+  const Tensor stack = torch::stable::new_empty(z, {2 * B, z.size(1)});
+  char* to = static_cast<char*>(stack.mutable_data_ptr());
+  std::memcpy(to, z.const_data_ptr(), bytes);
+  std::memcpy(to + bytes, d->const_data_ptr(), bytes);
+  const Tensor both = to_logits(stack, weight);  // [2 B, K]
+  return {rows_of(both, 0, B), rows_of(both, B, B)};
 }
 
 // Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
@@ -82,16 +98,13 @@ void whole_rows(const Rows& r, const Launch& launch) {
   const DType t = r.dtype;
   const int64_t B = r.z.size(0), Ct = r.z.size(1), K = r.weight.size(0);
   // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
-  OptTensor delta, teacher;
-  if (r.weights.sr != 0 || r.weights.kl != 0) {
-    if (r.d)
-      delta = to_logits(as(*r.d, t), r.weight);  // [B, K]
-    else
-      teacher = as(*r.logits_t, t);
-  }
+  const bool match = r.weights.sr != 0 || r.weights.kl != 0;
+  OptTensor teacher;
+  if (match && !r.d) teacher = as(*r.logits_t, t);
+  // [B, K] each; the logits become the rows' gradient in place
+  const auto [logits, delta] = to_both_logits(as(r.z, t), match ? as(r.d, t) : OptTensor(), r.weight);
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
-  const Tensor logits = to_logits(as(r.z, t), r.weight);  // [B, K], becomes the rows' gradient in place
   launched(row_loss({t, logits.mutable_data_ptr(), data(r.bias), data(delta), data(teacher), labels_of(r.labels),
                      labels_of(r.labels_b), data(r.mix), r.part_rows.mutable_data_ptr(), r.top1_rows.mutable_data_ptr<int64_t>(),
                      counts, B, K, r.weights, r.grad},
@@ -121,7 +134,7 @@ Tensor classifier(const Tensor& weight, DType rounding) {
   return by_pieces ? weight : as(weight, rounding);
 }
 
-// By class chunks where they serve; else some rows after others, so that never more than a few megabytes of logits exist.
+// By class chunks where they serve; else some rows after others, so that no more than about 32 megabytes of logits exist.
 void all_rows(Rows r, const Launch& launch) {
   const int64_t B = r.z.size(0), K = r.weight.size(0);
   if (in_class_chunks(r.weights, r.d.has_value(), r.dtype, B, K, r.z.size(1)))

@@ -1,6 +1,7 @@
 """The CPU's fast paths: chunks of classes, blocks of rows, the matched logits through W^T W; and what they promise.
 
-Sizes are chosen for csrc/cpu/class_chunks.cpp: whole rows up to 2^20 logits, 2^19 logits in a chunk, and W^T W from 2^18 weights.
+Sizes are chosen for csrc/cpu/class_chunks.cpp: whole rows up to 2^20 logits, 2^19 logits in a chunk, 2^22 in a block of rows, and
+W^T W from 2^18 weights.
 """
 
 import os
@@ -43,11 +44,15 @@ def test_many_classes(changed, with_bias):
     assert_equal_to(*both(args, **CHUNKED, **changed))
 
 
+BLOCKS = (71, 65537)  # B, K: blocks of 36 and 35 rows
+
+
 def test_many_classes_in_blocks_of_rows():
-    assert_equal_to(*both(loss_inputs(70, 5, 21841)))  # KL: blocks of 48 and 22 rows
-    args = list(loss_inputs(70, 5, 21841))
+    B, K = BLOCKS
+    assert_equal_to(*both(loss_inputs(B, 5, K)))  # KL
+    args = list(loss_inputs(B, 5, K))
     args[6] = None
-    logits_t = torch.randn(70, 21841, dtype=F64)
+    logits_t = torch.randn(B, K, dtype=F64)
     assert_equal_to(*both(args, logits_t=logits_t, fm=0.0))
     assert_equal_to(*both(args, logits_t=logits_t, fm=0.0, kl=0.0))
 
@@ -71,13 +76,19 @@ def assert_fused_no_worse_than_eager(args, **changed):
         assert_no_worse_than_eager(fused[i], eager[i], oracle[i], floor=floor)
 
 
-WAYS = {"chunks": NO_MATCH, "chunks with match": CHUNKED, "blocks of rows": {}}
+WAYS = {  # (B, K), what is other than: every loss
+    "chunks": ((64, 21841), NO_MATCH),
+    "chunks with match": ((64, 21841), CHUNKED),
+    "whole rows": ((64, 21841), {}),
+    "blocks of rows": (BLOCKS, {}),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", WAYS)
 def test_many_classes_no_worse_than_eager(dtype, way):
-    assert_fused_no_worse_than_eager(loss_inputs(64, 16, 21841, dtype), **WAYS[way])
+    (B, K), changed = WAYS[way]
+    assert_fused_no_worse_than_eager(loss_inputs(B, 16, K, dtype), **changed)
 
 
 @pytest.mark.parametrize("K", [9, 21841])
@@ -108,14 +119,15 @@ def test_confident_samples_keep_their_digits(K, goal):
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_logits_of_a_thousand(way, dtype):
     """Labels far below the best class: the anchor must be raised, in the first chunk or in a later one, and again."""
-    z, weight, bias, labels, *rest = loss_inputs(48, 13, 21841, dtype)
+    (B, K), changed = WAYS[way]
+    z, weight, bias, labels, *rest = loss_inputs(B, 13, K, dtype)
     z = z / z.norm(dim=1, keepdim=True)
-    weight = weight / weight.norm(dim=1, keepdim=True) * torch.linspace(1, 1000, 21841, dtype=dtype)[:, None]
+    weight = weight / weight.norm(dim=1, keepdim=True) * torch.linspace(1, 1000, K, dtype=dtype)[:, None]
     args = (z, weight, bias, labels, *rest)
     if dtype == F64:
-        assert_equal_to(*both(args, **WAYS[way]), 1e-10)
+        assert_equal_to(*both(args, **changed), 1e-10)
     else:
-        assert_fused_no_worse_than_eager(args, **WAYS[way])
+        assert_fused_no_worse_than_eager(args, **changed)
 
 
 def test_rising_logits_raise_the_anchor_again_and_again():
@@ -134,7 +146,7 @@ def test_rising_logits_raise_the_anchor_again_and_again():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["z", "weight", "weight of the labels", "pooled_t"])
 @pytest.mark.parametrize(
-    ("B", "K", "changed"), [(6, 9, {}), (6, 9, NO_MATCH), (64, 21841, CHUNKED), (64, 21841, NO_MATCH), (64, 21841, {})]
+    ("B", "K", "changed"), [(6, 9, {}), (6, 9, NO_MATCH), (64, 21841, CHUNKED), (64, 21841, NO_MATCH), (*BLOCKS, {})]
 )
 def test_bad_input_gives_nan(bad, where, B, K, changed):
     z, weight, bias, labels, *_, pooled_t = loss_inputs(B, 13, K, torch.float32)
@@ -206,11 +218,12 @@ def forget_matched_logits():
 @pytest.mark.parametrize("way", WAYS)
 def test_classifier_is_rounded_as_if_beforehand(way, changed, layout):
     """Under autocast a float32 classifier is rounded by the chunk: the same bits as from one in bfloat16."""
-    args = list(loss_inputs(64, 24, 21841, torch.float32))
+    (B, K), others = WAYS[way]
+    args = list(loss_inputs(B, 24, K, torch.float32))
     args[1] = {"rows": args[1], "columns": args[1].T.contiguous().T, "wider": args[1].double()}[layout]
     for i, name in ((4, "labels_b"), (5, "mix")):
         args[i] = changed.get(name, args[i])
-    keywords = WAYS[way] | {k: v for k, v in changed.items() if k == "label_smoothing"}
+    keywords = others | {k: v for k, v in changed.items() if k == "label_smoothing"}
     rounded = [*args]
     rounded[1] = args[1].bfloat16()
     got = run_rounded(args, **keywords)
@@ -278,11 +291,21 @@ def assert_memory_does_not_grow(args, terms):
     assert ours < 1.1 * peak_bytes(ops.classifier_loss, *half, **terms)
 
 
+def test_memory_of_whole_rows_does_not_grow_with_the_batch():
+    """2^22 logits and as many of W d, in float32, and four rows for each thread."""
+    z, weight, bias, labels, *_, pooled_t = loss_inputs(768, 16, 21841, torch.float32)
+    args, fewer = (z, weight, bias, labels, pooled_t), (z[:384], weight, bias, labels[:384], pooled_t[:384])
+    ours, half = (peak_bytes(ops.classifier_loss, *a, kl=1.0) for a in (args, fewer))
+    assert 2**24 < ours < 2**25 + 2**22
+    assert ours < 1.05 * half
+    assert ours < peak_bytes(reference.classifier_loss, *fewer, kl=1.0) / 2
+
+
 def test_same_bits_for_any_thread_count_and_every_time():
     script = (
         "import torch, tests.test_ops as t; from ijckd_fast import ops\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
-        "  for B, Ct, K, kl in ((96, 24, 21841, 0.0), (70, 24, 21841, 0.9), (33, 520, 1000, 0.0)):\n"
+        "  for B, Ct, K, kl in ((96, 24, 21841, 0.0), (71, 24, 65537, 0.9), (33, 520, 1000, 0.0)):\n"
         "    args = t.loss_inputs(B, Ct, K, dtype)\n"
         "    for _ in range(3): print([x.double().sum().item().hex() for x in t.run_loss(ops.classifier_loss, *args, kl=kl)])\n"
         "args = t.loss_inputs(96, 24, 21841, torch.float32)\n"

@@ -16,6 +16,9 @@ namespace ijckd {
 namespace {
 
 constexpr int64_t kWhole = 1 << 20;  // logits up to which whole rows are held: 4 MiB of float32
+// Logits in the rows that are held where only whole rows will do: 16 MiB of float32, and as much for W d. And the least rows: W
+// is read twice for each so many.
+constexpr int64_t kRowLogits = 1 << 22, kLeastRows = 32;
 constexpr int64_t kChunk = 1 << 19;  // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
 constexpr int64_t kConvWeights = 1 << 20;  // elements of W in a chunk's convolution, which makes a copy of them
 constexpr int64_t kLeastClasses = 256;     // below this the library's GEMM loses more than the cache gives
@@ -339,8 +342,9 @@ void chunked_loss(const ChunkedLoss& c) {
 }
 
 int64_t rows_at_once(int64_t B, int64_t K) {
-  if (B * K <= kWhole) return B;
-  return std::min(B, std::max<int64_t>(kWhole / K / 16 * 16, 16));
+  const int64_t most = std::max(kRowLogits / K, kLeastRows);
+  const int64_t times = (B + most - 1) / most;
+  return (B + times - 1) / times;
 }
 
 }  // namespace ijckd

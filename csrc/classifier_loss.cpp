@@ -134,7 +134,7 @@ Tensor classifier(const Tensor& weight, DType rounding) {
   return by_pieces ? weight : as(weight, rounding);
 }
 
-// By class chunks where they serve; else some rows after others, so that no more than about 32 megabytes of logits exist.
+// By class chunks where they serve; else some rows after others, as many as rows_at_once says.
 void all_rows(Rows r, const Launch& launch) {
   const int64_t B = r.z.size(0), K = r.weight.size(0);
   if (in_class_chunks(r.weights, r.d.has_value(), r.dtype, B, K, r.z.size(1)))

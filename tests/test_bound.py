@@ -15,7 +15,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny_run import config, differing, distilled, options, write_teacher, write_tree
+from tiny_run import config, differing, distilled, options
 from tiny_run import settings as tiny_settings
 from torch import nn
 
@@ -478,16 +478,6 @@ def test_wilson_s_interval():
 
 
 # --- the command, and the log of a training ---
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
 def _settings(teacher) -> dict:

@@ -23,11 +23,6 @@ from ijckd_fast.train import train
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """Folder of a finished distillation."""
     folder = tmp_path_factory.mktemp("run")

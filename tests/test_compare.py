@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from tiny_run import SETTINGS, write_teacher, write_tree
+from tiny_run import SETTINGS, write_teacher
 
 from ijckd_fast import cli, compare, report, run_folder
 from ijckd_fast.compare import Comparison, load_comparison, plan, train_all
@@ -29,11 +29,6 @@ from ijckd_fast.train import Stopped
 
 QUIET = Console(quiet=True)
 DOCS = Path(__file__).parent.parent / "docs" / "compare.md"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

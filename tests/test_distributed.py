@@ -12,7 +12,7 @@ import pytest
 import recorded_run
 import torch
 from processes import Run, free_port
-from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
+from tiny_run import config, differing, distilled, options, settings
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,16 +23,6 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.models import create_model
 from ijckd_fast.objectives import get_objective
 from ijckd_fast.train import refuse_other_images
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
 def _command(data, folder, teacher, **changes):

@@ -33,16 +33,6 @@ train = functools.partial(loud_train, console=Console(quiet=True))
 TOTAL = 60
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
-
-
 def _steps(folder) -> int:
     rows = run_folder.read_log(folder)
     return rows[-1]["step"] if rows else 0

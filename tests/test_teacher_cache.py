@@ -43,11 +43,6 @@ def no_plots(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 

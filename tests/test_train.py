@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from host_waits import HostWaits
 from rich.console import Console
-from tiny_run import config, differing, distilled, write_teacher, write_tree
+from tiny_run import config, differing, distilled, write_teacher
 from torch import nn
 
 from ijckd_fast import checkpoint, run_folder
@@ -37,16 +37,6 @@ from ijckd_fast.train import build_distiller, prepare, resolve
 from ijckd_fast.train import train as loud_train
 
 train = functools.partial(loud_train, console=Console(quiet=True))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
 # --- schedules, optimizer, guard, average

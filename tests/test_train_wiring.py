@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
-from tiny_run import config, distilled, write_teacher, write_tree
+from tiny_run import config, distilled
 from torch import nn
 
 from ijckd_fast import checkpoint, ops, run_folder
@@ -22,16 +22,6 @@ from ijckd_fast.train import build_distiller, build_indexes, build_val_loader, r
 from ijckd_fast.train import train as loud_train
 
 train = functools.partial(loud_train, console=Console(quiet=True))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_tree(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt")
 
 
 def _watch_steps(monkeypatch, look):

@@ -16,8 +16,8 @@ namespace ijckd {
 namespace {
 
 constexpr int64_t kWhole = 1 << 20;  // logits up to which whole rows are held: 4 MiB of float32
-// Logits in the rows that are held where only whole rows will do: 16 MiB of float32, and as much for W d. And the least rows: W
-// is read twice for each so many.
+// Logits in the rows that are held where only whole rows will do: 16 MiB of float32, and as much for W d. W is read twice for
+// each so many rows, so beyond 131,072 classes it is more memory rather than fewer rows.
 constexpr int64_t kRowLogits = 1 << 22, kLeastRows = 32;
 constexpr int64_t kChunk = 1 << 19;  // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
 constexpr int64_t kConvWeights = 1 << 20;  // elements of W in a chunk's convolution, which makes a copy of them

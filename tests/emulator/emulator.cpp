@@ -1036,35 +1036,31 @@ uint3 block_index() { return m.block_index; }
 dim3 block_dim() { return m.block; }
 dim3 grid_dim() { return m.grid; }
 
-void barrier(Place place) {
-  Meeting& b = m.barrier;
-  constexpr const char* kWhat = "the barrier";
-  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at the barrier in ", where(place), ", ", why...); };
+// The running thread comes to its block's barrier or to the grid's; while it waits there nobody may wait at the other.
+static void arrive(Meeting& b, const Meeting& other, const char* what, Place place) {
+  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", what, " in ", where(place), ", ", why...); };
   if (m.returned) lacks("but ", m.returned, " threads of the block have returned");
-  if (m.grid_barrier.arrived) lacks("others are at ", m.grid_barrier);
+  if (other.arrived) lacks("others are at ", other);
   if (own_warp().meeting.arrived) lacks("others of its warp are at ", own_warp().meeting);
-  if (b.arrived && !b.is_at(kWhat, 0, place)) lacks("others are at ", b);
-  b.what = kWhat;
+  if (b.arrived && !b.is_at(what, 0, place)) lacks("others are at ", b);
+  b.what = what;
   b.place = place;
+  ++b.arrived;
   ++own_warp().at_barrier;
-  if (++b.arrived < static_cast<int>(m.threads.size())) return wait(kWhat, place);
-  b.arrived = 0;
+}
+
+void barrier(Place place) {
+  constexpr const char* kWhat = "the barrier";
+  arrive(m.barrier, m.grid_barrier, kWhat, place);
+  if (m.barrier.arrived < static_cast<int>(m.threads.size())) return wait(kWhat, place);
+  m.barrier.arrived = 0;
   pass_barrier();
 }
 
 void grid_barrier(Place place) {
-  Meeting& b = m.grid_barrier;
   constexpr const char* kWhat = "the grid's barrier";
-  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", kWhat, " in ", where(place), ", ", why...); };
-  if (!m.cooperative) lacks("but the launch is not cooperative");
-  if (m.returned) lacks("but ", m.returned, " threads of the block have returned");
-  if (m.barrier.arrived) lacks("others are at ", m.barrier);
-  if (own_warp().meeting.arrived) lacks("others of its warp are at ", own_warp().meeting);
-  if (b.arrived && !b.is_at(kWhat, 0, place)) lacks("others are at ", b);
-  b.what = kWhat;
-  b.place = place;
-  ++b.arrived;
-  ++own_warp().at_barrier;
+  if (!m.cooperative) violate("synccheck", "is at ", kWhat, " in ", where(place), ", but the launch is not cooperative");
+  arrive(m.grid_barrier, m.barrier, kWhat, place);
   wait(kWhat, place);
 }
 

@@ -77,7 +77,7 @@ class CMakeBuild(build_ext):
             return
         self.libraries = sorted(tmp.glob("_C*.so"))
         in_place = self.inplace or self.editable_mode
-        package = HERE / "ijckd_fast" if in_place else pathlib.Path(self.build_lib) / "ijckd_fast"
+        package = HERE / "ijckd_fast/head" if in_place else pathlib.Path(self.build_lib) / "ijckd_fast/head"
         package.mkdir(parents=True, exist_ok=True)
         for old in package.glob("_C*.so"):
             old.unlink()  # never write into a mapped library, and never leave one of an earlier configuration
@@ -85,7 +85,9 @@ class CMakeBuild(build_ext):
             shutil.copy2(library, package / library.name)
 
     def get_outputs(self):
-        return [str(pathlib.Path(self.build_lib) / "ijckd_fast" / so.name) for so in getattr(self, "libraries", [])]
+        return [
+            str(pathlib.Path(self.build_lib) / "ijckd_fast/head" / so.name) for so in getattr(self, "libraries", [])
+        ]
 
     def get_output_mapping(self):
         return {}
@@ -97,6 +99,6 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("ijckd_fast._C", sources=[])],
+    ext_modules=[Extension("ijckd_fast.head._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
 )

@@ -1,5 +1,5 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in _C and for
-// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/ops.py. All ops but take_counts are functional.
+// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/ops.py. All ops but take_counts are functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ijckd_fast.ops import (
+    from ijckd_fast.head.ops import (
         FrozenClassifier,
         classifier_gram,
         classifier_loss,
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     # On first use only: `ijckd-fast --help` need not wait for torch, and `ijckd-fast doctor` can speak of a missing library.
     if name == "HAS_CUDA_LIBRARY":
-        from ijckd_fast.libraries import load_libraries
+        from ijckd_fast.head.libraries import load_libraries
 
         return load_libraries()
     if name in __all__:
-        from ijckd_fast import ops
+        from ijckd_fast.head import ops
 
         return getattr(ops, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

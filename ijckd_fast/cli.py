@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ijckd_fast import config as settings
+from ijckd_fast import files
 from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.train import config as settings
 
 if TYPE_CHECKING:
-    from ijckd_fast.config import TrainConfig
     from ijckd_fast.data import Index
-    from ijckd_fast.distiller import Distiller
+    from ijckd_fast.distill.distiller import Distiller
+    from ijckd_fast.train.config import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,9 +90,9 @@ def train(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast import run_folder
-    from ijckd_fast.distributed import world_size
-    from ijckd_fast.train import train as run
+    from ijckd_fast.parallel.processes import world_size
+    from ijckd_fast.train import run_folder
+    from ijckd_fast.train.loop import train as run
 
     if resume is None:
         run(settings.make_config(given), overwrite=overwrite, console=Console())
@@ -122,9 +123,9 @@ def _train_each(students: list[str], given: dict[str, Any], overwrite: bool) -> 
     """Trains students one after the other, each in its own folder; a run that is there is gone on with, a finished one passed over."""
     from rich.console import Console
 
-    from ijckd_fast import run_folder
-    from ijckd_fast.train import resolve
-    from ijckd_fast.train import train as run
+    from ijckd_fast.train import run_folder
+    from ijckd_fast.train.loop import resolve
+    from ijckd_fast.train.loop import train as run
 
     configs = []
     for student in students:
@@ -235,7 +236,7 @@ def cache(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.caching import make_cache
+    from ijckd_fast.caching.make import make_cache
 
     row, wrong = make_cache(
         settings.make_config({**preset, **given, "objective": "kd", "head": "reference"}),
@@ -287,9 +288,9 @@ def evaluate(arguments: list[str]) -> int:
 
     import torch
 
-    from ijckd_fast.evaluate import evaluate as measure
-    from ijckd_fast.teacher_cache import TeacherCache
-    from ijckd_fast.train import amp_dtype_of, augment_of, build_val_loader
+    from ijckd_fast.evaluate.accuracy import evaluate as measure
+    from ijckd_fast.teacher_cache.reader import TeacherCache
+    from ijckd_fast.train.loop import amp_dtype_of, augment_of, build_val_loader
 
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
@@ -380,12 +381,11 @@ def bound(arguments: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from ijckd_fast import run_folder
-    from ijckd_fast.evaluate import evaluate as measure
-    from ijckd_fast.progress import say
-    from ijckd_fast.theory import bound_report
-    from ijckd_fast.theory.bound import Meter, chain_line
-    from ijckd_fast.train import amp_dtype_of, build_val_loader
+    from ijckd_fast.console import say
+    from ijckd_fast.evaluate import bound_report
+    from ijckd_fast.evaluate.accuracy import evaluate as measure
+    from ijckd_fast.evaluate.bound import Meter, chain_line
+    from ijckd_fast.train.loop import amp_dtype_of, build_val_loader
 
     path, state, config = _begun(str(run), given.pop("best"), given)
     if state["config"]["connector"] == "none":
@@ -405,7 +405,7 @@ def bound(arguments: list[str]) -> int:
             f"{config.teacher}, and the teacher itself is asked"
         )
     folder = Path(output) if output is not None else path.parent
-    run_folder.require_writable(folder, "--output")
+    files.require_writable(folder, "--output")
     device = torch.device(config.device)
     index = _split_index(state, config, split)
     if split == "train":
@@ -506,9 +506,9 @@ def export(arguments: list[str]) -> int:
     import torch
     from rich.console import Console
 
-    from ijckd_fast import export as exporting
-    from ijckd_fast.progress import say
-    from ijckd_fast.train import build_val_loader
+    from ijckd_fast.console import say
+    from ijckd_fast.export import export as exporting
+    from ijckd_fast.train.loop import build_val_loader
 
     folder = Path(out or (Path(run) if Path(run).is_dir() else Path(run).parent) / "export").absolute()
     path, state, config = _begun(run, best, {**given, "device": "cpu", "decode": "cpu"})
@@ -544,9 +544,9 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
 
     Where the student answers alone and its teacher's weights are not there, the settings are those without a teacher.
     """
-    from ijckd_fast import checkpoint, run_folder
-    from ijckd_fast.objectives import get_objective
-    from ijckd_fast.train import resolve
+    from ijckd_fast.distill.objectives import get_objective
+    from ijckd_fast.train import checkpoint, run_folder
+    from ijckd_fast.train.loop import resolve
 
     path = Path(run)
     if path.is_dir():
@@ -614,8 +614,8 @@ def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distille
     """The nets of a checkpoint as _begun returns it, to be evaluated. UserError where the teacher is another one."""
     import torch
 
-    from ijckd_fast import checkpoint
-    from ijckd_fast.train import build_distiller, teacher_fingerprint
+    from ijckd_fast.train import checkpoint
+    from ijckd_fast.train.loop import build_distiller, teacher_fingerprint
 
     distiller = build_distiller(config, len(state["classes"]), torch.device(config.device))
     if distiller.teacher is not None and teacher_fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
@@ -841,10 +841,10 @@ def bench(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from ijckd_fast.console import say
     from ijckd_fast.data import build_index, parity
-    from ijckd_fast.models import is_model_name
-    from ijckd_fast.progress import say
-    from ijckd_fast.train import augment_of, build_distiller, resolve
+    from ijckd_fast.nets.models import is_model_name
+    from ijckd_fast.train.loop import augment_of, build_distiller, resolve
 
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:
@@ -953,7 +953,7 @@ def demo(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.demo import run_demo
+    from ijckd_fast.compare.demo import run_demo
 
     methods = [name.strip() for name in given.methods.split(",") if name.strip()]
     rows = run_demo(Path(given.output), seeds=given.seeds, methods=methods, console=Console())
@@ -998,10 +998,10 @@ def compare(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.compare import load_comparison, train_all
-    from ijckd_fast.comparison_report import table, write_comparison_report
-    from ijckd_fast.progress import say
-    from ijckd_fast.run_folder import REPORT
+    from ijckd_fast.compare.comparison import load_comparison, train_all
+    from ijckd_fast.compare.report import table, write_comparison_report
+    from ijckd_fast.console import say
+    from ijckd_fast.train.run_folder import REPORT
 
     comparison = load_comparison(given.config, seeds=given.seeds, data_dir=given.data_dir)
     output = Path(given.output or f"runs/{comparison.name}")
@@ -1039,7 +1039,7 @@ def recipes(arguments: list[str]) -> int:
     parser.add_argument("--connector", type=str, help="in the place of the presets'")
     given = parser.parse_args(arguments).as_dict()
 
-    from ijckd_fast import recipes as pairs
+    from ijckd_fast.train import pairs
 
     changes = {key: given[key] for key in ("objective", "connector") if given[key] is not None}
     rows = []
@@ -1162,7 +1162,7 @@ def doctor(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.doctor import doctor as examine
+    from ijckd_fast.commands.doctor import doctor as examine
 
     return 0 if examine(Console()) else 1
 

@@ -35,8 +35,8 @@ import loader_benchmark  # noqa: E402
 import records  # noqa: E402
 import step_benchmark  # noqa: E402
 
-from ijckd_fast import ops, reference  # noqa: E402
 from ijckd_fast.errors import UserError  # noqa: E402
+from ijckd_fast.head import ops, reference  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16 gradients vanish without a loss scale, which is why every float16 trainer has one

@@ -4,7 +4,7 @@
 #   --out DIR      where the log, the table of steps and the benchmark's rows go (default runs/gpu_check)
 #   --wheels DIR   a folder of wheels for what is missing here (Liger-Kernel, jsonargparse, ...), installed into a temporary folder, no network
 #
-# Needs the checkout with the two built libraries (ijckd_fast/_C.so, _C_cuda.so) and a Python with torch, pytest and hypothesis;
+# Needs the checkout with the two built libraries (ijckd_fast/head/_C.so, _C_cuda.so) and a Python with torch, pytest and hypothesis;
 # PYTHON chooses it (default: .venv's, else python3). Every step has its own time limit and its own process, so that one that
 # hangs or corrupts the GPU's memory spoils no other; the whole takes under 9 minutes. The exit status is 1 if any step failed.
 # Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv, DIR/step.csv and DIR/loader.csv, never to results/: copy
@@ -37,7 +37,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 command -v "$python" >/dev/null || fail "there is no $python: set PYTHON to a Python with torch and pytest"
-[ -e ijckd_fast/_C.so ] || fail "ijckd_fast/_C.so is missing: build it with scripts/test or carry it here"
+[ -e ijckd_fast/head/_C.so ] || fail "ijckd_fast/head/_C.so is missing: build it with scripts/test or carry it here"
 export OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
 log=$out/gpu_check.log steps=$out/steps.csv
@@ -110,7 +110,7 @@ if torch.cuda.is_available():
     subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu", "--format=csv"])
     major, minor = torch.cuda.get_device_capability()
     x = torch.ones(3, device="cuda")
-    assert cuda, "ijckd_fast/_C_cuda.so is missing: build it where nvcc is, or carry it here"
+    assert cuda, "ijckd_fast/head/_C_cuda.so is missing: build it where nvcc is, or carry it here"
     print(kernels_for((major, minor)))
     print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}; the sum of three ones is {x.sum().item():g}")
 else:
@@ -138,14 +138,14 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     tests "CUDA graph" 45 $cases -k "graph"
     tests "torch.compile" 60 $cases -k "compiled"
     if can_import "jsonargparse, rich, timm, torchvision, pyarrow, safetensors, yaml"; then
-        tests "trainer no sync" 60 tests/test_train.py -k "never_wait_for_a_gpu"
+        tests "trainer no sync" 60 tests/train/test_train.py -k "never_wait_for_a_gpu"
         tests "training step" 60 tests/gpu/test_step_cuda.py
     else
         record "trainer no sync" "skipped" 0 "its packages are not all here; --wheels can bring them"
         record "training step" "skipped" 0 "its packages are not all here; --wheels can bring them"
     fi
     if can_import "nvidia.dali, torchvision, pyarrow, rich"; then
-        tests "DALI on the GPU" 60 tests/test_data.py -k "a_gpu_gets"
+        tests "DALI on the GPU" 60 tests/data/test_data.py -k "a_gpu_gets"
         step loader 100 "$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24 --repeats 3 \
             --threads 8 15 --contenders dali dali-hybrid dali-gpu --save "$out/loader.csv"
     else
@@ -178,7 +178,7 @@ else
     device=cpu
     echo "gpu_check: torch finds no GPU here: running the CPU half"
     export OMP_NUM_THREADS=1 # two spinning threads make small tests ten times slower
-    tests "ops on the CPU" 180 tests/test_ops.py
+    tests "ops on the CPU" 180 tests/head/test_ops.py
     # the GPU's tests on CPU tensors: proves the tests, not the kernels
     IJCKD_GPU_TESTS_ON=cpu tests "GPU tests on CPU" 120 tests/gpu
     unset OMP_NUM_THREADS

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from ijckd_fast.config import TrainConfig
+    from ijckd_fast.train.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
@@ -42,7 +42,7 @@ KILLS_OF_A_RUN = 8  # then it is left to come to its end
 
 def write_data(root: pathlib.Path) -> pathlib.Path:
     """Three classes of noise of different tint, 12 and 6 images each, and a file with random weights of the teacher."""
-    from ijckd_fast.models import create_model
+    from ijckd_fast.nets.models import create_model
 
     rng = np.random.default_rng(0)
     for split, images in (("train", 12), ("val", 6)):
@@ -59,7 +59,7 @@ def write_data(root: pathlib.Path) -> pathlib.Path:
 
 
 def config_of(data: pathlib.Path, output: pathlib.Path, epochs: int) -> TrainConfig:
-    from ijckd_fast.config import TrainConfig
+    from ijckd_fast.train.config import TrainConfig
 
     return TrainConfig(
         data_dir=str(data),
@@ -91,7 +91,7 @@ def attempt(config: TrainConfig, resume: bool) -> None:
     """Trains in this process until it is done or killed."""
     from rich.console import Console
 
-    from ijckd_fast.train import train
+    from ijckd_fast.train.loop import train
 
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         train(config, resume=resume, console=Console(quiet=True))
@@ -120,11 +120,12 @@ def main() -> int:
         parser.error("--kills and --epochs must be at least 1")
 
     # loaded before the forks, the plots' library with its first figure
-    from ijckd_fast import checkpoint, report, run_folder, train  # noqa: F401
+    from ijckd_fast import plots
     from ijckd_fast.errors import UserError
+    from ijckd_fast.train import checkpoint, run_folder
 
     torch.set_num_threads(1)
-    report.figure(1)[0].canvas.draw()
+    plots.figure(1)[0].canvas.draw()
     context = multiprocessing.get_context("fork")
     seed = random.randrange(1_000_000) if args.seed is None else args.seed
     moments = random.Random(seed)

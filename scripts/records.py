@@ -51,7 +51,7 @@ def _commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "ijckd_fast").glob("*.py")])
+    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *(ROOT / "ijckd_fast").rglob("*.py")])
     return "sources-" + hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:10]
 
 

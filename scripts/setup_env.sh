@@ -56,7 +56,7 @@ fi
 
 mapfile -t sources < <(find csrc CMakeLists.txt setup.py pyproject.toml -type f | LC_ALL=C sort)
 needed=$(inputs_hash "${sources[@]}" .venv/installed.stamp)
-if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/_C.so ]; then
+if [ "$(cat .venv/built.stamp 2>/dev/null)" != "$needed" ] || [ ! -e ijckd_fast/head/_C.so ]; then
     command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
         fail "no C++ compiler found: install one (Debian and Ubuntu: apt install g++), or set CXX to its path"
     echo "== building the extension"

@@ -149,13 +149,13 @@ class Ours:
         compiled: bool = False,
         cache: pathlib.Path | None = None,
     ) -> None:
-        from ijckd_fast import models
-        from ijckd_fast.config import TrainConfig
-        from ijckd_fast.distributed import Processes
-        from ijckd_fast.progress import Meter
-        from ijckd_fast.step import TrainStep
-        from ijckd_fast.teacher_cache import TeacherCache
-        from ijckd_fast.train import amp_dtype_of, build_distiller, optimizer_of, prepare, resolve
+        from ijckd_fast.nets import models
+        from ijckd_fast.parallel.processes import Processes
+        from ijckd_fast.teacher_cache.reader import TeacherCache
+        from ijckd_fast.train.config import TrainConfig
+        from ijckd_fast.train.loop import amp_dtype_of, build_distiller, optimizer_of, prepare, resolve
+        from ijckd_fast.train.progress import Meter
+        from ijckd_fast.train.step import TrainStep
 
         self.setting, self.plan = setting, setting.plan
         checkpoint = str(setting.weights / "teacher.pt")
@@ -215,8 +215,8 @@ class Ours:
 
     def step(self, batch: Batch, pooled_t: Tensor | None = None) -> None:
         """One turn of the loop, its log included. pooled_t [B, Ct] where the batch is not the loader's: what a cache would hold."""
-        from ijckd_fast.optimize import learning_rate
-        from ijckd_fast.train import cached_features
+        from ijckd_fast.train.loop import cached_features
+        from ijckd_fast.train.optimize import learning_rate
 
         config = self.config
         if self._cache is not None and self._loader is not None:
@@ -355,7 +355,8 @@ def _by_hand(name: str, classes: int, weights: pathlib.Path) -> Any:
     """The net, uncut, in plain PyTorch."""
     from torchvision.models import get_model
 
-    from ijckd_fast import cifar_nets, models
+    from ijckd_fast.nets import cifar as cifar_nets
+    from ijckd_fast.nets import models
 
     if name.startswith("torchvision/"):
         net = get_model(name.removeprefix("torchvision/"), weights=None, num_classes=classes)
@@ -394,7 +395,7 @@ def write_weights(folder: pathlib.Path, pair: Pair, classes: int, image_size: in
     """folder/{teacher,student}.pt, random. The teacher's running statistics are those of a batch of noise: with none of its own a deep net
     without training answers with numbers in the thousands.
     """
-    from ijckd_fast.models import create_model
+    from ijckd_fast.nets.models import create_model
 
     torch.manual_seed(0)
     teacher, student = (create_model(name, classes, image_size=image_size) for name in (pair.teacher, pair.student))
@@ -434,8 +435,8 @@ def written_cache(setting: Setting) -> pathlib.Path:
     """A cache of one view of the setting's teacher, made when it is first asked for."""
     from rich.console import Console
 
-    from ijckd_fast.caching import make_cache
-    from ijckd_fast.config import TrainConfig
+    from ijckd_fast.caching.make import make_cache
+    from ijckd_fast.train.config import TrainConfig
 
     folder = setting.weights / "cache"
     if not folder.exists():
@@ -457,7 +458,7 @@ def written_cache(setting: Setting) -> pathlib.Path:
 
 def cached_pooled(setting: Setting, images: Tensor) -> Tensor:
     """[B, Ct] float32: what a cache would hold of images [B, 3, S, S]."""
-    from ijckd_fast.models import create_model
+    from ijckd_fast.nets.models import create_model
 
     checkpoint = setting.weights / "teacher.pt"
     teacher = create_model(setting.pair.teacher, setting.classes, checkpoint=checkpoint, image_size=setting.image_size)
@@ -741,7 +742,7 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
     wait_percent  of the whole step: how long the loop waited for the loader
     ours_ms       milliseconds of the whole step by 'ours' and its variants
     """
-    from ijckd_fast.progress import LOADER_BOUND_PERCENT
+    from ijckd_fast.train.progress import LOADER_BOUND_PERCENT
 
     largest = max(parts, key=lambda name: parts[name])
     # A GPU's host runs ahead and may wait for the loader while the device has work; on a CPU decoding takes the nets' cores without a wait.

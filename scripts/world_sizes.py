@@ -56,8 +56,8 @@ def main() -> int:
 
     import torch
 
-    from ijckd_fast import checkpoint, run_folder
     from ijckd_fast.data.digits import write_digits
+    from ijckd_fast.train import checkpoint, run_folder
 
     where = records.environment("cpu")
     rows: list[dict[str, Any]] = []

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ijckd_fast import cli, train
+from ijckd_fast import cli
 from ijckd_fast.data import Batch, Loader, Plan, TrainPlan
+from ijckd_fast.train import loop as train
 
 
 class Seen(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.theory import finite, linear
 
@@ -35,6 +36,7 @@ COLUMNS = (
     "repeats",
     "seed",
 )
+REPORT = "report.md"
 MIN_REPEATS = 10
 # Of about 200 figures at once some are 3 standard errors off; one of 4 is off in 16,000.
 ERRORS_ALLOWED = 4
@@ -89,9 +91,7 @@ def study_linear(
     if not gradient_sizes or min(gradient_sizes) < 1:
         raise UserError(f"--gradient-sizes must be numbers of 1 or more, got {list(gradient_sizes)}")
 
-    from ijckd_fast import run_folder
-
-    with run_folder.lock(output, "--output"):
+    with files.lock(output, "--output"):
         rows = _gradient_rows(gradient_dimension, gradient_sizes, seed)
         for number, law in enumerate(chosen):
             generator = np.random.default_rng([seed, 1, number])
@@ -311,9 +311,7 @@ def study_finite(
         for n in taken[shape]:
             finite.make_instance(*shape, n)  # so that a mistake is told before anything is drawn
 
-    from ijckd_fast import run_folder
-
-    with run_folder.lock(output, "--output"):
+    with files.lock(output, "--output"):
         rows: list[Row] = []
         for shape, ns in taken.items():
             many = curve_repeats if shape[0] == 0 else repeats
@@ -530,8 +528,7 @@ def _write_csv(output: Path, rows: Iterable[Row]) -> None:
 
 
 def _report(output: Path, rows: Sequence[Row], console: Console, title: str, text: str, plots: Iterable[str]) -> None:
-    from ijckd_fast import run_folder
-    from ijckd_fast.progress import say
+    from ijckd_fast.console import say
 
     parts = [f"# {title}", text, "".join(f"![{Path(name).stem}]({name}) " for name in plots).rstrip()]
     parts.append(
@@ -550,10 +547,10 @@ off. {_verdict(rows)}."""
             [f"Held to: {notes}."] if notes else []
         )
     parts.append("Every figure, with what it is held to and why: `study.csv`.")
-    run_folder.write_text(output / run_folder.REPORT, "\n\n".join(parts) + "\n")
+    files.write_text(output / REPORT, "\n\n".join(parts) + "\n")
     for line in _verdict(rows).splitlines():
         say(console, line)
-    say(console, f"report: {output / run_folder.REPORT}")
+    say(console, f"report: {output / REPORT}")
 
 
 def _series(
@@ -564,7 +561,7 @@ def _series(
 
 
 def _plot_risks(path: Path, rows: Sequence[Row]) -> None:
-    from ijckd_fast.report import figure
+    from ijckd_fast.plots import figure
 
     cases = [case for part, case in _groups(rows) if part == "risk"]
     drawing, axes = figure(2, (len(cases) + 1) // 2)
@@ -585,7 +582,7 @@ def _plot_risks(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _plot_perturbation(path: Path, rows: Sequence[Row]) -> None:
-    from ijckd_fast.report import figure
+    from ijckd_fast.plots import figure
 
     drawing, ((ax,),) = figure(1)
     for number, case in enumerate(case for part, case in _groups(rows) if part == "perturbation"):
@@ -598,7 +595,7 @@ def _plot_perturbation(path: Path, rows: Sequence[Row]) -> None:
 
 
 def _plot_learners(path: Path, rows: Sequence[Row], cases: Sequence[str]) -> None:
-    from ijckd_fast.report import figure
+    from ijckd_fast.plots import figure
 
     drawing, axes = figure(len(cases))
     for ax, case in zip(axes.flat, cases, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ijckd_fast
-from ijckd_fast import ops, reference
+from ijckd_fast.head import ops, reference
 
 
 def wide(x):
@@ -359,7 +359,7 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
     if way == "kl":
         keywords["kl"] = 0.9
     leaves = [x.requires_grad_(gradients) for x in leaves]
-    count = ctypes.CDLL(str(next(pathlib.Path(ijckd_fast.__file__).parent.glob("_C.so")))).emulated_launches
+    count = ctypes.CDLL(str(next((pathlib.Path(ijckd_fast.__file__).parent / "head").glob("_C.so")))).emulated_launches
     count.restype = ctypes.c_int64
     called = set()
 

@@ -9,11 +9,11 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE.parents[1] / "head"), str(HERE.parents[2])]
 
 import test_ops as tables  # noqa: E402
 
-from ijckd_fast import ops  # noqa: E402
+from ijckd_fast.head import ops  # noqa: E402
 
 
 def main(device: str) -> None:

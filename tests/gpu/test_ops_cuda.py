@@ -14,7 +14,7 @@ import test_ops as tables
 import torch
 from torch import Tensor
 
-from ijckd_fast import ops, reference
+from ijckd_fast.head import ops, reference
 
 DEVICE = os.environ.get("IJCKD_GPU_TESTS_ON", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")

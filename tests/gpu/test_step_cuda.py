@@ -7,13 +7,13 @@ import warnings
 import pytest
 import torch
 
-from ijckd_fast.checkpoint import copied
 from ijckd_fast.data import Batch
-from ijckd_fast.distiller import Distiller
-from ijckd_fast.models import create_model
-from ijckd_fast.objectives import get_objective
-from ijckd_fast.optimize import build_optimizer
-from ijckd_fast.step import TrainStep
+from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.nets.models import create_model
+from ijckd_fast.train.checkpoint import copied
+from ijckd_fast.train.optimize import build_optimizer
+from ijckd_fast.train.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 10

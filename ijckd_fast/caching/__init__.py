@@ -1,0 +1,1 @@
+"""Makes a teacher cache, and checks it against the teacher."""

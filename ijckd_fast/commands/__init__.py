@@ -1,0 +1,1 @@
+"""The commands of `ijckd-fast`, a file each."""

@@ -1,0 +1,169 @@
+"""`ijckd-fast doctor`: what is installed, what of it works here, and what to do about the rest."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+REBUILD = (
+    "`pip install -e .` in the repository"  # libraries.py has it too, but imports torch, which may be what is missing
+)
+
+
+class Finding(NamedTuple):
+    """One line of the examination. needed: training cannot run without it. advice: what to do if it is not ok."""
+
+    what: str
+    ok: bool
+    needed: bool
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Finding]:
+    """Looks at everything a run needs; raises nothing."""
+    return [
+        Finding("Python", True, True, platform.python_version()),
+        Finding("CPU", True, True, f"{len(os.sched_getaffinity(0))} cores usable, {platform.machine()}"),
+        _import("torch", "torch", needed=True, advice="pip install 'torch>=2.10'"),
+        _library(
+            "_C.so",
+            "CPU library of the ops",
+            needed=True,
+            compiler="a C++ compiler",
+            commands=("c++", "g++", "clang++"),
+        ),
+        _library("_C_cuda.so", "CUDA library of the ops", needed=False, compiler="nvcc", commands=("nvcc",)),
+        _gpu(),
+        _dali(),
+        _import("torchvision", "torchvision", needed=False, advice="pip install torchvision, for its models"),
+        _import("timm", "timm", needed=False, advice="pip install timm, for its models"),
+        _import(
+            "tensorboard", "tensorboard", needed=False, advice="pip install tensorboard, or train with --no-tensorboard"
+        ),
+        _import(
+            "matplotlib", "matplotlib", needed=True, advice="pip install matplotlib, which draws the plots of a report"
+        ),
+        _import("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
+        _import(
+            "sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"
+        ),
+        _import("onnxruntime", "onnxruntime", needed=False, advice="pip install 'ijckd-fast[export]', for ONNX files"),
+        _import("wandb", "wandb", needed=False, advice="pip install wandb, for --wandb"),
+        _processes(),
+        _disk(),
+    ]
+
+
+def doctor(console: Console) -> bool:
+    """Prints the examination; returns whether training can run."""
+    findings = examine()
+    table = Table("", "", "found")
+    for item in findings:
+        mark = "[green]ok" if item.ok else "[red]missing" if item.needed else "[yellow]absent"
+        table.add_row(mark, item.what, item.found)
+    console.print(table)
+    for item in findings:
+        if not item.ok and item.advice:
+            console.print(f"{item.what}: {item.advice}", highlight=False, markup=False, soft_wrap=True)
+    able = all(item.ok for item in findings if item.needed)
+    console.print("training can run" if able else "training cannot run: see what is missing above")
+    return able
+
+
+def _import(module: str, package: str, *, needed: bool, advice: str) -> Finding:
+    try:
+        importlib.import_module(module)
+        return Finding(package, True, needed, version(package))
+    except PackageNotFoundError:
+        return Finding(package, True, needed, "of unknown version")
+    except Exception as error:  # a broken installation may raise anything
+        return Finding(package, False, needed, _first_line(error), advice)
+
+
+def _library(name: str, what: str, *, needed: bool, compiler: str, commands: tuple[str, ...]) -> Finding:
+    path = Path(__file__).parents[1] / "head" / name
+    build = f"{REBUILD} builds it"
+    if not path.exists():
+        if not any(shutil.which(command) for command in commands):
+            build += f", once {compiler} is installed"
+        return Finding(what, False, needed, f"no {path}", build)
+    return _attempt(what, needed, lambda: _load(path), f"it does not fit this torch: {build} anew, with torch >= 2.10")
+
+
+def _load(path: Path) -> str:
+    import torch
+
+    torch.ops.load_library(path)
+    return f"{path.name} loads with torch {torch.__version__}"
+
+
+def _gpu() -> Finding:
+    def look() -> str:
+        import torch
+
+        if not torch.cuda.is_available():
+            built = (
+                f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
+            )
+            raise RuntimeError(f"none usable; {built}")
+        from ijckd_fast.head.libraries import kernels_for
+
+        cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(len(cards))})
+        return "; ".join([f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}", *map(kernels_for, capabilities)])
+
+    advice = "training runs on the CPU; for a GPU install NVIDIA's driver and a CUDA build of torch (nvidia-smi shows the driver)"
+    return _attempt("GPU", False, look, advice)
+
+
+def _dali() -> Finding:
+    def look() -> str:
+        import nvidia.dali
+
+        from ijckd_fast.data.dali import DaliLoader  # also proves that our pipeline's operators are there
+
+        return f"{nvidia.dali.__version__} ({DaliLoader.__name__} ready)"
+
+    return _attempt("DALI", False, look, "pip install nvidia-dali-cuda130, or train with --data-backend pillow")
+
+
+def _processes() -> Finding:
+    def look() -> str:
+        import torch.distributed as dist
+
+        there = {"nccl (GPUs)": dist.is_nccl_available(), "gloo (CPUs)": dist.is_gloo_available()}
+        if not there["gloo (CPUs)"]:
+            raise RuntimeError("this torch has no gloo")
+        return ", ".join(name for name, has in there.items() if has)
+
+    return _attempt(
+        "several processes", False, look, "a run is of one process; another build of torch has gloo and nccl"
+    )
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    return Finding(
+        "disk", free > 1, False, f"{free:.1f} GB free in {Path.cwd()}", "checkpoints need room: free some space"
+    )
+
+
+def _attempt(what: str, needed: bool, look: Callable[[], str], advice: str) -> Finding:
+    try:
+        return Finding(what, True, needed, look())
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Finding(what, False, needed, _first_line(error), advice)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Methods side by side: runs in regimes and seeds, intervals, the demo."""

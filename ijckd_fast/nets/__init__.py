@@ -1,0 +1,1 @@
+"""Backbones by name, their taps, their weights, what they cost."""

@@ -1,0 +1,1 @@
+"""A folder that stands in for a teacher's backbone."""

@@ -1,0 +1,1 @@
+"""One run: its settings, its state, the loop, what it leaves behind."""

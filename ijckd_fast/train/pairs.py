@@ -1,0 +1,87 @@
+"""The packaged teacher-student pairs: their nets, and what each of them deploys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.errors import UserError
+from ijckd_fast.nets.models import count_parameters, macs
+from ijckd_fast.train.config import TrainConfig, load_preset, make_config, preset_names, preset_path
+from ijckd_fast.train.loop import build_distiller, resolve
+
+CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
+
+COLUMNS = {
+    "preset": "preset",
+    "student_params": "student alone: parameters",
+    "student_macs": "MACs",
+    "connector": "connector",
+    "connector_params": "its parameters",
+    "deployed_params": "deployed: parameters",
+    "deployed_macs": "MACs",
+}
+
+
+def pair_names() -> list[str]:
+    """Names of the packaged presets that have a teacher."""
+    return [name for name in preset_names() if load_preset(name).get("teacher") is not None]
+
+
+def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
+    """The nets of a preset with random weights, on the CPU: nothing is downloaded, no data is needed.
+
+    name     of `pair_names`, as `preset_path` takes it
+    changes  settings in the place of the preset's, as in `make_config`
+    returns  (the settings, resolved; the distiller, in training mode)
+    raises   UserError for another name (nearest given) or settings that do not fit
+    """
+    name = preset_path(name).stem
+    if name not in pair_names():
+        raise UserError(
+            f"preset '{name}' is no packaged pair of teacher and student: wanted one of {', '.join(pair_names())}"
+        )
+    here = {"data_dir": ".", "device": "cpu", "teacher_pretrained": False, "allow_weak_teacher": True}
+    config = resolve(make_config({**load_preset(name), **here, **changes}))
+    return config, build_distiller(config, CLASSES[name.partition("_")[0]], torch.device("cpu"))
+
+
+def cost_row(config: TrainConfig, distiller: Distiller) -> dict[str, Any]:
+    """What a pair deploys, beside its student with a classifier of its own and its teacher.
+
+    returns  teacher, student, objective, connector: names; teacher_params, student_params, connector_params (0 where none
+             is deployed), deployed_params: numbers of parameters, BatchNorm's included, before folding; student_macs,
+             deployed_macs: multiply-accumulates per image of image_size in convolutions and linear layers
+    """
+    student, teacher, connector = distiller.learner.student, distiller.teacher, distiller.learner.connector
+    assert teacher is not None
+    if config.infer_head == "student":
+        connector = None
+    weights = student.channels * student.num_classes
+    params, total = distiller.deployed_cost(config.image_size)
+    return {
+        "teacher": config.teacher,
+        "student": config.student,
+        "objective": config.objective,
+        "connector": "none" if connector is None else connector.spec,
+        "teacher_params": count_parameters(teacher),
+        "student_params": count_parameters(student.net) + weights + student.num_classes,
+        "student_macs": macs(student.net, config.image_size) + weights,
+        "connector_params": 0 if connector is None else count_parameters(connector),
+        "deployed_params": params,
+        "deployed_macs": total,
+    }
+
+
+def table_head() -> str:
+    """Two lines of a Markdown table, to print above those of `table_line`."""
+    align = ("---" if column in ("preset", "connector") else "---:" for column in COLUMNS)
+    return f"| {' | '.join(COLUMNS.values())} |\n|{'|'.join(align)}|"
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """A row of `cost_row`, with its `preset`, as a line of a Markdown table."""
+    cells = (f"{row[c]:,}" if isinstance(row[c], int) else f"`{row[c]}`" for c in COLUMNS)
+    return f"| {' | '.join(cells)} |"

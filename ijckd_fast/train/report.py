@@ -1,0 +1,153 @@
+"""The one-page report of a run: what it was, how accurate it is, what it costs to deploy, and how it went, with plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ijckd_fast import files, plots
+from ijckd_fast.train import run_folder
+from ijckd_fast.train.progress import bottleneck
+
+_PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd", "at", "hint")
+
+
+def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes report.md and training.png.
+
+    summary  what summary.json holds
+    rows     the rows of log.jsonl
+    """
+    plot_training(folder / run_folder.PLOT, rows)
+    bounds = [row for row in rows if row["kind"] == "bound"]
+    if bounds:
+        plot_bound(folder / run_folder.BOUND_PLOT, bounds)
+    config, last, best = summary["config"], summary["last"], summary["best"]
+    teacher, top1 = config["teacher"] or "none", summary["teacher_top1_percent"]
+    if top1 is not None:
+        teacher += f", top-1 {top1:.2f} %"
+    if config["teacher_cache"] is not None:
+        teacher += f", features from `{config['teacher_cache']}`"
+    schedule = (
+        f"{summary['steps']} steps ({last['epoch']:.2f} epochs) of {config['batch_size']} images, lr {config['lr']} "
+        f"({config['schedule']}), seed {config['seed']}"
+    )
+    files.write_text(
+        folder / run_folder.REPORT,
+        f"""# {config["student"]} by {config["objective"]}
+
+| | |
+|---|---|
+| data | `{config["data_dir"]}`, {last["images"]} validation images |
+| teacher | {teacher} |
+| student | {config["student"]}, connector {config["connector"]}, answers through the {config["infer_head"]}'s classifier |
+| schedule | {schedule} |
+| deployed | {summary["params"]:,} parameters, {summary["macs"]:,} multiply-accumulates per image (backbone, connector, classifier) |
+| speed | {_speed(summary, rows)} |
+| memory | {max(row["memory_mb"] for row in rows if row["kind"] == "train"):,.0f} MB at most, in one process |
+| skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
+| unreadable files | {summary["unreadable_files"]} (went bad after they were indexed) |
+
+| validation | step | top-1 % | top-5 % | agreement with the teacher % |
+|---|---|---|---|---|
+{_accuracy("last epoch", last)}
+{_accuracy("best epoch", best)}
+
+IJCKD's authors report the last epoch. The best one is chosen on the very images it is judged by.
+
+![training]({run_folder.PLOT})
+{_bound(bounds)}
+Weights: `{run_folder.LAST}`, `{run_folder.BEST}`. Every setting: `{run_folder.CONFIG}`. Machine and versions:
+`{run_folder.ENVIRONMENT}`. Every figure plotted: `{run_folder.LOG}`.
+""",
+    )
+
+
+def _speed(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    wait = statistics.median(row["loader_wait_percent"] for row in rows if row["kind"] == "train")
+    processes = "" if summary["processes"] == 1 else f" by {summary['processes']} processes"
+    return (
+        f"{summary['images_per_s']:,.0f} images/s{processes} (median over the log, loader included), {summary['seconds']:,.0f} s in all; "
+        f"{bottleneck(wait)} it ({wait:.0f} % of the time the loop waits for the loader)"
+    )
+
+
+def _accuracy(name: str, row: Mapping[str, Any]) -> str:
+    agreement = "-" if row["agreement_percent"] is None else f"{row['agreement_percent']:.2f}"
+    return f"| {name} | {row['step']} | {row['top1_percent']:.2f} | {row['top5_percent']:.2f} | {agreement} |"
+
+
+def _bound(bounds: Sequence[Mapping[str, Any]]) -> str:
+    if not bounds:
+        return ""
+    last = bounds[-1]
+    terms = ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form")
+    figures = " | ".join(f"{last[f'{name}_percent']:.2f}" for name in terms)
+    return f"""
+Bound on the student's error through the teacher's classifier, last epoch, % of the validation images: student wrong is at most teacher
+wrong plus any of the three to its right. `ijckd-fast bound` says what dominates, and has the classes.
+
+| student wrong | teacher wrong | disagreement | margin form | norm form |
+|---|---|---|---|---|
+| {figures} |
+
+![bound]({run_folder.BOUND_PLOT})
+"""
+
+
+def plot_training(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Loss terms, accuracies, learning rate and speed over the epochs, as a PNG of about 1400 x 960 pixels."""
+    train = [row for row in rows if row["kind"] == "train"]
+    val = [row for row in rows if row["kind"] == "eval"]
+    drawing, ((losses, accuracy), (rate, speed)) = plots.figure(2, 2)
+    for name in _PARTS:
+        if train and name in train[0]:
+            points = [(row["epoch"], row[name]) for row in train if row[name] is not None]
+            losses.plot(*zip(*points, strict=True), label=name) if points else None
+    losses.set(title="loss and its unweighted terms", yscale="log")
+    for source, name, label in (
+        (train, "top1_train_percent", "train top-1"),
+        (val, "top1_percent", "val top-1"),
+        (val, "agreement_percent", "val agreement with the teacher"),
+    ):
+        points = [(row["epoch"], row[name]) for row in source if row[name] is not None]
+        if points:
+            accuracy.plot(*zip(*points, strict=True), label=label, marker="." if source is val else None)
+    accuracy.set(title="%")
+    rate.plot([row["epoch"] for row in train], [row["lr"] for row in train])
+    rate.set(title="learning rate", xlabel="epoch")
+    speed.plot([row["epoch"] for row in train], [row["images_per_s"] for row in train])
+    wait = speed.twinx()
+    wait.plot([row["epoch"] for row in train], [row["loader_wait_percent"] for row in train], color="tab:orange")
+    wait.set(ylim=(0, 100), ylabel="% waiting for the loader")
+    speed.set(title="images/s", xlabel="epoch", ylim=(0, None))
+    for axes in (losses, accuracy):
+        if axes.lines:
+            axes.legend(fontsize="small")
+    drawing.savefig(path, dpi=150)
+
+
+def plot_bound(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The terms of the bound, and the discrepancies behind them, over the epochs: a PNG of about 1400 x 480 pixels.
+
+    rows  those of kind "bound"
+    """
+    drawing, ((terms, distances),) = plots.figure(2)
+    epochs = [row["epoch"] for row in rows]
+    for name in ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form"):
+        terms.plot(epochs, [row[f"{name}_percent"] for row in rows], label=name.replace("_", " "), marker=".")
+    terms.set(title="terms of the bound, % of images", xlabel="epoch", ylim=(0, None))
+    for name in ("logit_mse", "pooled_mse", "map_mse"):
+        if rows[0][name] is not None:
+            distances.plot(
+                epochs,
+                [row[name] for row in rows],
+                label={"logit_mse": "logits", "pooled_mse": "pooled features", "map_mse": "maps"}[name],
+                marker=".",
+            )
+    distances.set(title="mean square difference from the teacher", xlabel="epoch", yscale="log")
+    for axes in (terms, distances):
+        axes.legend(fontsize="small")
+    drawing.savefig(path, dpi=150)

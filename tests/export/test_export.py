@@ -1,0 +1,468 @@
+"""`ijckd-fast export`: the files answer as the trained net does, load where they should, and nothing wrong is ever written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from image_tree import photo
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from tiny_run import config, distilled, write_teacher, write_tree
+from torch import nn
+
+from ijckd_fast import cli
+from ijckd_fast.data import build_index
+from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.errors import UserError
+from ijckd_fast.export import export
+from ijckd_fast.nets.models import count_parameters, create_model
+from ijckd_fast.train import checkpoint
+from ijckd_fast.train.loop import build_val_loader, resolve, train
+
+SHAPES = {
+    "map": {"objective": "ijckd"},
+    "conv1x1": {"objective": "ijckd-pooled"},
+    "linear": {"objective": "ijckd-pooled", "connector": "linear"},
+    "mlp": {"objective": "ijckd-pooled", "connector": "mlp"},
+    "own": {"objective": "kd"},
+    "timm": {"objective": "srrl", "student": "timm/test_resnet", "image_size": 32, "eval_resize": 36},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """data/ and teacher.pt"""
+    folder = tmp_path_factory.mktemp("home")
+    write_tree(folder / "data")
+    write_teacher(folder / "teacher.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """Gives the folder of a finished run by its name in SHAPES, and trains it once."""
+
+    def run(name: str) -> Path:
+        folder = home / name
+        if not folder.exists():
+            settings = {**distilled(home / "teacher.pt"), **SHAPES[name]}
+            train(config(home / "data", folder, **settings), console=Console(quiet=True))
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(trained):
+    """A pristine export of the run called 'map', to be copied."""
+    folder = trained("map").parent / "map-export"
+    if not folder.exists():
+        assert cli.main(["export", str(trained("map")), "--out", str(folder)]) == 0
+    return folder
+
+
+def _export(capsys, *arguments) -> dict:
+    """The last line of the command."""
+    capsys.readouterr()
+    assert cli.main(["export", *map(str, arguments)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def _complaint(capsys, *arguments, code: int = 2) -> str:
+    capsys.readouterr()
+    assert cli.main(["export", *map(str, arguments)]) == code
+    err = capsys.readouterr().err
+    assert err.startswith("ijckd-fast: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def _distiller(run: Path) -> Distiller:
+    _, state, settings = cli._begun(str(run), False, {})
+    return cli._trained(run / "last.pt", state, settings)
+
+
+def _val_images(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """All images [18, 3, S, S] and labels [18] of val/, as the run's evaluation sees them."""
+    _, state, settings = cli._begun(str(run), False, {})
+    index = build_index(settings.data_dir, "val", classes=state["classes"])
+    with build_val_loader(settings, index, torch.device("cpu")) as loader:
+        batches = list(loader)
+    return torch.cat([b.images for b in batches]).contiguous(), torch.cat([b.labels for b in batches])
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_files_answer_as_the_trained_net(name, trained, capsys):
+    run = trained(name)
+    before = _left(run)
+    row = _export(capsys, run)
+    folder = run / "export"
+    assert _left(run) == sorted([*before, "export"])
+    assert _left(folder) == sorted(export.FILES)
+    assert {
+        **json.loads((folder / "config.json").read_text()),
+        "folder": str(folder),
+        "checkpoint": row["checkpoint"],
+    } == row
+
+    distiller = _distiller(run)
+    images, labels = _val_images(run)
+    wanted = distiller.predict(images)
+    scale = float(wanted.abs().max())
+    module = export.load_exported(folder)
+    assert not module.training
+    torch.testing.assert_close(module(images), wanted, rtol=0, atol=1e-5 * scale)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (18, 1, 5):  # any batch size
+        (logits,) = session.run(["logits"], {"images": images[:batch].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), wanted[:batch], rtol=0, atol=1e-4 * scale)
+    top1 = 100 * float((wanted.argmax(1) == labels).float().mean())
+    assert row["evaluated"]["top1_percent"] == pytest.approx(top1)
+    for found in row["compared"].values():
+        assert (found["images"], found["disagreements"]) == (18, 0)
+        assert found["difference"] <= 1e-5 * found["scale"]
+        assert found["scale"] == pytest.approx(scale, rel=1e-3)
+
+    assert not any(isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d) for part in module.modules())
+    assert row["sha256"].keys() == {"model.safetensors", "model.onnx", "student.safetensors"}
+    parts = row["cost"]["parts"]
+    assert parts["total"]["params"] == count_parameters(module)
+    for key in ("params", "macs"):
+        assert parts["total"][key] == sum(parts[part][key] for part in ("backbone", "connector", "classifier"))
+    macs = distiller.deployed_cost(images.shape[2])[1]
+    assert (parts["total"]["macs"] < macs) if name in ("linear", "mlp") else (parts["total"]["macs"] == macs)
+    assert row["connector_joined_with_classifier"] == (name in ("linear", "mlp"))
+    if name == "linear":  # as large as the student with a classifier of its own
+        assert parts["total"]["params"] == parts["student alone"]["params"]
+        assert parts["connector"] == {"params": 0, "macs": 0, "torch_ms": 0.0, "onnxruntime_ms": None}
+    assert parts["total"]["onnxruntime_ms"] > 0
+    assert min(parts[part]["torch_ms"] for part in ("backbone", "classifier", "total", "student alone")) > 0
+
+
+def test_student_weights_are_the_trained_ones(trained, capsys):
+    """In the library's names; timm loads them with what the command says, and answers as the student."""
+    import timm
+
+    run = trained("timm")
+    row = _export(capsys, run, "--overwrite", "--no-onnx")
+    images, _ = _val_images(run)
+    net = timm.create_model(**row["timm"], checkpoint_path=str(run / "export" / "student.safetensors")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), _distiller(run).predict(images))
+    assert row["timm"] == {"model_name": "test_resnet", "num_classes": 3}
+    assert row["student_has_classifier"]
+
+    run = trained("map")
+    row = _export(capsys, run, "--out", run.parent / "no-timm", "--no-onnx")
+    assert row["timm"] is None
+    assert not row["student_has_classifier"]
+    weights = load_file(run.parent / "no-timm" / "student.safetensors")
+    assert weights.keys() == _distiller(run).learner.student.native_state_dict().keys()
+    assert not any(key.startswith("fc.") for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "loads"),
+    [("resnet18", False, True), ("resnet18", True, True), ("efficientnet_b0", False, False), ("resnet20", False, False)],
+)  # fmt: skip
+def test_which_students_timm_loads(tmp_path, name, drop, loads):
+    """torchvision's nets that timm has under the same layers' names, with and without a classifier."""
+    model = create_model(name, 3, image_size=32).eval()
+    if drop:
+        model.drop_classifier()
+    path = tmp_path / "student.safetensors"
+    save_file(model.native_state_dict(), path)
+    with torch.no_grad():
+        options = export._timm_options(path, model, 32)
+    assert options == ({"model_name": name, "num_classes": 0 if drop else 3} if loads else None)
+
+
+def test_timm_must_give_the_same_answers(tmp_path, monkeypatch):
+    model = create_model("timm/test_resnet", 3, image_size=32).eval()
+    changed = {k: v + (k == "fc.bias") for k, v in model.native_state_dict().items()}
+    save_file(changed, tmp_path / "student.safetensors")
+    with torch.no_grad():
+        assert export._timm_options(tmp_path / "student.safetensors", model, 32) is None
+
+
+def test_a_map_larger_than_the_teachers_is_pooled_first():
+    """SimKD's rule, also where the sizes do not divide; and against pooled features there is nothing to pool."""
+    for size, objective, pooled in ((64, "ijckd", (2, 2)), (80, "simkd", (3, 3)), (64, "ijckd-pooled", None)):
+        torch.manual_seed(0)
+        student, teacher = (
+            create_model("resnet8x0.25", 3, image_size=size),
+            create_model("mobilenet_v1", 3, image_size=size),
+        )
+        distiller = Distiller(student, teacher, get_objective(objective)).eval()
+        module = export.deployed_module(distiller, size)
+        assert module.map_size == pooled
+        images = torch.randn(3, 3, size, size)
+        wanted = distiller.predict(images)
+        torch.testing.assert_close(module(images), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        cost = export.measure_cost(module, size, 1, None)
+        assert cost["total"]["macs"] == distiller.deployed_cost(size)[1]
+
+
+def test_a_linear_connector_is_joined_only_where_that_is_cheaper():
+    """64 -> 16 -> 100 is cheaper as two layers, 64 -> 16 -> 10 as one."""
+    for classes, joined in ((100, False), (10, True)):
+        student, teacher = (
+            create_model("resnet8", classes, image_size=16),
+            create_model("resnet8x0.25", classes, image_size=16),
+        )
+        distiller = Distiller(student, teacher, get_objective("ijckd-pooled", connector="linear")).eval()
+        module = export.deployed_module(distiller, 16)
+        assert module.joined == joined
+        assert isinstance(module.connector, nn.Identity) == joined
+        images = torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(module(images), distiller.predict(images))
+
+
+def test_onnx_metadata(exported):
+    model = onnx.load(exported / "model.onnx")
+    onnx.checker.check_model(model)
+    held = {entry.key: entry.value for entry in model.metadata_props}
+    told = json.loads((exported / "config.json").read_text())
+    assert held["num_classes"] == "3"
+    assert json.loads(held["classes"]) == told["classes"] == ["ant", "bee", "cat"]
+    assert json.loads(held["preprocessing"]) == told["preprocessing"]
+    assert told["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert held["student"] == "resnet8x0.25"
+    assert str(Path(export.__file__).parent).encode() not in (exported / "model.onnx").read_bytes()
+
+
+def test_the_documented_onnxruntime_snippet(home, exported, monkeypatch, tmp_path, capsys):
+    """docs/deploy.md's preprocessing makes the evaluation's pixels."""
+    text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+    code = re.search(r"runs this block -->\n```python\n(.*?)```", text, re.DOTALL)[1]
+    folder = shutil.copytree(exported, tmp_path / "deploy")
+    told = json.loads((folder / "config.json").read_text())
+    paths = sorted((home / "data" / "val").glob("*/*"))
+    shutil.copy(paths[0], folder / "image.jpg")
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(code, names)
+    images, _ = _val_images(home / "map")
+    np.testing.assert_allclose(np.stack([names["preprocess"](path) for path in paths]), images.numpy(), atol=1e-5)
+    answer = export.load_exported(folder)(images[:1]).argmax(1)
+    assert capsys.readouterr().out == f"{[told['classes'][k] for k in answer]}\n"
+    # a margin around the crop, images higher than wide and wider than high, odd remainders
+    names["steps"].update(resize_shorter_side=19, center_crop=16)
+    sizes = ((20, 31), (47, 22), (23, 23))
+    (tmp_path / "data" / "val" / "ant").mkdir(parents=True)
+    paths = [tmp_path / "data" / "val" / "ant" / f"{n}.png" for n in range(len(sizes))]
+    for path, (w, h) in zip(paths, sizes, strict=True):
+        photo(h, w, seed=h).save(path)
+    settings = resolve(config(tmp_path / "data", tmp_path, eval_resize=19))
+    index = build_index(settings.data_dir, "val")
+    with build_val_loader(settings, index, torch.device("cpu")) as loader:
+        images = next(iter(loader)).images
+    np.testing.assert_allclose(np.stack([names["preprocess"](path) for path in paths]), images.numpy(), atol=1e-5)
+
+
+def test_options(trained, home, tmp_path, capsys):
+    run = trained("map")
+    row = _export(
+        capsys, run, "--best", "--out", tmp_path / "a" / "b", "--no-onnx", "--images", 4, "--data-dir", home / "data"
+    )
+    assert row["checkpoint"] == str(run / "best.pt")
+    assert row["step"] == checkpoint.load(run / "best.pt")["step"]
+    assert _left(tmp_path / "a" / "b") == ["config.json", "model.safetensors", "student.safetensors"]
+    assert row["compared"].keys() == {"deployed with trained"}
+    assert row["compared"]["deployed with trained"]["images"] == 4
+    assert row["cost"]["parts"]["total"]["onnxruntime_ms"] is None
+    row = _export(capsys, run / "last.pt", "--out", tmp_path / "c", "--no-onnx")
+    assert row["checkpoint"] == str(run / "last.pt")
+    assert "--images must be at least 1, got 0" in _complaint(capsys, run, "--images", 0)
+    assert "no checkpoint at /nowhere" in _complaint(capsys, "/nowhere")
+
+
+def test_images_are_spread_over_the_classes(trained, tmp_path, monkeypatch, capsys):
+    seen = []
+    write = export.write_export
+
+    def watched(folder, distiller, settings, state, loader, **options):
+        seen.extend(loader)
+        return write(folder, distiller, settings, state, seen, **options)
+
+    monkeypatch.setattr(export, "write_export", watched)
+    _export(capsys, trained("map"), "--out", tmp_path / "out", "--no-onnx", "--images", 3)
+    assert torch.cat([batch.labels for batch in seen]).tolist() == [0, 1, 2]
+
+
+def test_without_the_onnx_packages(trained, tmp_path, monkeypatch, capsys):
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, name, None)
+            err = _complaint(capsys, trained("map"), "--out", tmp_path / "out")
+        assert f"model.onnx needs {name}" in err
+        assert "pip install onnx onnxruntime onnxscript, or leave ONNX out with --no-onnx" in err
+    assert _left(tmp_path) == []
+
+
+def test_occupied_folders(trained, exported, tmp_path, capsys):
+    run = trained("map")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    for more in ((), ("--overwrite",)):
+        assert "holds files that no export wrote (thesis.tex)" in _complaint(capsys, run, "--out", mine, *more)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+    assert "holds files that no export wrote" in _complaint(capsys, run, "--out", run, "--overwrite")
+    assert "cannot be listed (Not a directory)" in _complaint(capsys, run, "--out", mine / "thesis.tex")
+    assert "cannot write the export" in _complaint(capsys, run, "--out", mine / "thesis.tex" / "x", "--no-onnx")
+
+    earlier = shutil.copytree(exported, tmp_path / "earlier")
+    (earlier / "config.json").write_text("{}")
+    assert "holds an earlier export: give --overwrite" in _complaint(capsys, run, "--out", earlier)
+    assert (earlier / "config.json").read_text() == "{}"
+    _export(capsys, run, "--out", earlier, "--overwrite", "--no-onnx")
+    assert _left(earlier) == ["config.json", "model.safetensors", "student.safetensors"]
+    export.load_exported(earlier)
+    (tmp_path / "empty").mkdir()
+    _export(capsys, run, "--out", tmp_path / "empty", "--no-onnx")
+    assert _left(tmp_path) == ["earlier", "empty", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [(errno.ENOSPC, "no space left to write the export"), (errno.EROFS, "(Read-only file system)")],
+)
+def test_a_disk_that_does_not_take_it(trained, exported, tmp_path, monkeypatch, capsys, code, text):
+    """Wherever it fails, the earlier export stays as it was and nothing is left beside it."""
+    earlier = shutil.copytree(exported, tmp_path / "earlier")
+    old = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    real_fsync, real_rename = os.fsync, Path.rename
+    for at in range(4):  # two files of weights, config.json twice; then the renaming
+        calls = iter(range(100))
+
+        def fsync(file, at=at, calls=calls):
+            if next(calls) == at:
+                raise OSError(code, os.strerror(code))
+            real_fsync(file)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert text in _complaint(capsys, trained("map"), "--out", earlier, "--overwrite", "--no-onnx")
+        assert {path.name: path.read_bytes() for path in earlier.iterdir()} == old
+        assert _left(tmp_path) == ["earlier"]
+    monkeypatch.setattr(os, "fsync", real_fsync)
+
+    def rename(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError(code, os.strerror(code))
+        return real_rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert text in _complaint(capsys, trained("map"), "--out", earlier, "--overwrite", "--no-onnx")
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == old
+    assert _left(tmp_path) == ["earlier"]
+
+
+def test_a_module_that_answers_otherwise_is_not_written(trained, exported, tmp_path, monkeypatch, capsys):
+    run = trained("map")
+    connect = export.Deployed.connect
+    with monkeypatch.context() as patch:
+        patch.setattr(export.Deployed, "connect", lambda self, x: 1.01 * connect(self, x))
+        err = _complaint(capsys, run, "--out", tmp_path / "out", "--no-onnx", code=1)
+    assert "the deployed module's logits differ from the trained net's by up to" in err
+    assert "on 18 images, wanted at most 0.001 of the largest logit" in err
+    answer = export._onnx_answer
+    earlier = shutil.copytree(exported, tmp_path / "earlier")
+    old = (earlier / "config.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_onnx_answer", lambda path: lambda images: answer(path)(images) * 1.001)
+        err = _complaint(capsys, run, "--out", earlier, "--overwrite", code=1)
+    assert "onnxruntime's logits differ from PyTorch's" in err
+    assert (earlier / "config.json").read_text() == old
+    assert _left(tmp_path) == ["earlier"]
+
+
+def test_nan_is_a_difference():
+    logits = torch.tensor([[1.0, float("nan")]])
+    assert not export._compare(logits, torch.ones(1, 2)).within(1e-3)
+
+
+def test_damaged_and_changed_exports_are_refused(exported, tmp_path):
+    def damaged(name: str, change) -> str:
+        folder = shutil.copytree(exported, tmp_path / "x", dirs_exist_ok=True)
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+        with pytest.raises(UserError) as refused:
+            export.load_exported(folder)
+        assert str(refused.value).count("\n") == 0
+        return str(refused.value)
+
+    def edited(**changes):
+        return lambda data: json.dumps({**json.loads(data), **changes}).encode()
+
+    middle = exported.joinpath("model.safetensors").stat().st_size // 2
+    flipped = damaged("model.safetensors", lambda data: data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    assert "is not the file that config.json describes" in flipped
+    assert "is not the file that config.json describes" in damaged("model.safetensors", lambda data: data[:1000])
+    assert "is not of an export, or damaged" in damaged("config.json", lambda data: data[:300])
+    assert "is not of an export, or damaged" in damaged("config.json", lambda data: b"[]")
+    assert "is not of an export, or damaged" in damaged("config.json", edited(format="ijckd-fast export 0"))
+    for changes in (
+        {"student": "resnet8x0.5"},
+        {"classes": ["ant", "bee"]},
+        {"connector": "conv1x1"},
+        {"connector": None},
+    ):
+        assert "does not fit the net that config.json describes" in damaged("config.json", edited(**changes))
+    for changes in ({"classes": None}, {"teacher_map_size": 4}, {"image_size": "16"}, {"student": "resnet9"}):
+        assert "config.json describes cannot be built" in damaged("config.json", edited(**changes))
+    for digests in ({}, None):
+        assert "is not the file that config.json describes" in damaged("config.json", edited(sha256=digests))
+    (tmp_path / "x" / "model.safetensors").unlink()
+    shutil.copy(exported / "config.json", tmp_path / "x")
+    with pytest.raises(UserError, match=r"holds no model\.safetensors"):
+        export.load_exported(tmp_path / "x")
+    with pytest.raises(UserError, match=r"no export in .* \(it has no config\.json\)"):
+        export.load_exported(tmp_path)
+
+
+def test_a_missing_teacher(trained, home, tmp_path, capsys):
+    """Whose classifier answers, it is needed; of a student that answers alone it is not."""
+    run, own = trained("map"), trained("own")
+    moved = home / "moved.pt"
+    (home / "teacher.pt").rename(moved)
+    try:
+        err = _complaint(capsys, run, "--out", tmp_path / "a")
+        assert "say with --teacher-checkpoint where they are now" in err
+        _export(capsys, run, "--out", tmp_path / "a", "--teacher-checkpoint", moved, "--no-onnx")
+        assert cli.main(["export", str(own), "--out", str(tmp_path / "b"), "--no-onnx"]) == 0
+        row = json.loads((tmp_path / "b" / "config.json").read_text())
+        assert (row["objective"], row["teacher"]) == ("kd", "resnet8x0.5")
+        other = write_teacher(tmp_path / "other.pt")
+        state = torch.load(other)
+        state["fc.bias"] += 1
+        torch.save(state, other)
+        assert "is not the one" in _complaint(capsys, run, "--out", tmp_path / "c", "--teacher-checkpoint", other)
+    finally:
+        moved.rename(home / "teacher.pt")
+
+
+def test_a_distiller_is_not_changed(trained):
+    run = trained("map")
+    distiller = _distiller(run)
+    before = checkpoint.fingerprint(distiller.learner)
+    export.deployed_module(distiller, 16)
+    assert checkpoint.fingerprint(distiller.learner) == before

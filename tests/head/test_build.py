@@ -1,0 +1,53 @@
+"""What the build must leave behind: both libraries where nvcc is, one wheel for every Python. test_sass.py looks into the kernels."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import ijckd_fast
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return next((f"{h}/bin/nvcc" for h in homes if h and pathlib.Path(h, "bin/nvcc").exists()), shutil.which("nvcc"))
+
+
+def test_cuda_library_is_built_where_nvcc_is():
+    if nvcc() is None:
+        pytest.skip("no nvcc on this machine: only the CPU library is built")
+    assert ijckd_fast.HAS_CUDA_LIBRARY
+
+
+@pytest.mark.slow
+def test_wheel_serves_every_python(tmp_path):
+    checkout = tmp_path / "checkout"  # a copy: a build in the checkout would disturb the installed libraries
+    ignored = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "_C*.so", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=ignored)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        tmp_path,
+        checkout,
+    ]
+    quick = tmp_path / "c++"  # the library is not run here
+    quick.write_text(f'#!/bin/sh\nexec {shutil.which(os.environ.get("CXX", "c++"))} "$@" -O0\n')
+    quick.chmod(0o755)
+    subprocess.run(command, check=True, env=dict(os.environ, IJCKD_CUDA="off", CXX=str(quick)))
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ijckd_fast/head/_C.so" in names
+    assert any(n.startswith("ijckd_fast/configs/") and n.endswith(".yaml") for n in names)

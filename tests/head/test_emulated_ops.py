@@ -1,0 +1,46 @@
+"""The whole GPU ops on emulated kernels: host code, kernels, autograd."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from emulator import build
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
+]
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("source", "least"), [("emulator/gpu_ops.py", 200), ("head/test_ops.py", 200), ("head/test_numerics.py", 3)]
+)
+def test_ops_on_emulated_kernels_equal_reference(source, least, tmp_path):
+    """The comparisons with reference.py in `source`, at least so many, with the CUDA kernels behind."""
+    package = tmp_path / "ijckd_fast"
+    shutil.copytree(ROOT / "ijckd_fast", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    shutil.copy(build.built("ops") / "_C.so", package / "head/_C.so")
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    for copied in {"conftest.py", "head/test_ops.py", source}:  # gpu_ops.py imports test_ops.py
+        shutil.copy(ROOT / "tests" / copied, tests)
+    chosen = (
+        "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
+        "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
+        "or one_class or empty_batch or bad_values or hard_cases or linear"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, pathlib.Path(source).name],
+        cwd=tests,
+        env=dict(os.environ, PYTHONPATH=str(tmp_path), IJCKD_KERNELS="cuda"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least

@@ -1,0 +1,519 @@
+"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results; scripts/gpu_check.sh's steps. Nothing here judges speed."""
+
+import csv
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ijckd_fast.head import ops
+
+ROOT = pathlib.Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules["benchmark"] = benchmark  # NamedTuple looks its module up
+spec.loader.exec_module(benchmark)
+
+QUICK = ["op", "--device", "cpu", "--repeats", "3", "--dtype", "float32", "--baselines", "eager"]
+CONTRACT = {
+    "what": str,
+    "workload": str,
+    "device": str,
+    "dtype": str,
+    "mode": str,
+    "baseline": str,
+    "ours_ms": float,
+    "baseline_ms": float,
+    "ratio": float,
+    "ours_peak_mb": float,
+    "baseline_peak_mb": float,
+    "repeats": int,
+}
+
+
+def rows_of(capsys):
+    """(rows of the last line of stdout, stderr)."""
+    out, err = capsys.readouterr()
+    return json.loads(out.splitlines()[-1])["rows"], err
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_last_line_is_the_json_contract(capsys, mode):
+    workloads = ["tiny", "tiny-ce", "tiny-kl"]
+    assert benchmark.main([*QUICK, "--workloads", *workloads, "--mode", mode]) == 0
+    rows, _ = rows_of(capsys)
+    assert [(r["workload"], r["mode"], r["baseline"]) for r in rows] == [(n, mode, "eager") for n in workloads]
+    for row in rows:
+        assert list(row) == list(CONTRACT)
+        for key, kind in CONTRACT.items():
+            assert isinstance(row[key], kind) or (key.endswith("_peak_mb") and row[key] is None), key
+        assert (row["what"], row["device"], row["dtype"], row["repeats"]) == ("op", "cpu", "float32", 3)
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-2)
+
+
+def test_rows_are_appended_with_where_they_were_measured(capsys, tmp_path):
+    path = tmp_path / "op.csv"
+    for dtype in ("float32", "bfloat16"):
+        assert benchmark.main([*QUICK, "--dtype", dtype, "--workloads", "tiny", "--save", str(path)]) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["dtype"] for r in rows] == ["float32", "bfloat16"]
+    printed = rows_of(capsys)[0][0]
+    assert {k: rows[1][k] for k in ("ours_ms", "baseline_ms")} == {
+        k: str(printed[k]) for k in ("ours_ms", "baseline_ms")
+    }
+    for row in rows:
+        assert [row[k] for k in ("B", "Cs", "Ct", "K", "side", "losses")] == ["8", "6", "5", "11", "3", "ce+sr+map"]
+        assert float(row["ours_p20_ms"]) <= float(row["ours_ms"]) <= float(row["ours_p80_ms"])
+        assert row["torch"] == torch.__version__
+        assert all(row[k] for k in ("machine", "threads", "python", "commit", "date"))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-ce", "tiny-kl"])
+def test_both_programs_compute_what_the_row_says(name):
+    w = benchmark.WORKLOADS[name]
+    t = benchmark.make_tensors(w, torch.float32, "cpu")
+    ours, eager = (f(w, t)[0] for f in (benchmark.fused_loss, benchmark.eager_loss))
+    torch.testing.assert_close(ours, eager)
+    terms = set(w.losses.split("+"))
+    assert terms <= {"ce", "sr", "kl", "fm", "map"}
+    z = torch.nn.functional.linear(t["u"], t["projection"], t["projection_bias"]) if name == "tiny-kl" else t.get("z")
+    if z is None:  # a map's own connector
+        return
+    named = {term: float(term in terms) for term in ("ce", "sr", "kl", "fm")}
+    exact, *_ = benchmark.reference.classifier_loss(
+        z, t["weight"], t.get("bias"), t["labels"], pooled_t=t["pooled_t"], **named
+    )
+    torch.testing.assert_close(ours, exact)
+
+
+def test_a_file_of_other_columns_is_left_alone(capsys, tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    assert benchmark.main([*QUICK, "--workloads", "tiny", "--save", str(path)]) == 2
+    assert "has other columns" in capsys.readouterr().err
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def wrong_loss(monkeypatch):
+    right = ops.classifier_loss
+
+    def op(*args, **named):
+        loss, parts, top1 = right(*args, **named)
+        return loss * 1.01, parts, top1
+
+    monkeypatch.setattr(ops, "classifier_loss", op)
+
+
+def wrong_gradient(monkeypatch, factor=1.2):
+    right = ops.connector_match
+
+    def op(u, *args, **named):
+        z, fm = right(u, *args, **named)
+        z.register_hook(lambda gradient: gradient * factor)
+        return z, fm
+
+    monkeypatch.setattr(ops, "connector_match", op)
+
+
+def nan_gradient(monkeypatch):
+    wrong_gradient(monkeypatch, float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"), [(wrong_loss, "loss"), (wrong_gradient, "gradient of u"), (nan_gradient, "gradient of u")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_op_is_not_timed(capsys, tmp_path, monkeypatch, spoil, what, dtype):
+    spoil(monkeypatch)
+    monkeypatch.setattr(benchmark.Timer, "__call__", lambda *_: pytest.fail("timed a wrong op"))
+    path = tmp_path / "op.csv"
+    assert benchmark.main([*QUICK, "--dtype", dtype, "--workloads", "tiny", "--save", str(path)]) == 1
+    rows, err = rows_of(capsys)
+    assert rows == []
+    assert f"refused to time tiny in {dtype}: ours: {what} is off by" in err
+    assert not path.exists()
+
+
+def test_one_wrong_workload_leaves_the_others_their_rows(capsys, monkeypatch):
+    nan_gradient(monkeypatch)  # tiny-ce has no connector
+    assert benchmark.main([*QUICK, "--workloads", "tiny", "tiny-ce"]) == 1
+    assert [row["workload"] for row in rows_of(capsys)[0]] == ["tiny-ce"]
+
+
+def test_every_baseline_that_runs_here(capsys, tmp_path):
+    argv = [a for a in QUICK if a not in ("--baselines", "eager")]
+    plot = tmp_path / "op.png"
+    assert benchmark.main([*argv, "--workloads", "tiny-ce", "--plot", str(plot)]) == 0
+    rows, err = rows_of(capsys)
+    wanted = ["eager", "compile", *(["linear_cross_entropy"] if hasattr(torch.nn, "LinearCrossEntropyOptions") else [])]
+    assert [row["baseline"] for row in rows] == wanted, err
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="needs torch >= 2.13")
+def test_a_wrong_baseline_is_left_out_and_said_so(capsys, monkeypatch):
+    right = torch.nn.functional.linear_cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "linear_cross_entropy", lambda *a, **k: right(*a, **k) * 1.5)
+    assert benchmark.main([*QUICK, "linear_cross_entropy", "--workloads", "tiny-ce"]) == 0
+    rows, err = rows_of(capsys)
+    assert [row["baseline"] for row in rows] == ["eager"]
+    assert "tiny-ce: linear_cross_entropy left out: loss is off by" in err
+
+
+def test_peak_memory_sees_what_a_step_holds():
+    peak = benchmark.peak_mb(lambda: [torch.ones(40_000_000 // 4)], "cpu")
+    if peak is None:
+        pytest.skip("this kernel has no /proc/self/clear_refs")
+    assert 38 < peak < 50
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--workloads", "W9"], "there is no 'W9'; choose from W1, W2"),
+        (["--sweep", "k", "--workloads", "W1"], "leave --workloads out"),
+        (["--dtype", "float16"], "float16 is for the GPU"),
+        (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--save", "/nowhere/op.csv"], "there is no folder /nowhere"),
+    ],
+)
+def test_impossible_requests(capsys, argv, text):
+    assert benchmark.main(["op", "--device", "cpu", *argv]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_cpu_forms_say_their_batch():
+    chosen = benchmark.chosen_workloads(["W1", "W3"], None, "cpu")
+    assert {name: w.B for name, w in chosen.items()} == {"W1": 256, "W3-B128": 128}
+    assert benchmark.chosen_workloads(["W3"], None, "cuda")["W3"].B == 1024
+
+
+def test_sweeps_cover_their_ranges():
+    classes = [w.K for w in benchmark.chosen_workloads(None, "k", "cpu").values()]
+    assert (classes[0], classes[-1]) == (100, 200_000)
+    assert len({w.B for w in benchmark.chosen_workloads(None, "b", "cuda").values()}) >= 5
+
+
+def test_help_names_units_workloads_and_baselines():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "benchmark.py", "op", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("milliseconds", "MB = 1e6 bytes", *benchmark.WORKLOADS, *benchmark.BASELINES):
+        assert word in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# gpu_check.sh
+
+# In place of python: no GPU, no rich, tests that fail, a benchmark that works.
+STUB = """#!/usr/bin/env bash
+case "$*" in
+    *benchmark.py*) echo '{"rows": []}'; echo 'benchmark: 0 rows' ;;
+    *pytest*tests/head/test_ops.py*) echo '3 failed, 4 passed in 1.00s'; exit 1 ;;
+    *pytest*) echo '7 passed in 1.00s' ;;
+    "-c "*) exit 1 ;;
+    *) cat >/dev/null; echo 'seen' ;;
+esac
+"""
+
+
+def test_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", "--out", out],
+        env=dict(os.environ, PYTHON=str(stub)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    with (out / "steps.csv").open() as file:
+        results = {row["step"]: (row["result"], row["what"]) for row in csv.DictReader(file)}
+    assert results == {
+        "environment": ("ok", "seen"),
+        "ops on the CPU": ("failed (1)", "3 failed 4 passed in 1.00s"),
+        "GPU tests on CPU": ("ok", "7 passed in 1.00s"),
+        "benchmark": ("ok", "benchmark: 0 rows"),
+    }
+    assert "no GPU here: running the CPU half" in done.stdout
+    assert "1 step FAILED" in done.stdout.splitlines()[-1]
+    assert "3 failed, 4 passed" in (out / "gpu_check.log").read_text()
+
+
+def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
+    """The order of the steps only: the stub says yes to everything."""
+    stub = tmp_path / "python"
+    stub.write_text(STUB.replace('"-c "*) exit 1', '"-c "*) exit 0'))
+    stub.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "gpu_check.sh", "--out", tmp_path / "out"],
+        env=dict(os.environ, PYTHON=str(stub)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "out" / "steps.csv").open() as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    steps = [s for s in steps if s not in ("compute-sanitizer", "memcheck", "racecheck")]
+    assert steps == [
+        *(
+            "environment",
+            "doctor",
+            "instructions",
+            "ops float64",
+            "ops float32",
+            "ops bfloat16",
+            "ops float16",
+            "bad labels",
+        ),
+        *(
+            "gradcheck",
+            "opcheck",
+            "bitwise x10",
+            "no host sync",
+            "CUDA graph",
+            "torch.compile",
+            "trainer no sync",
+            "training step",
+            "DALI on the GPU",
+            "loader",
+            "step r34-r18",
+            "step r50-mv1",
+            "benchmark",
+        ),
+    ]
+
+
+def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
+    for arguments, text in (
+        (["--outt", "x"], "unknown argument --outt"),
+        (["--out"], "--out needs a folder"),
+        (["--wheels", tmp_path / "none", "--out", tmp_path], "there is no such folder"),
+    ):
+        done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
+        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
+
+
+def test_loader_rows(capsys, tmp_path):
+    saved = tmp_path / "loader.csv"
+    quick = ["loader", "--images", "60", "--batch", "8", "--steps", "6", "--repeats", "1", "--threads", "1"]
+    assert benchmark.main([*quick, "--image-size", "32", "--save", str(saved)]) == 0
+    rows, _ = rows_of(capsys)
+    assert [row["contender"] for row in rows] == ["dali", "dali-packed 256", "pillow"]
+    for row in rows:
+        assert (row["what"], row["baseline"], row["threads"], row["images"]) == ("loader", "torchvision", 1, 54)
+        assert row["ratio"] == pytest.approx(row["images_per_s"] / row["baseline_images_per_s"], rel=1e-3)
+        assert 0 < row["plan_percent"] < 100
+    with saved.open(newline="") as file:
+        assert [row["contender"] for row in csv.DictReader(file)] == [row["contender"] for row in rows]
+    with pytest.raises(SystemExit):
+        benchmark.main([*quick, "--steps", "4"])
+    assert "must be above 4, got 4" in capsys.readouterr().err
+
+
+STEP = ["step", "--pair", "tiny", "--device", "cpu", "--batch", "8", "--threads", "1", "--repeats", "1"]
+PARTS = [
+    "loader",
+    "teacher forward",
+    "student forward, backward",
+    "connector trunk",
+    "head",
+    "optimizer, guard",
+    "sum",
+]
+
+
+def test_step_rows(capsys, tmp_path):
+    saved = tmp_path / "step.csv"
+    quick = [*STEP, "--images", "40", "--steps", "2", "--amp-dtype", "float32", "--save", str(saved)]
+    assert benchmark.main([*quick, "--contenders", "eager-fp32", "eager-autocast", "ours"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert "skipped" not in err
+    assert "left out" not in err
+    assert [(r["what"], r["mode"], r["baseline"]) for r in rows] == [
+        ("step", "ours", "eager-fp32"),
+        ("step", "ours", "eager-autocast"),
+        *(("step-part", part, "whole step") for part in PARTS),
+    ]
+    for row in rows:
+        assert list(row) == list(CONTRACT)
+        for key, kind in CONTRACT.items():
+            assert isinstance(row[key], kind) or (key.endswith("_peak_mb") and row[key] is None), key
+        assert (row["workload"], row["device"], row["dtype"], row["repeats"]) == ("tiny", "cpu", "float32", 1)
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"], rel=1e-2)
+    with saved.open(newline="") as file:
+        full = list(csv.DictReader(file))
+    whole, alone = full[:2], full[2:]
+    assert [r["baseline_dtype"] for r in whole] == ["float32", "bfloat16"]
+    for row in whole:
+        assert float(row["ours_images_per_s"]) == pytest.approx(8e3 / float(row["ours_ms"]), rel=1e-3)
+        assert 0 <= float(row["loader_wait_percent"]) <= 100
+        assert (row["data_backend"], row["baseline_loader"], row["images"], row["steps"]) == (
+            "dali",
+            "torchvision",
+            "36",
+            "2",
+        )
+        assert all(row[k] for k in ("machine", "threads", "torch", "torchvision", "commit", "date"))
+    assert float(alone[-1]["ours_ms"]) == pytest.approx(sum(float(r["ours_ms"]) for r in alone[:-1]), rel=1e-3)
+    assert sum(float(r["share_percent"]) for r in alone[:-1]) == pytest.approx(100, abs=0.1)
+    by_part = {row["mode"]: row for row in alone}
+    # the convolutions of resnet8x0.5 on 32x32 images, by hand: 1, 2, 3 and 3 layers of stem and stages, multiply-accumulates
+    stem, one, two, three = (
+        3 * 9 * 11,
+        9 * (11 * 8 + 8 * 8) + 11 * 8,
+        9 * (8 * 16 + 16 * 16) + 8 * 16,
+        9 * 3 * 32 * 16 + 512,
+    )
+    macs = 1024 * (stem + one) + 256 * two + 64 * three
+    assert float(by_part["teacher forward"]["gflop"]) == pytest.approx(2e-9 * 8 * macs, abs=1e-4)
+    assert "to fix first: " in out
+
+
+def test_a_step_that_computes_something_else_is_not_timed(capsys, monkeypatch):
+    step = benchmark.step_benchmark
+    right = step.eager_loss
+    monkeypatch.setattr(step, "take_turn", lambda *_: pytest.fail("timed a wrong step"))
+    quick = [*STEP, "--images", "10", "--data-backend", "synthetic", "--contenders", "ours", "eager-fp32"]
+    monkeypatch.setattr(step, "eager_loss", lambda *args: 1.002 * right(*args))
+    assert benchmark.main(quick) == 1
+    rows, err = rows_of(capsys)
+    assert rows == []
+    assert "refused to time tiny: ours in float32: loss" in err
+
+    def wrong_gradient(*args):
+        loss = right(*args)
+        return loss.detach() + 1.002 * (loss - loss.detach())
+
+    monkeypatch.setattr(step, "eager_loss", wrong_gradient)
+    assert benchmark.main(quick) == 1
+    assert "refused to time tiny: ours in float32: gradient norm" in rows_of(capsys)[1]
+
+
+def test_step_with_pooled_match_and_without_files(capsys):
+    quick = [*STEP, "--images", "10", "--data-backend", "synthetic", "--steps", "1", "--objective", "ijckd-pooled"]
+    assert benchmark.main([*quick, "--contenders", "ours", "eager-channels-last"]) == 0
+    rows, _ = rows_of(capsys)
+    assert [row["mode"] for row in rows] == ["ours", *PARTS]
+
+
+def test_slow_contenders_take_few_steps():
+    args = benchmark.parser().parse_args([*STEP, "--steps", "20", "--turn-seconds", "2", "--repeats", "3"])
+    step = benchmark.step_benchmark
+    assert step.pace_of(0.01, args) == (5, 20, 3)
+    assert step.pace_of(0.6, args) == (3, 3, 3)
+    assert step.pace_of(60.0, args) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "device", "wait", "ours_ms", "first"),
+    [
+        ({"loader": 9, "head": 1}, "cuda", 30, {"ours": 20}, "head (10 % of the sum): a larger --batch-size"),
+        ({"loader": 9, "head": 1}, "cuda", 5, {"ours": 10}, "the loader (90 % of the sum, and 5 % of a step"),
+        ({"loader": 1, "head": 9}, "cpu", 30, {"ours": 10}, "the loader (10 % of the sum, and 30 % of a step"),
+        ({"loader": 9, "head": 1}, "cpu", 5, {"ours": 10}, "the loader (90 % of the sum"),
+        (
+            {"loader": 1, "teacher forward": 6, "student forward, backward": 5},
+            "cpu",
+            0,
+            {"ours": 12},
+            "teacher forward (50 % of the sum): a teacher cache",
+        ),
+        (
+            {"loader": 1, "head": 2},
+            "cuda",
+            0,
+            {"ours": 10, "ours-graph": 8},
+            "--cuda-graph, with which a step takes 8.0 ms",
+        ),
+        ({"loader": 1, "head": 2}, "cuda", 0, {"ours": 10, "ours-graph": 9.5}, "head"),
+    ],
+)
+def test_what_to_fix_first(parts, device, wait, ours_ms, first):
+    said = benchmark.step_benchmark.fix_first(parts, device, wait, ours_ms)
+    assert said.startswith(f"to fix first: {first}")
+
+
+def test_rows_count_their_own_repeats():
+    step = benchmark.step_benchmark
+    turns = {"ours": [step.Turn(1, 50.0, 4.0, None)], "eager-fp32": [step.Turn(1, 100.0, 0.0, None)] * 3}
+    parts = {"loader": [1.0, 2.0, 9.0], "head": [2.0, 2.0, 2.0]}
+    whole, *alone = step.make_rows(turns, parts, {"head": 10**9}, {"batch": 8, "dtype": "float32"})
+    assert (whole["ratio"], whole["ours_images_per_s"], whole["repeats"]) == (2.0, 160.0, 1)
+    assert [(row["mode"], row["ours_ms"], row["share_percent"], row["repeats"]) for row in alone] == [
+        ("loader", 2.0, 50.0, 3),
+        ("head", 2.0, 50.0, 3),
+        ("sum", 4.0, 100.0, 3),
+    ]
+    assert (alone[1]["gflop"], alone[1]["gflop_per_s"]) == (16.0, 8000.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--contenders", "eager-fp32"], "--contenders must name ours and one of eager-fp32, eager-channels-last"),
+        (["--contenders", "ours", "ours-compile"], "got ours ours-compile"),
+        (["--turn-seconds", "0"], "--turn-seconds must be above 0, got 0"),
+        (["--save", "/nowhere/step.csv"], "there is no folder /nowhere"),
+        (["--images", "9", "--batch", "16", "--data-dir", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_impossible_steps(capsys, argv, text):
+    assert benchmark.main([*STEP, *argv]) == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--pair", "r18-r34"], ["--contenders", "liger"], ["--precision", "float32"]])
+def test_unknown_step_options(capsys, argv):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main([*STEP, *argv])
+    assert ended.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_index_rows(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.index_benchmark, "IMAGENET", {"tiny": (1003, 10)})
+    monkeypatch.setattr(benchmark.index_benchmark, "PICTURES", 10)
+    saved = tmp_path / "index.csv"
+    arguments = ["index", "--files", "250", "--repeats", "2", "--threads", "1", "--save", str(saved)]
+    args = benchmark.parser().parse_args([*arguments, "--starts"])
+    args.starts = ["tiny"]
+    assert benchmark.index_benchmark.run(args, benchmark.records.environment("cpu")) == 0
+    rows, _ = rows_of(capsys)
+    assert [(row["workload"], row["files"], row["folders"], row["repeats"]) for row in rows] == [
+        ("first scan", 250, 3, 1),
+        ("second start, every file", 250, 3, 2),
+        ("second start, folders", 250, 3, 2),
+        ("start, tiny", 1003, 10, 2),
+    ]
+    first, *_, start = rows
+    assert first["images_per_s"] == pytest.approx(250 / first["seconds"], rel=1e-2)
+    assert start["peak_mb"] >= start["held_mb"]
+    with saved.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 4
+
+
+def test_photos_are_like_imagenet_s(tmp_path):
+    benchmark.loader_benchmark.write_photos(tmp_path, 20, classes=2)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 20
+    assert {path.parts[-3] for path in files} == {"train", "val"}
+    assert 80_000 < sum(path.stat().st_size for path in files) / 20 < 140_000
+
+
+@pytest.mark.parametrize("what", ["loader", "index"])
+def test_other_columns_are_refused_before_anything_is_measured(what, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("name,value\n")
+    assert benchmark.main([what, "--save", str(path)]) == 2
+    assert f"{path} has other columns (name,value...)" in capsys.readouterr().err
+    assert path.read_text() == "name,value\n"

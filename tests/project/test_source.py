@@ -1,0 +1,106 @@
+"""Rules of the layout that no compiler checks: who may include and import what, and that README names real things."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+import ijckd_fast
+from ijckd_fast.distill.objectives import PRESETS
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = sorted((ROOT / "ijckd_fast").rglob("*.py"))
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Dotted names of everything that the file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_kernels_know_no_torch():
+    headers = [
+        ROOT / "csrc" / f
+        for f in ("dtype.h", "row_math.h", "rows.h", "connector_match.h", "classifier_loss.h", "counts.h")
+    ]
+    for path in [*headers, *(ROOT / "csrc/cuda").iterdir()]:
+        assert "torch/" not in path.read_text(), path
+
+
+def test_host_code_launches_nothing():
+    for path in (ROOT / "csrc").rglob("*.cpp"):
+        assert "<<<" not in path.read_text(), path
+
+
+def test_reference_imports_nothing_of_ours():
+    assert not {name for name in imports(ROOT / "ijckd_fast/head/reference.py") if name.startswith("ijckd_fast")}
+
+
+# The rooms and the modules beside them, from the ground up: each may import what stands before it, and itself.
+ORDER = (
+    "errors", "files", "console", "plots", "parallel", "head", "nets", "distill", "data", "theory", "evaluate", "teacher_cache", "train",
+    "caching", "compare", "export", "commands", "cli",
+)  # fmt: skip
+# What stands on less than all that is below it.
+STANDS_ON = {
+    "head": {"errors"},
+    "data": {"errors", "files", "console"},
+    "theory": {"errors", "files", "console", "plots"},
+    "nets": {"errors", "files"},
+}
+
+
+def rooms_imported(path: pathlib.Path) -> set[str]:
+    names = [name.split(".") for name in imports(path)]
+    return {parts[1] for parts in names if parts[0] == "ijckd_fast" and len(parts) > 1}
+
+
+def test_every_room_is_in_the_order():
+    entries = {p.stem for p in (ROOT / "ijckd_fast").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert entries - {"__init__"} == set(ORDER)
+
+
+@pytest.mark.parametrize("room", ORDER)
+def test_no_room_imports_a_higher_one(room):
+    allowed = STANDS_ON.get(room, set(ORDER[: ORDER.index(room)])) | {room}
+    paths = [p for p in MODULES if p.relative_to(ROOT / "ijckd_fast").parts[0].removesuffix(".py") == room]
+    assert paths
+    for path in paths:
+        assert rooms_imported(path) <= allowed, path
+
+
+def test_only_one_file_knows_dali():
+    users = {p.name for p in MODULES if any(name.startswith("nvidia") for name in imports(p))}
+    assert users <= {"dali.py", "doctor.py"}  # doctor asks whether it is installed
+
+
+def test_public_functions_have_docstrings():
+    missing = []
+    for path in MODULES:
+        body = ast.parse(path.read_text()).body
+        classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        # of a class's methods, __init__ and forward are told by the class, properties by their names
+        methods = [m for c in classes for m in c.body if isinstance(m, ast.FunctionDef) and not m.decorator_list]
+        told = ("forward", "extra_repr")
+        for node in [*body, *methods]:
+            public = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if public and node.name not in told and ast.get_docstring(node) is None:
+                missing.append(f"{path.name}: {node.name}")
+    assert missing == []
+
+
+def test_readme_names_real_files_and_every_objective():
+    text = (ROOT / "README.md").read_text()
+    files = set(re.findall(r"\b(\w+\.(?:py|h|cpp|yaml))\b", text)) - {"config.yaml"}
+    existing = {p.name for folder in ("ijckd_fast", "csrc", "scripts", "tests") for p in (ROOT / folder).rglob("*")}
+    assert files - existing - {"setup.py"} == set()
+    for name in PRESETS:
+        assert f"`{name}`" in text
+    for name in ijckd_fast.__all__:
+        assert name == name.upper() or name in text

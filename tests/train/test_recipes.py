@@ -1,0 +1,177 @@
+"""The packaged teacher-student pairs: published settings, nets that fit together and learn, the costs that the docs state."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+
+from ijckd_fast import cli
+from ijckd_fast.errors import UserError
+from ijckd_fast.nets.models import create_model
+from ijckd_fast.train import loop as train
+from ijckd_fast.train.config import load_preset, make_config, preset_names
+from ijckd_fast.train.pairs import CLASSES, build_pair, cost_row, pair_names, table_head, table_line
+
+DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+
+# Teacher, student and learning rate of the tables of CRD (the first twelve) and SimKD, by preset without 'cifar100_'.
+CIFAR_PAIRS = {
+    "wrn40_2_wrn16_2": ("wrn_40_2", "wrn_16_2", 0.05),
+    "wrn40_2_wrn40_1": ("wrn_40_2", "wrn_40_1", 0.05),
+    "r56_r20": ("resnet56", "resnet20", 0.05),
+    "r110_r32": ("resnet110", "resnet32", 0.05),
+    "r32x4_r8x4": ("resnet32x4", "resnet8x4", 0.05),
+    "vgg13_vgg8": ("cifar/vgg13", "vgg8", 0.05),
+    "vgg13_mobilenetv2": ("cifar/vgg13", "mobilenetv2x0.5", 0.01),
+    "r50_mobilenetv2": ("cifar/resnet50", "mobilenetv2x0.5", 0.01),
+    "r50_vgg8": ("cifar/resnet50", "vgg8", 0.05),
+    "r32x4_shufflenetv1": ("resnet32x4", "shufflenetv1", 0.01),
+    "r32x4_shufflenetv2": ("resnet32x4", "shufflenetv2x1", 0.01),
+    "wrn40_2_shufflenetv1": ("wrn_40_2", "shufflenetv1", 0.01),
+    "r32x4_vgg8": ("resnet32x4", "vgg8", 0.05),
+    "r32x4_shufflenetv2x1.5": ("resnet32x4", "shufflenetv2x1.5", 0.01),
+}
+# Parameters of the factor-2 connector, of IJCKD's and SimKD's scripts.
+CONNECTORS = {
+    "cifar100_r32x4_r8x4": 214_016,
+    "cifar100_r32x4_vgg8": 246_784,
+    "imagenet_r34_r18": 854_016,
+    "imagenet_r50_mobilenetv1": 12_591_104,
+}
+CIFAR_RECIPE = {
+    "epochs": 240,
+    "global_batch": 64,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "schedule": "step",
+    "milestones": [150, 180, 210],
+    "gamma": 0.1,
+    "image_size": 32,
+    "eval_resize": 32,
+    "hflip": 0.5,
+    "mean": [0.5071, 0.4867, 0.4408],
+    "std": [0.2675, 0.2565, 0.2761],
+}
+
+
+def test_cifar_presets_share_every_setting_but_the_pair_s_own():
+    presets = {name: load_preset(name) for name in preset_names() if name.startswith("cifar100_")}
+    assert set(presets) == {"cifar100_teacher", *(f"cifar100_{pair}" for pair in CIFAR_PAIRS)}
+    shared = {}
+    for name, values in presets.items():
+        own = {key: values.pop(key, None) for key in ("teacher", "student", "lr", "objective")}
+        if name == "cifar100_teacher":
+            assert own == {"teacher": None, "student": "resnet32x4", "lr": 0.05, "objective": "ce"}
+        else:
+            assert (own["teacher"], own["student"], own["lr"]) == CIFAR_PAIRS[name.removeprefix("cifar100_")], name
+            assert own["objective"] == "ijckd"
+        shared[name] = values
+    recipe = shared.pop("cifar100_teacher")
+    assert recipe.items() >= CIFAR_RECIPE.items()
+    assert [name for name, values in shared.items() if values != recipe] == []
+
+
+@functools.cache
+def teacher(name: str, classes: int, size: int):
+    """Frozen, and therefore one for all pairs that have it, to save time."""
+    return create_model(name, classes, image_size=size)
+
+
+@pytest.mark.parametrize("name", pair_names())
+def test_a_pair_builds_learns_and_deploys_what_the_docs_say(name, monkeypatch):
+    monkeypatch.setattr(
+        train, "build_teacher", lambda config, classes: teacher(config.teacher, classes, config.image_size)
+    )
+    torch.manual_seed(0)
+    published = load_preset(name)["image_size"]
+    size = min(published, 64)
+    config, distiller = build_pair(name, image_size=size)
+    row = {"preset": name, **cost_row(dataclasses.replace(config, image_size=published), distiller)}
+    assert table_line(row) in DOCS.splitlines()
+    classes = CLASSES[name.partition("_")[0]]
+    channels_s, channels_t = distiller.learner.student.channels, distiller.teacher.channels
+    half = channels_t // 2
+    connector = channels_s * half + 9 * half**2 + half * channels_t + 2 * (half + half + channels_t)
+    assert row["connector_params"] == connector == CONNECTORS.get(name, connector)
+    assert row["deployed_params"] == row["student_params"] + connector + (channels_t - channels_s) * classes
+
+    images, labels = torch.randn(2, 3, size, size), torch.randint(classes, (2,))
+    teacher_before = [value.clone() for value in distiller.teacher.state_dict().values()]
+    learned = dict(distiller.learner.named_parameters())
+    before = {key: value.detach().clone() for key, value in learned.items()}
+    optimizer = torch.optim.SGD(learned.values(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    distiller.train()
+    for step in range(2):
+        out = distiller.step(images, labels, progress=step)
+        optimizer.zero_grad()
+        out.loss.backward()
+        assert set(out.parts) == {"ce", "sr", "fm"}
+        assert torch.isfinite(out.loss)
+        assert [key for key, p in learned.items() if p.grad is None or not torch.isfinite(p.grad).all()] == []
+        optimizer.step()
+    assert [key for key, p in learned.items() if torch.equal(p, before[key])] == []
+    assert all(map(torch.equal, distiller.teacher.state_dict().values(), teacher_before))
+    assert distiller.eval().predict(images).shape == (2, classes)
+
+
+@pytest.mark.parametrize("words", [["r32x4_shufflenetv2x1.5"], ["cifar100_teacher", "--student", "vgg8"]])
+def test_presets_on_the_command_line(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "--config", *words, "--print-config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "epochs: 240" in printed
+    assert f"student: {words[-1] if len(words) > 1 else 'shufflenetv2x1.5'}" in printed
+
+
+def test_a_preset_s_teacher_without_weights_is_refused(tmp_path, capsys):
+    assert cli.main(["train", "--config", "cifar100_r56_r20", "--data-dir", str(tmp_path)]) == 2
+    assert "teacher resnet56 has no weights: give --teacher-checkpoint FILE" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_table(capsys):
+    assert (
+        cli.main(["recipes", "digits_student", "r56_r20", "--objective", "ijckd-pooled", "--connector", "linear"]) == 0
+    )
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = json.loads(last)["rows"]
+    assert lines == [*table_head().splitlines(), *map(table_line, rows)]
+    assert [row["preset"] for row in rows] == ["digits_student", "cifar100_r56_r20"]
+    assert rows[1]["connector"] == "linear"
+    assert rows[1]["connector_params"] == 64 * 64 + 64
+    assert rows[1]["deployed_params"] == 278_324 + 64 * 64 + 64
+
+    assert cli.main(["recipes", "r56_r20", "--objective", "srrl"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (row["connector"], row["connector_params"]) == ("none", 0)
+    assert row["deployed_params"] == row["student_params"] == 278_324
+    assert row["deployed_macs"] == row["student_macs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["r56_r21"], "no preset 'r56_r21'"),
+        (["cifar100_r56_r22"], "did you mean.*'cifar100_r56_r20'"),
+        (
+            ["cifar100_teacher"],
+            "'cifar100_teacher' is no packaged pair of teacher and student: wanted one of cifar100_r110_r32",
+        ),
+        (["r56_r20", "--objective", "simkdd"], "did you mean 'simkd'"),
+    ],
+)
+def test_what_the_command_refuses(words, text, capsys):
+    assert cli.main(["recipes", *words]) == 2
+    assert re.search(text, capsys.readouterr().err)
+
+
+def test_every_pair_s_data_is_known():
+    with pytest.raises(UserError):
+        build_pair("digits_teacher")
+    for name in pair_names():
+        make_config(load_preset(name))
+        assert name.partition("_")[0] in CLASSES

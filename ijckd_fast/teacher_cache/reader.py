@@ -33,7 +33,7 @@ from ijckd_fast.data import Augment, Index
 from ijckd_fast.data.index_cache import replace_file
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import Evaluation, load_evaluation
-from ijckd_fast.files import write_text
+from ijckd_fast.files import HOLDER, LOCK, write_text
 from ijckd_fast.nets.models import CachedTeacher
 
 FORMAT = "ijckd-fast teacher cache 1"
@@ -323,7 +323,7 @@ def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 def refuse_other_folder(folder: Path) -> None:
     """UserError unless `folder` is new, empty, or a cache."""
     if folder.is_dir() and not (folder / ABOUT).is_file():
-        inside = sorted(name for name in os.listdir(folder) if name not in ("lock", f"{ABOUT}.tmp"))
+        inside = sorted(name for name in os.listdir(folder) if name not in (LOCK, HOLDER, f"{ABOUT}.tmp"))
         if inside:
             raise UserError(
                 f"wanted an empty folder, or an earlier cache to go on with, but {folder} holds other things ({inside[0]!r}) and no "

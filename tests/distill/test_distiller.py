@@ -275,7 +275,7 @@ def record_calls(monkeypatch):
     calls = []
     for module in (ops, reference):
         for op in ("connector_match", "classifier_loss", "projected_classifier_loss"):
-            original, key = getattr(module, op), (module.__name__.split(".")[1], op)
+            original, key = getattr(module, op), (module.__name__.split(".")[-1], op)
             monkeypatch.setattr(module, op, lambda *a, f=original, k=key, **kw: (calls.append(k), f(*a, **kw))[1])
     return calls
 

@@ -265,6 +265,6 @@ def test_lock_of_a_dead_run_is_no_hindrance(tmp_path):
         held.__enter__()
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert (tmp_path / "lock").read_text() == str(child)
+    assert (tmp_path / files.HOLDER).read_text() == str(child)
     with files.lock(tmp_path):
         pass

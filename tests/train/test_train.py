@@ -656,7 +656,11 @@ def test_teacher_of_other_classes_or_nan(data, tmp_path):
 
 def test_a_folder_holds_one_run(data, tmp_path):
     train(config(data, tmp_path))
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file() and path.name != "lock"}
+    before = {
+        path.name: path.read_bytes()
+        for path in tmp_path.iterdir()
+        if path.is_file() and path.name not in (files.LOCK, files.HOLDER)
+    }
     with pytest.raises(
         UserError, match=r"holds a finished run: continue it with --resume .*--output-dir, or give --overwrite"
     ):

@@ -27,7 +27,7 @@ from ijckd_fast.train import config as settings
 if TYPE_CHECKING:
     from ijckd_fast.data import Index
     from ijckd_fast.distill.distiller import Distiller
-    from ijckd_fast.train.config import TrainConfig
+    from ijckd_fast.train import TrainConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -91,8 +91,7 @@ def train(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ijckd_fast.parallel.processes import world_size
-    from ijckd_fast.train import run_folder
-    from ijckd_fast.train.loop import train as run
+    from ijckd_fast.train import run_folder, train as run
 
     if resume is None:
         run(settings.make_config(given), overwrite=overwrite, console=Console())
@@ -123,9 +122,7 @@ def _train_each(students: list[str], given: dict[str, Any], overwrite: bool) -> 
     """Trains students one after the other, each in its own folder; a run that is there is gone on with, a finished one passed over."""
     from rich.console import Console
 
-    from ijckd_fast.train import run_folder
-    from ijckd_fast.train.loop import resolve
-    from ijckd_fast.train.loop import train as run
+    from ijckd_fast.train import resolve, run_folder, train as run
 
     configs = []
     for student in students:
@@ -290,7 +287,7 @@ def evaluate(arguments: list[str]) -> int:
 
     from ijckd_fast.evaluate.accuracy import evaluate as measure
     from ijckd_fast.teacher_cache.reader import TeacherCache
-    from ijckd_fast.train.loop import amp_dtype_of, augment_of, build_val_loader
+    from ijckd_fast.train import amp_dtype_of, augment_of, build_val_loader
 
     path, state, config = _begun(given.pop("run"), given.pop("best"), given)
     device = torch.device(config.device)
@@ -385,7 +382,7 @@ def bound(arguments: list[str]) -> int:
     from ijckd_fast.evaluate import bound_report
     from ijckd_fast.evaluate.accuracy import evaluate as measure
     from ijckd_fast.evaluate.bound import Meter, chain_line
-    from ijckd_fast.train.loop import amp_dtype_of, build_val_loader
+    from ijckd_fast.train import amp_dtype_of, build_val_loader
 
     path, state, config = _begun(str(run), given.pop("best"), given)
     if state["config"]["connector"] == "none":
@@ -508,7 +505,7 @@ def export(arguments: list[str]) -> int:
 
     from ijckd_fast.console import say
     from ijckd_fast.export import export as exporting
-    from ijckd_fast.train.loop import build_val_loader
+    from ijckd_fast.train import build_val_loader
 
     folder = Path(out or (Path(run) if Path(run).is_dir() else Path(run).parent) / "export").absolute()
     path, state, config = _begun(run, best, {**given, "device": "cpu", "decode": "cpu"})
@@ -545,8 +542,7 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
     Where the student answers alone and its teacher's weights are not there, the settings are those without a teacher.
     """
     from ijckd_fast.distill.objectives import get_objective
-    from ijckd_fast.train import checkpoint, run_folder
-    from ijckd_fast.train.loop import resolve
+    from ijckd_fast.train import checkpoint, resolve, run_folder
 
     path = Path(run)
     if path.is_dir():
@@ -614,8 +610,7 @@ def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distille
     """The nets of a checkpoint as _begun returns it, to be evaluated. UserError where the teacher is another one."""
     import torch
 
-    from ijckd_fast.train import checkpoint
-    from ijckd_fast.train.loop import build_distiller, teacher_fingerprint
+    from ijckd_fast.train import build_distiller, checkpoint, teacher_fingerprint
 
     distiller = build_distiller(config, len(state["classes"]), torch.device(config.device))
     if distiller.teacher is not None and teacher_fingerprint(distiller.teacher) != state["inputs"]["teacher"]:
@@ -766,8 +761,7 @@ def pack(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.data.pack import Settings, summary_table
-    from ijckd_fast.data.pack import pack as run
+    from ijckd_fast.data.pack import Settings, pack as run, summary_table
 
     rows = run(
         given.data_dir,
@@ -844,7 +838,7 @@ def bench(arguments: list[str]) -> int:
     from ijckd_fast.console import say
     from ijckd_fast.data import build_index, parity
     from ijckd_fast.nets.models import is_model_name
-    from ijckd_fast.train.loop import augment_of, build_distiller, resolve
+    from ijckd_fast.train import augment_of, build_distiller, resolve
 
     changed = {"device": given.device, "workers": given.workers}
     if given.data_dir is not None:

@@ -51,14 +51,14 @@ def flush(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces `path` by `text`, as `replacing` does: a power cut leaves the old file or the new one."""
-    with replacing(path) as tmp:
-        tmp.write_text(text)
+    with replacing(path) as tmp, open(tmp, "w") as file:
+        file.write(text)
 
 
 def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Replaces `path` by `data`, as `replacing` does."""
-    with replacing(path, durable=durable) as tmp:
-        tmp.write_bytes(data)
+    with replacing(path, durable=durable) as tmp, open(tmp, "wb") as file:
+        file.write(data)
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 if TYPE_CHECKING:
-    from ijckd_fast.train.config import TrainConfig
+    from ijckd_fast.train import TrainConfig
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
@@ -59,7 +59,7 @@ def write_data(root: pathlib.Path) -> pathlib.Path:
 
 
 def config_of(data: pathlib.Path, output: pathlib.Path, epochs: int) -> TrainConfig:
-    from ijckd_fast.train.config import TrainConfig
+    from ijckd_fast.train import TrainConfig
 
     return TrainConfig(
         data_dir=str(data),
@@ -91,7 +91,7 @@ def attempt(config: TrainConfig, resume: bool) -> None:
     """Trains in this process until it is done or killed."""
     from rich.console import Console
 
-    from ijckd_fast.train.loop import train
+    from ijckd_fast.train import train
 
     with open(os.devnull, "w") as nothing, contextlib.redirect_stderr(nothing):
         train(config, resume=resume, console=Console(quiet=True))

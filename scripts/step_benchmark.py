@@ -152,10 +152,8 @@ class Ours:
         from ijckd_fast.nets import models
         from ijckd_fast.parallel.processes import Processes
         from ijckd_fast.teacher_cache.reader import TeacherCache
-        from ijckd_fast.train.config import TrainConfig
-        from ijckd_fast.train.loop import amp_dtype_of, build_distiller, optimizer_of, prepare, resolve
-        from ijckd_fast.train.progress import Meter
-        from ijckd_fast.train.step import TrainStep
+        from ijckd_fast.train import Meter, TrainConfig, TrainStep, amp_dtype_of, build_distiller, optimizer_of, resolve
+        from ijckd_fast.train.build import prepare
 
         self.setting, self.plan = setting, setting.plan
         checkpoint = str(setting.weights / "teacher.pt")
@@ -215,8 +213,8 @@ class Ours:
 
     def step(self, batch: Batch, pooled_t: Tensor | None = None) -> None:
         """One turn of the loop, its log included. pooled_t [B, Ct] where the batch is not the loader's: what a cache would hold."""
-        from ijckd_fast.train.loop import cached_features
-        from ijckd_fast.train.optimize import learning_rate
+        from ijckd_fast.train import learning_rate
+        from ijckd_fast.train.build import cached_features
 
         config = self.config
         if self._cache is not None and self._loader is not None:
@@ -355,8 +353,7 @@ def _by_hand(name: str, classes: int, weights: pathlib.Path) -> Any:
     """The net, uncut, in plain PyTorch."""
     from torchvision.models import get_model
 
-    from ijckd_fast.nets import cifar as cifar_nets
-    from ijckd_fast.nets import models
+    from ijckd_fast.nets import cifar as cifar_nets, models
 
     if name.startswith("torchvision/"):
         net = get_model(name.removeprefix("torchvision/"), weights=None, num_classes=classes)
@@ -436,7 +433,7 @@ def written_cache(setting: Setting) -> pathlib.Path:
     from rich.console import Console
 
     from ijckd_fast.caching.make import make_cache
-    from ijckd_fast.train.config import TrainConfig
+    from ijckd_fast.train import TrainConfig
 
     folder = setting.weights / "cache"
     if not folder.exists():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ijckd_fast import cli
 from ijckd_fast.data import Batch, Loader, Plan, TrainPlan
-from ijckd_fast.train import loop as train
+from ijckd_fast.train import build
 
 
 class Seen(NamedTuple):
@@ -39,11 +39,11 @@ def _line(step: int, batch: Batch) -> str:
 @contextlib.contextmanager
 def recording(record: Path) -> Iterator[None]:
     """Inside, runs of this process append their training batches to `record`."""
-    make_loader = train._loader
+    make_loader = build.make_loader
     file = os.open(record, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def make_recorded(config: Any, plan: Plan, *rest: Any, **more: Any) -> Loader:
-        loader = make_loader(config, plan, *rest, **more)
+    def make_recorded(backend: str, plan: Plan, **settings: Any) -> Loader:
+        loader = make_loader(backend, plan, **settings)
         if not isinstance(plan, TrainPlan):
             return loader
 
@@ -57,11 +57,11 @@ def recording(record: Path) -> Iterator[None]:
         loader.__class__ = Recorded
         return loader
 
-    train._loader = make_recorded
+    build.make_loader = make_recorded
     try:
         yield
     finally:
-        train._loader = make_loader
+        build.make_loader = make_loader
         os.close(file)
 
 

@@ -11,7 +11,7 @@ from image_tree import photo
 from PIL import Image
 
 from ijckd_fast.nets.models import create_model
-from ijckd_fast.train.config import TrainConfig, make_config
+from ijckd_fast.train import TrainConfig, make_config
 
 SETTINGS: dict[str, Any] = {
     "student": "resnet8x0.25",

@@ -23,10 +23,9 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets.models import Tapped
 from ijckd_fast.teacher_cache.reader import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
-from ijckd_fast.train import run_folder
-from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY, TrainConfig
-from ijckd_fast.train.loop import (
+from ijckd_fast.train import (
     Stopped,
+    TrainConfig,
     augment_of,
     build_indexes,
     build_teacher,
@@ -36,9 +35,11 @@ from ijckd_fast.train.loop import (
     refuse_restless_teacher,
     refuse_weak_teacher,
     resolve,
+    run_folder,
     stop_signal,
     teacher_fingerprint,
 )
+from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY
 
 # How far a feature may be off when it is computed again in another batch, as a share of the largest one of its image, beside bfloat16's
 # rounding of the stored number: sums in another order, and TF32 or bfloat16 products on a GPU.

@@ -32,30 +32,31 @@ from ijckd_fast.data import write_digits
 from ijckd_fast.distill.objectives import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.parallel import processes as distributed
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import (
+    Stopped,
+    TrainConfig,
+    build_indexes,
+    build_teacher,
+    checkpoint,
+    digests,
+    make_config,
+    objective_of,
+    open_cache,
+    resolve,
+    run_folder,
+    stop_signal,
+    teacher_fingerprint,
+    train,
+)
 from ijckd_fast.train.config import (
     COMPARISONS,
     FIELDS,
     FREE_ON_RESUME,
-    TrainConfig,
     load_preset,
-    make_config,
     preset_names,
     preset_path,
     read_yaml,
     typed,
-)
-from ijckd_fast.train.loop import (
-    Stopped,
-    build_indexes,
-    build_teacher,
-    digests,
-    objective_of,
-    open_cache,
-    resolve,
-    stop_signal,
-    teacher_fingerprint,
-    train,
 )
 
 RESULTS = "runs.csv"

@@ -38,7 +38,7 @@ from ijckd_fast.nets.models import Tapped, count_macs, count_parameters, create_
 from ijckd_fast.train import checkpoint, run_folder
 
 if TYPE_CHECKING:
-    from ijckd_fast.train.config import TrainConfig
+    from ijckd_fast.train import TrainConfig
 
 FORMAT = "ijckd-fast export 1"
 CONFIG, MODEL, ONNX, STUDENT = "config.json", "model.safetensors", "model.onnx", "student.safetensors"

@@ -1,53 +1,38 @@
-"""Checkpoints that survive a power cut, and the random-number state they carry."""
+"""Checkpoint files that survive a power cut: written whole, in a thread, and read with suspicion. What is in them: state.py."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import os
-import random
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ijckd_fast import files
 from ijckd_fast.errors import UserError
 
 FORMAT = "ijckd-fast checkpoint 2"
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, strings, lists, dicts) to `path` so that the file is always whole.
+    """Writes `state` (tensors, numbers, strings, lists, dicts) to `path` so that the file is always whole, see `files.replacing`.
 
-    The bytes go to `path` + ".tmp", are flushed to the disk (fsync), and replace `path` in one step; the folder entry is
-    flushed too. Whatever interrupts this (kill -9, power, a full disk), `path` is the old file or the new one.
-    Raises UserError when the disk is full or the folder cannot be written; the old file is then as it was.
+    raises  UserError when the disk is full or the folder cannot be written; the old file is then as it was
     """
     path = Path(path)
     buffer = io.BytesIO()  # serialised in memory first: a write error then is a plain OSError of our own write
     torch.save({"format": FORMAT, **state}, buffer)
-    tmp = path.with_name(path.name + ".tmp")
+    data = buffer.getbuffer()
     try:
-        with open(tmp, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        files.write_bytes(path, data)
     except OSError as error:
-        tmp.unlink(missing_ok=True)
         kept = f"the previous {path} is untouched" if path.exists() else "there was no earlier one"
-        size = f"{len(buffer.getbuffer()) / 1e6:.1f} MB"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        size = f"{len(data) / 1e6:.1f} MB"
+        if files.is_disk_full(error):
             raise UserError(
                 f"no space left to write the checkpoint {path} ({size}); {kept}: free some space, then continue with "
                 f"ijckd-fast train --resume {path.parent}"
@@ -175,34 +160,3 @@ def fingerprint(module: nn.Module) -> str:
         digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
         digest.update(value.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def seed_all(seed: int, rank: int) -> None:
-    """Seeds Python's, numpy's and torch's generators with numbers of their own for each rank."""
-    mixed = int(np.random.SeedSequence((seed, rank)).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)  # noqa: NPY002 - for third-party nets that draw from it
-    torch.manual_seed(mixed)
-
-
-def random_state() -> dict[str, Any]:
-    """State of the generators of torch (CPU and, if used, every GPU), numpy and Python, in types weights_only can load."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the state of others' code
-    version, ints, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
-        "python": [version, list(ints), gauss],
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Puts back what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
-    version, ints, gauss = state["python"]
-    random.setstate((version, tuple(ints), gauss))

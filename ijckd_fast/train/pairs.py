@@ -9,8 +9,8 @@ import torch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets.models import count_parameters, macs
-from ijckd_fast.train.config import TrainConfig, load_preset, make_config, preset_names, preset_path
-from ijckd_fast.train.loop import build_distiller, resolve
+from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
+from ijckd_fast.train.config import load_preset, preset_names, preset_path
 
 CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
 

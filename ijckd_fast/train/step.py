@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ijckd_fast.data import Batch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.train.optimize import Ema, FiniteGuard
+from ijckd_fast.train.ema import Ema
+from ijckd_fast.train.guard import FiniteGuard
 
 _WARM_UP = 3  # steps before a capture, in which libraries choose algorithms and make their workspaces
 

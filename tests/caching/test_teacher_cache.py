@@ -26,10 +26,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.nets.models import Tapped, create_model
 from ijckd_fast.teacher_cache import reader as teacher_cache
 from ijckd_fast.teacher_cache.reader import CacheWriter, TeacherCache
-from ijckd_fast.train import checkpoint, report, run_folder
-from ijckd_fast.train import loop as training
-from ijckd_fast.train.loop import augment_of, resolve
-from ijckd_fast.train.loop import train as loud_train
+from ijckd_fast.train import augment_of, build as training, checkpoint, report, resolve, run_folder, train as loud_train
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 VIEWS, IMAGES, CHUNK = 3, 36, 16

@@ -19,9 +19,8 @@ from tiny_run import config, distilled, options, settings, write_teacher, write_
 
 from ijckd_fast import cli
 from ijckd_fast.commands import doctor
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import checkpoint, run_folder, train
 from ijckd_fast.train.config import FIELDS, PRESET_FOLDER, help_of
-from ijckd_fast.train.loop import train
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,8 @@ from ijckd_fast.compare.comparison import Comparison, load_comparison, plan, tra
 from ijckd_fast.compare.report import cells, comparison_rows, difference, markdown, paired_interval, row, student_t
 from ijckd_fast.data import Augment
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import report, run_folder
+from ijckd_fast.train import Stopped, TrainStep, report, run_folder
 from ijckd_fast.train.config import COMPARISONS, OBJECTIVE_FIELDS, preset_names
-from ijckd_fast.train.loop import Stopped
-from ijckd_fast.train.step import TrainStep
 
 QUIET = Console(quiet=True)
 DOCS = Path(__file__).parents[2] / "docs" / "compare.md"

@@ -7,9 +7,7 @@ import json
 import pytest
 
 from ijckd_fast import cli
-from ijckd_fast.compare import comparison as compare
-from ijckd_fast.compare import demo
-from ijckd_fast.compare import report as comparison_report
+from ijckd_fast.compare import comparison as compare, demo, report as comparison_report
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import load_preset
 

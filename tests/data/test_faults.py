@@ -20,7 +20,7 @@ from rich.console import Console
 from tiny_run import config, write_tree
 
 from ijckd_fast.data import Augment, EvalPlan, Index, TrainPlan, build_index, make_loader
-from ijckd_fast.train.loop import train
+from ijckd_fast.train import train
 
 EXECUTORS = ["DALI", "Pillow"]
 AUGMENT = Augment(image_size=24, eval_resize=28, scale=(1.0, 1.0))  # crops that reach every damage

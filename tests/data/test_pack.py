@@ -18,12 +18,10 @@ from PIL import Image
 from tiny_run import config, differing, write_tree
 
 from ijckd_fast import cli
-from ijckd_fast.data import TooManyUnreadable, build_index
-from ijckd_fast.data import pack as packing
+from ijckd_fast.data import TooManyUnreadable, build_index, pack as packing
 from ijckd_fast.data.pack import Settings, pack, packed_sizes
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import checkpoint
-from ijckd_fast.train.loop import train
+from ijckd_fast.train import checkpoint, train
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = Settings(short=40, shard_images=5)

@@ -20,7 +20,7 @@ from tiny_run import config, options, settings, write_tree
 from ijckd_fast import cli
 from ijckd_fast.data import Augment, TooManyUnreadable, build_index, parity, pillow
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import loop as trainer
+from ijckd_fast.train import build, train as loud_train
 from ijckd_fast.train.config import MAX_DRIFT
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
@@ -156,7 +156,7 @@ DALI = {"data_backend": "dali", "epochs": 1}
 def train(data: Path, output: Path, **changes) -> str:
     """What a run says."""
     said = io.StringIO()
-    trainer.train(config(data, output, **{**DALI, **changes}), console=Console(file=said, width=1000))
+    loud_train(config(data, output, **{**DALI, **changes}), console=Console(file=said, width=1000))
     return said.getvalue()
 
 
@@ -224,7 +224,7 @@ def test_drift_does_not_cost_the_run_that_would_be_overwritten(data, tmp_path, m
     train(data, tmp_path / "run")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with pytest.raises(UserError, match="wanted at most 0 "):
-        trainer.train(config(data, tmp_path / "run", **DALI, max_drift=0.0), overwrite=True)
+        loud_train(config(data, tmp_path / "run", **DALI, max_drift=0.0), overwrite=True)
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
@@ -242,8 +242,8 @@ def test_a_class_that_cannot_be_read_is_the_loop_s_matter(data, tmp_path):
     spoil(data, *(f"train/bee/{n:03d}.jpg" for n in range(12)))
     said = io.StringIO()
     settings = config(data, tmp_path / "run", **DALI, unreadable_limit=99)
-    with pytest.raises(UserError, match="everything is saved: mend the data and continue"):
-        trainer.train(settings, console=Console(file=said, width=1000))
+    with pytest.raises(UserError, match="everything is saved: fix the data and continue"):
+        loud_train(settings, console=Console(file=said, width=1000))
     assert "DALI's pixels were not compared with Pillow's: no image of class 'bee'" in said.getvalue()
 
 
@@ -325,7 +325,7 @@ def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
 
 
 def test_command_asks_a_model_with_published_weights(data, capsys, monkeypatch):
-    create = trainer.create_model
+    create = build.create_model
     asked = []
 
     def without_download(name, num_classes, *, pretrained, **more):
@@ -333,7 +333,7 @@ def test_command_asks_a_model_with_published_weights(data, capsys, monkeypatch):
         torch.manual_seed(0)
         return create("resnet8x0.25", num_classes, **more)
 
-    monkeypatch.setattr(trainer, "create_model", without_download)
+    monkeypatch.setattr(build, "create_model", without_download)
     _, _, rows = bench(capsys, "--data-dir", str(data), "--model", "resnet18", "--image-size", "24", "--images", "18")
     assert asked == [("resnet18", 3, True)]
     assert all(row["dali_top1_percent"] is not None for row in rows)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan, ViewPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms

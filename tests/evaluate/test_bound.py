@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from rich.console import Console
-from tiny_run import config, differing, distilled, options
-from tiny_run import settings as tiny_settings
+from tiny_run import config, differing, distilled, options, settings as tiny_settings
 from torch import nn
 
 from ijckd_fast import cli
@@ -26,10 +24,9 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import bound, bound_report
 from ijckd_fast.nets.models import CachedTeacher, create_model
 from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import checkpoint, resolve, run_folder, train as loud_train
 from ijckd_fast.train.config import OBJECTIVE_FIELDS
-from ijckd_fast.train.loop import bound_row, resolve
-from ijckd_fast.train.loop import train as loud_train
+from ijckd_fast.train.training import bound_row
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 CONNECTED = [name for name, objective in PRESETS.items() if objective.connector is not None]

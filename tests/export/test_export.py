@@ -28,8 +28,7 @@ from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import export
 from ijckd_fast.nets.models import count_parameters, create_model
-from ijckd_fast.train import checkpoint
-from ijckd_fast.train.loop import build_val_loader, resolve, train
+from ijckd_fast.train import build_val_loader, checkpoint, resolve, train
 
 SHAPES = {
     "map": {"objective": "ijckd"},

@@ -11,9 +11,8 @@ from ijckd_fast.data import Batch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.nets.models import create_model
+from ijckd_fast.train import TrainStep, build_optimizer
 from ijckd_fast.train.checkpoint import copied
-from ijckd_fast.train.optimize import build_optimizer
-from ijckd_fast.train.step import TrainStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 10

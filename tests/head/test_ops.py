@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -23,8 +23,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.nets.models import create_model
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.parallel.processes import SyncBatchNorm, started, synchronise_batch_norm
-from ijckd_fast.train import checkpoint, run_folder
-from ijckd_fast.train.loop import refuse_other_images
+from ijckd_fast.train import checkpoint, refuse_other_images, run_folder
 
 
 def _command(data, folder, teacher, **changes):
@@ -144,7 +143,7 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(data, teacher, wo
 
     again = Run(tmp_path, 2, cli.main, ["train", "--resume", str(folder)])
     assert again.ends() == [0, 0], again.output()
-    assert f"going on from step {step}" in again.output()
+    assert f"continuing from step {step}" in again.output()
     states = [checkpoint.load(each / "last.pt") for each in (folder, worlds[2][0])]
     assert differing(*(state["learner"] for state in states)) == []
     assert differing(*(state["optimizer"] for state in states)) == []
@@ -182,7 +181,7 @@ def test_goes_on_with_another_number_of_processes(data, teacher, worlds, tmp_pat
     record = tmp_path / "batches.txt"
     one = Run(tmp_path, 1, recorded_run.recorded, str(record), ["train", "--resume", str(folder)])
     assert one.ends() == [0], one.output()
-    assert "begun with 2 processes, going on with 1: the same images in every step" in one.output()
+    assert "begun with 2 processes, continuing with 1: the same images in every step" in one.output()
     alone = {seen.step: seen.ids for seen in recorded_run.read(worlds[1][1][0])}
     assert {seen.step: seen.ids for seen in recorded_run.read(record)} == {step: alone[step] for step in range(4, 6)}
     assert [row["step"] for row in _rows(folder, "train")] == list(range(1, 7))

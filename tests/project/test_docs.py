@@ -149,6 +149,6 @@ def test_slurm_script_saves_is_queued_again_and_resumes(tmp_path):
     again = started()
     output, _ = again.communicate(timeout=120)
     assert again.returncode == 0, output
-    assert "2 processes, 12 images a step; going on from step" in output
+    assert "2 processes, 12 images a step; continuing from step" in output
     assert run_folder.read_json(run / run_folder.SUMMARY)["steps"] == 60
     assert not (stubs / "requeued").exists()

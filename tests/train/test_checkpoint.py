@@ -18,6 +18,7 @@ from torch import nn
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train.state import random_state, set_random_state
 
 
 def _state(value: float, size: int = 4) -> dict:
@@ -234,10 +235,10 @@ def test_random_state_of_all_generators(tmp_path):
 
     draw()
     np.random.randn()  # noqa: NPY002 - leaves a cached second value
-    checkpoint.save(tmp_path / "last.pt", {**_state(1), "random": checkpoint.random_state()})
+    checkpoint.save(tmp_path / "last.pt", {**_state(1), "random": random_state()})
     expected = draw()
     assert draw() != expected
-    checkpoint.set_random_state(checkpoint.load(tmp_path / "last.pt")["random"])
+    set_random_state(checkpoint.load(tmp_path / "last.pt")["random"])
     assert draw() == expected
 
 

@@ -12,8 +12,8 @@ import torch
 from ijckd_fast import cli
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets.models import create_model
-from ijckd_fast.train import loop as train
-from ijckd_fast.train.config import load_preset, make_config, preset_names
+from ijckd_fast.train import build, make_config
+from ijckd_fast.train.config import load_preset, preset_names
 from ijckd_fast.train.pairs import CLASSES, build_pair, cost_row, pair_names, table_head, table_line
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
@@ -84,7 +84,7 @@ def teacher(name: str, classes: int, size: int):
 @pytest.mark.parametrize("name", pair_names())
 def test_a_pair_builds_learns_and_deploys_what_the_docs_say(name, monkeypatch):
     monkeypatch.setattr(
-        train, "build_teacher", lambda config, classes: teacher(config.teacher, classes, config.image_size)
+        build, "build_teacher", lambda config, classes: teacher(config.teacher, classes, config.image_size)
     )
     torch.manual_seed(0)
     published = load_preset(name)["image_size"]

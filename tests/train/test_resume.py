@@ -26,11 +26,8 @@ from ijckd_fast import cli
 from ijckd_fast.data import build_index
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import models
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import FiniteGuard, Stopped, checkpoint, run_folder, train as loud_train
 from ijckd_fast.train.config import FREE_ON_RESUME
-from ijckd_fast.train.loop import Stopped
-from ijckd_fast.train.loop import train as loud_train
-from ijckd_fast.train.optimize import FiniteGuard
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 TOTAL = 60
@@ -331,7 +328,7 @@ def test_too_many_unreadable_files_stop_the_run_where_it_can_go_on(data, tmp_pat
         train(config(own, tmp_path / "run", epochs=2, unreadable_limit=0))
     assert "1 file of" in str(caught.value)
     assert str(bad) in str(caught.value)
-    assert f"everything is saved: mend the data and continue with ijckd-fast train --resume {tmp_path / 'run'}" in str(
+    assert f"everything is saved: fix the data and continue with ijckd-fast train --resume {tmp_path / 'run'}" in str(
         caught.value
     )
     status = bad.stat()

@@ -30,12 +30,23 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import Evaluation, evaluate
 from ijckd_fast.nets.models import create_model
 from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.train import checkpoint, run_folder
-from ijckd_fast.train.config import load_preset, make_config, preset_names
-from ijckd_fast.train.loop import build_distiller, prepare, resolve
-from ijckd_fast.train.loop import train as loud_train
-from ijckd_fast.train.optimize import Ema, FiniteGuard, build_optimizer, learning_rate
-from ijckd_fast.train.progress import Stopwatch, bottleneck
+from ijckd_fast.train import (
+    Ema,
+    FiniteGuard,
+    Stopwatch,
+    build_distiller,
+    build_optimizer,
+    checkpoint,
+    learning_rate,
+    make_config,
+    resolve,
+    run_folder,
+    train as loud_train,
+)
+from ijckd_fast.train.build import prepare
+from ijckd_fast.train.config import load_preset, preset_names
+from ijckd_fast.train.meters import Meter
+from ijckd_fast.train.progress import bottleneck
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 
@@ -334,13 +345,13 @@ def test_steps_never_wait_for_a_gpu(data, teacher, tmp_path, monkeypatch):
         return step(self, *arguments, **named)
 
     monkeypatch.setattr(Distiller, "step", watched)
-    read = loud_train.__globals__["Meter"].take
+    read = Meter.take
 
     def logging(self):
         torch.cuda.set_sync_debug_mode("default")
         return read(self)
 
-    monkeypatch.setattr(loud_train.__globals__["Meter"], "take", logging)
+    monkeypatch.setattr(Meter, "take", logging)
     changes = {
         **distilled(teacher),
         "device": "cuda",
@@ -403,9 +414,9 @@ def _save_calls(monkeypatch):
         (
             3,
             1,
-            "with 8 images .* on cpu; the last good checkpoint is .*last.pt \\(step 5\\). 2 fit: start anew with --accumulate 4 ",
+            "with 8 images .* on cpu; the last good checkpoint is .*last.pt \\(step 5\\). 2 fit: start again with --accumulate 4 ",
         ),
-        (3, 2, "with 4 images .* 2 fit: start anew with --accumulate 4 .* or resume where more memory is free"),
+        (3, 2, "with 4 images .* 2 fit: start again with --accumulate 4 .* or resume where more memory is free"),
         (0, 1, "Not even one image fits: choose a smaller student"),
     ],
     ids=["whole", "in parts", "nothing fits"],
@@ -551,7 +562,7 @@ def test_a_teacher_that_eval_does_not_freeze(data, teacher, tmp_path, monkeypatc
     else:
         net.net.bn1 = _Stubborn(11)
         net.net.bn1.admits = fault == "training mode"
-    monkeypatch.setattr("ijckd_fast.train.loop.build_teacher", lambda *_: net)
+    monkeypatch.setattr("ijckd_fast.train.build.build_teacher", lambda *_: net)
     text = f"teacher resnet8x0.5 {wanted}.*, wanted a net that eval.. makes one fixed function.*take another teacher"
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path, **distilled(teacher)))
@@ -750,7 +761,7 @@ def test_batch_of_one_says_what_to_do(data, teacher, tmp_path):
 
 def test_gpu_without_the_cuda_library(data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("ijckd_fast.train.loop.load_libraries", lambda: False)
+    monkeypatch.setattr("ijckd_fast.train.resolving.load_libraries", lambda: False)
     with pytest.raises(UserError, match=r"_C_cuda.so was not built.*--device cpu, or --head reference"):
         resolve(config(data, tmp_path, device="cuda"))
     assert resolve(config(data, tmp_path, device="cuda", head="reference")).device == "cuda"

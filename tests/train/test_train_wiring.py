@@ -18,9 +18,15 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import evaluate
 from ijckd_fast.head import ops
 from ijckd_fast.nets.models import Tapped
-from ijckd_fast.train import checkpoint, run_folder
-from ijckd_fast.train.loop import build_distiller, build_indexes, build_val_loader, resolve
-from ijckd_fast.train.loop import train as loud_train
+from ijckd_fast.train import (
+    build_distiller,
+    build_indexes,
+    build_val_loader,
+    checkpoint,
+    resolve,
+    run_folder,
+    train as loud_train,
+)
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 

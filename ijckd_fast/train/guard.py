@@ -1,78 +1,11 @@
-"""What a step does to the weights besides the gradient: its learning rate, the guard against NaN, the moving average."""
+"""A step whose loss or gradient is NaN or infinite changes nothing, and the host does not wait to know."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-
-def learning_rate(
-    step: int,
-    *,
-    steps_per_epoch: int,
-    epochs: float,
-    lr: float,
-    schedule: str,
-    milestones: tuple[int, ...],
-    gamma: float,
-    warmup_epochs: float,
-) -> float:
-    """The learning rate of the update with index `step` (from 0), a pure function, so that resuming needs no state.
-
-    Warm-up: linear from lr / n at the first of the n warm-up steps to lr at the last.
-    "step": lr * gamma ** (number of milestones, in epochs, that have passed).
-    "cosine": half a cosine from lr at the end of the warm-up to 0 at the end of the run.
-    """
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if schedule == "step":
-        return lr * gamma ** sum(step >= milestone * steps_per_epoch for milestone in milestones)
-    span = max(1, round(epochs * steps_per_epoch) - warmup_steps)
-    return lr * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / span)))
-
-
-def build_optimizer(
-    module: nn.Module,
-    *,
-    name: str,
-    lr: float,
-    momentum: float,
-    nesterov: bool,
-    betas: tuple[float, float],
-    weight_decay: float,
-    decay_norms: bool,
-) -> torch.optim.Optimizer:
-    """The optimizer of every parameter of `module`, ready for `FiniteGuard`.
-
-    name         'sgd' (PyTorch's fused one), 'adamw' (likewise; Loshchilov & Hutter) or 'lamb' (timm's; You et al.)
-    decay_norms  False: no weight decay for parameters with one dimension, which are BatchNorm's and biases
-    SGD's momentum buffers start as zeros, which is the same as starting without any, so that a first step that the guard skips leaves
-    them defined.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": parameters}]
-    if not decay_norms:
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
-    if name == "lamb":
-        from timm.optim import Lamb
-
-        return Lamb(groups, lr, betas=betas, weight_decay=weight_decay, max_grad_norm=None)  # clipping is the step's
-    optimizer = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, fused=True)
-    if momentum:
-        for parameter in parameters:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
 
 
 class FiniteGuard:
@@ -164,47 +97,3 @@ def _laid_together(
         part.register_buffer(name, view.data, persistent=persistent)  # .data: own version counter
         offset += buffer.numel()
     return vector
-
-
-class Ema:
-    """Exponential moving average of a module's parameters and floating-point buffers, in float32 on their device.
-
-    After update number n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that a short run is not dominated by its
-    first weights.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._decay = decay
-        self._live = {k: v for k, v in module.state_dict(keep_vars=True).items() if v.is_floating_point()}
-        self._average = {k: v.detach().clone() for k, v in self._live.items()}
-
-    @torch.no_grad()
-    def update(self, updates: int) -> None:
-        """Takes in the module's present weights; `updates` counts from 1."""
-        decay = min(self._decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(list(self._average.values()), [v.detach() for v in self._live.values()], 1 - decay)
-
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """Inside, the module computes with the averaged weights."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for key, live in self._live.items():
-            kept = live.detach().clone()
-            live.copy_(self._average[key])
-            self._average[key].copy_(kept)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages by the names of the module's own state_dict."""
-        return self._average
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Puts back what `state_dict` returned."""
-        for key, average in self._average.items():
-            average.copy_(state[key])

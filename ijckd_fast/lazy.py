@@ -1,0 +1,30 @@
+"""Names that a package offers without importing the modules they are defined in, until they are asked for."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def exports(package: str, file: str) -> tuple[list[str], Callable[[str], Any]]:
+    """`__all__` and `__getattr__` of the package whose `__init__.py` is `file`.
+
+    The list of names stands once, where type checkers read it too: `from ijckd_fast.room.module import name as name` in the
+    `__init__.pyi` beside it. A name is not that of a module of the package, which would hide it once it is imported.
+    """
+    home_of = {
+        alias.name: node.module
+        for node in ast.parse(Path(file).with_suffix(".pyi").read_text()).body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+
+    def get(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(home_of[name]), name)
+
+    return sorted(home_of), get

@@ -1,0 +1,203 @@
+"""Settings as a run takes them: everything that was left to be chosen is filled in, what cannot be is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from ijckd_fast.data import Augment
+from ijckd_fast.distill.objectives import Objective, get_objective
+from ijckd_fast.errors import UserError
+from ijckd_fast.head.libraries import REBUILD, load_libraries
+from ijckd_fast.nets.models import is_model_name
+from ijckd_fast.parallel import processes as distributed
+from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.train import run_folder
+from ijckd_fast.train.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, default_eval_resize, make_config
+from ijckd_fast.train.state import Saved
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Fills in every value that was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
+    if not config.data_dir:
+        raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
+    config = _named_by_path(_named_by_path(_named_by_cache(config), "teacher"), "student")
+    has_weights = config.teacher_checkpoint is not None or config.teacher_pretrained or config.allow_weak_teacher
+    if config.teacher is not None and not has_weights and config.teacher_cache is None:
+        raise UserError(
+            f"teacher {config.teacher} has no weights: give --teacher-checkpoint FILE, or --teacher-pretrained for the "
+            "library's published ones"
+        )
+    objective = objective_of(config)
+    if config.teacher_cache is not None and objective.needs_stages:
+        raise UserError(
+            f"objective {objective.name!r} compares maps of the teacher's stages (at {objective.at:g}, hint {objective.hint:g}), but the "
+            f"cache {config.teacher_cache} holds pooled features only: take --objective kd, or ijckd-pooled, without --at and --hint, or "
+            "the teacher itself (--teacher NAME or RUN)"
+        )
+    if config.teacher_cache is not None and objective.needs_teacher_map:
+        raise UserError(
+            f"objective {objective.name!r} matches the teacher's maps, wanted one that needs pooled features, all that the cache "
+            f"{config.teacher_cache} holds: take --objective ijckd-pooled (or srrl, kd, dkd), or the teacher itself (--teacher NAME or RUN)"
+        )
+    if config.log_bound and (objective.connector is None or config.teacher_cache is not None):
+        found = (
+            f"objective {objective.name!r}, which has no connector"
+            if objective.connector is None
+            else f"the cache {config.teacher_cache}, which has no features of the val images"
+        )
+        raise UserError(
+            f"--log-bound compares the student's connected features with the teacher's on val, found {found}: leave it out, or train by "
+            "ijckd, ijckd-pooled, srrl or simkd with the teacher itself (--teacher NAME or RUN)"
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and config.head == "fused" and not load_libraries():
+        raise UserError(
+            f"the fused head needs the CUDA library on a GPU, but _C_cuda.so was not built: install nvcc and run {REBUILD}, "
+            "or use --device cpu, or --head reference"
+        )
+    amp_dtype = config.amp_dtype or ("bfloat16" if device == "cuda" else "float32")
+    if amp_dtype == "float16" and device == "cpu":
+        raise UserError("--amp-dtype float16 needs a GPU, got --device cpu: use bfloat16 or float32")
+    world = distributed.world_size()
+    if config.cuda_graph and (device != "cuda" or world > 1 or config.optimizer == "lamb"):
+        raise UserError(
+            f"--cuda-graph is for one GPU and sgd or adamw, got --device {device}, {world} processes and --optimizer {config.optimizer}: "
+            "leave it out"
+        )
+    global_batch = config.global_batch or config.batch_size * world
+    if global_batch % world or (global_batch // world) % config.accumulate:
+        raise UserError(
+            f"the global batch of {global_batch} images cannot be shared out to {world} processes with --accumulate {config.accumulate} in "
+            f"equal parts: wanted a multiple of {world * config.accumulate}"
+        )
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
+    cores = len(os.sched_getaffinity(0))
+    return dataclasses.replace(
+        config,
+        data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
+        class_list=config.class_list and os.path.abspath(config.class_list),
+        val_labels=config.val_labels and os.path.abspath(config.val_labels),
+        teacher_checkpoint=config.teacher_checkpoint and os.path.abspath(config.teacher_checkpoint),
+        teacher_cache=config.teacher_cache and os.path.abspath(config.teacher_cache),
+        student_checkpoint=config.student_checkpoint and os.path.abspath(config.student_checkpoint),
+        output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
+        **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
+        connector=objective.connector or "none",
+        eval_resize=config.eval_resize or default_eval_resize(config.image_size, config.crop_padding),
+        workers=config.workers or (max(1, cores // distributed.local_world_size() - 1) if device == "cuda" else 2),
+        device=device,
+        amp_dtype=amp_dtype,
+        global_batch=global_batch,
+        batch_size=global_batch // world,
+    )
+
+
+def _named_by_cache(config: TrainConfig) -> TrainConfig:
+    """Where the teacher is given as cache:FOLDER, or the folder alone is: the model that the cache is of, and the folder."""
+    given, folder = config.teacher or "", config.teacher_cache
+    if given.startswith("cache:"):
+        if folder is not None:
+            raise UserError(f"--teacher {given} is a cache and --teacher-cache {folder} is given too: leave out one")
+        folder = os.path.expanduser(given.removeprefix("cache:"))
+    elif given or folder is None:
+        return config
+    return dataclasses.replace(config, teacher=TeacherCache(folder).name, teacher_cache=folder)
+
+
+def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
+    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its weights.
+
+    A model's name is never taken for a path, whatever lies in the working directory: write ./resnet8 for the folder.
+    """
+    given = getattr(config, role)
+    if given is None:
+        return config
+    path = Path(given) / run_folder.LAST if Path(given).is_dir() else Path(given)
+    if not path.is_file() or is_model_name(given):
+        return config
+    if getattr(config, f"{role}_checkpoint") is not None or getattr(config, f"{role}_pretrained"):
+        raise UserError(
+            f"--{role} {given} is a file with weights, and other weights for the {role} are given too: leave out one"
+        )
+    try:
+        name = Saved.read(path).config["student"]
+    except UserError as error:
+        raise UserError(f"{error}; weights from elsewhere need --{role} NAME --{role}-checkpoint {path}") from error
+    return dataclasses.replace(config, **{role: name, f"{role}_checkpoint": str(path)})
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The preset with the weights and heads that the settings change."""
+    return get_objective(config.objective, **{name: getattr(config, name) for name in OBJECTIVE_FIELDS})
+
+
+def device_of(config: TrainConfig, processes: Processes) -> torch.device:
+    """This process's device; config is resolved."""
+    return torch.device("cuda", processes.local_rank) if config.device == "cuda" else torch.device(config.device)
+
+
+def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:
+    """What to autocast to; None for float32. config is resolved."""
+    return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype or "float32"]
+
+
+def augment_of(config: TrainConfig) -> Augment:
+    """How images become input; config is resolved."""
+    assert config.eval_resize is not None
+    return Augment(
+        image_size=config.image_size,
+        scale=config.scale,
+        ratio=config.ratio,
+        crop_padding=config.crop_padding,
+        hflip=config.hflip,
+        eval_resize=config.eval_resize,
+        mean=config.mean,
+        std=config.std,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        repeats=config.repeats,
+        sizes=_progressive(config.sizes),
+    )
+
+
+def _progressive(sizes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    """('128@0', '192@30') -> ((0, 128), (30, 192))"""
+    pairs = [text.split("@") for text in sizes]
+    if not all(len(pair) == 2 and pair[0].isdecimal() and pair[1].isdecimal() for pair in pairs):
+        raise UserError(f"--sizes must be PIXELS@EPOCH for every change, e.g. 128@0,192@30, got {','.join(sizes)}")
+    return tuple((int(epoch), int(side)) for side, epoch in pairs)
+
+
+def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
+    """UserError where the run in `folder` was begun with other settings that its weights depend on."""
+    begun = resolve(make_config({**run_folder.read_config(folder), "output_dir": config.output_dir}))
+    for field in dataclasses.fields(config):
+        old, new = getattr(begun, field.name), getattr(config, field.name)
+        if field.name not in FREE_ON_RESUME and old != new:
+            raise UserError(
+                f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be neither "
+                "run's; leave the setting out, or start a new run in another --output-dir"
+            )
+
+
+def refuse_to_lose(folder: Path, config: TrainConfig, overwrite: bool) -> None:
+    """UserError where a new run in `folder` would delete a run, or with `overwrite` the weights that it starts from."""
+    if not overwrite:
+        run_folder.refuse_occupied(folder)
+        return
+    for role, path in (("teacher", config.teacher_checkpoint), ("student", config.student_checkpoint)):
+        if path is not None and folder.resolve() in Path(path).resolve().parents:
+            raise UserError(
+                f"--overwrite would delete the {role}'s weights {path}, which are in the --output-dir: choose another"
+            )

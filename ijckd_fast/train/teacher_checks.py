@@ -1,0 +1,161 @@
+"""Whether a teacher is worth learning from: one fixed function, the weights it was, better than chance, pixels as it expects."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
+from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.errors import UserError
+from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.nets.models import CachedTeacher, Tapped, same
+from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train.config import TrainConfig
+from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of
+
+if TYPE_CHECKING:
+    from ijckd_fast.train.build import RunData
+
+
+@torch.no_grad()
+def refuse_restless_teacher(teacher: Tapped, image_size: int) -> None:
+    """UserError where the teacher, in eval mode, is not one and the same function: its features would be noise to learn from."""
+    training = next((name for name, part in teacher.named_modules() if part.training), None)
+    images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    images = images.to(next(teacher.parameters()).device)
+    before = {name: buffer.clone() for name, buffer in teacher.named_buffers()}
+    first, second = (teacher.features(images)[1] for _ in range(2))  # [2, Ct]
+    moved = next((name for name, buffer in teacher.named_buffers() if not torch.equal(buffer, before[name])), None)
+    if training is not None:
+        what = f"has a layer ({training}) that stays in training mode"
+    elif moved is not None:
+        what = f"changes its own buffers ({moved})"
+    elif not same(first, second):
+        what = "gives other features for the same images a second time (dropout that is always on?)"
+    else:
+        return
+    raise UserError(
+        f"teacher {teacher.name} {what}, wanted a net that eval() makes one fixed function: let its dropout and BatchNorm follow "
+        "self.training, or take another teacher"
+    )
+
+
+def teacher_fingerprint(teacher: Tapped | CachedTeacher) -> str:
+    """checkpoint.fingerprint of the whole teacher, also where only its classifier is here."""
+    return teacher.fingerprint if isinstance(teacher, CachedTeacher) else checkpoint.fingerprint(teacher)
+
+
+def digests(
+    train_index: Index, val_index: Index, teacher: Tapped | CachedTeacher | str | None, cache: TeacherCache | None
+) -> dict[str, str | None]:
+    """What the result of a run depends on besides its settings, a digest each; teacher: itself, or its fingerprint."""
+    return {
+        "training images": train_index.hash,
+        "validation images": val_index.hash,
+        "teacher": teacher if teacher is None or isinstance(teacher, str) else teacher_fingerprint(teacher),
+        "cached features": None if cache is None else cache.digest,
+    }
+
+
+def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
+    """Says, once per dataset, how far DALI's pixels are from Pillow's. UserError beyond --max-drift.
+
+    Of several processes only one needs to call it.
+    """
+    try:
+        rows, known = parity.of_dataset(
+            train, val, augment_of(config), threads=config.workers, device=config.device, decode=config.decode
+        )
+    except TooManyUnreadable as error:  # the loop meets these files too, and knows what to do then
+        say(f"warning: DALI's pixels were not compared with Pillow's: {error}")
+        return
+    if not known:
+        figures = " and ".join(f"{row.mean_levels:.2f} on {row.images} {row.split} crops" for row in rows)
+        say(
+            f"DALI's pixels differ from Pillow's by {figures} (mean, grey levels); kept, not measured at the next start"
+        )
+    row = max(rows, key=lambda row: row.mean_levels)
+    if row.mean_levels > config.max_drift:
+        raise UserError(
+            f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} {row.split} crops, "
+            f"wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is {os.path.join(train.root, row.worst_path)} with "
+            f"{row.worst_levels:.2f}. One of the two decodes or resizes in another way here: look with ijckd-fast bench loader --parity "
+            f"--data-dir {config.data_dir}, try other versions of DALI and Pillow, or --data-backend pillow; --max-drift "
+            f"{math.ceil(row.mean_levels)} trains all the same"
+        )
+
+
+def judge_teacher(
+    config: TrainConfig,
+    folder: Path,
+    data: RunData,
+    distiller: Distiller,
+    val_loader: Loader,
+    inputs: Mapping[str, str | None],
+    processes: Processes,
+    say: Callable[[str], None],
+) -> Evaluation | None:
+    """The teacher's own answers on val: a cache's, else made once per run and kept in its folder. None where there are none.
+
+    raises  UserError where it is near chance
+    """
+    if data.cache is None:
+        evaluation = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
+    else:
+        evaluation = data.cache.on_val(data.val, augment_of(config), config.data_backend)
+        if evaluation is None:
+            say("the cache holds the teacher's answers to other val images, or with other settings: no agreement")
+    if evaluation is not None:
+        say(f"teacher: top-1 {evaluation.top1:.2f} % of {evaluation.images} val images, {evaluation.seconds:.1f} s")
+        if not config.allow_weak_teacher:
+            refuse_weak_teacher(config, evaluation, data.val.num_classes)
+    return evaluation
+
+
+def _teacher_on_val(
+    config: TrainConfig,
+    folder: Path,
+    distiller: Distiller,
+    val_loader: Loader,
+    inputs: Mapping[str, str | None],
+    processes: Processes,
+) -> Evaluation | None:
+    """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
+    if distiller.teacher is None:
+        return None
+    key = f"{inputs['teacher']} {inputs['validation images']} {augment_of(config)} {config.data_backend} {config.amp_dtype}"
+    path = folder / run_folder.TEACHER
+    known = processes.from_main(load_evaluation(path) if processes.is_main else None)
+    if known is not None and known[0] == key:
+        return known[1]
+    evaluation = evaluate(
+        distiller.eval().teacher_logits,
+        val_loader,
+        device=device_of(config, processes),
+        amp_dtype=amp_dtype_of(config),
+        processes=processes,
+    )
+    if processes.is_main:
+        save_evaluation(path, key, evaluation)
+    return evaluation
+
+
+def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:
+    """UserError when the teacher's top-1 on val is below twice chance (or chance plus a quarter of the rest, if that is less)."""
+    chance = 100 / num_classes
+    wanted = min(2 * chance, chance + 0.25 * (100 - chance))
+    if teacher.top1 < wanted:
+        raise UserError(
+            f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {teacher.images} val images, near chance "
+            f"({chance:.2f} %), wanted at least {wanted:.2f} %: its classes are probably in another order than the sorted class "
+            "folders, or it expects other --mean, --std or --image-size; or its weights are the wrong file. "
+            "--allow-weak-teacher trains all the same"
+        )

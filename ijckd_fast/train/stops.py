@@ -102,7 +102,7 @@ def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {last} (step {checkpoint.load(last)['step']})"
 
 
-def out_of_memory(config: TrainConfig, step: int, folder: Path, fits: int | None) -> UserError:
+def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | None) -> UserError:
     """fits: images that went through when tried; None where that was not tried."""
     whole = config.batch_size // config.accumulate
     what = (

@@ -271,7 +271,7 @@ class Training:
             if self.processes.world == 1:
                 fits = state.update.largest_part_that_fits(batch, pooled_t, progress)
                 self.save_alone()
-            raise stops.out_of_memory(config, state.step, self.folder, fits) from error
+            raise stops.memory_ran_out(config, state.step, self.folder, fits) from error
         if config.batch_size <= config.accumulate and "per channel" in str(error):
             raise stops.one_value_per_channel() from error
 

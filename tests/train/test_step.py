@@ -17,7 +17,7 @@ from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.nets.models import Tapped, create_model
 from ijckd_fast.train import Meter, TrainStep, build_optimizer
-from ijckd_fast.train.stops import out_of_memory
+from ijckd_fast.train.step import out_of_memory
 
 CPU = torch.device("cpu")
 OPTIMIZERS = ["sgd", "adamw", "lamb"]

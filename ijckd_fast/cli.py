@@ -837,7 +837,7 @@ def bench(arguments: list[str]) -> int:
 
     from ijckd_fast.console import say
     from ijckd_fast.data import build_index, parity
-    from ijckd_fast.nets.models import is_model_name
+    from ijckd_fast.nets import is_model_name
     from ijckd_fast.train import augment_of, build_distiller, resolve
 
     changed = {"device": given.device, "workers": given.workers}

@@ -42,7 +42,7 @@ KILLS_OF_A_RUN = 8  # then it is left to come to its end
 
 def write_data(root: pathlib.Path) -> pathlib.Path:
     """Three classes of noise of different tint, 12 and 6 images each, and a file with random weights of the teacher."""
-    from ijckd_fast.nets.models import create_model
+    from ijckd_fast.nets import create_model
 
     rng = np.random.default_rng(0)
     for split, images in (("train", 12), ("val", 6)):

@@ -149,7 +149,7 @@ class Ours:
         compiled: bool = False,
         cache: pathlib.Path | None = None,
     ) -> None:
-        from ijckd_fast.nets import models
+        from ijckd_fast.nets import Tapped, macs
         from ijckd_fast.parallel.processes import Processes
         from ijckd_fast.teacher_cache.reader import TeacherCache
         from ijckd_fast.train import Meter, TrainConfig, TrainStep, amp_dtype_of, build_distiller, optimizer_of, resolve
@@ -181,11 +181,9 @@ class Ours:
         self.distiller = build_distiller(config, setting.classes, self.device)
         self._cache, self._loader = None if cache is None else TeacherCache(cache), None
         # before prepare: a compiled net would be compiled once more for the counting
-        self.macs = {
-            "student forward, backward": 3 * models.macs(self.distiller.learner.student.net, setting.image_size)
-        }
-        if isinstance(self.distiller.teacher, models.Tapped):
-            self.macs["teacher forward"] = models.macs(self.distiller.teacher.net, setting.image_size)
+        self.macs = {"student forward, backward": 3 * macs(self.distiller.learner.student.net, setting.image_size)}
+        if isinstance(self.distiller.teacher, Tapped):
+            self.macs["teacher forward"] = macs(self.distiller.teacher.net, setting.image_size)
         prepare(config, self.distiller, Processes())
         optimizer = optimizer_of(config, self.distiller.learner)
         self.train_step = TrainStep(
@@ -353,15 +351,16 @@ def _by_hand(name: str, classes: int, weights: pathlib.Path) -> Any:
     """The net, uncut, in plain PyTorch."""
     from torchvision.models import get_model
 
-    from ijckd_fast.nets import cifar as cifar_nets, models
+    from ijckd_fast.nets.cifar import SmallResNet
+    from ijckd_fast.nets.mobilenet import MobileNetV1
 
     if name.startswith("torchvision/"):
         net = get_model(name.removeprefix("torchvision/"), weights=None, num_classes=classes)
     elif name == "mobilenet_v1":
-        net = models.MobileNetV1(classes)
+        net = MobileNetV1(classes)
     else:
         depth, width = name.removeprefix("resnet").split("x")
-        net = cifar_nets.SmallResNet(int(depth), float(width), classes)
+        net = SmallResNet(int(depth), float(width), classes)
     net.load_state_dict(torch.load(weights, weights_only=True))
     return net
 
@@ -392,7 +391,7 @@ def write_weights(folder: pathlib.Path, pair: Pair, classes: int, image_size: in
     """folder/{teacher,student}.pt, random. The teacher's running statistics are those of a batch of noise: with none of its own a deep net
     without training answers with numbers in the thousands.
     """
-    from ijckd_fast.nets.models import create_model
+    from ijckd_fast.nets import create_model
 
     torch.manual_seed(0)
     teacher, student = (create_model(name, classes, image_size=image_size) for name in (pair.teacher, pair.student))
@@ -455,7 +454,7 @@ def written_cache(setting: Setting) -> pathlib.Path:
 
 def cached_pooled(setting: Setting, images: Tensor) -> Tensor:
     """[B, Ct] float32: what a cache would hold of images [B, 3, S, S]."""
-    from ijckd_fast.nets.models import create_model
+    from ijckd_fast.nets import create_model
 
     checkpoint = setting.weights / "teacher.pt"
     teacher = create_model(setting.pair.teacher, setting.classes, checkpoint=checkpoint, image_size=setting.image_size)

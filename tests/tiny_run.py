@@ -10,7 +10,7 @@ import torch
 from image_tree import photo
 from PIL import Image
 
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model
 from ijckd_fast.train import TrainConfig, make_config
 
 SETTINGS: dict[str, Any] = {

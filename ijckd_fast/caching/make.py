@@ -21,7 +21,7 @@ from ijckd_fast.data import Augment, Index, Loader, TooManyUnreadable
 from ijckd_fast.data.plan import StandIns, check_views
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import evaluate, load_evaluation, save_evaluation
-from ijckd_fast.nets.models import Tapped
+from ijckd_fast.nets import Tapped
 from ijckd_fast.teacher_cache.reader import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
 from ijckd_fast.train import (
     Stopped,

@@ -33,9 +33,8 @@ from ijckd_fast.data import Batch
 from ijckd_fast.distill.connectors import Connector, build_connector
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.folding import fold_batch_norm
-from ijckd_fast.nets.models import Tapped, count_macs, count_parameters, create_model
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.nets import Tapped, count_macs, count_parameters, create_model, fingerprint, fold_batch_norm
+from ijckd_fast.train import run_folder
 
 if TYPE_CHECKING:
     from ijckd_fast.train import TrainConfig
@@ -666,7 +665,7 @@ def _describe(module: Deployed, distiller: Distiller, config: TrainConfig, state
         "step": state["step"],
         "evaluated": state["evaluated"],
         "fingerprints": {
-            "learner": checkpoint.fingerprint(distiller.learner),
+            "learner": fingerprint(distiller.learner),
             "teacher": state["inputs"]["teacher"],
             "code": state["code"],
         },

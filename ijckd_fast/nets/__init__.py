@@ -1,1 +1,28 @@
-"""Backbones by name, their taps, their weights, what they cost."""
+"""Nets to distil from and into: by name, with their taps, their weights and what they cost.
+
+`create_model` builds one of ours, torchvision's or timm's nets and returns it as a `Tapped`: its map, its pooled
+features and its classifier, however the net is written. timm and torchvision are imported only when a name is looked up in them.
+"""
+
+from ijckd_fast.nets.cost import count_macs, count_parameters, macs
+from ijckd_fast.nets.folding import fold_batch_norm
+from ijckd_fast.nets.names import create_model, is_model_name, library_of
+from ijckd_fast.nets.probe import Stage, same
+from ijckd_fast.nets.tapped import CachedTeacher, Tapped
+from ijckd_fast.nets.weights import fingerprint, require_fit
+
+__all__ = [
+    "CachedTeacher",
+    "Stage",
+    "Tapped",
+    "count_macs",
+    "count_parameters",
+    "create_model",
+    "fingerprint",
+    "fold_batch_norm",
+    "is_model_name",
+    "library_of",
+    "macs",
+    "require_fit",
+    "same",
+]

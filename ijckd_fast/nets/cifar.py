@@ -7,15 +7,11 @@ toolbox departs from a paper (an activation more, a stem of another size) the ne
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ijckd_fast.errors import UserError
 
 
 def init_convs(net: nn.Module) -> None:
@@ -188,7 +184,7 @@ class WideResNet(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # VGG (Simonyan and Zisserman 2015) with BatchNorm
 
-_VGG_CONVOLUTIONS = {
+VGG_CONVOLUTIONS = {
     8: (1, 1, 1, 1, 1),
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -205,7 +201,7 @@ class SmallVGG(nn.Module):
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
-        convolutions = _VGG_CONVOLUTIONS[depth]
+        convolutions = VGG_CONVOLUTIONS[depth]
         self.block0 = self._stage(3, 64, convolutions[0])
         self.block1 = self._stage(64, 128, convolutions[1])
         self.block2 = self._stage(128, 256, convolutions[2])
@@ -259,11 +255,12 @@ class _InvertedResidual(nn.Module):
 
 
 class SmallMobileNetV2(nn.Module):
-    """MobileNetV2 for 32x32 images: stride 16 in the place of 32, since the second stage keeps the size of the map.
+    """MobileNetV2 for 32x32 images: stride 16 instead of 32, since the second stage keeps the map's size.
 
     width  every number of channels is multiplied by it and rounded down, but the last convolution's 1280, which only grows
 
-    As in the toolboxes and not in the paper: ReLU in the place of ReLU6, and an expanding convolution also where the factor is 1.
+    As in the toolboxes and not in the paper: ReLU instead of ReLU6, and an expanding convolution also where the
+    factor is 1.
     """
 
     def __init__(self, width: float, num_classes: int) -> None:
@@ -281,10 +278,10 @@ class SmallMobileNetV2(nn.Module):
             (6, 160, 3, 2),
             (6, 320, 1, 1),
         )
-        for expansion, wanted, repeats, first_stride in stages:
+        for expansion, width_1, repeats, first_stride in stages:
             stage = nn.Sequential()
             for i in range(repeats):
-                out = max(1, int(wanted * width))
+                out = max(1, int(width_1 * width))
                 stage.append(_InvertedResidual(channels, out, first_stride if i == 0 else 1, expansion))
                 channels = out
             self.blocks.append(stage)
@@ -406,7 +403,7 @@ class _ShuffleDownV2(nn.Module):
         return F.channel_shuffle(torch.cat([left, right], 1), 2)
 
 
-_SHUFFLE_V2_CHANNELS = {0.5: (48, 96, 192), 1.0: (116, 232, 464), 1.5: (176, 352, 704)}
+SHUFFLE_V2_CHANNELS = {0.5: (48, 96, 192), 1.0: (116, 232, 464), 1.5: (176, 352, 704)}
 
 
 class SmallShuffleNetV2(nn.Module):
@@ -417,7 +414,7 @@ class SmallShuffleNetV2(nn.Module):
 
     def __init__(self, width: float, num_classes: int) -> None:
         super().__init__()
-        channels = _SHUFFLE_V2_CHANNELS[width]
+        channels = SHUFFLE_V2_CHANNELS[width]
         self.conv1 = nn.Conv2d(3, 24, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(24)
         self.layer1 = self._stage(24, channels[0], 4)
@@ -439,70 +436,3 @@ class SmallShuffleNetV2(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))  # [B, C, S/8, S/8]
         x = self.relu(self.bn2(self.conv2(x)))  # [B, 1024, S/8, S/8]
         return self.linear(x.mean((2, 3)))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# By name
-
-_WIDTH = r"(\d+(?:\.\d+)?)"
-_RESNET = re.compile(rf"resnet(8|14|20|32|38|44|56|110|116)(?:x{_WIDTH})?")
-_WIDE_RESNET = re.compile(r"wrn_(10|16|22|28|34|40)_([1-9]\d?)")
-_VGG = re.compile(r"vgg(8|11|13|16|19)")
-_MOBILENET_V2 = re.compile(rf"mobilenetv2x{_WIDTH}")
-_SHUFFLENET_V2 = re.compile(rf"shufflenetv2x{_WIDTH}")
-
-# The usual ones, for suggestions and help; other widths are built too.
-NAMES = [
-    *(f"resnet{depth}{width}" for depth in (8, 14, 20, 32, 38, 44, 56, 110, 116) for width in ("", "x2", "x4")),
-    *(f"wrn_{depth}_{width}" for depth in (16, 40) for width in (1, 2, 4)),
-    *(f"vgg{depth}" for depth in _VGG_CONVOLUTIONS),
-    *("resnet50", "mobilenetv2x0.5", "mobilenetv2x1", "shufflenetv1"),
-    *(f"shufflenetv2x{width:g}" for width in _SHUFFLE_V2_CHANNELS),
-]
-
-# What the toolboxes of CRD and SimKD call nets of other names here, in lower case.
-TOOLBOX_NAMES = {
-    "resnet50": "resnet50",
-    "mobilenetv2": "mobilenetv2x0.5",
-    "mobile_half": "mobilenetv2x0.5",
-    "mobilenetv2_1_0": "mobilenetv2x1",
-    "shufflev1": "shufflenetv1",
-    "shufflev2": "shufflenetv2x1",
-    "shufflev2_1_5": "shufflenetv2x1.5",
-}
-
-
-def builder(name: str) -> Callable[[int], nn.Module] | None:
-    """What makes the net of this name from a number of classes K; None for no name of ours.
-
-    name     resnet{8,14,20,32,38,44,56,110,116}, alone or with x<width>; resnet50; wrn_<depth>_<width>; vgg{8,11,13,16,19};
-             mobilenetv2x<width>; shufflenetv1; shufflenetv2x{0.5,1,1.5}
-    returns  (K) -> module [B, 3, S, S] -> logits [B, K], float32
-    raises   UserError for a width of 0, or one that the net does not have
-    """
-    if found := _RESNET.fullmatch(name):
-        depth, width = int(found[1]), _positive(name, found[2] or "1")
-        return lambda num_classes: SmallResNet(depth, width, num_classes)
-    if found := _WIDE_RESNET.fullmatch(name):
-        depth, factor = int(found[1]), int(found[2])
-        return lambda num_classes: WideResNet(depth, factor, num_classes)
-    if found := _VGG.fullmatch(name):
-        layers = int(found[1])
-        return lambda num_classes: SmallVGG(layers, num_classes)
-    if found := _MOBILENET_V2.fullmatch(name):
-        width = _positive(name, found[1])
-        return lambda num_classes: SmallMobileNetV2(width, num_classes)
-    if found := _SHUFFLENET_V2.fullmatch(name):
-        width = _positive(name, found[1])
-        if width not in _SHUFFLE_V2_CHANNELS:
-            widths = ", ".join(f"{w:g}" for w in _SHUFFLE_V2_CHANNELS)
-            raise UserError(f"model {name!r}: ShuffleNetV2 has widths {widths} here, got {width:g}: choose one of them")
-        return lambda num_classes: SmallShuffleNetV2(width, num_classes)
-    return {"resnet50": SmallResNet50, "shufflenetv1": SmallShuffleNetV1}.get(name)
-
-
-def _positive(name: str, width: str) -> float:
-    if float(width) == 0:
-        stem = name[: name.rindex("x")]
-        raise UserError(f"model {name!r}: the width after 'x' must be greater than 0, e.g. '{stem}x0.5'")
-    return float(width)

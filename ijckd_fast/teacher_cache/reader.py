@@ -34,7 +34,7 @@ from ijckd_fast.data.index_cache import replace_file
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import Evaluation, load_evaluation
 from ijckd_fast.files import HOLDER, LOCK, write_text
-from ijckd_fast.nets.models import CachedTeacher
+from ijckd_fast.nets import CachedTeacher
 
 FORMAT = "ijckd-fast teacher cache 1"
 ABOUT, FEATURES, PROGRESS, CLASSIFIER, VAL = (
@@ -197,7 +197,7 @@ def _unreadable(done: Mapping[int, Done]) -> dict[int, tuple[str, str]]:
 class TeacherCache:
     """A finished cache, to train from. Opening it reads what is small; features are read as they are asked for.
 
-    path, name (of the teacher's model), fingerprint (checkpoint.fingerprint of the teacher), published (whether its weights are the
+    path, name (of the teacher's model), fingerprint (nets.fingerprint of the teacher), published (whether its weights are the
     library's), views (V), images (N), channels (Ct), num_classes (K)
     unreadable  id -> reason of images that could not be read: their rows are NaN
     digest      equal for caches that train to the same bits, wherever they lie

@@ -26,8 +26,7 @@ from ijckd_fast.data import (
 from ijckd_fast.data.loader import deliver
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.folding import fold_batch_norm
-from ijckd_fast.nets.models import CachedTeacher, Tapped, create_model
+from ijckd_fast.nets import CachedTeacher, Tapped, create_model, fold_batch_norm
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.teacher_cache.reader import TeacherCache
 from ijckd_fast.train.config import TrainConfig

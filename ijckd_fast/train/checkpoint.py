@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import threading
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
+from ijckd_fast.nets import require_fit
 
 FORMAT = "ijckd-fast checkpoint 2"
 
@@ -136,27 +136,6 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Loads `weights` (a state_dict) into `module`; UserError naming the first differing entries when it is another model's."""
-    own = module.state_dict()
-    problems = [f"'{key}' is missing" for key in own if key not in weights]
-    problems += [f"'{key}' is not in this model" for key in weights if key not in own]
-    problems += [
-        f"'{key}' has shape {list(weights[key].shape)}, wanted {list(own[key].shape)}"
-        for key in own
-        if key in weights and own[key].shape != weights[key].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(
-            f"{path} belongs to another model: {', '.join(problems[:3])}{more}; set --student, --teacher and --connector as it was trained"
-        )
+    remedy = "Set --student, --teacher and --connector as it was trained"
+    require_fit(weights, module.state_dict(), str(path), "belongs to another model", remedy)
     module.load_state_dict(weights)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hex digest of the names, shapes and bytes of a module's state: two modules with equal digests compute the same."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in module.state_dict().items():
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -8,7 +8,7 @@ import torch
 
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import count_parameters, macs
+from ijckd_fast.nets import count_parameters, macs
 from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
 from ijckd_fast.train.config import load_preset, preset_names, preset_path
 

@@ -13,7 +13,7 @@ from ijckd_fast.data import Augment
 from ijckd_fast.distill.objectives import Objective, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.head.libraries import REBUILD, load_libraries
-from ijckd_fast.nets.models import is_model_name
+from ijckd_fast.nets import is_model_name
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.teacher_cache.reader import TeacherCache

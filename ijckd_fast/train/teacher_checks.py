@@ -14,10 +14,10 @@ from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
-from ijckd_fast.nets.models import CachedTeacher, Tapped, same
+from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.teacher_cache.reader import TeacherCache
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of
 
@@ -49,8 +49,8 @@ def refuse_restless_teacher(teacher: Tapped, image_size: int) -> None:
 
 
 def teacher_fingerprint(teacher: Tapped | CachedTeacher) -> str:
-    """checkpoint.fingerprint of the whole teacher, also where only its classifier is here."""
-    return teacher.fingerprint if isinstance(teacher, CachedTeacher) else checkpoint.fingerprint(teacher)
+    """`nets.fingerprint` of the whole teacher, also where only its classifier is here."""
+    return teacher.fingerprint if isinstance(teacher, CachedTeacher) else fingerprint(teacher)
 
 
 def digests(

@@ -23,7 +23,7 @@ from tiny_run import SETTINGS, config, differing, options, settings, write_teach
 from ijckd_fast import cli, files
 from ijckd_fast.data import PillowLoader, TrainPlan, build_index
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import Tapped, create_model
+from ijckd_fast.nets import Tapped, create_model, fingerprint
 from ijckd_fast.teacher_cache import reader as teacher_cache
 from ijckd_fast.teacher_cache.reader import CacheWriter, TeacherCache
 from ijckd_fast.train import augment_of, build as training, checkpoint, report, resolve, run_folder, train as loud_train
@@ -98,7 +98,7 @@ def test_features_are_the_teachers_of_the_planned_views(made, data, weights, cap
     assert (cache.views, cache.images, cache.channels, cache.num_classes) == (VIEWS, IMAGES, 32, 3)
     assert cache.name == "resnet8x0.5"
     teacher = create_model("resnet8x0.5", 3, checkpoint=weights, image_size=16).eval()
-    assert cache.fingerprint == checkpoint.fingerprint(teacher)
+    assert cache.fingerprint == fingerprint(teacher)
     assert torch.equal(cache.classifier.weight, teacher.classifier.weight)
     assert torch.equal(cache.classifier.bias, teacher.classifier.bias)
     settings = resolve(config(data, Path("unused")))

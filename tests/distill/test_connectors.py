@@ -7,7 +7,7 @@ from torch import nn
 
 from ijckd_fast.distill.connectors import build_connector, parse_spec
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import count_macs, count_parameters
+from ijckd_fast.nets import count_macs, count_parameters
 
 HEADS = ("fused", "reference")
 

@@ -14,7 +14,7 @@ from ijckd_fast.distill.distiller import Distiller, attention_distance, dkd_rows
 from ijckd_fast.distill.objectives import PRESETS, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.head import ops, reference
-from ijckd_fast.nets.models import CachedTeacher, Tapped, create_model
+from ijckd_fast.nets import CachedTeacher, Tapped, create_model
 
 HEADS = ("fused", "reference")
 K = 7

@@ -22,7 +22,7 @@ from ijckd_fast.distill.distiller import Compared, Distiller
 from ijckd_fast.distill.objectives import PRESETS, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import bound, bound_report
-from ijckd_fast.nets.models import CachedTeacher, create_model
+from ijckd_fast.nets import CachedTeacher, create_model
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train import checkpoint, resolve, run_folder, train as loud_train
 from ijckd_fast.train.config import OBJECTIVE_FIELDS

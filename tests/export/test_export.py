@@ -27,7 +27,7 @@ from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import export
-from ijckd_fast.nets.models import count_parameters, create_model
+from ijckd_fast.nets import count_parameters, create_model, fingerprint
 from ijckd_fast.train import build_val_loader, checkpoint, resolve, train
 
 SHAPES = {
@@ -462,6 +462,6 @@ def test_a_missing_teacher(trained, home, tmp_path, capsys):
 def test_a_distiller_is_not_changed(trained):
     run = trained("map")
     distiller = _distiller(run)
-    before = checkpoint.fingerprint(distiller.learner)
+    before = fingerprint(distiller.learner)
     export.deployed_module(distiller, 16)
-    assert checkpoint.fingerprint(distiller.learner) == before
+    assert fingerprint(distiller.learner) == before

@@ -10,7 +10,7 @@ import torch
 from ijckd_fast.data import Batch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model
 from ijckd_fast.train import TrainStep, build_optimizer
 from ijckd_fast.train.checkpoint import copied
 

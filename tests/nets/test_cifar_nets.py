@@ -12,9 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets import cifar as cifar_nets
-from ijckd_fast.nets.folding import fold_batch_norm
-from ijckd_fast.nets.models import SHARED_NAMES, MobileNetV1, Tapped, _library_of, count_parameters, create_model
+from ijckd_fast.nets import Tapped, cifar, cifar_names, count_parameters, create_model, fold_batch_norm, library_of
+from ijckd_fast.nets.mobilenet import MobileNetV1
 
 # What the toolboxes' own code makes for 100 classes, measured by running it: RepDistiller (CRD) at commit b84f547, and the last
 # block SimKD at 2b389c3; where both have a net they agree. Our name, theirs, parameters, tensors of the state_dict without
@@ -64,7 +63,7 @@ LINES = {
 
 def weightless(name: str) -> nn.Module:
     with torch.device("meta"):
-        return cifar_nets.builder(name)(100)
+        return cifar_names.builder(name)(100)
 
 
 def shapes(net: nn.Module) -> list[str]:
@@ -164,13 +163,13 @@ def test_a_gradient_reaches_every_weight_through_the_map():
 
 def test_names_shared_with_a_library_are_the_librarys():
     taken = {*torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
-    assert {name for name in cifar_nets.NAMES if name in taken} == set(SHARED_NAMES)
-    for name in SHARED_NAMES:
-        assert (_library_of(name), _library_of(f"cifar/{name}")) == ("torchvision", "own")
-    assert isinstance(create_model("cifar/vgg11", 10, image_size=32).net, cifar_nets.SmallVGG)
-    assert isinstance(create_model("cifar/resnet8", 10, image_size=32).net, cifar_nets.SmallResNet)
-    for name in cifar_nets.NAMES:
-        assert cifar_nets.builder(name) is not None, name
+    assert {name for name in cifar_names.NAMES if name in taken} == set(cifar_names.SHARED_NAMES)
+    for name in cifar_names.SHARED_NAMES:
+        assert (library_of(name), library_of(f"cifar/{name}")) == ("torchvision", "own")
+    assert isinstance(create_model("cifar/vgg11", 10, image_size=32).net, cifar.SmallVGG)
+    assert isinstance(create_model("cifar/resnet8", 10, image_size=32).net, cifar.SmallResNet)
+    for name in cifar_names.NAMES:
+        assert cifar_names.builder(name) is not None, name
 
 
 @pytest.mark.parametrize(
@@ -188,9 +187,9 @@ def test_names_shared_with_a_library_are_the_librarys():
         ("ShuffleV2_1_5", "is 'shufflenetv2x1.5' here"),
         (
             "cifar/vgg12",
-            "wanted 'cifar/' and a net for small images.*did you mean 'vgg",
+            "expected 'cifar/' and a net for small images.*did you mean 'vgg",
         ),
-        ("cifar/mobilenet_v1", "wanted 'cifar/' and a net for small images"),
+        ("cifar/mobilenet_v1", "expected 'cifar/' and a net for small images"),
     ],
 )
 def test_near_miss_names_are_refused_with_the_nearest(name, text):
@@ -199,10 +198,10 @@ def test_near_miss_names_are_refused_with_the_nearest(name, text):
 
 
 def test_toolbox_names_lead_to_nets():
-    for meant in cifar_nets.TOOLBOX_NAMES.values():
-        assert cifar_nets.builder(meant) is not None
+    for meant in cifar_names.TOOLBOX_NAMES.values():
+        assert cifar_names.builder(meant) is not None
     renamed = {theirs.lower(): ours for ours, theirs, *_ in PUBLISHED if ours != theirs}
-    assert renamed.items() <= cifar_nets.TOOLBOX_NAMES.items()
+    assert renamed.items() <= cifar_names.TOOLBOX_NAMES.items()
 
 
 def test_an_image_too_small_for_a_net_is_refused():

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijckd_fast.nets.folding import fold_batch_norm
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model, fold_batch_norm
 
 
 def _norms(net: nn.Module) -> int:
@@ -94,7 +93,7 @@ class _Ends(nn.Module):
 
 @pytest.mark.parametrize("relu", [False, True])
 def test_a_map_tapped_on_a_folded_norm(relu):
-    from ijckd_fast.nets.models import Tapped
+    from ijckd_fast.nets import Tapped
 
     torch.manual_seed(0)
     model = Tapped(_with_statistics(_Ends(relu)), "ends", 5, 16).eval()

@@ -13,7 +13,7 @@ import torchvision
 from torch import nn
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import Tapped, count_parameters, create_model, macs
+from ijckd_fast.nets import Tapped, count_parameters, create_model, macs
 
 
 def uncut(name: str, image_size: int) -> nn.Module:
@@ -244,7 +244,7 @@ def test_stages_are_found(name, image_size, stages):
     assert torch.equal(kept[0], map_)
 
 
-def test_only_the_stages_that_are_wanted_are_kept():
+def test_only_the_stages_that_were_asked_for_are_kept():
     model = create_model("resnet8x0.5", 10, image_size=16)
     seen = []
     model.net.fc.register_forward_hook(lambda *_: seen.append(sorted(model._stage_maps)))
@@ -325,7 +325,7 @@ def test_unknown_names_are_refused_with_the_nearest(name, text):
 def test_a_file_given_as_a_name_is_explained(tmp_path):
     path = tmp_path / "teacher.pth"
     path.write_bytes(b"x")
-    with pytest.raises(UserError, match="is a file, wanted a model's name"):
+    with pytest.raises(UserError, match="is a file, expected a model's name"):
         create_model(str(path), 10)
 
 
@@ -468,7 +468,7 @@ def test_weights_of_another_model_are_refused(donor, tmp_path):
         UserError, match=r"w\.pth does not fit model 'resnet14' .* missing 'layer1.1.conv1.weight'.*and \d+ more"
     ):
         load(tmp_path / "w.pth", "resnet14")
-    with pytest.raises(UserError, match=r"'conv1.weight' is \[11, 3, 3, 3\], wanted \[16, 3, 3, 3\]"):
+    with pytest.raises(UserError, match=r"'conv1.weight' is \[11, 3, 3, 3\], expected \[16, 3, 3, 3\]"):
         load(tmp_path / "w.pth", "resnet8")
     extra = {**donor.native_state_dict(), "layer4.weight": torch.zeros(1)}
     torch.save(extra, tmp_path / "w.pth")
@@ -478,7 +478,7 @@ def test_weights_of_another_model_are_refused(donor, tmp_path):
 
 def test_another_class_count_is_named_as_such(donor, tmp_path):
     torch.save(donor.native_state_dict(), tmp_path / "w.pth")
-    with pytest.raises(UserError, match="classifies 10 classes, wanted 7 as in the data"):
+    with pytest.raises(UserError, match="classifies 10 classes, expected 7 as in the data"):
         load(tmp_path / "w.pth", num_classes=7)
 
 
@@ -533,7 +533,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
 
 def test_published_weights_need_the_published_classes(donor, tmp_path):
     for name in ("resnet18", "timm/resnet18"):
-        with pytest.raises(UserError, match="classify 1000 classes, wanted 10 as in the data"):
+        with pytest.raises(UserError, match="classify 1000 classes, expected 10 as in the data"):
             create_model(name, 10, pretrained=True)
     with pytest.raises(UserError, match="no published weights"):
         create_model("resnet20", 10, pretrained=True)

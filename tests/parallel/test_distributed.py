@@ -20,7 +20,7 @@ from ijckd_fast import cli
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.parallel.processes import SyncBatchNorm, started, synchronise_batch_norm
 from ijckd_fast.train import checkpoint, refuse_other_images, run_folder

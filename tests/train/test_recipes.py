@@ -11,7 +11,7 @@ import torch
 
 from ijckd_fast import cli
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model
 from ijckd_fast.train import build, make_config
 from ijckd_fast.train.config import load_preset, preset_names
 from ijckd_fast.train.pairs import CLASSES, build_pair, cost_row, pair_names, table_head, table_line

@@ -25,7 +25,7 @@ from tiny_run import config, differing, distilled, options, settings, write_teac
 from ijckd_fast import cli
 from ijckd_fast.data import build_index
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets import models
+from ijckd_fast.nets import Tapped
 from ijckd_fast.train import FiniteGuard, Stopped, checkpoint, run_folder, train as loud_train
 from ijckd_fast.train.config import FREE_ON_RESUME
 
@@ -245,13 +245,13 @@ def test_augmentations_that_make_no_sense_are_refused(data, tmp_path, setting, t
 
 
 def test_dropout_continues_its_random_numbers(data, tmp_path, monkeypatch):
-    features = models.Tapped.features
+    features = Tapped.features
 
     def dropping(self, *arguments, **named):
         map_, pooled = features(self, *arguments, **named)
         return map_, F.dropout(pooled, 0.5, self.training)
 
-    monkeypatch.setattr(models.Tapped, "features", dropping)
+    monkeypatch.setattr(Tapped, "features", dropping)
     train(config(data, tmp_path / "undisturbed"))
     with monkeypatch.context() as stopping:
         _stop_at(stopping, 7)

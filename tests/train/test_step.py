@@ -15,7 +15,7 @@ from torch import nn
 from ijckd_fast.data import Batch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
-from ijckd_fast.nets.models import Tapped, create_model
+from ijckd_fast.nets import Tapped, create_model
 from ijckd_fast.train import Meter, TrainStep, build_optimizer
 from ijckd_fast.train.step import out_of_memory
 

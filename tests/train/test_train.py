@@ -28,7 +28,7 @@ from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import PRESETS, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import Evaluation, evaluate
-from ijckd_fast.nets.models import create_model
+from ijckd_fast.nets import create_model, fingerprint
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train import (
     Ema,
@@ -254,7 +254,7 @@ def test_learns_and_leaves_a_complete_folder(data, tmp_path):
 @pytest.mark.parametrize("objective", list(PRESETS))
 def test_every_objective_trains_and_freezes_the_teacher(data, teacher, tmp_path, objective):
     changes = {**distilled(teacher), "objective": objective, "epochs": 2, "log_interval": 2}
-    before = checkpoint.fingerprint(create_model("resnet8x0.5", 3, checkpoint=teacher, image_size=16))
+    before = fingerprint(create_model("resnet8x0.5", 3, checkpoint=teacher, image_size=16))
     summary = train(config(data, tmp_path, **changes))
     assert summary["last"]["agreement_percent"] is not None
     assert checkpoint.load(tmp_path / "last.pt")["inputs"]["teacher"] == before
@@ -655,7 +655,7 @@ def test_the_global_batch_takes_the_place_of_a_processes(data, tmp_path):
 
 def test_teacher_of_other_classes_or_nan(data, tmp_path):
     other = write_teacher(tmp_path / "other.pt", classes=5)
-    with pytest.raises(UserError, match=r"classifies 5 classes, wanted 3 as in the data"):
+    with pytest.raises(UserError, match=r"classifies 5 classes, expected 3 as in the data"):
         train(config(data, tmp_path / "run", **distilled(other)))
     spoiled = write_teacher(tmp_path / "spoiled.pt")
     weights = torch.load(spoiled)

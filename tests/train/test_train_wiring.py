@@ -17,7 +17,7 @@ from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate.accuracy import evaluate
 from ijckd_fast.head import ops
-from ijckd_fast.nets.models import Tapped
+from ijckd_fast.nets import Tapped
 from ijckd_fast.train import (
     build_distiller,
     build_indexes,

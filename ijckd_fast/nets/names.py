@@ -1,0 +1,189 @@
+"""Nets by name: ours, torchvision's and timm's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.nets import cifar_names
+from ijckd_fast.nets.mobilenet import MobileNetV1
+from ijckd_fast.nets.probe import unfit_size
+from ijckd_fast.nets.tapped import Tapped
+from ijckd_fast.nets.weights import native_names, read_weights
+
+
+def create_model(
+    name: str,
+    num_classes: int,
+    *,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    image_size: int = 224,
+) -> Tapped:
+    """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
+
+    name         one for small images as `cifar_names.builder` takes it (resnet8x4, wrn_40_2, shufflenetv1, ...), unless it
+                 is in `SHARED_NAMES` there; mobilenet_v1; any torchvision classifier; any timm model. In that order; 'cifar/NAME',
+                 'torchvision/NAME' and 'timm/NAME' force the library.
+    num_classes  K, as in the data
+    checkpoint   weights: a state_dict, one under 'model' or 'state_dict', a run checkpoint of ours ('learner'), or
+                 .safetensors; 'module.' prefixes are dropped. Read with weights_only=True.
+    pretrained   the library's published weights (torchvision: IMAGENET1K_V1, which the published pairs use)
+    image_size   side in pixels of the images to come; nets of fixed input size are built for it
+    raises       UserError: unknown name (nearest ones given), unfit or unreadable weights, a class count other than K,
+                 no final linear layer
+    """
+    if checkpoint is not None and pretrained:
+        raise UserError(f"model {name!r}: expected a checkpoint or published weights, got both: leave out one")
+    net = _build(name, num_classes, pretrained, image_size)
+    model = Tapped(net, name, num_classes, image_size)
+    if checkpoint is not None:
+        weights = read_weights(Path(checkpoint))
+        model.load_native(native_names(weights, model.classifier_path, checkpoint), str(checkpoint))
+    return model
+
+
+def is_model_name(name: str) -> bool:
+    """Whether `create_model` knows a model of this name."""
+    return library_of(name) is not None
+
+
+def library_of(name: str) -> str | None:
+    """'own', 'torchvision' or 'timm', in that order of preference; None for no model's name."""
+    if _own_builder(name) is not None:
+        return "own"
+    # Imported only here: our own nets need neither library, which together take seconds to import.
+    import timm
+    import torchvision
+
+    library, _, short = name.rpartition("/")
+    if library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models):
+        return "torchvision"
+    return "timm" if library in ("", "timm") and timm.is_model(short) else None
+
+
+def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    library, short = library_of(name), name.rpartition("/")[2]
+    if library is None:
+        raise _unknown(name)
+    if library == "torchvision":
+        return _build_torchvision(short, num_classes, pretrained, image_size)
+    if library == "timm":
+        return _build_timm(short, num_classes, pretrained, image_size)
+    if pretrained:
+        raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
+    build = _own_builder(name)
+    assert build is not None
+    return build(num_classes)
+
+
+def _own_builder(name: str) -> Callable[[int], nn.Module] | None:
+    library, _, short = name.rpartition("/")
+    if name in ("mobilenet_v1", "mobilenetv1"):
+        return MobileNetV1
+    if library == "cifar" or (library == "" and short not in cifar_names.SHARED_NAMES):
+        return cifar_names.builder(short)
+    return None
+
+
+def _unknown(name: str) -> UserError:
+    import timm
+    import torchvision
+
+    if Path(name).is_file():
+        return UserError(f"{name!r} is a file, expected a model's name: give the file as the model's checkpoint")
+    library, _, short = name.rpartition("/")
+    ours = [f"cifar/{known}" if known in cifar_names.SHARED_NAMES else known for known in cifar_names.NAMES]
+    if library == "" and short.lower() in cifar_names.TOOLBOX_NAMES:
+        meant = cifar_names.TOOLBOX_NAMES[short.lower()]
+        return UserError(
+            f"unknown model {name!r}: the published CIFAR net of this name is"
+            f" {f'cifar/{meant}' if meant in cifar_names.SHARED_NAMES else meant!r} here"
+        )
+    if library == "cifar":
+        return UserError(
+            f"unknown model {name!r}: expected 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or vgg13"
+            f"{did_you_mean(short, cifar_names.NAMES)}"
+        )
+    known = {*ours, "mobilenet_v1", *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
+    return UserError(
+        f"unknown model {name!r}: expected one of ours (resnet20, resnet8x4, mobilenet_v1, ...), of torchvision's or of"
+        f" timm's{did_you_mean(short, known)}"
+    )
+
+
+def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    import torchvision
+
+    options: dict[str, Any] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = image_size
+    elif name == "maxvit_t":
+        options["input_size"] = (image_size, image_size)
+    elif name in ("googlenet", "inception_v3") and not pretrained:
+        options["init_weights"] = True  # the default, but for a warning that it may change
+    if not pretrained:
+        build = functools.partial(torchvision.models.get_model, name, weights=None, num_classes=num_classes, **options)
+        return _without_side_classifiers(_construct(name, image_size, build))
+    weights = torchvision.models.get_model_weights(name)
+    # The first, IMAGENET1K_V1 where there is one: the published pairs start from it, not from the later, stronger V2.
+    chosen = next(iter(weights))
+    _check_published(name, len(chosen.meta["categories"]), num_classes)
+    build = functools.partial(torchvision.models.get_model, name, weights=chosen, **options)
+    return _without_side_classifiers(_download(name, build))
+
+
+def _without_side_classifiers(net: nn.Module) -> nn.Module:
+    """GoogLeNet and Inception without the classifiers they have half-way for their own training."""
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(net, name):
+            setattr(net, name, None)
+            net.aux_logits = False  # type: ignore[assignment]
+    return net
+
+
+def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+    import timm
+
+    config = timm.get_pretrained_cfg(name)
+    options: dict[str, Any] = {}
+    if config is not None and config.fixed_input_size:
+        options["img_size"] = image_size
+    if not pretrained:
+        build = functools.partial(timm.create_model, name, pretrained=False, num_classes=num_classes, **options)
+        return _construct(name, image_size, build)
+    if config is None or not config.has_weights:
+        raise UserError(f"model {name!r} has no published weights in timm: give a checkpoint instead")
+    _check_published(name, config.num_classes, num_classes)
+    return _download(name, functools.partial(timm.create_model, name, pretrained=True, **options))
+
+
+def _check_published(name: str, published: int, num_classes: int) -> None:
+    # The libraries would refuse in their own words (torchvision) or silently start a random classifier (timm).
+    if published != num_classes:
+        raise UserError(
+            f"the published weights of {name!r} classify {published} classes, expected {num_classes} as in the data:"
+            " train this model on the data first (objective 'ce') and give the checkpoint"
+        )
+
+
+def _construct(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each architecture refuses a size in its own way
+        raise unfit_size(name, image_size, error) from error
+
+
+def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        return build()
+    except Exception as error:  # each library and transport has its own family of errors
+        raise UserError(
+            f"the published weights of {name!r} could not be loaded ({error}): check the network, or download the file"
+            " elsewhere and give it as the checkpoint"
+        ) from error

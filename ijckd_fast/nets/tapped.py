@@ -1,0 +1,236 @@
+"""A classification net, cut at its classifier, with the two taps that distillation needs.
+
+Whatever the net, `Tapped` offers the same three things: the map after the last activation and before pooling
+[B, C, H, W], the pooled vector that the classifier sees [B, C], and the classifier itself, a plain `nn.Linear`. One
+run of the net on random pixels finds them (`probe`), so no list of layer names is kept for each architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijckd_fast.errors import UserError
+from ijckd_fast.nets.cifar_names import small_form_hint
+from ijckd_fast.nets.probe import Probe, Stage
+from ijckd_fast.nets.weights import misfit, require_fit
+
+
+class Tapped(nn.Module):
+    """A classification net cut at its classifier: `logits = classifier(pooled)`, and `pooled = mean(map)` if has_map.
+
+    net              the backbone; images [B, 3, S, S] -> pooled [B, C], exactly what the classifier sees
+    classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`
+    classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
+    name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
+    stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map
+
+    Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a stage if it is
+    larger than the map's and is smaller than all sizes before it. Its map is the last layer output at that size, be it of a whole
+    block or sequence; but not one within a block (any module other than a plain nn.Sequential) that takes this size and gives the
+    next smaller one, which is where the next stage begins. The first size is no stage if just one convolution works at it: a stem.
+    Of ResNets stages are layer1 to layer4, on CIFAR layer1 to layer3. Unlike the last, the others' maps are as the layers leave them:
+    where the activation is part of the next block (WRN), from before it.
+
+    net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; it is changed in place
+    image_size   S of the probe forward: eval mode, no gradient, two images of random pixels
+    raises       UserError if the net does not take such images or does not end in a linear layer on a vector
+    """
+
+    classifier: nn.Linear | None
+
+    def __init__(self, net: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        probe = Probe(net, num_classes, image_size, name)
+        self.name = name
+        self.num_classes = num_classes
+        self.channels = probe.classifier.in_features
+        self.classifier_path = probe.classifier_path
+        parent, _, leaf = probe.classifier_path.rpartition(".")
+        setattr(net.get_submodule(parent), leaf, nn.Identity())
+        self.net = net
+        self.classifier = probe.classifier
+        probe.check_cut(net)
+
+        self._map: Tensor | None = None  # handed from the hook to features() within one forward
+        self._map_nhwc = probe.map_nhwc
+        self._map_relu = probe.map_relu
+        self.map_path = probe.map_path
+        if self.map_path is not None:
+            # A bound method, not a closure: deepcopy (as for an EMA copy) then binds the hook to the copy.
+            net.get_submodule(self.map_path).register_forward_hook(self._keep_map)
+        self.stages: tuple[Stage, ...] = probe.stages
+        self._kept_stages: tuple[int, ...] = ()  # stages, by their place in `stages`
+        self._hooked: set[int] = set()
+        self._stage_maps: dict[int, Tensor] = {}
+
+    @property
+    def has_map(self) -> bool:
+        return self.map_path is not None
+
+    @property
+    def map_channels(self) -> int | None:
+        return self.channels if self.has_map else None
+
+    def require_map(self) -> None:
+        """Raises UserError if this net has no map whose spatial mean is what its classifier sees."""
+        if not self.has_map:
+            raise UserError(
+                f"model {self.name!r} has no map before a global average pooling (its classifier sees something else"
+                " than the spatial mean of a 4-D layer output), which map matching and map connectors need: choose"
+                " another model, or pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
+                f"{small_form_hint(self.name)}"
+            )
+
+    def require_stages(self) -> None:
+        """Raises UserError if this net has no stages."""
+        if not self.has_map:
+            raise UserError(
+                f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a 4-D layer"
+                " output, the last of them), which attention transfer (at) and hints (hint) compare: choose another model, or"
+                f" objective 'kd'{small_form_hint(self.name)}"
+            )
+
+    def keep_stages(self, places: Sequence[int]) -> None:
+        """From here on `staged_features` gives the maps of these stages, by their places in `stages` (negative: from the end)."""
+        self.require_stages()
+        self._kept_stages = tuple(range(len(self.stages))[place] for place in places)
+        for place in self._kept_stages:
+            if place not in self._hooked and place != len(self.stages) - 1:  # the last is the map
+                hook = functools.partial(self._keep_stage, place)  # deepcopy binds it to the copy, as it does a method
+                self.net.get_submodule(self.stages[place].path).register_forward_hook(hook)
+                self._hooked.add(place)
+
+    def drop_classifier(self) -> None:
+        """Removes the classifier and its parameters, for a student that will answer through the teacher's."""
+        self.classifier = None
+
+    def _keep_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._map = output
+
+    def _keep_stage(self, place: int, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._stage_maps[place] = output
+
+    def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Backbone only. Gradients flow to the parameters through both outputs.
+
+        images    [B, 3, S, S]
+        need_map  False: the map is None
+        returns   (map [B, C, H, W] after the last activation, or None; pooled [B, C]). In training mode pooled includes
+                  the net's own dropout, the map does not.
+        raises    UserError if need_map and the net has none
+        """
+        map_, pooled, _ = self.staged_features(images, need_map)
+        return map_, pooled
+
+    def staged_features(
+        self, images: Tensor, need_map: bool = False
+    ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
+        """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order; () without it."""
+        if need_map:
+            self.require_map()
+        pooled = self.net(images)  # [B, C]
+        kept, self._stage_maps = self._stage_maps, {}
+        last, self._map = self._map, None
+        map_: Tensor | None = None
+        if need_map or len(self.stages) - 1 in self._kept_stages:
+            assert last is not None
+            map_ = self._as_nchw(last)
+            if self._map_relu:
+                map_ = F.relu(map_)
+            kept[len(self.stages) - 1] = map_
+        stages = tuple(kept[i] if kept[i] is map_ else self._as_nchw(kept[i]) for i in self._kept_stages)
+        return map_ if need_map else None, pooled, stages
+
+    def _as_nchw(self, map_: Tensor) -> Tensor:
+        return map_.permute(0, 3, 1, 2) if self._map_nhwc else map_
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, S, S] -> logits [B, K]"""
+        if self.classifier is None:
+            raise RuntimeError(f"Tapped {self.name!r}: the classifier was dropped, only features() is left")
+        return self.classifier(self.features(images)[1])
+
+    def native_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the original net, as torchvision, timm or published checkpoints have them."""
+        state = dict(self.net.state_dict())
+        if self.classifier is not None:
+            state |= {f"{self.classifier_path}.{k}": v for k, v in self.classifier.state_dict().items()}
+        return state
+
+    def load_native(self, weights: Mapping[str, Tensor], origin: str) -> None:
+        """Copies weights in, named as by `native_state_dict`; nothing is changed if they do not fit.
+
+        origin  what to call the weights in an error, e.g. the file's path
+        raises  UserError for missing, unexpected or misshapen tensors (a few are named) and for NaN or infinite values
+        """
+        # Files written before BatchNorm counted its batches lack the counter; nothing here depends on it.
+        own = {
+            name: value
+            for name, value in self.native_state_dict().items()
+            if name in weights or not name.endswith("num_batches_tracked")
+        }
+        missing, unexpected, misshapen = misfit(weights, own)
+        if misshapen and not missing and not unexpected and all(self._is_classifier(name) for name in misshapen):
+            classes = weights[next(iter(misshapen))].shape[0]
+            raise UserError(
+                f"{origin} classifies {classes} classes, expected {self.num_classes} as in the data: give weights of"
+                f" {self.name!r} trained on these classes"
+            )
+        require_fit(
+            weights,
+            own,
+            origin,
+            f"does not fit model {self.name!r} with {self.num_classes} classes",
+            f"Name the model that these weights belong to{small_form_hint(self.name)}",
+        )
+        # Plain dicts carry no version, so BatchNorm accepts the absence of its counter.
+        self.net.load_state_dict({k: v for k, v in weights.items() if not self._is_classifier(k)})
+        if self.classifier is not None:
+            strip = len(self.classifier_path) + 1
+            self.classifier.load_state_dict({k[strip:]: v for k, v in weights.items() if self._is_classifier(k)})
+
+    def _is_classifier(self, key: str) -> bool:
+        return key.startswith(self.classifier_path + ".")
+
+
+class CachedTeacher(nn.Module):
+    """What is left of a teacher whose pooled features come from a cache: its classifier. There is no backbone, and no image is taken.
+
+    classifier   `nn.Linear` (C -> K), the teacher's own
+    name         of the teacher's model
+    fingerprint  `weights.fingerprint` of the whole teacher
+    num_classes (K), channels (C), as a Tapped has them
+    """
+
+    def __init__(self, classifier: nn.Linear, name: str, fingerprint: str) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.name = name
+        self.fingerprint = fingerprint
+        self.num_classes, self.channels = classifier.out_features, classifier.in_features
+
+    def require_map(self) -> None:
+        """Raises UserError: a cache holds no maps."""
+        raise UserError(
+            f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective 'ijckd-pooled' "
+            "(match 'pooled'), or the teacher itself"
+        )
+
+    def require_stages(self) -> None:
+        """Raises UserError: a cache holds no maps."""
+        raise UserError(
+            f"the teacher {self.name!r} is a cache of pooled features, and attention transfer (at) and hints (hint) need the maps of its "
+            "stages: take objective 'kd', or the teacher itself"
+        )
+
+    def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
+        """Raises RuntimeError: a training from a cache hands its features to Distiller.step."""
+        raise RuntimeError(f"CachedTeacher {self.name!r}: there is no backbone to ask, give pooled_t")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)[1]

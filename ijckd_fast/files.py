@@ -22,10 +22,10 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
 
     Whatever interrupts this (kill -9, a full disk), `path` is the old file or the new one, never half of one.
 
-    durable  the bytes and the folder's entry are flushed to the disk (fsync) first, so that this holds for a power cut too; False: it may
-             leave less
-    shared   several processes may write the same file at a time: each has a temporary path of its own. A kill then leaves that behind,
-             where otherwise the next writer takes it over
+    durable  the bytes and the folder's entry are flushed to the disk (fsync) first, so that this holds for a power cut
+             too; False: it may leave less
+    shared   several processes may write the same file at a time: each has a temporary path of its own. A kill then
+             leaves that behind, where otherwise the next writer takes it over
     """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     try:

@@ -20,7 +20,7 @@ from ijckd_fast.distill.objectives import Objective
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.head import ops, reference
 from ijckd_fast.nets import CachedTeacher, Stage, Tapped, count_macs, count_parameters, macs
-from ijckd_fast.parallel.processes import synchronise_batch_norm
+from ijckd_fast.parallel import synchronise_batch_norm
 
 HEADS = ("fused", "reference")
 

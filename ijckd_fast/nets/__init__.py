@@ -1,7 +1,8 @@
 """Nets to distil from and into: by name, with their taps, their weights and what they cost.
 
 `create_model` builds one of ours, torchvision's or timm's nets and returns it as a `Tapped`: its map, its pooled
-features and its classifier, however the net is written. timm and torchvision are imported only when a name is looked up in them.
+features and its classifier, however the net is written. timm and torchvision are imported only when a name is looked up
+in them.
 """
 
 from ijckd_fast.nets.cost import count_macs, count_parameters, macs

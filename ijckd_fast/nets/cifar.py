@@ -1,7 +1,8 @@
-"""Nets for small images (CIFAR: 32x32 pixels), written from their papers, in the forms that the published distillation tables use.
+"""Nets for small images (CIFAR: 32x32 pixels), in the forms that the published distillation tables use.
 
-Layer names and shapes are those of the checkpoints that the CRD and SimKD toolboxes publish, which therefore load. Where a
-toolbox departs from a paper (an activation more, a stem of another size) the net follows the toolbox, and says so.
+They are written from their papers. Layer names and shapes are those of the checkpoints that the CRD and SimKD toolboxes
+publish, which therefore load. Where a toolbox departs from a paper (an activation more, a stem of another size) the net
+follows the toolbox, and says so.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class _BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, C, H/stride, W/stride]
-        # Positions are left out before the 1x1 convolution, not by its stride: with fewer channels than a vector register
-        # holds, oneDNN's gradient of a strided one writes past its memory (oneDNN issue 6035, in torch 2.14).
+        # Positions are left out before the 1x1 convolution, not by its stride: with fewer channels than a vector
+        # register holds, oneDNN's gradient of a strided one writes past its memory (oneDNN issue 6035, in torch 2.14).
         shortcut = x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride])
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
@@ -58,8 +59,8 @@ class _BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """ResNet for 32x32 images: depth 6n+2, three stages of n basic blocks, 16/32/64 channels times `width`.
 
-    The stem has 16 channels, and 32 from width 4 on, as the published resnet20, resnet38x2 and resnet8x4 have; below width 1 it
-    has 16 sqrt(width).
+    The stem has 16 channels, and 32 from width 4 on, as the published resnet20, resnet38x2 and resnet8x4 have; below
+    width 1 it has 16 sqrt(width).
     """
 
     def __init__(self, depth: int, width: float, num_classes: int) -> None:
@@ -154,7 +155,10 @@ class _PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: depth 6n+4, three stages of n pre-activation blocks, 16/32/64 channels times `width`, a stem of 16."""
+    """WRN-depth-width: a stem of 16 channels, three stages of n pre-activation blocks, 16/32/64 channels times `width`.
+
+    depth  6n + 4
+    """
 
     def __init__(self, depth: int, width: int, num_classes: int) -> None:
         super().__init__()
@@ -194,7 +198,7 @@ VGG_CONVOLUTIONS = {
 
 
 class SmallVGG(nn.Module):
-    """VGG with BatchNorm for 32x32 images: five stages with max-pooling after the first three, then the mean and one linear layer.
+    """VGG with BatchNorm for 32x32 images: five stages, max-pooling after the first three, the mean, one linear layer.
 
     depth  8, 11, 13, 16 or 19; 8 is the toolboxes' own, with one convolution in each stage
     """
@@ -257,7 +261,7 @@ class _InvertedResidual(nn.Module):
 class SmallMobileNetV2(nn.Module):
     """MobileNetV2 for 32x32 images: stride 16 instead of 32, since the second stage keeps the map's size.
 
-    width  every number of channels is multiplied by it and rounded down, but the last convolution's 1280, which only grows
+    width  every number of channels is multiplied by it and rounded down; the last convolution's 1280 only grows
 
     As in the toolboxes and not in the paper: ReLU instead of ReLU6, and an expanding convolution also where the
     factor is 1.
@@ -332,8 +336,8 @@ class _ShuffleUnit(nn.Module):
 class SmallShuffleNetV1(nn.Module):
     """ShuffleNet of 3 groups and width 1 for 32x32 images: a 1x1 stem of stride 1, no max-pooling.
 
-    As in the toolboxes and not in the paper: a ReLU after the depthwise convolution too, and in the units of stride 2 a quarter of
-    the channels that they make themselves between the convolutions, not of all that come out.
+    As in the toolboxes and not in the paper: a ReLU after the depthwise convolution too, and in the units of stride 2 a
+    quarter of the channels that they make themselves between the convolutions, not of all that come out.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -54,8 +54,8 @@ SHARED_NAMES = ("resnet50", "vgg11", "vgg13", "vgg16", "vgg19")
 def builder(name: str) -> Callable[[int], nn.Module] | None:
     """What makes the net of this name from a number of classes K; None for no name of ours.
 
-    name     resnet{8,14,20,32,38,44,56,110,116}, alone or with x<width>; resnet50; wrn_<depth>_<width>; vgg{8,11,13,16,19};
-             mobilenetv2x<width>; shufflenetv1; shufflenetv2x{0.5,1,1.5}
+    name     resnet{8,14,20,32,38,44,56,110,116}, alone or with x<width>; resnet50; wrn_<depth>_<width>;
+             vgg{8,11,13,16,19}; mobilenetv2x<width>; shufflenetv1; shufflenetv2x{0.5,1,1.5}
     returns  (K) -> module [B, 3, S, S] -> logits [B, K], float32
     raises   UserError for a width of 0, or one that the net does not have
     """
@@ -88,7 +88,7 @@ def _positive(name: str, width: str) -> float:
 
 
 def small_form_hint(name: str) -> str:
-    """Returns "" or "; for small images there is 'cifar/NAME'", for a library's net that we have in another form as well."""
+    """Returns "" or "; for small images there is 'cifar/NAME'", for a library's net that we have in that form too."""
     short = name.rpartition("/")[2]
     if short not in SHARED_NAMES or name.startswith("cifar/"):
         return ""

@@ -23,8 +23,9 @@ def macs(module: nn.Module, image_size: int) -> int:
 def count_macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of `module(x)` in convolutions and linear layers, by one eval-mode forward.
 
-    Products that are no layer of their own (attention scores, element-wise scaling) are not counted. torch's FlopCounterMode counts
-    attention too, but only where the device's kernel for it is in its table, so its figure of a transformer depends on the device.
+    Products that are no layer of their own (attention scores, element-wise scaling) are not counted. torch's
+    FlopCounterMode counts attention too, but only where the device's kernel for it is in its table, so its figure of a
+    transformer depends on the device.
     """
     total = 0
 

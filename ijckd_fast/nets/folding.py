@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution or linear layer before it: the same function in eval mode, in fewer passes over memory.
+"""BatchNorm folded into the layer before it: the same function in eval mode, in fewer passes over memory.
 
 Which BatchNorm follows which layer is seen in one forward, not read from the code, so any net can be given.
 """
@@ -23,20 +23,22 @@ def fold_batch_norm(net: nn.Module, example: Tensor) -> int:
     """Folds, in place, every BatchNorm that follows a convolution or linear layer into that layer; for inference only.
 
     net      any module that takes `example`; of a `Tapped` give its `net`: the map, wherever it is tapped, stays right.
-             Fold before `torch.compile`, and on the CPU or without TF32, whose rounding would look like a wrong formula.
+             Fold before `torch.compile`, and on the CPU or without TF32, whose rounding would look like a wrong
+             formula.
     example  e.g. [2, 3, S, S] of random pixels; run twice in eval mode
     returns  how many were folded
 
-    A folded layer keeps its parameters' identity, dtype and requires_grad: `weight` is scaled, `bias` is added where there
-    was none, computed in float64 and rounded once. The BatchNorm's weight and bias and its running statistics vanish from
-    parameters and state_dict; an `nn.Identity` with its forward hooks stands in its place, or, of timm's BatchNormAct2d, an
-    `nn.Sequential` of its activation (and drop) under the same names. Back in training mode such a net has no batch statistics.
+    A folded layer keeps its parameters' identity, dtype and requires_grad: `weight` is scaled, `bias` is added where
+    there was none, computed in float64 and rounded once. The BatchNorm's weight and bias and its running statistics
+    vanish from parameters and state_dict; an `nn.Identity` with its forward hooks stands in its place, or, of timm's
+    BatchNormAct2d, an `nn.Sequential` of its activation (and drop) under the same names. Back in training mode such a
+    net has no batch statistics.
 
     Left as it is: a BatchNorm after anything else (an activation, a concatenation, a reshape); one without running
-    statistics; a layer or BatchNorm that is called more than once, shares its parameters, or has hooks that would see other
-    values; a layer whose output something else reads as well; a layer that does not use its weight as it is (weight
-    standardisation), which each pair's own output shows. If the net's output then differed by more than rounding, nothing would
-    be folded and 0 returned.
+    statistics; a layer or BatchNorm that is called more than once, shares its parameters, or has hooks that would see
+    other values; a layer whose output something else reads as well; a layer that does not use its weight as it is
+    (weight standardisation), which each pair's own output shows. If the net's output then differed by more than
+    rounding, nothing would be folded and 0 returned.
     """
     modes = {module: module.training for module in net.modules()}
     net.eval()
@@ -123,7 +125,7 @@ def _can_go(norm: _Norm) -> bool:
 
 
 class _Watch(TorchDispatchMode):
-    """Hooks of one forward, and every operation in it: which layer's output does a BatchNorm read, and who else reads it?"""
+    """Watches one forward: which layer's output does a BatchNorm read, and which other operation reads it?"""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +165,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _fold_of(layer: _Layer, norm: _Norm) -> _Fold | None:
-    """y = W x + b, then g (y - m) / sqrt(v + eps) + h, as one layer: W s and (b - m) s + h with s = g / sqrt(v + eps)."""
+    """y = W x + b, then g (y - m) / sqrt(v + eps) + h, as one layer.
+
+    Its weight is W s and its bias (b - m) s + h, with s = g / sqrt(v + eps).
+    """
     weight, bias = layer.weight, layer.bias
     mean, var, gain, shift = norm.running_mean, norm.running_var, norm.weight, norm.bias
     assert mean is not None
@@ -179,11 +184,12 @@ def _fold_of(layer: _Layer, norm: _Norm) -> _Fold | None:
     folded = weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))
     inner = OrderedDict(norm.named_children())
     replacement = nn.Sequential(inner) if inner else nn.Identity()
-    # The dicts themselves, so that the handles which remove these hooks go on to work.
+    # The dicts themselves, so that the handles which remove these hooks still work.
     for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
         setattr(replacement, name, getattr(norm, name))
     replacement.eval()
-    return _Fold(layer, norm, folded.to(weight.dtype), offset.to(weight.dtype), weight.clone(), layer.bias, replacement)  # type: ignore[arg-type]
+    folded, offset = folded.to(weight.dtype), offset.to(weight.dtype)
+    return _Fold(layer, norm, folded, offset, weight.clone(), layer.bias, replacement)  # type: ignore[arg-type]
 
 
 def _computes(fold: _Fold, x: Tensor, output: Tensor) -> bool:

@@ -27,9 +27,9 @@ def create_model(
 ) -> Tapped:
     """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
 
-    name         one for small images as `cifar_names.builder` takes it (resnet8x4, wrn_40_2, shufflenetv1, ...), unless it
-                 is in `SHARED_NAMES` there; mobilenet_v1; any torchvision classifier; any timm model. In that order; 'cifar/NAME',
-                 'torchvision/NAME' and 'timm/NAME' force the library.
+    name         one for small images as `cifar_names.builder` takes it (resnet8x4, wrn_40_2, shufflenetv1, ...), unless
+                 it is in `SHARED_NAMES` there; mobilenet_v1; any torchvision classifier; any timm model. In that order;
+                 'cifar/NAME', 'torchvision/NAME' and 'timm/NAME' force the library.
     num_classes  K, as in the data
     checkpoint   weights: a state_dict, one under 'model' or 'state_dict', a run checkpoint of ours ('learner'), or
                  .safetensors; 'module.' prefixes are dropped. Read with weights_only=True.
@@ -107,8 +107,8 @@ def _unknown(name: str) -> UserError:
         )
     if library == "cifar":
         return UserError(
-            f"unknown model {name!r}: expected 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or vgg13"
-            f"{did_you_mean(short, cifar_names.NAMES)}"
+            f"unknown model {name!r}: expected 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or"
+            f" vgg13{did_you_mean(short, cifar_names.NAMES)}"
         )
     known = {*ours, "mobilenet_v1", *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     return UserError(
@@ -164,7 +164,7 @@ def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) 
 
 
 def _check_published(name: str, published: int, num_classes: int) -> None:
-    # The libraries would refuse in their own words (torchvision) or silently start a random classifier (timm).
+    # torchvision would refuse in its own words; timm would silently start a random classifier.
     if published != num_classes:
         raise UserError(
             f"the published weights of {name!r} classify {published} classes, expected {num_classes} as in the data:"

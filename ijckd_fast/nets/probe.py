@@ -14,7 +14,10 @@ from ijckd_fast.errors import UserError
 
 
 class Stage(NamedTuple):
-    """Where a net's map of one size is taken: the output of layer `path`, [B, channels, side, side] for the images of the probe."""
+    """Where a net's map of one size is taken: the output of layer `path`.
+
+    channels, side  of the map [B, channels, side, side], for the images of the probe
+    """
 
     path: str
     channels: int
@@ -22,7 +25,15 @@ class Stage(NamedTuple):
 
 
 class Probe:
-    """One forward of an uncut net with every layer's output in view; holds what it found."""
+    """One forward of an uncut net with every layer's output in view; holds what it found.
+
+    classifier, classifier_path      the net's last linear layer, and its name
+    map_path, map_nhwc, map_relu     the layer whose output is the map (None: no map), whether that is [B, H, W, C], and
+                                     whether a ReLU by a function follows
+    stages                           as `Tapped` describes them
+    images, pooled, logits           [2, 3, S, S], and the classifier's input [2, C] and output [2, K] for them
+    raises                           UserError if the net does not take such images or has no such classifier
+    """
 
     def __init__(self, net: nn.Module, num_classes: int, image_size: int, name: str) -> None:
         self.name = name
@@ -119,8 +130,9 @@ class Probe:
                 return
             if not same(net(self.images), pooled):
                 raise UserError(
-                    f"model {self.name!r} gives other features for the same images a second time though in eval mode (dropout that is"
-                    " always on?), expected one fixed function: let its dropout follow self.training, or choose another model"
+                    f"model {self.name!r} gives other features for the same images a second time though in eval mode"
+                    " (dropout that is always on?), expected one fixed function: let its dropout follow self.training,"
+                    " or choose another model"
                 )
         raise self._no_classifier()
 
@@ -170,6 +182,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def unfit_size(name: str, image_size: int, error: Exception) -> UserError:
+    """What to raise for a net that cannot be built for images of this size, or refuses them with `error`."""
     return UserError(
         f"model {name!r} does not take {image_size}x{image_size} RGB images ({error}): choose another image size or net"
     )

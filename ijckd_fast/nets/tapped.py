@@ -29,12 +29,13 @@ class Tapped(nn.Module):
     name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
     stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map
 
-    Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a stage if it is
-    larger than the map's and is smaller than all sizes before it. Its map is the last layer output at that size, be it of a whole
-    block or sequence; but not one within a block (any module other than a plain nn.Sequential) that takes this size and gives the
-    next smaller one, which is where the next stage begins. The first size is no stage if just one convolution works at it: a stem.
-    Of ResNets stages are layer1 to layer4, on CIFAR layer1 to layer3. Unlike the last, the others' maps are as the layers leave them:
-    where the activation is part of the next block (WRN), from before it.
+    Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a
+    stage if it is larger than the map's and is smaller than all sizes before it. Its map is the last layer output at
+    that size, be it of a whole block or sequence; but not one within a block (any module other than a plain
+    nn.Sequential) that takes this size and gives the next smaller one, which is where the next stage begins. The first
+    size is no stage if just one convolution works at it: a stem. Of ResNets stages are layer1 to layer4, on CIFAR
+    layer1 to layer3. Unlike the last, the others' maps are as the layers leave them: where the activation is part of
+    the next block (WRN), from before it.
 
     net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; it is changed in place
     image_size   S of the probe forward: eval mode, no gradient, two images of random pixels
@@ -90,13 +91,13 @@ class Tapped(nn.Module):
         """Raises UserError if this net has no stages."""
         if not self.has_map:
             raise UserError(
-                f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a 4-D layer"
-                " output, the last of them), which attention transfer (at) and hints (hint) compare: choose another model, or"
-                f" objective 'kd'{small_form_hint(self.name)}"
+                f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a"
+                " 4-D layer output, the last of them), which attention transfer (at) and hints (hint) compare: choose"
+                f" another model, or objective 'kd'{small_form_hint(self.name)}"
             )
 
     def keep_stages(self, places: Sequence[int]) -> None:
-        """From here on `staged_features` gives the maps of these stages, by their places in `stages` (negative: from the end)."""
+        """Makes `staged_features` give the maps of these stages, by their places in `stages`; negative: from the end."""
         self.require_stages()
         self._kept_stages = tuple(range(len(self.stages))[place] for place in places)
         for place in self._kept_stages:
@@ -130,7 +131,7 @@ class Tapped(nn.Module):
     def staged_features(
         self, images: Tensor, need_map: bool = False
     ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
-        """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order; () without it."""
+        """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order."""
         if need_map:
             self.require_map()
         pooled = self.net(images)  # [B, C]
@@ -199,7 +200,7 @@ class Tapped(nn.Module):
 
 
 class CachedTeacher(nn.Module):
-    """What is left of a teacher whose pooled features come from a cache: its classifier. There is no backbone, and no image is taken.
+    """What is left of a teacher whose pooled features come from a cache: its classifier. It takes no image.
 
     classifier   `nn.Linear` (C -> K), the teacher's own
     name         of the teacher's model
@@ -217,15 +218,15 @@ class CachedTeacher(nn.Module):
     def require_map(self) -> None:
         """Raises UserError: a cache holds no maps."""
         raise UserError(
-            f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective 'ijckd-pooled' "
-            "(match 'pooled'), or the teacher itself"
+            f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective"
+            " 'ijckd-pooled' (match 'pooled'), or the teacher itself"
         )
 
     def require_stages(self) -> None:
         """Raises UserError: a cache holds no maps."""
         raise UserError(
-            f"the teacher {self.name!r} is a cache of pooled features, and attention transfer (at) and hints (hint) need the maps of its "
-            "stages: take objective 'kd', or the teacher itself"
+            f"the teacher {self.name!r} is a cache of pooled features, and attention transfer (at) and hints (hint)"
+            " need the maps of its stages: take objective 'kd', or the teacher itself"
         )
 
     def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:

@@ -15,7 +15,10 @@ from ijckd_fast.errors import UserError
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, with wrappers' prefixes dropped; UserError where it holds no weights."""
+    """The tensors of a weights file by name, on the CPU, with wrappers' prefixes dropped.
+
+    raises  UserError where there is no file, or one that holds no weights
+    """
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file")
     if path.suffix == ".safetensors":
@@ -72,8 +75,8 @@ def native_names(weights: dict[str, Tensor], classifier_path: str, origin: str |
     if not any(k.startswith("student.classifier.") for k in weights):
         raise UserError(
             f"checkpoint {str(origin)!r} is of a student without a classifier of its own (it answers through its"
-            " teacher's), expected a whole model: give a checkpoint of an objective that trains the student's classifier"
-            " (ce, kd, dkd, fitnet, at, srrl)"
+            " teacher's), expected a whole model: give a checkpoint of an objective that trains the student's"
+            " classifier (ce, kd, dkd, fitnet, at, srrl)"
         )
     native = {}
     for key, value in weights.items():
@@ -133,7 +136,7 @@ def _a_few(what: str, items: Iterable[str]) -> str:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Hex digest of the names, shapes and bytes of a module's state: two modules with equal digests compute the same."""
+    """Hex digest of the names, shapes and bytes of a module's state: modules with equal digests compute the same."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         value = tensor.detach().cpu().contiguous()

@@ -1,1 +1,19 @@
-"""The processes of one run, and BatchNorm over all of them."""
+"""The processes of one run.
+
+`started` says who this process is and lets it meet the others; `Processes` is what they then do together.
+`synchronise_batch_norm` makes a net take its statistics over all of them. One process alone needs none of it and pays
+nothing.
+"""
+
+from ijckd_fast.parallel.processes import Processes, local_world_size, lost_contact, started, world_size
+from ijckd_fast.parallel.sync_bn import SyncBatchNorm, synchronise_batch_norm
+
+__all__ = [
+    "Processes",
+    "SyncBatchNorm",
+    "local_world_size",
+    "lost_contact",
+    "started",
+    "synchronise_batch_norm",
+    "world_size",
+]

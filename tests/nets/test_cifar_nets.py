@@ -1,4 +1,4 @@
-"""Nets for small images, held to what the published toolboxes' nets are: names and shapes of weights, counts, and answers."""
+"""Nets for small images are what the published toolboxes' nets are: names and shapes of weights, counts, answers."""
 
 import argparse
 import hashlib
@@ -15,10 +15,10 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.nets import Tapped, cifar, cifar_names, count_parameters, create_model, fold_batch_norm, library_of
 from ijckd_fast.nets.mobilenet import MobileNetV1
 
-# What the toolboxes' own code makes for 100 classes, measured by running it: RepDistiller (CRD) at commit b84f547, and the last
-# block SimKD at 2b389c3; where both have a net they agree. Our name, theirs, parameters, tensors of the state_dict without
-# BatchNorm's counters, the first 12 digits of the SHA-256 of its sorted lines 'name [shape]', and, of each form, the first three
-# logits of the image and weights below, in units of the standard deviation of all 100.
+# What the toolboxes' own code makes for 100 classes, measured by running it: RepDistiller (CRD) at commit b84f547, and
+# the last block SimKD at 2b389c3; where both have a net they agree. Our name, theirs, parameters, tensors of the
+# state_dict without BatchNorm's counters, the first 12 digits of the SHA-256 of its sorted lines 'name [shape]', and,
+# of each form, the first three logits of the image and weights below, in units of the standard deviation of all 100.
 PUBLISHED = [
     ("resnet8", "resnet8", 83_892, 47, "2a466f497fee", None),
     ("resnet14", "resnet14", 181_108, 77, "5b67a5bc944f", None),
@@ -103,7 +103,7 @@ def test_weights_have_the_published_names_and_shapes():
 
 
 def test_parameter_counts_of_the_imagenet_pairs():
-    """torchvision states its own; 4.23 M of MobileNetV1 is the sum over its paper's Table 1 with BatchNorm and a bias."""
+    """torchvision states its own; MobileNetV1's 4.23 M is the sum over its paper's Table 1, with BatchNorm and bias."""
     for name, published in (("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)):
         stated = next(iter(torchvision.models.get_model_weights(name))).meta["num_params"]
         with torch.device("meta"):
@@ -226,8 +226,8 @@ def test_weights_of_another_width_and_of_the_other_form_are_refused_with_what_to
     with pytest.raises(UserError) as refused:
         create_model("wrn_16_2", 100, checkpoint=path, image_size=32)
     assert re.search(
-        r"teacher\.pth does not fit model 'wrn_16_2' with 100 classes: missing 'block1\.layer\.0\.convShortcut\.weight';"
-        r" of another shape .*Name the model that these weights belong to$",
+        r"teacher\.pth does not fit model 'wrn_16_2' with 100 classes: missing"
+        r" 'block1\.layer\.0\.convShortcut\.weight'; of another shape .*Name the model that these weights belong to$",
         str(refused.value),
     )
 

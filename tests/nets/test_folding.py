@@ -43,7 +43,8 @@ def _images(size: int, batch: int = 2) -> Tensor:
         ("mobilenet_v2", 32, 52, 0),
         ("timm/resnet10t", 64, 14, 0),
         ("timm/efficientnet_b0", 32, 49, 0),
-        ("densenet121", 32, 59, 62),  # the first of every dense layer, of every transition and the last come before an activation
+        # the first of every dense layer, of every transition and the last come before an activation
+        ("densenet121", 32, 59, 62),
         ("googlenet", 64, 57, 0),
         ("timm/convnext_atto", 32, 0, 0),
         ("timm/vit_tiny_patch16_224", 32, 0, 0),
@@ -195,7 +196,8 @@ class _Standardised(nn.Conv2d):
 
 
 CASES = [
-    "read twice", "read by a concatenation", "two norms", "called twice", "norm called twice", "in place", "reshaped", "shared weight",
+    "read twice", "read by a concatenation", "two norms", "called twice", "norm called twice", "in place", "reshaped",
+    "shared weight",
     "weight read", "standardised", "weight norm", "watched", "batch statistics",
 ]  # fmt: skip
 

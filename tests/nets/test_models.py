@@ -219,10 +219,16 @@ def test_a_deep_copy_taps_its_own_map():
         ("resnet18", 32, ["layer1 64 32", "layer2 128 16", "layer3 256 8", "layer4 512 4"]),
         # whose second stages begin with a convolution at the first's size
         ("resnet50", 64, ["layer1 256 16", "layer2 512 8", "layer3 1024 4", "layer4 2048 2"]),
-        ("mobilenet_v2", 64, ["features.1 16 32", "features.3 24 16", "features.6 32 8", "features.13 96 4", "features 1280 2"]),
+        (
+            "mobilenet_v2", 64,
+            ["features.1 16 32", "features.3 24 16", "features.6 32 8", "features.13 96 4", "features 1280 2"],
+        ),
         (
             "densenet121", 64,
-            ["features.denseblock1 256 16", "features.denseblock2 512 8", "features.denseblock3 1024 4", "features 1024 2"],
+            [
+                "features.denseblock1 256 16", "features.denseblock2 512 8", "features.denseblock3 1024 4",
+                "features 1024 2",
+            ],
         ),
         # NHWC
         ("timm/swin_tiny_patch4_window7_224", 56, ["layers.0 96 14", "layers.1 192 7", "layers.2 384 4", "norm 768 2"]),
@@ -262,7 +268,7 @@ def test_only_the_stages_that_were_asked_for_are_kept():
 
 
 class Cross(nn.Module):
-    """One convolution, a stage that pools by a function, and a last one with scores [B, heads, N, N] and a gate [B, C, 1, 1]."""
+    """A convolution, a stage pooled by a function, and a last one with scores [B, heads, N, N], gate [B, C, 1, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -386,7 +392,7 @@ def test_widths_of_our_own_resnets():
         assert found == widths
 
 
-# ---------------------------------------------------------------------------------------------------- weights from files
+# --- weights from files ---
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -1,7 +1,8 @@
-"""Several processes of one run: the same updates as one, exact counts, and a clean end when one of them dies. gloo on the CPU."""
+"""Several processes of one run: the updates of one, exact counts, a clean end when one dies. gloo on the CPU."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -21,8 +22,7 @@ from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import create_model
-from ijckd_fast.parallel import processes as distributed
-from ijckd_fast.parallel.processes import SyncBatchNorm, started, synchronise_batch_norm
+from ijckd_fast.parallel import SyncBatchNorm, started, synchronise_batch_norm, world_size
 from ijckd_fast.train import checkpoint, refuse_other_images, run_folder
 
 
@@ -214,7 +214,7 @@ def test_a_meeting_that_fails_says_where(rank, monkeypatch):
         "MASTER_PORT": port,
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "_MEETING", distributed.datetime.timedelta(seconds=1))
+    monkeypatch.setattr("ijckd_fast.parallel.processes.MEETING", datetime.timedelta(seconds=1))
     with socket.socket() as taken:
         if rank == 0:
             taken.bind(("127.0.0.1", port))
@@ -228,7 +228,7 @@ def test_a_meeting_that_fails_says_where(rank, monkeypatch):
 
 def test_a_torch_without_nccl_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(distributed.dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="NCCL shares the gradients of GPUs, got --device cpu"), started("cpu", "nccl"):
         pass
 
@@ -255,9 +255,9 @@ def test_srun_is_understood(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert distributed.world_size() == 1  # an interactive allocation: nobody said where to meet
+    assert world_size() == 1  # an interactive allocation: nobody said where to meet
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert distributed.world_size() == 4
+    assert world_size() == 4
 
 
 # --- SyncBN ---
@@ -288,7 +288,7 @@ def test_synchronised_nets_keep_names_maps_and_activations(name, group):
     assert list(net.state_dict()) == names
     assert sum(isinstance(m, SyncBatchNorm) for m in net.modules()) == norms
     torch.manual_seed(1)
-    for got, wanted in zip(net.features(images, need_map=True), want, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+    for got, expected in zip(net.features(images, need_map=True), want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
     for key, value in net.state_dict().items():
         torch.testing.assert_close(value, statistics[key], rtol=1e-4, atol=1e-5)

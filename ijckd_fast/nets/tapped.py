@@ -97,7 +97,7 @@ class Tapped(nn.Module):
             )
 
     def keep_stages(self, places: Sequence[int]) -> None:
-        """Makes `staged_features` give the maps of these stages, by their places in `stages`; negative: from the end."""
+        """Makes `staged_features` give the maps of these stages, by their places in `stages` (or negative ones)."""
         self.require_stages()
         self._kept_stages = tuple(range(len(self.stages))[place] for place in places)
         for place in self._kept_stages:

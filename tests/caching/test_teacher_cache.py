@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import io
@@ -10,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import typing
 import zlib
 from pathlib import Path
 
@@ -21,12 +23,23 @@ from rich.console import Console
 from tiny_run import SETTINGS, config, differing, options, settings, write_teacher, write_tree
 
 from ijckd_fast import cli, files
+from ijckd_fast.caching import make
+from ijckd_fast.caching.verify import allowed_difference
 from ijckd_fast.data import PillowLoader, TrainPlan, build_index
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import Tapped, create_model, fingerprint
-from ijckd_fast.teacher_cache import reader as teacher_cache
-from ijckd_fast.teacher_cache.reader import CacheWriter, TeacherCache
-from ijckd_fast.train import augment_of, build as training, checkpoint, report, resolve, run_folder, train as loud_train
+from ijckd_fast.teacher_cache import CacheWriter, TeacherCache, format as cache_format
+from ijckd_fast.train import (
+    TrainConfig,
+    amp_dtype_of,
+    augment_of,
+    build as training,
+    checkpoint,
+    report,
+    resolve,
+    run_folder,
+    train as loud_train,
+)
 
 train = functools.partial(loud_train, console=Console(quiet=True))
 VIEWS, IMAGES, CHUNK = 3, 36, 16
@@ -194,7 +207,7 @@ def test_by_dali_kd_too(data, weights, tmp_path, monkeypatch, padding):
         train(config(data, tmp_path / "live", **_live_as_cached(patch, weights), objective="kd", **images))
     train(config(data, tmp_path / "cached", **{**_from(folder), "objective": "kd", **images}))
     assert _same_weights(tmp_path / "live", tmp_path / "cached") == []
-    with pytest.raises(UserError, match=f"crop_padding {padding} where 5 is wanted"):
+    with pytest.raises(UserError, match=f"crop_padding {padding} where 5 is expected"):
         train(config(data, tmp_path / "other", **{**_from(folder), "objective": "kd", **images, "crop_padding": 5}))
 
 
@@ -328,7 +341,7 @@ def _chunks(folder: Path) -> list[int]:
     return [json.loads(line)["chunk"] for line in lines]
 
 
-def test_killed_and_told_to_stop_the_cache_goes_on_where_it_was(data, weights, tmp_path):
+def test_a_cache_that_was_killed_and_stopped_continues_where_it_was(data, weights, tmp_path):
     many = {"views": 40, "chunk_images": 4}  # 360 chunks
     assert cli.main(_words(tmp_path / "undisturbed", data, weights, **many)) == 0
     folder = tmp_path / "cache"
@@ -381,7 +394,7 @@ def test_nothing_torn_is_trusted(cache, made, data, weights, capsys, fault):
     assert cli.main(_words(cache, data, weights)) == 0
     out = capsys.readouterr().out
     assert f"{9 - again} of 9 chunks are there" in out
-    torn = {"chunk torn": "warning: images 0 to 15 of view 2 are not what was written, and are made anew"}
+    torn = {"chunk torn": "warning: images 0 to 15 of view 2 are not what was written, and are made again"}
     assert torn.get(fault, "") in out
     for name in ("features.bin", "classifier.safetensors"):
         assert (cache / name).read_bytes() == (made / name).read_bytes()
@@ -453,7 +466,7 @@ def test_too_many_unreadable_images_stop_the_cache(rotten, weights, tmp_path, ca
     root, path = rotten
     err = _complaint(capsys, _words(tmp_path / "cache", root, weights, unreadable_limit=0))
     assert path in err
-    assert "Finished chunks stay: mend the data and run the same ijckd-fast cache command again" in err
+    assert "Finished chunks stay: fix the data and run the same ijckd-fast cache command again" in err
     assert _chunks(tmp_path / "cache") == []
 
 
@@ -461,7 +474,7 @@ def test_full_disks(data, weights, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "cache"
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(teacher_cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         err = _complaint(capsys, _words(folder, data, weights))
     assert "the cache takes 6.91e-06 GB (3 views x 36 images x 32 channels x 2 bytes)" in err
     assert "has 1e-06 GB free: free some space" in err
@@ -498,18 +511,49 @@ def test_features_that_are_not_finite_are_refused(data, weights, tmp_path, capsy
     assert f"the features of teacher resnet8x0.5 for {path} are NaN or infinite" in err
 
 
+def test_float16_agrees_with_itself_within_its_own_bound(data, weights, tmp_path, capsys, monkeypatch):
+    """On the CPU, which `resolve` refuses because a training there is not supported: autocast itself knows float16."""
+
+    def to_half(settings):
+        return dataclasses.replace(resolve(settings), amp_dtype="float16")
+
+    monkeypatch.setattr(make, "resolve", to_half)
+    assert cli.main(_words(tmp_path / "cache", data, weights, verify=1000)) == 0
+    assert "108 of 108 views computed again agree" in capsys.readouterr().out
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["settings"]["amp_dtype"] == "float16"
+
+
+def test_float16_is_refused_on_the_cpu_before_anything_is_made(data, weights, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    err = _complaint(capsys, _words(folder, data, weights, amp_dtype="float16"))
+    assert "--amp-dtype float16 needs a GPU, got --device cpu: use bfloat16 or float32" in err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", typing.get_args(typing.get_args(typing.get_type_hints(TrainConfig)["amp_dtype"])[0]))
+def test_every_precision_of_a_training_has_a_bound(name, data):
+    """Two computations of the same features: as they are stored, and one unit of autocast's type off."""
+    amp_dtype = amp_dtype_of(config(data, Path("unused"), amp_dtype=name))
+    again = torch.linspace(-4, 4, 64).expand(3, 64)
+    unit = torch.finfo(amp_dtype or torch.float32).eps
+    allowed = allowed_difference(again, amp_dtype)
+    assert ((again - again.bfloat16().float()).abs() <= allowed).all()
+    assert (allowed >= 4 * unit / 2).all()  # of the largest, 4, rounded
+    assert (allowed < 4 * 2**-4).all()
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"seed": 1}, "has seed 0 where 1 is wanted: train with the cache's settings"),
-        ({"image_size": 12}, "image_size 16 where 12 is wanted"),
-        ({"scale": (0.5, 1.0)}, r"scale \[0.08, 1.0\] where \[0.5, 1.0\] is wanted"),
-        ({"hflip": 0.0, "seed": 3}, "seed 0 where 3 is wanted; hflip 0.5 where 0.0 is wanted"),
-        ({"data_backend": "dali"}, "data_backend pillow where dali is wanted"),
-        ({"train_per_class": 5}, "other training images .* images 36 where 15 is wanted"),
+        ({"seed": 1}, "has seed 0 where 1 is expected: train with the cache's settings"),
+        ({"image_size": 12}, "image_size 16 where 12 is expected"),
+        ({"scale": (0.5, 1.0)}, r"scale \[0.08, 1.0\] where \[0.5, 1.0\] is expected"),
+        ({"hflip": 0.0, "seed": 3}, "seed 0 where 3 is expected; hflip 0.5 where 0.0 is expected"),
+        ({"data_backend": "dali"}, "data_backend pillow where dali is expected"),
+        ({"train_per_class": 5}, "other training images .* images 36 where 15 is expected"),
         ({"mixup": 0.2}, "found mixup 0.2, of which no view is the same as before: leave that out, or train with the teacher itself"),
         ({"repeats": 2}, "found repeats 2"),
         ({"sizes": ("12@0", "16@1")}, "found progressive sizes"),
@@ -535,13 +579,14 @@ def test_trainings_that_the_cache_cannot_serve_are_refused(made, data, weights, 
 
 
 def test_a_cache_from_before_padded_crops_is_one_without(cache, data, tmp_path):
-    about = teacher_cache._read_about(cache)
+    about = cache_format.read_about(cache)
     assert about["settings"].pop("crop_padding") == 0
-    layout, (done, _) = teacher_cache._layout(about), teacher_cache._read_progress(cache / "progress.jsonl")
-    about["digest"] = teacher_cache._identity(about, done, layout.chunks)
-    (cache / "cache.json").write_text(json.dumps({**about, "checksum": teacher_cache._digest(about)}))
+    done, _ = cache_format.read_progress(cache / "progress.jsonl")
+    cache_format.write_about(
+        cache, {**about, "digest": cache_format.identity(about, done, cache_format.layout_of(about).chunks)}
+    )
     assert train(config(data, tmp_path / "run", **_from(cache), epochs=1))["complete"]
-    with pytest.raises(UserError, match="crop_padding 0 where 2 is wanted: train with the cache's settings"):
+    with pytest.raises(UserError, match="crop_padding 0 where 2 is expected: train with the cache's settings"):
         train(config(data, tmp_path / "other", **_from(cache), crop_padding=2))
 
 
@@ -555,11 +600,11 @@ def test_other_images_than_the_caches_are_refused(made, data, tmp_path, what):
     own = Path(shutil.copytree(data, tmp_path / "data"))
     if what == "image":
         shutil.copy(own / "train" / "ant" / "000.jpg", own / "train" / "ant" / "more.jpg")
-        text = "has other training images .* images 36 where 37 is wanted"
+        text = "has other training images .* images 36 where 37 is expected"
     else:
         for split in ("train", "val"):
             shutil.rmtree(own / split / "cat")
-        text = "num_classes 3 where 2 is wanted"
+        text = "num_classes 3 where 2 is expected"
     with pytest.raises(UserError, match=text):
         train(config(own, tmp_path / "run", **_from(made)))
 
@@ -588,12 +633,12 @@ def _rewrite(path: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda cache: os.truncate(cache / "features.bin", 1000), "features.bin has 1,000 bytes, wanted 6,912: it was cut off"),
-        (lambda cache: (cache / "features.bin").unlink(), "features.bin has 0 bytes, wanted 6,912"),
+        (lambda cache: os.truncate(cache / "features.bin", 1000), "features.bin has 1,000 bytes, expected 6,912: it was cut off"),
+        (lambda cache: (cache / "features.bin").unlink(), "features.bin has 0 bytes, expected 6,912"),
         (_flip_byte, r"features.bin is damaged: images \d+ to \d+ of view \d are not what was written. Run the same"),
         (lambda cache: _rewrite(cache / "cache.json", '"seed": 0', '"seed": 1'), "cache.json is damaged"),
         (lambda cache: (cache / "cache.json").write_text("{"), "cache.json is damaged"),
-        (lambda cache: _rewrite(cache / "cache.json", "cache 1", "cache 2"), "holds a 'ijckd-fast teacher cache 2', wanted"),
+        (lambda cache: _rewrite(cache / "cache.json", "cache 1", "cache 2"), "holds a 'ijckd-fast teacher cache 2', expected"),
         (lambda cache: _rewrite(cache / "progress.jsonl", '"chunk": 3', '"chunk": 30'), "progress.jsonl is damaged"),
         (lambda cache: _rewrite(cache / "progress.jsonl", '"crc32": ', '"crc32": 1'), "progress.jsonl is damaged"),
         (lambda cache: (cache / "classifier.safetensors").write_bytes(b""), "classifier.safetensors is not the classifier"),
@@ -610,9 +655,9 @@ def test_a_damaged_cache_is_refused(cache, data, tmp_path, damage, text):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"views": 4}, "holds a teacher cache with views 3 where 4 is wanted. To go on with it give what it was begun with"),
-        ({"seed": 2}, "seed 0 where 2 is wanted"),
-        ({"amp_dtype": "bfloat16"}, "amp_dtype float32 where bfloat16 is wanted"),
+        ({"views": 4}, "holds a teacher cache with views 3 where 4 is expected. To continue it give what it was begun with"),
+        ({"seed": 2}, "seed 0 where 2 is expected"),
+        ({"amp_dtype": "bfloat16"}, "amp_dtype float32 where bfloat16 is expected"),
         ({"teacher_checkpoint": "OTHER"}, "a teacher of fingerprint"),
         ({"views": 0}, "views of each image must be at least 1, found 0"),
         ({"chunk_images": 0}, "--chunk-images must be at least 1, got 0"),

@@ -15,7 +15,6 @@ import torch
 from tiny_run import differing
 from torch import nn
 
-from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.state import random_state, set_random_state
@@ -150,13 +149,6 @@ def test_unwritable_folder(tmp_path):
         checkpoint.save(tmp_path / "nowhere" / "last.pt", _state(1))
 
 
-@pytest.mark.parametrize("where", ["a file", "a file/run", "/proc/run"])
-def test_a_folder_that_cannot_be_written(tmp_path, where):
-    (tmp_path / "a file").touch()
-    with pytest.raises(UserError, match=r"--output-dir must be a folder that can be written, but .* is not \("):
-        files.lock(tmp_path / where).__enter__()
-
-
 def test_read_only_folder(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     checkpoint.save(path, _state(1))
@@ -241,23 +233,3 @@ def test_random_state_of_all_generators(tmp_path):
     assert draw() != expected
     set_random_state(checkpoint.load(tmp_path / "last.pt")["random"])
     assert draw() == expected
-
-
-def test_one_run_per_folder(tmp_path):
-    text = rf"another run \(process {os.getpid()}\) is writing to .*--output-dir"
-    with files.lock(tmp_path), pytest.raises(UserError, match=text):
-        files.lock(tmp_path).__enter__()
-    with files.lock(tmp_path):
-        pass
-
-
-def test_lock_of_a_dead_run_is_no_hindrance(tmp_path):
-    child = os.fork()
-    if child == 0:
-        held = files.lock(tmp_path)
-        held.__enter__()
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert (tmp_path / files.HOLDER).read_text() == str(child)
-    with files.lock(tmp_path):
-        pass

@@ -1,0 +1,245 @@
+"""Files are whole or not there, whatever happens while they are written; and a folder is one process's."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from ijckd_fast import files
+from ijckd_fast.errors import UserError
+
+
+def failing(number: int):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def child_that(work) -> int:
+    """Process id of a fork that does nothing but `work`, again and again."""
+    child = os.fork()
+    if child == 0:
+        try:
+            while True:
+                work()
+        finally:
+            os._exit(1)
+    return child
+
+
+def kill(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended by itself
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# --- replacing ---
+
+
+@pytest.mark.parametrize(
+    ("write", "content"),
+    [(files.write_text, "new"), (files.write_bytes, b"new"), (files.write_bytes, memoryview(b"new"))],
+)
+def test_a_file_is_replaced(tmp_path, write, content):
+    path = tmp_path / "file"
+    path.write_text("a longer old one")
+    write(path, content)
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_killed_while_writing_leaves_a_whole_file(tmp_path, durable):
+    """kill -9 at random moments of a process that does nothing but write: the file is always of one piece."""
+    path, size = tmp_path / "file", 2_000_000
+    path.write_bytes(b"0" * size)
+
+    def write():
+        files.write_bytes(path, random.randbytes(1) * size, durable=durable)
+
+    kills = cut_short = 0
+    while cut_short < 3 or kills < 10:
+        kills += 1
+        assert kills < 100  # else hardly a kill falls into a write, and nothing is shown
+        child = child_that(write)
+        time.sleep(random.uniform(0.01, 0.1))
+        kill(child)
+        cut_short += (tmp_path / "file.tmp").exists()
+        content = path.read_bytes()
+        assert content == content[:1] * size
+    files.write_bytes(path, b"last")  # the remains are no hindrance
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "file"
+    files.write_text(path, "old")
+    monkeypatch.setattr(os, call, failing(errno.ENOSPC))
+    with (
+        pytest.raises(UserError, match=r"^no space left for the file: free some$"),
+        files.disk_full_told("for the file", "free some"),
+    ):
+        files.write_text(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_is_not_durable_waits_for_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    files.write_bytes(tmp_path / "file", b"new", durable=False)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        files.write_bytes(tmp_path / "file", b"newer")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_the_bytes_are_on_the_disk_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    path, calls = tmp_path / "file", []
+    flush, replace = files.flush, os.replace
+    monkeypatch.setattr(files, "flush", lambda which: (calls.append(which), flush(which)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    files.write_text(path, "new")
+    assert calls == [tmp_path / "file.tmp", "replace", tmp_path]
+
+
+def test_an_interrupted_writer_leaves_nothing(tmp_path):
+    path = tmp_path / "file"
+
+    def interrupted(shared):
+        with files.replacing(path, shared=shared) as tmp:
+            tmp.write_text("half")
+            raise KeyboardInterrupt
+
+    for shared in (True, False):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(shared)
+    assert os.listdir(tmp_path) == []
+
+
+def test_processes_that_write_the_same_file_do_not_share_a_temporary_one(tmp_path):
+    path, size = tmp_path / "file", 500_000
+
+    def write():
+        with files.replacing(path, durable=False, shared=True) as tmp:
+            tmp.write_bytes(random.randbytes(1) * size)
+
+    write()
+    children = [child_that(write) for _ in range(2)]
+    try:
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            content = path.read_bytes()
+            assert content == content[:1] * size
+        assert [os.waitpid(child, os.WNOHANG) for child in children] == [(0, 0)] * 2  # both still write
+    finally:
+        for child in children:
+            kill(child)
+
+
+@pytest.mark.parametrize(("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
+def test_only_a_full_disk_is_said_to_be_full(number, full):
+    error = OSError(number, os.strerror(number))
+    assert files.is_disk_full(error) is full
+    with pytest.raises(UserError if full else PermissionError), files.disk_full_told("for this", "free some"):
+        raise error
+
+
+# --- folders ---
+
+WHERE = ["a file", "a file/run", "/proc/run"]
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_a_folder_that_cannot_be_written(tmp_path, where):
+    (tmp_path / "a file").touch()
+    text = r"^--output-dir must be a folder that can be written, but .* is not \(.*\): choose another$"
+    for refuse in (lambda folder: files.lock(folder).__enter__(), lambda f: files.require_writable(f, "--output-dir")):
+        with pytest.raises(UserError, match=text):
+            refuse(tmp_path / where)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to read-only folders")
+def test_a_folder_without_the_right_to_write(tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        for refuse in (lambda: files.lock(tmp_path).__enter__(), lambda: files.require_writable(tmp_path, "--out")):
+            with pytest.raises(UserError, match=r"must be a folder that can be written, .* is not .Permission denied"):
+                refuse()
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_read_only_file_system(tmp_path, monkeypatch):
+    with monkeypatch.context() as mounted:
+        mounted.setattr(os, "open", failing(errno.EROFS))
+        for refuse in (lambda: files.lock(tmp_path).__enter__(), lambda: files.require_writable(tmp_path, "--out")):
+            with pytest.raises(UserError, match=r"must be a folder that can be written, .* \(Read-only file system\)"):
+                refuse()
+    with files.lock(tmp_path):  # what failed holds nothing
+        pass
+
+
+def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path):
+    files.require_writable(tmp_path / "a" / "b", "--out")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+# --- lock ---
+
+
+def test_one_run_per_folder(tmp_path):
+    text = rf"another run \(process {os.getpid()}\) is writing to .*: wait for it, or choose another --output-dir"
+    with files.lock(tmp_path), pytest.raises(UserError, match=text):
+        files.lock(tmp_path).__enter__()
+    with files.lock(tmp_path):
+        pass
+
+
+def held_by_a_child(folder) -> int:
+    """Process id of a fork that holds the folder."""
+    child = os.fork()
+    if child == 0:
+        with files.lock(folder):
+            time.sleep(60)
+        os._exit(0)
+    while not (folder / files.HOLDER).exists() or (folder / files.HOLDER).read_text() != str(child):
+        time.sleep(0.005)
+    return child
+
+
+def test_another_process_is_named_and_its_death_is_no_hindrance(tmp_path):
+    (tmp_path / files.HOLDER).write_text("1")  # of a run that died before
+    child = held_by_a_child(tmp_path)
+    try:
+        with pytest.raises(
+            UserError, match=rf"another run \(process {child}\) is writing .* choose another folder OUT$"
+        ):
+            files.lock(tmp_path, "folder OUT").__enter__()
+        assert (tmp_path / files.HOLDER).read_text() == str(child)  # the refused one left it alone
+    finally:
+        kill(child)
+    assert (tmp_path / files.HOLDER).read_text() == str(child)
+    with files.lock(tmp_path):
+        assert (tmp_path / files.HOLDER).read_text() == str(os.getpid())
+    assert not (tmp_path / files.HOLDER).exists()
+
+
+def test_a_holder_that_nobody_wrote_is_unknown(tmp_path):
+    with files.lock(tmp_path):
+        (tmp_path / files.HOLDER).unlink()
+        with pytest.raises(UserError, match=r"another run \(process unknown\) is writing"):
+            files.lock(tmp_path).__enter__()
+
+
+def test_an_error_inside_gives_the_folder_back(tmp_path):
+    with pytest.raises(KeyError), files.lock(tmp_path):
+        raise KeyError
+    with files.lock(tmp_path):
+        pass

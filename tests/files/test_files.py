@@ -124,23 +124,26 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 
 
 def test_processes_that_write_the_same_file_do_not_share_a_temporary_one(tmp_path):
-    path, size = tmp_path / "file", 500_000
-
-    def write():
-        with files.replacing(path, durable=False, shared=True) as tmp:
-            tmp.write_bytes(random.randbytes(1) * size)
-
-    write()
-    children = [child_that(write) for _ in range(2)]
-    try:
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            content = path.read_bytes()
-            assert content == content[:1] * size
-        assert [os.waitpid(child, os.WNOHANG) for child in children] == [(0, 0)] * 2  # both still write
-    finally:
-        for child in children:
-            kill(child)
+    path = tmp_path / "file"
+    begun, go_on = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with files.replacing(path, shared=True) as tmp:
+                tmp.write_text("the child's")
+                os.write(begun[1], b"x")
+                os.read(go_on[0], 1)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.read(begun[0], 1)
+    with files.replacing(path, shared=True) as tmp:
+        tmp.write_text("ours")
+    assert path.read_text() == "ours"
+    os.write(go_on[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    assert path.read_text() == "the child's"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize(("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])

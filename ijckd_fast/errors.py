@@ -1,4 +1,4 @@
-"""Mistakes a user can mend: one sentence that says what was wanted, what was found and what to do."""
+"""Mistakes that a user can fix: one sentence that says what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Raised for a mistake in the user's data, settings or files; the command line prints its text without a traceback."""
+    """A mistake in the user's data, settings or files; the command line prints its text without a traceback."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

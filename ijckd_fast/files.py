@@ -1,4 +1,4 @@
-"""Files that are whole whenever someone looks: replaced in one step, locked by one process, full disks said in a sentence."""
+"""Files that are whole whenever someone looks, folders that one process holds, and a sentence for a full disk."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def require_writable(folder: Path, option: str) -> None:
 def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
     """Holds a folder, which `option` named, for this process; UserError when another living process holds it.
 
-    The kernel drops the lock when its process ends, however it ends: what a dead run left is no hindrance.
+    The kernel drops the lock when its process ends, however it ends, so what a dead run left is no hindrance.
     """
     holder = folder / HOLDER
     held = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=False)

@@ -107,8 +107,8 @@ def make_cache(
             for chunk in writer.damaged:
                 view, ids = layout.part(chunk)
                 tell(
-                    f"warning: images {ids.start} to {ids.stop - 1} of view {view} are not what was written, and are made"
-                    " again"
+                    f"warning: images {ids.start} to {ids.stop - 1} of view {view} are not what was written, and are"
+                    " made again"
                 )
             if config.data_backend == "dali":
                 check_parity(config, train_index, val_index, tell)

@@ -29,7 +29,7 @@ def allowed_difference(again: Tensor, amp_dtype: torch.dtype | None) -> Tensor:
 
 
 class Verified(NamedTuple):
-    """How many views agree, the largest absolute difference of a feature, and a sentence for each that does not agree."""
+    """How many views agree, the largest absolute difference of a feature, a sentence for each that does not agree."""
 
     agree: int
     largest: float | None  # None: nothing was compared

@@ -110,15 +110,15 @@ class TeacherCache:
         differs = differences(self._settings, plan_settings(index, augment, seed, data_backend))
         if differs:
             raise UserError(
-                f"the teacher cache {self.path} has {'; '.join(differs)}: train with the cache's settings and images, or"
-                " make another cache with these"
+                f"the teacher cache {self.path} has {'; '.join(differs)}: train with the cache's settings and images,"
+                " or make another cache with these"
             )
         path = self.path / FEATURES
         size = path.stat().st_size if path.is_file() else 0
         if size != self._layout.bytes:
             raise UserError(
-                f"{path} has {size:,} bytes, expected {self._layout.bytes:,}: it was cut off or not copied whole. Copy it"
-                f" again, or run {AGAIN} again, which makes what is missing"
+                f"{path} has {size:,} bytes, expected {self._layout.bytes:,}: it was cut off or not copied whole. Copy"
+                f" it again, or run {AGAIN} again, which makes what is missing"
             )
         few = np.random.default_rng().permutation(self._layout.chunks)[:_CHUNKS_LOOKED_AT].tolist()
         file = os.open(path, os.O_RDONLY)

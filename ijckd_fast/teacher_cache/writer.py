@@ -118,8 +118,8 @@ class CacheWriter:
                 differs.append(f"a teacher of {what} {about['teacher'][what]} where {teacher[what]} is expected")
         if differs:
             raise UserError(
-                f"{folder} holds a teacher cache with {'; '.join(differs)}. To continue it give what it was begun with, or"
-                " another folder; --overwrite deletes it and begins again"
+                f"{folder} holds a teacher cache with {'; '.join(differs)}. To continue it give what it was begun with,"
+                " or another folder; --overwrite deletes it and begins again"
             )
         self.about: dict[str, Any] = about
         self.layout = layout_of(about)
@@ -220,8 +220,8 @@ class CacheWriter:
             size = f"{layout.views} views x {layout.images:,} images x {layout.channels} channels x 2 bytes"
             raise UserError(
                 f"the cache takes {layout.bytes / 1e9:.3g} GB ({size}), {missing / 1e9:.3g} GB of it are still to be"
-                f" written, and the disk of {self.folder} has {free / 1e9:.3g} GB free: free some space, give another folder,"
-                " or take fewer --views"
+                f" written, and the disk of {self.folder} has {free / 1e9:.3g} GB free: free some space, give another"
+                " folder, or take fewer --views"
             )
 
     def _full_disk_told(self) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import urllib.error
+import weakref
 
 import pytest
 import safetensors.torch
@@ -120,8 +121,10 @@ def test_a_functional_relu_before_pooling_belongs_to_the_map():
 def test_a_layer_used_twice_is_tapped_at_its_last_use():
     model = Tapped(Toy(F.relu, shared=True), "toy", 10, 16).eval()
     assert model.map_path == "act"
-    assert not model._map_relu  # a second ReLU would be work for nothing
+    made = []
+    model.net.act.register_forward_hook(lambda module, args, output: made.append(output))
     map_, pooled = model.features(torch.randn(2, 3, 16, 16), need_map=True)
+    assert map_ is made[-1]  # a second ReLU would be work for nothing
     torch.testing.assert_close(map_.mean((2, 3)), pooled)
 
 
@@ -250,21 +253,31 @@ def test_stages_are_found(name, image_size, stages):
     assert torch.equal(kept[0], map_)
 
 
+@torch.no_grad()
 def test_only_the_stages_that_were_asked_for_are_kept():
     model = create_model("resnet8x0.5", 10, image_size=16)
+    maps = {}  # the latest of each layer, as long as anything else holds it
+    for name in ("layer1", "layer2"):
+        layer = model.net.get_submodule(name)
+        layer.register_forward_hook(lambda _, args, output, name=name: maps.update({name: weakref.ref(output)}))
+
+    def alive():
+        return [name for name, map_ in maps.items() if map_() is not None]
+
     seen = []
-    model.net.fc.register_forward_hook(lambda *_: seen.append(sorted(model._stage_maps)))
+    model.net.fc.register_forward_hook(lambda *_: seen.append(alive()))
     images = torch.randn(2, 3, 16, 16)
     assert model.staged_features(images)[2] == ()
     model.keep_stages([1])
     model.keep_stages([1])  # has no second effect
-    assert len(model.net.layer2._forward_hooks) == 1
+    assert len(model.net.layer2._forward_hooks) == 2  # ours above, and one of the net's own
     map_, _, (second,) = model.staged_features(images)
     assert map_ is None
     assert second.shape == (2, 16, 8, 8)
+    assert maps["layer2"]() is second
     model.features(images)
-    assert seen == [[], [1], [1]]
-    assert model._stage_maps == {}
+    assert seen == [[], ["layer2"], ["layer2"]]
+    assert alive() == []
 
 
 class Cross(nn.Module):

@@ -151,7 +151,7 @@ def test_one_process_killed_ends_the_other_and_the_run_goes_on(data, teacher, wo
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
 def test_a_signal_to_one_process_is_for_all(data, teacher, tmp_path, number, code):
-    """SIGTERM saves and stops all of them at one step; SIGUSR1 saves and goes on."""
+    """SIGTERM saves and stops all of them at one step; SIGUSR1 saves and continues."""
     folder = tmp_path / "run"
     run = Run(tmp_path, 2, cli.main, _command(data, folder, teacher, epochs=8 if code == 0 else 1000, log_interval=1))
     _wait_for_steps(run, folder, 3)
@@ -168,7 +168,7 @@ def test_a_signal_to_one_process_is_for_all(data, teacher, tmp_path, number, cod
 
 
 def test_goes_on_with_another_number_of_processes(data, teacher, worlds, tmp_path):
-    """Elastic: the same global batches in other shares; the loss goes on where it was."""
+    """Elastic: the same global batches in other shares; the loss continues where it was."""
     folder = tmp_path / "run"
     stopped = Run(tmp_path, 2, cli.main, _command(data, folder, teacher, max_steps=4, schedule="cosine"))
     assert stopped.ends() == [0, 0]

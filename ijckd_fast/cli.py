@@ -647,8 +647,7 @@ def index(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.data.index import scan
-    from ijckd_fast.data.index_summary import summarize, summary_table
+    from ijckd_fast.data.index import scan, summarize, summary_table
 
     rows: list[dict[str, Any]] = []
     classes = None
@@ -690,7 +689,7 @@ def prepare_imagenet(arguments: list[str]) -> int:
     )
     given = parser.parse_args(arguments)
 
-    from ijckd_fast.data.imagenet import prepare_imagenet as unpack
+    from ijckd_fast.data.prepare import prepare_imagenet as unpack
 
     done = unpack(
         given.out,
@@ -716,7 +715,7 @@ def prepare_cifar(arguments: list[str]) -> int:
     parser.add_argument("--archive", type=str, help="the python version of either archive, as it was downloaded")
     given = parser.parse_args(arguments)
 
-    from ijckd_fast.data.cifar import prepare_cifar as unpack
+    from ijckd_fast.data.prepare import prepare_cifar as unpack
 
     _say_unpacked(given.out, unpack(given.out, given.archive, progress=sys.stderr.isatty()))
     return 0
@@ -761,7 +760,7 @@ def pack(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.data.pack import Settings, pack as run, summary_table
+    from ijckd_fast.data.prepare.packing import Settings, pack as run, summary_table
 
     rows = run(
         given.data_dir,

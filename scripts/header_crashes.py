@@ -103,7 +103,7 @@ def main() -> int:
     records.add_save(parser, "header_crashes.csv")
     args = records.parse_args(parser, COLUMNS)
 
-    from ijckd_fast.data.parity import versions
+    from ijckd_fast.data.load.parity import versions
 
     where = records.environment("cpu") | versions()  # loads torch and DALI, which then every run has
     with tempfile.TemporaryDirectory() as folder:

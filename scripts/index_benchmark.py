@@ -61,8 +61,8 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from ijckd_fast.data import index_cache
-    from ijckd_fast.data.listing import list_images
+    from ijckd_fast.data.index import kept as index_cache
+    from ijckd_fast.data.sources.listing import list_images
 
     names = [f"train/n{i:08d}" for i in range(folders)]
     for name in names:

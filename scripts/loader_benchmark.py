@@ -203,7 +203,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     import torchvision
 
     from ijckd_fast.data import Augment, TrainPlan, build_index
-    from ijckd_fast.data.pack import Settings, pack
+    from ijckd_fast.data.prepare.packing import Settings, pack
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")

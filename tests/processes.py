@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ijckd_fast.cli", "ijckd_fast.train.loop", "ijckd_fast.data.pillow", "recorded_run"])
+_CONTEXT.set_forkserver_preload(
+    ["ijckd_fast.cli", "ijckd_fast.train.loop", "ijckd_fast.data.load.pillow", "recorded_run"]
+)
 
 
 def free_port() -> int:

@@ -130,7 +130,7 @@ def _dali() -> Finding:
     def look() -> str:
         import nvidia.dali
 
-        from ijckd_fast.data.dali import DaliLoader  # also proves that our pipeline's operators are there
+        from ijckd_fast.data.load.dali import DaliLoader  # also proves that our pipeline's operators are there
 
         return f"{nvidia.dali.__version__} ({DaliLoader.__name__} ready)"
 

@@ -21,9 +21,9 @@ from ijckd_fast.data import (
     TrainPlan,
     ViewPlan,
     build_index,
+    deliver,
     make_loader,
 )
-from ijckd_fast.data.loader import deliver
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model, fold_batch_norm

@@ -18,8 +18,9 @@ import torchvision
 from PIL import Image
 
 from ijckd_fast import cli
-from ijckd_fast.data import build_index, cifar, imagenet
-from ijckd_fast.data.cifar import KINDS, prepare_cifar
+from ijckd_fast.data import build_index
+from ijckd_fast.data.prepare import cifar, imagenet
+from ijckd_fast.data.prepare.cifar import KINDS, prepare_cifar
 from ijckd_fast.errors import UserError
 
 _FINE = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar

@@ -26,7 +26,7 @@ from ijckd_fast.data import (
     build_index,
     make_loader,
 )
-from ijckd_fast.data.loader import mixed
+from ijckd_fast.data.load.loader import mixed
 from ijckd_fast.errors import UserError
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
@@ -448,7 +448,7 @@ def test_trouble_of_the_machine_is_no_file_s_fault(own, monkeypatch):
     def no_more_files(*_args, **_kwargs):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr("ijckd_fast.data.pillow.Image.open", no_more_files)
+    monkeypatch.setattr("ijckd_fast.data.load.pillow.Image.open", no_more_files)
     with pytest.raises(OSError, match="Too many open files"):
         collected(EvalPlan(own, WHOLE, 6))
 
@@ -660,7 +660,7 @@ def test_unknown_backend(data):
 
 
 def test_missing_dali_is_an_error_not_a_fallback(data, monkeypatch):
-    monkeypatch.delitem(sys.modules, "ijckd_fast.data.dali", raising=False)
+    monkeypatch.delitem(sys.modules, "ijckd_fast.data.load.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match="pip install nvidia-dali-cuda130, or choose --data-backend pillow"):
         make_loader("dali", EvalPlan(data, AUGMENT, 8))

@@ -7,8 +7,9 @@ import pytest
 from image_tree import photo
 
 from ijckd_fast import cli
-from ijckd_fast.data import build_index, imagenet
-from ijckd_fast.data.imagenet import prepare_imagenet
+from ijckd_fast.data import build_index
+from ijckd_fast.data.prepare import imagenet
+from ijckd_fast.data.prepare.imagenet import prepare_imagenet
 from ijckd_fast.errors import UserError
 
 CLASSES = ("n01440764", "n01443537", "n02084071")

@@ -13,7 +13,9 @@ import pytest
 from image_tree import DAMAGE, photo, write_split
 from PIL import Image
 
-from ijckd_fast.data import Index, Paths, build_index, index, index_cache, listing
+from ijckd_fast.data import Index, Paths, build_index
+from ijckd_fast.data.index import index, kept as index_cache
+from ijckd_fast.data.sources import listing
 from ijckd_fast.errors import UserError
 
 

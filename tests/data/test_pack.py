@@ -18,8 +18,9 @@ from PIL import Image
 from tiny_run import config, differing, write_tree
 
 from ijckd_fast import cli
-from ijckd_fast.data import TooManyUnreadable, build_index, pack as packing
-from ijckd_fast.data.pack import Settings, pack, packed_sizes
+from ijckd_fast.data import TooManyUnreadable, build_index
+from ijckd_fast.data.prepare import packing
+from ijckd_fast.data.prepare.packing import Settings, pack, packed_sizes
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import checkpoint, train
 
@@ -238,7 +239,7 @@ def test_killed_with_its_workers(tmp_path):
     settings = Settings(short=200, shard_images=5)
     build_index(root, "train")
     code = f"""
-from ijckd_fast.data.pack import Settings, pack
+from ijckd_fast.data.prepare.packing import Settings, pack
 pack({str(root)!r}, {str(out)!r}, {settings!r}, splits=["train"], workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, start_new_session=True)

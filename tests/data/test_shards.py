@@ -13,16 +13,9 @@ import pytest
 import torch
 from image_tree import DAMAGE, write_split
 
-from ijckd_fast.data import (
-    Augment,
-    EvalPlan,
-    TrainPlan,
-    build_index,
-    index as index_module,
-    listing,
-    make_loader,
-    shards,
-)
+from ijckd_fast.data import Augment, EvalPlan, TrainPlan, build_index, make_loader
+from ijckd_fast.data.index import index as index_module
+from ijckd_fast.data.sources import listing, shards
 from ijckd_fast.errors import UserError
 
 AUGMENT = Augment(image_size=24, eval_resize=28)

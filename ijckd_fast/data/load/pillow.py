@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ijckd_fast.data.loader import Loader, Unreadable, blames_file
-from ijckd_fast.data.plan import BatchPlan
-from ijckd_fast.data.shards import Extent, read_extent
+from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
+from ijckd_fast.data.plan.plans import BatchPlan
+from ijckd_fast.data.sources.shards import Extent, read_extent
 
 
 def _bytes(source: bytes | Extent) -> bytes:

@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijckd_fast.data.imagenet import write_whole
-from ijckd_fast.data.index_cache import replace_file
-from ijckd_fast.data.shards import CLASSES_FILE
+from ijckd_fast.data.index.kept import replace_file
+from ijckd_fast.data.prepare.imagenet import write_whole
+from ijckd_fast.data.sources.shards import CLASSES_FILE
 from ijckd_fast.errors import UserError
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"

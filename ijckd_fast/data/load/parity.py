@@ -17,12 +17,12 @@ import PIL
 import torch
 from torch import Tensor
 
-from ijckd_fast.data import make_loader
 from ijckd_fast.data.counter_rng import permutation
-from ijckd_fast.data.index import Index
-from ijckd_fast.data.index_cache import cache_homes, replace_file
-from ijckd_fast.data.loader import Batch, Loader
-from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
+from ijckd_fast.data.index.index import Index
+from ijckd_fast.data.index.kept import cache_homes, replace_file
+from ijckd_fast.data.load.backends import make_loader
+from ijckd_fast.data.load.loader import Batch, Loader
+from ijckd_fast.data.plan.plans import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
 
 _SEED = 0
 _SAMPLE_STREAM = 0x9A217
@@ -182,7 +182,7 @@ def of_dataset(
 
 def versions() -> dict[str, str]:
     """Of what makes the pixels: the libraries, and a digest of our two executors. Raises ImportError without DALI."""
-    from ijckd_fast.data.dali import VERSION
+    from ijckd_fast.data.load.dali import VERSION
 
     code = hashlib.sha256()
     for name in ("dali.py", "pillow.py"):

@@ -21,10 +21,10 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
-from ijckd_fast.data.loader import Loader, Unreadable
-from ijckd_fast.data.pillow import make_image
-from ijckd_fast.data.plan import BatchPlan, EvalPlan, Plan
-from ijckd_fast.data.shards import Extent, read_extent
+from ijckd_fast.data.load.loader import Loader, Unreadable
+from ijckd_fast.data.load.pillow import make_image
+from ijckd_fast.data.plan.plans import BatchPlan, EvalPlan, Plan
+from ijckd_fast.data.sources.shards import Extent, read_extent
 from ijckd_fast.errors import UserError
 
 VERSION: str = nvidia.dali.__version__

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.index_cache import FACTS, MEMBERS, Files, Group, cache_homes, load_files, report_path, save_files
-from ijckd_fast.data.label_files import labels_of, read_class_list, read_labels
-from ijckd_fast.data.listing import Listing, file_state, layout, list_folders, list_images, some
-from ijckd_fast.data.shards import Extent, class_names, list_shard, read_extent
+from ijckd_fast.data.index.kept import FACTS, MEMBERS, Files, Group, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.sources.label_files import labels_of, read_class_list, read_labels
+from ijckd_fast.data.sources.listing import Listing, file_state, layout, list_folders, list_images, some
+from ijckd_fast.data.sources.shards import Extent, class_names, list_shard, read_extent
 from ijckd_fast.errors import UserError
 
 # What Pillow and DALI decode to the same RGB pixels. Pillow also opens GIF and AVIF, which DALI's decoder refuses, and

@@ -13,8 +13,8 @@ from typing import IO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ijckd_fast.data.label_files import read_labels
-from ijckd_fast.data.listing import some
+from ijckd_fast.data.sources.label_files import read_labels
+from ijckd_fast.data.sources.listing import some
 from ijckd_fast.errors import UserError
 
 COMPLETE = {"ILSVRC2012_img_train.tar": 1_281_167, "ILSVRC2012_img_val.tar": 50_000}

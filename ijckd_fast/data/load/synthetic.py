@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ijckd_fast.data.loader import Loader
-from ijckd_fast.data.plan import BatchPlan
+from ijckd_fast.data.load.loader import Loader
+from ijckd_fast.data.plan.plans import BatchPlan
 
 
 class SyntheticLoader(Loader):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ijckd_fast.data.listing import some
+from ijckd_fast.data.sources.listing import some
 from ijckd_fast.errors import UserError
 
 _HEADERS = frozenset({"imageid,predictionstring", "name,class"})

@@ -11,8 +11,8 @@ from itertools import chain
 import numpy as np
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.index import Index
-from ijckd_fast.data.shards import Extent
+from ijckd_fast.data.index.index import Index
+from ijckd_fast.data.sources.shards import Extent
 from ijckd_fast.errors import UserError
 
 _TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from ijckd_fast.data.listing import IMAGE_EXTENSIONS, Listing, settled, some, stamp_of
+from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, settled, some, stamp_of
 from ijckd_fast.errors import UserError
 
 CLASSES_FILE = "classes.txt"

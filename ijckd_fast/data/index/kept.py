@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ijckd_fast.data.listing import Stamp
+from ijckd_fast.data.sources.listing import Stamp
 
 CACHE_VERSION = "2"
 CACHE_FOLDER = ".ijckd-index"

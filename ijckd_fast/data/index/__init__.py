@@ -1,0 +1,8 @@
+"""The images of one split in a fixed order, each looked at once; and what is remembered of them between two starts."""
+
+from __future__ import annotations
+
+from ijckd_fast.data.index.index import Index, Paths, Scan, build_index, scan
+from ijckd_fast.data.index.summary import summarize, summary_table
+
+__all__ = ["Index", "Paths", "Scan", "build_index", "scan", "summarize", "summary_table"]

@@ -1,0 +1,10 @@
+"""What makes data folders: archives as they are downloaded, the embedded digits, and folders re-encoded once into shards."""
+
+from __future__ import annotations
+
+from ijckd_fast.data.prepare.cifar import prepare_cifar
+from ijckd_fast.data.prepare.digits import write_digits
+from ijckd_fast.data.prepare.imagenet import prepare_imagenet
+from ijckd_fast.data.prepare.packing import pack
+
+__all__ = ["pack", "prepare_cifar", "prepare_imagenet", "write_digits"]

@@ -14,8 +14,8 @@ from image_tree import DAMAGE, photo, write_split
 from PIL import Image
 
 from ijckd_fast.data import Index, Paths, build_index
-from ijckd_fast.data.index import index, kept as index_cache
-from ijckd_fast.data.sources import listing
+from ijckd_fast.data.index import build, index, kept, scan
+from ijckd_fast.data.sources import ClassFolders, listing
 from ijckd_fast.errors import UserError
 
 
@@ -34,13 +34,13 @@ def root(tmp_path) -> Path:
 def checked(monkeypatch) -> list[str]:
     """The names of the files that are opened from now on, in the order of their opening."""
     seen: list[str] = []
-    check = index.check_image
+    check = build.check_image
 
-    def spy(path, full):
-        seen.append(Path(path).name)
-        return check(path, full)
+    def spy(place, full):
+        seen.append(Path(place.path).name)
+        return check(place, full)
 
-    monkeypatch.setattr(index, "check_image", spy)
+    monkeypatch.setattr(build, "check_image", spy)
     return seen
 
 
@@ -113,7 +113,7 @@ def test_format_and_orientation_are_remembered(root):
     photo(48, 64).save(folder / "not_exif.png", exif=b"nothing like it")
     photo(48, 64).save(folder / "webp.jpg", format="WEBP")
     for _ in range(2):  # fresh and from the cache
-        files = index.scan(root, "train").files
+        files = scan(root, "train").files
         names = [os.path.basename(path.decode()) for path in files.paths.to_pylist()]
         said = {
             name: (files.formats[fact["format"]], fact["orientation"])
@@ -377,7 +377,7 @@ def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypa
         cache.write_text("not a Parquet file")
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(index_cache, "CACHE_VERSION", "0")
+            patch.setattr(kept, "CACHE_VERSION", "0")
             build_index(root, "train", refresh=True)
     checked.clear()
     with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built anew"):
@@ -441,17 +441,17 @@ def test_the_latest_of_two_caches_counts(root, tmp_path, checked):
 
 
 def test_interrupted_scan_keeps_what_it_has(root, checked, monkeypatch):
-    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
-    check = index.check_image
+    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
+    check = build.check_image
 
-    def interrupt(path, full):
-        if path.endswith("eel/003.jpg"):
+    def interrupt(place, full):
+        if place.path.endswith("eel/003.jpg"):
             time.sleep(0.2)  # the files before it are done by now
             raise KeyboardInterrupt
-        return check(path, full)
+        return check(place, full)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "check_image", interrupt)
+        patch.setattr(build, "check_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build_index(root, "train", workers=1)
     checked.clear()
@@ -475,7 +475,7 @@ def test_hash_of_known_contents(monkeypatch, at_once):
     arrays = np.array([0, 0, 1]), np.array([[64, 48], [48, 64], [40, 40]], np.int32), np.array([700, 800, 900])
     pieces = [b"train/a/0.jpg", b"train/a/1.jpg"], [b"train/b/\xe9.jpg"]
     paths = Paths(pa.chunked_array([pa.array(piece, pa.large_binary()) for piece in pieces]))
-    digest = index._digest("train", ("a", "b"), paths, *arrays)
+    digest = index.content_hash("train", ("a", "b"), paths, *arrays)
     parts = [
         b'["train", ["a", "b"]]',
         b"train/a/0.jpg\0train/a/1.jpg\0train/b/\xe9.jpg",
@@ -533,13 +533,13 @@ def test_progress_bar_goes_to_stderr(root, capfd):
 def listed(monkeypatch) -> list[str]:
     """The folders that are listed from now on. Folders changed just now may be trusted: the tests do not wait two seconds."""
     seen: list[str] = []
-    list_images = listing.list_images
+    list_group = ClassFolders.list_group
 
-    def spy(root, folder):
-        seen.append(folder)
-        return list_images(root, folder)
+    def spy(self, group):
+        seen.append(group)
+        return list_group(self, group)
 
-    monkeypatch.setattr(index, "list_images", spy)
+    monkeypatch.setattr(ClassFolders, "list_group", spy)
     monkeypatch.setattr(listing, "_SETTLED_NS", 0)
     return seen
 
@@ -651,7 +651,7 @@ def test_a_file_that_stays_away_does_not_make_every_start_write(root, listed, ch
     (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
     with pytest.warns(UserWarning, match="1 of 16"):
         first = build_index(root, "train")
-    monkeypatch.setattr(index, "save_files", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(build, "save_files", lambda *_: pytest.fail("written"))
     checked.clear()
     with pytest.warns(UserWarning, match="1 of 16"):
         assert same(build_index(root, "train", trust_folders=True), first)
@@ -667,17 +667,17 @@ def test_a_fast_verdict_does_not_stand_for_a_full_one_in_a_trusted_folder(root, 
 
 
 def test_an_interrupted_scan_is_finished_in_trusted_folders_too(root, listed, checked, monkeypatch):
-    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
-    check = index.check_image
+    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
+    check = build.check_image
 
-    def interrupt(path, full):
-        if path.endswith("dog/002.jpg"):
+    def interrupt(place, full):
+        if place.path.endswith("dog/002.jpg"):
             time.sleep(0.2)
             raise KeyboardInterrupt
-        return check(path, full)
+        return check(place, full)
 
     with monkeypatch.context() as patch:
-        patch.setattr(index, "check_image", interrupt)
+        patch.setattr(build, "check_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             build_index(root, "train", workers=1)
     checked.clear()
@@ -689,18 +689,18 @@ def test_an_interrupted_scan_is_finished_in_trusted_folders_too(root, listed, ch
 
 def test_a_long_scan_saves_what_it_has(root, checked, monkeypatch):
     """A kill -9 runs no handler."""
-    monkeypatch.setattr(index, "_FILES_PER_TASK", 1)
-    monkeypatch.setattr(index, "_SAVE_EVERY", 0.0)
-    check = index.check_image
+    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
+    monkeypatch.setattr(build, "_SAVE_EVERY", 0.0)
+    check = build.check_image
     saved = []
 
-    def look(path, full):
-        if path.endswith("eel/005.jpg"):
+    def look(place, full):
+        if place.path.endswith("eel/005.jpg"):
             time.sleep(0.2)
             saved.append(pq.read_metadata(root / ".ijckd-index" / "train.parquet").num_rows)
-        return check(path, full)
+        return check(place, full)
 
-    monkeypatch.setattr(index, "check_image", look)
+    monkeypatch.setattr(build, "check_image", look)
     build_index(root, "train", workers=1)
     assert saved == [14]
 

@@ -7,7 +7,7 @@ import pytest
 from image_tree import photo, write_split
 
 from ijckd_fast.data import build_index
-from ijckd_fast.data.sources.label_files import read_class_list, read_labels
+from ijckd_fast.data.sources import read_class_list, read_labels
 from ijckd_fast.errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -63,7 +63,7 @@ def test_flat_validation_folder(root, form, tmp_path):
 def test_a_label_that_changes_is_noticed_without_opening_a_file(root, tmp_path, monkeypatch):
     first = build_index(root, "val", classes=CLASSES, labels=write(tmp_path / "labels", *ROWS["spaces"]))
     changed = [row.replace("V_0.JPEG cat", "V_0.JPEG eel") for row in ROWS["spaces"]]
-    monkeypatch.setattr("ijckd_fast.data.index.index.check_image", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("ijckd_fast.data.index.build.check_image", lambda *_: pytest.fail("opened"))
     found = build_index(root, "val", classes=CLASSES, labels=write(tmp_path / "labels", *changed), trust_folders=True)
     assert found.labels.tolist() == [2, 1, 2, 0, 1, 2]
     assert found.hash != first.hash

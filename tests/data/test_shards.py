@@ -14,7 +14,7 @@ import torch
 from image_tree import DAMAGE, write_split
 
 from ijckd_fast.data import Augment, EvalPlan, TrainPlan, build_index, make_loader
-from ijckd_fast.data.index import index as index_module
+from ijckd_fast.data.index import build
 from ijckd_fast.data.sources import listing, shards
 from ijckd_fast.errors import UserError
 
@@ -109,8 +109,8 @@ def test_second_start_opens_no_shard_that_has_not_changed(root, folders, monkeyp
     monkeypatch.setattr(
         shards.tarfile, "open", lambda path, *a, _open=tarfile.open, **k: listed.append(path) or _open(path, *a, **k)
     )
-    check = index_module.check_member
-    monkeypatch.setattr(index_module, "check_member", lambda extent, full: opened.append(extent) or check(extent, full))
+    check = build.check_image
+    monkeypatch.setattr(build, "check_image", lambda place, full: opened.append(place) or check(place, full))
     first = build_index(root, "train")
     assert (len(listed), len(opened)) == (4, 24)
     again = build_index(root, "train")
@@ -213,7 +213,7 @@ def test_a_damaged_image_in_a_shard_is_left_out(tmp_path, folders, kind):
 @pytest.mark.parametrize("how", ["cut short", "gone", "rotten"])
 def test_a_shard_that_changes_after_the_index(root, how, backend):
     found = build_index(root, "train")
-    extent = found.extent(8)
+    extent = found.place(8)
     assert extent.path == str(root / "train" / "shard-001.tar")
     whole = bytearray(Path(extent.path).read_bytes())
     if how == "gone":
@@ -237,4 +237,4 @@ def test_subsets_keep_their_places(root):
     some = found.subset(per_class=5, seed=1)
     assert len(some) == 10
     for i, path in enumerate(some.paths):
-        assert some.extent(i) == found.extent(list(found.paths).index(path))
+        assert some.place(i) == found.place(list(found.paths).index(path))

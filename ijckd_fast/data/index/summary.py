@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ijckd_fast.data.index.index import Scan
+from ijckd_fast.data.index.build import Scan
 
 _REASONS = 3  # how many of the reasons the table names
 

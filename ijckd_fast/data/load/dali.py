@@ -24,17 +24,17 @@ from torch import Tensor
 from ijckd_fast.data.load.loader import Loader, Unreadable
 from ijckd_fast.data.load.pillow import make_image
 from ijckd_fast.data.plan.plans import BatchPlan, EvalPlan, Plan
-from ijckd_fast.data.sources.shards import Extent, read_extent
+from ijckd_fast.data.sources import Place
 from ijckd_fast.errors import UserError
 
 VERSION: str = nvidia.dali.__version__
 _FAR_OUTSIDE = 65536  # pixels: moves a crop off any image
 
 
-def _encoded(extent: Extent) -> np.ndarray:
+def _encoded(place: Place) -> np.ndarray:
     """[n] uint8. What cannot be read is no image: the pipeline then fails as it does for a file."""
     try:
-        return np.frombuffer(read_extent(extent), np.uint8)
+        return np.frombuffer(place.read(), np.uint8)
     except OSError:
         return np.zeros(1, np.uint8)
 
@@ -44,10 +44,10 @@ def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
     encoded images themselves.
     """
     part = slice(None) if only is None else slice(only, only + 1)
-    if plan.extents is None:
+    if plan.places is None:
         first = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
     else:
-        first = [_encoded(extent) for extent in plan.extents[part]]
+        first = [_encoded(place) for place in plan.places[part]]
     target = plan.shape if plan.resize is None else plan.resize
     result = np.full_like(target, plan.image_size)
     return first, plan.size[part], plan.anchor[part], target[part], result[part], plan.flip[part]

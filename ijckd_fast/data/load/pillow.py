@@ -13,21 +13,21 @@ from torch import Tensor
 
 from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
 from ijckd_fast.data.plan.plans import BatchPlan
-from ijckd_fast.data.sources.shards import Extent, read_extent
+from ijckd_fast.data.sources import Place, WholeFile
 
 
-def _bytes(source: bytes | Extent) -> bytes:
-    return read_extent(source) if isinstance(source, Extent) else source
-
-
-def decode(path: str, source: bytes | Extent | None = None) -> Image.Image:
+def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
     """One file as an RGB image. An EXIF orientation is ignored, alpha is dropped, 16-bit gray keeps its high byte.
 
-    source  its bytes, or where in a shard they lie; None: all of the file at `path`
+    path    what an error calls it
+    source  its bytes, or where they lie; None: all of the file at `path`
     raises  Unreadable when it cannot be read or decoded
     """
     try:
-        with open(path, "rb") if source is None else io.BytesIO(_bytes(source)) as file, Image.open(file) as image:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else (source or WholeFile(path)).open() as file,
+            Image.open(file) as image,
+        ):
             return to_rgb(image)
     except UnidentifiedImageError as error:  # whose text names the file object, by its address
         raise Unreadable(path, "not an image (its content is of no known image format)") from error
@@ -51,7 +51,7 @@ def make_image(plan: BatchPlan, i: int) -> np.ndarray:
 
 def stored_image(plan: BatchPlan, i: int) -> Image.Image:
     """Image i of a batch, decoded. Raises Unreadable."""
-    return decode(plan.paths[i], plan.extents[i] if plan.extents else None)
+    return decode(plan.paths[i], plan.places[i] if plan.places else None)
 
 
 def arrange(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:

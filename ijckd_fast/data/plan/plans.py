@@ -12,7 +12,7 @@ import numpy as np
 
 from ijckd_fast.data.counter_rng import permutation, uniforms
 from ijckd_fast.data.index.index import Index
-from ijckd_fast.data.sources.shards import Extent
+from ijckd_fast.data.sources import Place
 from ijckd_fast.errors import UserError
 
 _TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
@@ -128,7 +128,7 @@ class BatchPlan:
     ids     [B] int64, positions in the index: of the stand-in where there is one
     kept    [B] bool, False where evaluation leaves the row out because its own image cannot be read
     paths   [B] absolute paths; of images in shards, the names they are reported by
-    extents [B] where the bytes are; None: each is all of the file at its path
+    places  [B] where the bytes lie; None: each is all of the file at its path
     labels  [B] int64
     size    [B, 2] int32, (h, w) the stored image must have, as it was indexed
     anchor  [B, 2] int32, (y, x) of the crop's upper left pixel; with a padded crop it may lie outside of the image
@@ -153,7 +153,7 @@ class BatchPlan:
     flip: np.ndarray
     resize: np.ndarray | None
     image_size: int
-    extents: list[Extent] | None = None
+    places: list[Place] | None = None
     mixing: Mixing | None = None
     view: int | None = None
 
@@ -395,8 +395,8 @@ def _batch(
 ) -> BatchPlan:
     paths = [index.absolute(i) for i in ids]
     size = np.ascontiguousarray(size)
-    extents = [index.extent(i) for i in ids] if index.shards else None
-    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size, extents)
+    places = [index.place(i) for i in ids] if index.shards else None
+    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size, places)
 
 
 def random_resized_crop(

@@ -36,7 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ijckd_fast.data.counter_rng import permutation
-from ijckd_fast.data.index.index import Index, Scan, scan
+from ijckd_fast.data.index import Index, Scan, scan
 from ijckd_fast.data.index.kept import replace_file
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import arrange, decode

@@ -1,1 +1,36 @@
-"""Where images come from: what a data folder holds, listed without opening an image."""
+"""Where images come from: the kinds of data folders, a file each (class_folders.py, flat_folder.py, shards.py).
+
+A kind says what it is recognised by, how its images are listed without opening them, where the bytes of each lie, and of which
+class it is. Nothing above this room asks which kind a folder is. A new kind is a new file here and a row of recognise.SOURCES.
+"""
+
+from __future__ import annotations
+
+from ijckd_fast.data.sources.class_folders import ClassFolders
+from ijckd_fast.data.sources.flat_folder import FlatFolder
+from ijckd_fast.data.sources.label_files import read_class_list, read_labels
+from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, some
+from ijckd_fast.data.sources.places import Extent, Place, WholeFile
+from ijckd_fast.data.sources.recognise import SOURCES, open_source
+from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
+from ijckd_fast.data.sources.source import Content, Listed, Source
+
+__all__ = [
+    "CLASSES_FILE",
+    "IMAGE_EXTENSIONS",
+    "SOURCES",
+    "ClassFolders",
+    "Content",
+    "Extent",
+    "FlatFolder",
+    "Listed",
+    "Listing",
+    "Place",
+    "Shards",
+    "Source",
+    "WholeFile",
+    "open_source",
+    "read_class_list",
+    "read_labels",
+    "some",
+]

@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-
-from ijckd_fast.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """Lower case; files with another extension are not looked at. The content decides how a file is read."""
@@ -25,7 +22,7 @@ back after they have put files into it; the inode because another folder may be 
 
 _SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
 _THREADS = 16  # they wait for the filesystem, a network's above all, rather than compute
-_FOLDERS_PER_TASK = 32
+_GROUPS_PER_TASK = 32
 _NAMED = 3  # how many names an error spells out
 
 
@@ -37,7 +34,8 @@ class Listing:
     lengths  [n] int64, bytes; -1 for a link to nothing
     mtimes   [n] int64, ns; -1 likewise
     stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next change
-    offsets  [n] int64, bytes, where each image begins in its shard; None for images in files of their own
+    offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its first
+             byte); None for images in files of their own
     labels   [n] with offsets: what the shard says of each
     """
 
@@ -49,25 +47,25 @@ class Listing:
     labels: Sequence[str] = ()
 
 
-def list_folders(
+def list_groups(
     root: str,
-    folders: Sequence[str],
+    groups: Sequence[str],
     trusted: Callable[[str], tuple[Stamp, ...]],
     advance: Callable[[int], None],
-    list_one: Callable[[str, str], Listing],
+    list_one: Callable[[str], Listing],
 ) -> list[Listing | None]:
-    """What is in each of `folders` (relative to root); None for one that is still as `trusted(folder)` says.
+    """What is in each of `groups`, folders or shards relative to root; None for one that is as `trusted(group)` says.
 
-    list_one  list_images, or shards.py:list_shard where they are no folders
-    trusted  the stamps to believe, () to list the folder whatever they are
-    advance  called with the number of folders that are done, now and then
-    raises   OSError where a folder cannot be read
+    trusted   the stamps to believe, () to list the group whatever they are
+    advance   called with the number of groups that are done, now and then
+    list_one  a source's list_group
+    raises    OSError where a group cannot be read; what list_one raises
     """
 
     def look(part: Sequence[str]) -> list[Listing | None]:
-        return [None if _as_before(root, trusted(folder)) else list_one(root, folder) for folder in part]
+        return [None if _as_before(root, trusted(group)) else list_one(group) for group in part]
 
-    tasks = [folders[i : i + _FOLDERS_PER_TASK] for i in range(0, len(folders), _FOLDERS_PER_TASK)]
+    tasks = [groups[i : i + _GROUPS_PER_TASK] for i in range(0, len(groups), _GROUPS_PER_TASK)]
     found: list[Listing | None] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         try:
@@ -125,13 +123,14 @@ def _walk(
         if entry.name.startswith("."):
             continue
         path = f"{folder}/{entry.name}"
-        if _is_folder(entry):
+        if is_folder(entry):
             yield from _walk(root, path, stamps, above | {here})
         elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and not _is_pipe(entry):
             yield os.fsencode(path), *file_state(entry)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself, which is nothing
@@ -153,47 +152,6 @@ def file_state(file: os.DirEntry[str] | Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
-
-
-class Layout(NamedTuple):
-    """What root/split holds."""
-
-    folders: tuple[str, ...]  # names, sorted as torchvision sorts them
-    shards: tuple[str, ...]  # names of tar archives, sorted, where there is nothing else
-    loose: int  # images
-
-
-def layout(root: Path, split: str) -> Layout:
-    """What is to be seen without going deeper.
-
-    raises  UserError: no such folder, or nothing in it
-    """
-    folder = root / split
-    wanted = f"wanted class folders of images, {folder}/<class>/*.jpg"
-    if not root.is_dir():
-        raise UserError(f"{wanted}, but {root} is not a folder; give the folder that holds train/ and val/")
-    if not folder.is_dir():
-        inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-        raise UserError(
-            f"{wanted}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
-            "holds train/ and val/"
-        )
-    names, shards, loose = [], [], 0
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            names.append(entry.name)
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-            loose += 1
-        elif entry.name.endswith(".tar"):
-            shards.append(entry.name)
-    if not names and not shards and not loose:
-        raise UserError(
-            f"{wanted}, but {folder} is empty; put one folder of images per class into it, or webdataset shards"
-        )
-    # beside folders or images, archives are what these were unpacked from, as often with ImageNet
-    return Layout(tuple(sorted(names)), () if names or loose else tuple(sorted(shards)), loose)
 
 
 def some(names: Sequence[str]) -> str:

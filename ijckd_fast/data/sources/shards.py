@@ -12,33 +12,42 @@ import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, settled, some, stamp_of
+from ijckd_fast.data.sources.source import Content, Listed, Source
 from ijckd_fast.errors import UserError
 
 CLASSES_FILE = "classes.txt"
 """Beside train/ and val/: the class names of numeric labels, one in a line, from 0."""
 
 
-class Extent(NamedTuple):
-    """Where the bytes of one image lie."""
+class Shards(Source):
+    """See the module."""
 
-    path: str  # of the archive, to open
-    offset: int  # bytes
-    length: int
+    title = "webdataset shards"
+    in_shards = True
 
+    @classmethod
+    def recognised_by(cls, content: Content) -> Sequence[str]:
+        """The tar archives, where nothing else makes them what something was unpacked from."""
+        return [name for name in content.others if name.endswith(".tar")]
 
-def read_extent(extent: Extent) -> bytes:
-    """The bytes of one image. Raises OSError; one without an errno where the archive ends before the image does."""
-    with open(extent.path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), extent.length, extent.offset)
-    if len(data) < extent.length:
-        raise OSError(f"{extent.path} ends at byte {extent.offset + len(data)}, inside the image")
-    return data
+    def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
+        """The archives, in the order of their names."""
+        return [f"{self.content.split}/{name}" for name in self.recognised_by(self.content)]
+
+    def list_group(self, group: str) -> Listing:
+        """See list_shard."""
+        return list_shard(str(self.content.root), group)
+
+    def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+        """See class_names."""
+        assert listed.numbers is not None
+        names, positions = class_names(self.content.root, listed.labels, classes)
+        return names, positions[listed.numbers]
 
 
 def list_shard(root: str, shard: str) -> Listing:

@@ -1,0 +1,290 @@
+"""The index of one split: every image file looked at once, then only its size and modification time, or only its folder's.
+
+`build_index` lists the images of a source, decodes each once to learn whether it can be trained on, and remembers the verdicts in
+a Parquet file. Files that cannot be decoded are set aside with their reason; training continues without them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ijckd_fast.console import progress_bar
+from ijckd_fast.data.index.check import Verdict, check_image
+from ijckd_fast.data.index.index import Index, Paths, content_hash
+from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.index.relist import relist
+from ijckd_fast.data.sources import Listed, Place, Source, WholeFile, open_source, read_class_list
+from ijckd_fast.errors import UserError
+
+_FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
+_SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """An index and what was seen on the way to it.
+
+    files    every file, those left out too
+    home     where the verdicts and the list of the bad files are kept; None where nothing could be written
+    opened   files that were opened, and the seconds that took
+    """
+
+    index: Index
+    files: Files
+    home: Path | None
+    opened: int
+    opening_seconds: float
+
+
+def build_index(
+    root: str | Path,
+    split: Literal["train", "val"],
+    *,
+    classes: Sequence[str] | None = None,
+    class_list: str | Path | None = None,
+    labels: str | Path | None = None,
+    workers: int = 0,
+    verify: Literal["full", "fast"] = "full",
+    refresh: bool = False,
+    trust_folders: bool = False,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Index:
+    """Indexes root/split/<class>/**, or the webdataset shards root/split/*.tar, decoding only what is new or changed since the last
+    time.
+
+    classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default: sorted
+    class_list a file that names them, one in a line, where there are no `classes`
+    labels     a file that names the class of every image, see label_files.read_labels; for images that lie in root/split itself
+    workers    threads that decode; 0 = one per core this process may use
+    verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
+               odd, so that damage inside a file goes unseen
+    refresh    forget earlier verdicts
+    trust_folders  take it that a folder holds what it held as long as its own times are the same, instead of asking for the
+               length and time of every file: seconds for millions of files, but one rewritten in place goes unseen. Files
+               left out before are looked at all the same
+    progress   show a progress bar on stderr while folders are listed and files are decoded
+    cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below
+               the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
+    warns      once with the number of files left out and where their list is; when a cached index is damaged
+    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or the
+               class list, labels unlike the images, a damaged shard
+    """
+    return scan(
+        root,
+        split,
+        classes=classes,
+        class_list=class_list,
+        labels=labels,
+        workers=workers,
+        verify=verify,
+        refresh=refresh,
+        trust_folders=trust_folders,
+        progress=progress,
+        cache_dir=cache_dir,
+    ).index
+
+
+def scan(
+    root: str | Path,
+    split: Literal["train", "val"],
+    *,
+    classes: Sequence[str] | None = None,
+    class_list: str | Path | None = None,
+    labels: str | Path | None = None,
+    workers: int = 0,
+    verify: Literal["full", "fast"] = "full",
+    refresh: bool = False,
+    trust_folders: bool = False,
+    progress: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Scan:
+    """build_index, with what a summary needs besides."""
+    root = Path(root).resolve()
+    if split not in ("train", "val"):
+        raise UserError(f"split must be 'train' or 'val', found {split!r}")
+    if verify not in ("full", "fast"):
+        raise UserError(f"verify must be 'full' or 'fast', found {verify!r}")
+    source = open_source(root, split, labels)
+    where = "the training data has"
+    if classes is None and class_list is not None:
+        classes, where = read_class_list(class_list), f"{class_list} lists"
+    groups = source.groups(classes, where)
+
+    homes = cache_homes(root, cache_dir)
+    known = Files.none() if refresh else load_files(homes, split)
+    files = relist(source, groups, known, trust_folders or source.in_shards, progress)
+    names, label_of = source.labels(_listed(files), classes)
+    todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
+    # os.path's: Path.is_file() raises where a home may not be looked into
+    home = next((home for home in homes if os.path.isfile(report_path(home, split))), None)
+    before = files.facts[todo]
+    began = time.perf_counter()
+    try:
+        if len(todo):
+            files.facts["known"][todo] = False
+            _check_all(
+                source, files, todo, verify == "full", workers, progress, lambda: save_files(homes, split, files)
+            )
+    finally:  # also when interrupted: what was decoded so far need not be decoded again
+        seconds = time.perf_counter() - began
+        if files.groups != known.groups or (files.facts[todo] != before).any():
+            home = save_files(homes, split, files)
+    index = _assemble(source, names, files, label_of, home)
+    return Scan(index, files, home, len(todo), seconds)
+
+
+def _listed(files: Files) -> Listed:
+    """What the listings say, for the source to make labels of."""
+    rows = [group.rows for group in files.groups]
+    if files.members is None:
+        return Listed(Paths(files.paths), rows, (), None)
+    there = np.unique(files.members["label"])
+    labels = [files.labels[number] for number in there]
+    return Listed(Paths(files.paths), rows, labels, np.searchsorted(there, files.members["label"]))
+
+
+def _check_all(
+    source: Source,
+    files: Files,
+    todo: np.ndarray,
+    full: bool,
+    workers: int,
+    progress: bool,
+    save: Callable[[], object],
+) -> None:
+    """Fills in the facts of rows `todo` [n]. Threads suffice: Pillow decodes outside the interpreter lock."""
+
+    root, ends = source.content.root, np.cumsum([group.rows for group in files.groups])
+
+    def place_of(row: int, path: bytes) -> Place:
+        if not source.in_shards:
+            return WholeFile(os.path.join(root, os.fsdecode(path)))
+        assert files.members is not None
+        shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
+        offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
+        return source.place_in_shard(os.path.join(root, shard), offset, length)
+
+    def check(rows: np.ndarray, paths: list[bytes]) -> tuple[np.ndarray, list[Verdict | OSError]]:
+        checked: list[Verdict | OSError] = []
+        for row, path in zip(rows.tolist(), paths, strict=True):
+            try:
+                checked.append(check_image(place_of(row, path), full))
+            except OSError as error:
+                checked.append(error)
+        return rows, checked
+
+    def tasks() -> Iterator[tuple[np.ndarray, list[bytes]]]:
+        for first in range(0, len(todo), _FILES_PER_TASK):
+            rows = todo[first : first + _FILES_PER_TASK]
+            yield rows, [files.paths[int(i)].as_py() for i in rows]
+
+    def note(row: int, verdict: Verdict | OSError) -> None:
+        if isinstance(
+            verdict, OSError
+        ):  # may be mended without the file changing (chmod, a mount): not to be remembered
+            reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
+            files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
+            return
+        width, height, kind, orientation, why, whole = verdict
+        length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
+        numbers = files.formats.number(kind), files.reasons.number(why)
+        files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, whole, True)
+
+    threads = workers or len(os.sched_getaffinity(0))
+    waiting = tasks()
+    with (
+        progress_bar(progress) as bar,
+        ThreadPoolExecutor(threads) as pool,
+        warnings.catch_warnings(),  # here and not in the threads, which share the filters
+    ):
+        warnings.simplefilter("ignore")  # Pillow's, on odd metadata and large images; huge ones are an error
+        line = bar.add_task("checking files", total=len(todo))
+        saved = time.monotonic()
+        try:
+            running = {pool.submit(check, *task) for task in islice(waiting, 4 * threads)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(check, *task) for task in islice(waiting, len(done))}
+                for future in done:
+                    rows, checked = future.result()
+                    for row, verdict in zip(rows.tolist(), checked, strict=True):
+                        note(row, verdict)
+                    bar.advance(line, len(rows))
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
+        finally:  # interrupted: do not wait for what has not begun
+            pool.shutdown(cancel_futures=True)
+
+
+def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:
+    """labels: [N] int64 of every file, good or bad."""
+    folder, split = source.content.folder, source.content.split
+    bad = np.flatnonzero(files.facts["reason"])
+    quarantined = [(os.fsdecode(files.paths[int(i)].as_py()), files.reasons[files.facts["reason"][i]]) for i in bad]
+    _require_images_in_every_class(folder, classes, labels, bad, quarantined)
+    if quarantined:
+        listed = f"; all are listed in {report_path(home, split)}" if home else ""
+        warnings.warn(
+            f"{len(bad)} of {len(labels)} files in {folder} cannot be used and are left out, e.g. "
+            f"{quarantined[0][0]}: {quarantined[0][1]}{listed}",
+            stacklevel=4,
+        )
+    paths, facts, members = files.paths, files.facts, None
+    if files.members is not None:
+        shard = np.repeat(np.arange(len(files.groups)), [group.rows for group in files.groups])
+        members = np.stack([shard, files.members["offset"], facts["length"]], 1)
+    if len(bad):
+        good = facts["reason"] == 0
+        paths, facts, labels = paths.filter(pa.array(good)), facts[good], labels[good]
+        members = None if members is None else members[good]
+    sizes = np.stack([facts["width"], facts["height"]], 1)
+    digest = content_hash(split, classes, Paths(paths), labels, sizes, facts["length"])
+    shards = () if members is None else tuple(group.folder for group in files.groups)
+    return Index(
+        str(source.content.root),
+        split,
+        classes,
+        Paths(paths),
+        labels,
+        sizes,
+        quarantined,
+        digest,
+        shards,
+        members,
+        source.place_in_shard,
+    )
+
+
+def _require_images_in_every_class(
+    folder: Path, classes: tuple[str, ...], labels: np.ndarray, bad: np.ndarray, quarantined: list[tuple[str, str]]
+) -> None:
+    """labels [N] of every file; bad: the rows of those left out, which are `quarantined`."""
+    left = np.bincount(labels, minlength=len(classes)) - np.bincount(labels[bad], minlength=len(classes))
+    empty = np.flatnonzero(left == 0)
+    if not len(empty):
+        return
+    name = classes[empty[0]]
+    unreadable = [quarantined[i] for i in np.flatnonzero(labels[bad] == empty[0])]
+    why = (
+        f"its {len(unreadable)} image files are unreadable ({unreadable[0][0]}: {unreadable[0][1]})"
+        if unreadable
+        else "it has no image file"
+    )
+    others = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
+    raise UserError(
+        f"every class of {folder} needs at least one readable image, but {name!r}{others} has none: {why}; "
+        "add images or remove the class from both splits"
+    )

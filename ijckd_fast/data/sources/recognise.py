@@ -1,0 +1,38 @@
+"""Which kind of source a data folder is: the one table of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ijckd_fast.data.sources.class_folders import ClassFolders
+from ijckd_fast.data.sources.flat_folder import FlatFolder
+from ijckd_fast.data.sources.listing import some
+from ijckd_fast.data.sources.shards import Shards
+from ijckd_fast.data.sources.source import Source, look_into
+from ijckd_fast.errors import UserError
+
+SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, Shards)
+"""The first that recognises a folder's content has it."""
+
+
+def open_source(root: Path, split: str, label_file: str | Path | None = None) -> Source:
+    """The source that root/split is.
+
+    label_file  names the class of each image, for a source that takes one
+    raises      UserError: no such folder, nothing in it, a label file that is missing, not needed or wrong
+    """
+    content = look_into(root, split)
+    for kind in SOURCES:
+        names = kind.recognised_by(content)
+        if not names:
+            continue
+        if label_file is not None and not kind.takes_label_file:
+            raise UserError(
+                f"the label file {label_file} is for images that lie in {content.folder} itself, but there are {kind.title} "
+                f"({some(names)}), which say the class of what is in them; leave the label file out"
+            )
+        return kind(content, label_file)
+    raise UserError(
+        f"wanted class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one folder of "
+        "images per class into it, or webdataset shards"
+    )

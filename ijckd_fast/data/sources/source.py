@@ -1,0 +1,129 @@
+"""What a source is: one way in which root/split can hold images. Each kind is a class in a file of its own, beside this one."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_folder, list_images, some
+from ijckd_fast.data.sources.places import Extent, Place
+from ijckd_fast.errors import UserError
+
+
+@dataclass(frozen=True)
+class Content:
+    """What root/split holds, seen without going deeper. Hidden names do not count.
+
+    folders  names, sorted as torchvision sorts them
+    images   names of image files, sorted; a file's name says that it is one
+    others   names of all other files, sorted
+    """
+
+    root: Path
+    split: str
+    folders: tuple[str, ...]
+    images: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """root/split."""
+        return self.root / self.split
+
+
+def look_into(root: Path, split: str) -> Content:
+    """The content of root/split. Raises UserError where there is no such folder."""
+    folder = root / split
+    expected = f"wanted class folders of images, {folder}/<class>/*.jpg"
+    if not root.is_dir():
+        raise UserError(f"{expected}, but {root} is not a folder; give the folder that holds train/ and val/")
+    if not folder.is_dir():
+        inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+        raise UserError(
+            f"{expected}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
+            "holds train/ and val/"
+        )
+    folders, images, others = [], [], []
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if is_folder(entry):
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            images.append(entry.name)
+        else:
+            others.append(entry.name)
+    return Content(root, split, tuple(sorted(folders)), tuple(sorted(images)), tuple(sorted(others)))
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """What the listings of all groups of a source say together, of N images.
+
+    paths    [N] relative to the root
+    rows     of each group, how many images it holds
+    labels   the different labels that the listings gave, in no special order; () where they gave none
+    numbers  [N] int64, positions in `labels`; None where the listings gave none
+    """
+
+    paths: Iterable[str]
+    rows: Sequence[int]
+    labels: Sequence[str]
+    numbers: np.ndarray | None
+
+
+class Source(ABC):
+    """The images of one split. Made by `recognise.open_source`, for a content that `recognised_by` said yes to.
+
+    A source is listed in groups: what is listed at one go, and again only where it has changed. A group is a folder, whose
+    images are files of their own, or a shard, one file that holds many images.
+    """
+
+    title: ClassVar[str]
+    """What an error calls it, in the plural: 'class folders'."""
+
+    takes_label_file: ClassVar[bool] = False
+    """Whether a text file (--val-labels) says the class of each image."""
+
+    in_shards: ClassVar[bool] = False
+    """Whether the groups are shards. The times of a shard speak for every image in it, those of a folder do not."""
+
+    def __init__(self, content: Content, label_file: str | Path | None) -> None:
+        """label_file: given by the user; None, or for a source that takes one. Raises UserError."""
+        self.content = content
+
+    @classmethod
+    @abstractmethod
+    def recognised_by(cls, content: Content) -> Sequence[str]:
+        """The names in `content` that make it a source of this kind; none where it is of another."""
+
+    @abstractmethod
+    def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
+        """What is listed, relative to the root, in the order in which the images of the index stand.
+
+        classes  names in the order of their labels that are asked for; None: the source's own
+        where    where they are from, for an error: 'the training data has'
+        raises   UserError where the source shows already that its classes are others
+        """
+
+    def list_group(self, group: str) -> Listing:
+        """The images of one group; called from several threads. Raises OSError where it cannot be read, UserError."""
+        return list_images(str(self.content.root), group)
+
+    @staticmethod
+    def place_in_shard(shard: str, offset: int, length: int) -> Place:
+        """Where an image lies: absolute path of its shard, its offset as the listing has it, bytes."""
+        return Extent(shard, offset, length)
+
+    @abstractmethod
+    def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+        """(class names in the order of their labels, label of each image [N] int64). Raises UserError.
+
+        classes  as for `groups`
+        """

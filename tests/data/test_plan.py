@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from ijckd_fast.data import Augment, EvalPlan, Index, Paths, TrainPlan, ViewPlan
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.plan.plans import mixing, padded_crop, random_resized_crop, resize_and_center_crop
+from ijckd_fast.data.plan import mixing, padded_crop, random_resized_crop, resize_and_center_crop
 from ijckd_fast.errors import UserError
 
 

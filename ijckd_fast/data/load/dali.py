@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ijckd_fast.data.load.loader import Loader, Unreadable
 from ijckd_fast.data.load.pillow import make_image
-from ijckd_fast.data.plan.plans import BatchPlan, EvalPlan, Plan
+from ijckd_fast.data.plan import BatchPlan, EvalPlan, Plan
 from ijckd_fast.data.sources import Place
 from ijckd_fast.errors import UserError
 

@@ -18,7 +18,7 @@ from PIL import Image
 from ijckd_fast.data.index.index import Index, Paths
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import PillowLoader, to_rgb
-from ijckd_fast.data.plan.plans import BatchPlan, Plan
+from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.errors import UserError
 
 _WANTED = "(image, label), the image a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], the label an int"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijckd_fast.data.plan.plans import BatchPlan, Mixing, Plan, TooManyUnreadable
+from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable
 from ijckd_fast.errors import UserError
 
 

@@ -22,7 +22,7 @@ from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.index.kept import cache_homes, replace_file
 from ijckd_fast.data.load.backends import make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
-from ijckd_fast.data.plan.plans import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
+from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
 
 _SEED = 0
 _SAMPLE_STREAM = 0x9A217

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
-from ijckd_fast.data.plan.plans import BatchPlan
+from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.sources import Place, WholeFile
 
 

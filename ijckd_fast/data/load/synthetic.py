@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ijckd_fast.data.load.loader import Loader
-from ijckd_fast.data.plan.plans import BatchPlan
+from ijckd_fast.data.plan import BatchPlan
 
 
 class SyntheticLoader(Loader):

@@ -40,7 +40,7 @@ from ijckd_fast.data.index import Index, Scan, scan
 from ijckd_fast.data.index.kept import replace_file
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import arrange, decode
-from ijckd_fast.data.plan.plans import Augment, EvalPlan, TooManyUnreadable
+from ijckd_fast.data.plan import Augment, EvalPlan, TooManyUnreadable
 from ijckd_fast.errors import UserError
 
 FORMAT = "ijckd-fast pack 1"

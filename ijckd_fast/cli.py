@@ -760,7 +760,7 @@ def pack(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.data.prepare.packing import Settings, pack as run, summary_table
+    from ijckd_fast.data.prepare import PackSettings as Settings, pack as run, pack_table as summary_table
 
     rows = run(
         given.data_dir,

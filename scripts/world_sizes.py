@@ -56,7 +56,7 @@ def main() -> int:
 
     import torch
 
-    from ijckd_fast.data.prepare.digits import write_digits
+    from ijckd_fast.data import write_digits
     from ijckd_fast.train import checkpoint, run_folder
 
     where = records.environment("cpu")

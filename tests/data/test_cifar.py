@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import tarfile
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ijckd_fast import cli
 from ijckd_fast.data import build_index
-from ijckd_fast.data.prepare import cifar, imagenet
+from ijckd_fast.data.prepare import cifar
 from ijckd_fast.data.prepare.cifar import KINDS, prepare_cifar
 from ijckd_fast.errors import UserError
 
@@ -188,8 +189,8 @@ def test_unpacks_into_the_layout_that_is_read(tmp_path, content, known, monkeypa
 
 
 def test_goes_on_where_it_was_killed(archive, tmp_path, monkeypatch):
-    """As kill -9 leaves it: nothing is tidied up, the file in the making is there under its hidden name."""
-    replace, written = imagenet.os.replace, []
+    """As kill -9 leaves it: nothing is tidied up, the file in the making is there under another name."""
+    replace, written = os.replace, []
 
     def until_the_fortieth(source, target):
         if len(written) == 40:
@@ -199,13 +200,13 @@ def test_goes_on_where_it_was_killed(archive, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet.os, "replace", until_the_fortieth)
+        patch.setattr(os, "replace", until_the_fortieth)
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             prepare_cifar(out, archive)
     left = tree(out)
     assert len(left) == 41
-    assert sum(Path(path).name.startswith(".") for path in left) == 1
+    assert sum(path.endswith(".tmp") for path in left) == 1
     first, second = written[:2]
     first.write_bytes(first.read_bytes()[:100])  # as a power cut leaves it
     Image.new("RGB", (32, 32)).save(second)  # other pixels

@@ -78,7 +78,7 @@ def test_killed_half_way_leaves_nothing_that_is_taken_as_complete(tmp_path):
     code = f"""
 import os, signal
 from PIL import Image
-from ijckd_fast.data.prepare.digits import write_digits
+from ijckd_fast.data import write_digits
 save, count = Image.Image.save, 0
 def dying_save(*args, **kwargs):
     global count

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_unpacks_into_the_layout_that_is_read(archives, tmp_path):
 
 
 def test_goes_on_where_it_stopped(archives, tmp_path, monkeypatch):
-    replace, written = imagenet.os.replace, []
+    replace, written = os.replace, []
 
     def until_the_seventh(source, target):
         if len(written) == 7:
@@ -80,7 +81,7 @@ def test_goes_on_where_it_stopped(archives, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet.os, "replace", until_the_seventh)
+        patch.setattr(os, "replace", until_the_seventh)
         with pytest.raises(KeyboardInterrupt):
             prepare_imagenet(out, **archives)
     assert len(tree(out)) == 7

@@ -9,7 +9,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijckd_fast.data.sources.listing import Stamp
+from ijckd_fast.files import replacing
 
 CACHE_VERSION = "2"
 CACHE_FOLDER = ".ijckd-index"
@@ -230,8 +231,11 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     for home in homes:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            replace_file(report_path(home, split), lambda path: path.write_text(json.dumps(bad, indent=1) + "\n"))
-            replace_file(home / f"{split}.parquet", write_table)
+            # two processes may have scanned the same folder: shared
+            with replacing(report_path(home, split), shared=True) as path:
+                path.write_text(json.dumps(bad, indent=1) + "\n")
+            with replacing(home / f"{split}.parquet", shared=True) as path:
+                write_table(path)
             return home
         except OSError as error:  # read-only data folder: the next home
             failure = error
@@ -244,15 +248,3 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
 def report_path(home: Path, split: str) -> Path:
     """The list of the files that are left out."""
     return home / f"{split}.quarantine.json"
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` write a file so that a reader finds the old or the new one whole, whenever the process dies."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

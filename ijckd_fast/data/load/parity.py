@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index.index import Index
-from ijckd_fast.data.index.kept import cache_homes, replace_file
+from ijckd_fast.data.index.kept import cache_homes
 from ijckd_fast.data.load.backends import make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
 from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
+from ijckd_fast.files import replacing
 
 _SEED = 0
 _SAMPLE_STREAM = 0x9A217
@@ -173,7 +174,8 @@ def of_dataset(
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / name, lambda path: path.write_text(text))
+            with replacing(folder / name, shared=True) as path:
+                path.write_text(text)
             break
         except OSError:  # a data folder that cannot be written: the next one, or measured again at the next start
             continue

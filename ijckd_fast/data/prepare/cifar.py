@@ -16,13 +16,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijckd_fast.data.index.kept import replace_file
-from ijckd_fast.data.prepare.imagenet import write_whole
-from ijckd_fast.data.sources.shards import CLASSES_FILE
+from ijckd_fast.console import progress_bar
+from ijckd_fast.data.sources import CLASSES_FILE
 from ijckd_fast.errors import UserError
+from ijckd_fast.files import write_bytes, write_text
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 """Where the archives, their checksums and their format are published."""
@@ -95,9 +93,8 @@ def prepare_cifar(out: str | Path, archive: str | Path | None, *, progress: bool
     }
     for split, (_, labels) in splits.items():
         _refuse_strangers(out / split, names, labels, archive)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = {}
-    with Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar:
+    with progress_bar(progress) as bar:
         for split, (images, labels) in splits.items():
             for name in names:
                 (out / split / name).mkdir(parents=True, exist_ok=True)
@@ -105,11 +102,10 @@ def prepare_cifar(out: str | Path, archive: str | Path | None, *, progress: bool
             for number, label in enumerate(bar.track(labels.tolist(), description=f"{kind.name} {split}")):
                 path = out / split / names[label] / _file_name(number)
                 if not _holds(path, images[number]):
-                    write_whole(path, _png(images[number]))
+                    write_bytes(path, _png(images[number]), durable=False)
                     written += 1
             done[split] = {"images": len(labels), "classes": len(names), "written": written}
-    text = "".join(f"{name}\n" for name in names)
-    replace_file(out / CLASSES_FILE, lambda path: path.write_text(text))
+    write_text(out / CLASSES_FILE, "".join(f"{name}\n" for name in names))
     return done
 
 
@@ -235,7 +231,8 @@ def _refuse_strangers(folder: Path, names: list[str], labels: np.ndarray, archiv
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *files):
             path = Path(place, name)
-            if not name.startswith(".") and path.relative_to(folder).as_posix() not in expected:
+            # X.tmp is what a killed run leaves of X: it is written again
+            if not name.startswith(".") and path.relative_to(folder).as_posix().removesuffix(".tmp") not in expected:
                 raise UserError(
                     f"{folder} should hold the images of {archive} alone, found {path}; remove it, or give another folder"
                 )

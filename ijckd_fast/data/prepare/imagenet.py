@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from ijckd_fast.data.sources.label_files import read_labels
-from ijckd_fast.data.sources.listing import some
+from ijckd_fast.console import progress_bar
+from ijckd_fast.data.sources import read_labels, some
 from ijckd_fast.errors import UserError
+from ijckd_fast.files import write_bytes
 
 COMPLETE = {"ILSVRC2012_img_train.tar": 1_281_167, "ILSVRC2012_img_val.tar": 50_000}
 """Images in the archives of these names."""
@@ -80,17 +80,10 @@ def _unpack(
     """Writes the images to folder/<class>/<name>, those that are there with their whole length excepted."""
     counts: Counter[str] = Counter()
     written = 0
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
     try:
         with (
             tarfile.open(archive, "r:") as tar,
-            Progress(*columns, console=Console(stderr=True), disable=not progress, transient=True) as bar,
+            progress_bar(progress, DownloadColumn(), TransferSpeedColumn()) as bar,
         ):
             line = bar.add_task(archive.name, total=archive.stat().st_size)
             for class_name, name, length, place, open_image in images(tar, archive):
@@ -121,20 +114,10 @@ def _is_there(path: Path, length: int) -> bool:
 
 
 def _write(path: Path, data: bytes, length: int, archive: Path) -> None:
-    """What a power cut leaves is too short, and is written again."""
+    """Not forced to the disk: what a power cut leaves is too short, and is written again."""
     if len(data) != length:
         raise UserError(f"{archive} ends within {path.name}; fetch it again. What was unpacked stays")
-    write_whole(path, data)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The whole file or none under its name, whenever the process dies. Not forced to the disk: a power cut may leave less."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_bytes(path, data, durable=False)
 
 
 def _members(

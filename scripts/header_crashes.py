@@ -1,8 +1,8 @@
-"""How often a file whose header cannot be parsed makes DALI take the whole process with it: behind our guard, and without it.
+"""How often a file whose header cannot be parsed makes DALI crash the process: behind our guard, and without it.
 
-Every run is a process of its own, forked once the libraries are loaded, that makes one batch of sound pictures and one that went bad
-after it was indexed. Left to itself, DALI 2.4.0 segfaults in some of these runs; data/dali.py makes it look at the header first, which
-raises an error instead.
+Every run is a process of its own, forked once the libraries are loaded, that makes one batch of sound pictures and one
+that went bad after it was indexed. Left to itself, DALI 2.4.0 segfaults in some of these runs; data/dali.py makes it
+look at the header first, which raises an error instead.
 
     scripts/header_crashes.py --save                         # 200 runs behind the guard
     scripts/header_crashes.py --unguarded --runs 40 --save   # what it guards against
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 COLUMNS = (
-    "what", "guard", "kinds", "runs", "crashes", "other_failures", "batch", "threads", "s_per_run", "machine", "torch", "dali", "pillow",
+    "what", "guard", "kinds", "runs", "crashes", "other_failures", "batch", "threads", "s_per_run", "machine", "torch",
+    "dali", "pillow",
     "python", "commit", "date",
 )  # fmt: skip
 WIDTH, HEIGHT = 200, 150

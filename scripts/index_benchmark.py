@@ -1,7 +1,8 @@
-"""`benchmark.py index`: how fast a data folder is scanned, and how long and how much memory the start with a large index takes.
+"""`benchmark.py index`: how fast a data folder is scanned, and what time and memory a start with a large index takes.
 
-The scan reads real pictures; the starts read index files made up for as many images and class folders as ImageNet and ImageNet-21k
-have, each in a process of its own. The class folders are there, the images are not: a start does not ask for them.
+The scan reads real pictures; the starts read index files made up for as many images and class folders as ImageNet and
+ImageNet-21k have, each in a process of its own. The class folders are there, the images are not: a start does not ask
+for them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import records
 
 COLUMNS = (
     "what", "workload", "files", "folders", "seconds", "seconds_least", "seconds_most", "images_per_s", "order_seconds",
-    "batch_ms", "peak_mb", "held_mb", "repeats", "threads", "machine", "pyarrow", "numpy", "pillow", "python", "commit", "date",
+    "batch_ms", "peak_mb", "held_mb", "repeats", "threads", "machine", "pyarrow", "numpy", "pillow", "python", "commit",
+    "date",
 )  # fmt: skip
 IMAGENET = {"imagenet": (1_281_167, 1000), "imagenet-21k": (14_197_122, 21_841)}  # images, class folders
 PICTURES = 200  # that differ; the other files are hard links to them
@@ -95,9 +97,10 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "index",
         help="the scan of a data folder, and the start with an index of millions of images",
-        description="Times a first scan (every file decoded), a second start that asks for every file and one that asks for the folders "
-        "only, on hard links to ImageNet-like pictures; then the start with made-up index files of ImageNet's sizes, with the memory "
-        'it takes. Prints a table; the last line is one JSON object {"rows": [...]}.',
+        description="Times a first scan (every file decoded), a second start that asks for every file and one that "
+        "asks for the folders only, on hard links to ImageNet-like pictures; then the start with made-up index files of "
+        "ImageNet's sizes, with the memory it takes. Prints a table; the last line is one JSON object "
+        '{"rows": [...]}.',
     )
     parser.add_argument(
         "--files", type=int, default=20_000, help="pictures to scan, in classes of a hundred; 0: no scan"

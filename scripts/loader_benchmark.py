@@ -1,7 +1,7 @@
-"""`benchmark.py loader`: images a second of each executor and of a torchvision ImageFolder in a DataLoader, on the same files.
+"""`benchmark.py loader`: images a second of each executor, and of torchvision's ImageFolder in a DataLoader.
 
-Contenders take turns, a pass over the same number of images each, so a slow minute of the machine hits all alike. The first batches
-of a pass are not timed: starting workers or building a pipeline is once per epoch or run.
+Contenders take turns, a pass over the same number of images each, so a slow minute of the machine hits all alike. The
+first batches of a pass are not timed: starting workers or building a pipeline is once per epoch or run.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     "what", "workload", "device", "threads", "contender", "baseline", "images_per_s", "baseline_images_per_s", "ratio",
-    "images_per_s_p20", "images_per_s_p80", "cpu_ms_per_image", "baseline_cpu_ms_per_image", "images", "batch", "image_size",
+    "images_per_s_p20", "images_per_s_p80", "cpu_ms_per_image", "baseline_cpu_ms_per_image", "images", "batch",
+    "image_size",
     "repeats", "plan_percent", "machine", "torch", "dali", "torchvision", "pillow", "python", "commit", "date",
 )  # fmt: skip
 BASELINE = "torchvision"
@@ -35,7 +36,7 @@ UNTIMED = 4  # batches
 
 
 class Pass(NamedTuple):
-    """One contender's turn: images a second by the wall clock, CPU milliseconds an image of this process and its workers."""
+    """One contender's turn: images a second, and CPU milliseconds an image of this process and its workers."""
 
     images_per_s: float
     cpu_ms_per_image: float
@@ -44,10 +45,11 @@ class Pass(NamedTuple):
 def write_photos(
     root: pathlib.Path, images: int, classes: int = 10, size: tuple[int, int] = (500, 375), seed: int = 0
 ) -> None:
-    """root/{train,val}/<class>/*.jpg, `images` in all, a tenth of them val: what ImageNet costs to decode, without ImageNet.
+    """root/{train,val}/<class>/*.jpg, `images` in all, a tenth of them val. They cost what ImageNet's cost to decode.
 
     size    (width, height) of most; a third is upright, and sides vary by a tenth
-    Pictures are noise whose spectrum falls as a photograph's, at quality 90: about 110 kB each at 500 x 375, as ImageNet's mean.
+    Pictures are noise whose spectrum falls as a photograph's, at quality 90: about 110 kB each at 500 x 375, as
+    ImageNet's mean.
     """
     import numpy as np
     from PIL import Image
@@ -109,7 +111,7 @@ def ours(contender: str, plan: Any, threads: int, steps: int, device: str) -> Pa
 
 
 def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: int, device: str) -> Pass:
-    """The same with what most people have: torchvision's ImageFolder and transforms in a DataLoader of `threads` workers."""
+    """The same with torchvision's ImageFolder and transforms in a DataLoader of `threads` workers."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose(
@@ -164,15 +166,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "loader",
         help="the data loaders against torchvision's",
-        description="Times each executor, a pass over training batches (random crop, flip, normalise) at a time, against a torchvision "
-        "ImageFolder in a DataLoader with as many workers as the executor has threads. Prints a table; the last line is one JSON "
-        'object {"rows": [...]} with ratio = images_per_s / baseline_images_per_s.',
+        description="Times each executor, a pass over training batches (random crop, flip, normalise) at a time, "
+        "against a torchvision ImageFolder in a DataLoader with as many workers as the executor has threads. Prints a "
+        'table; the last line is one JSON object {"rows": [...]} with ratio = images_per_s / baseline_images_per_s.',
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where batches are delivered")
     parser.add_argument(
         "--data-dir",
         type=pathlib.Path,
-        help="folder with train/<class>/* (default: ImageNet-like pictures are written anew)",
+        help="folder with train/<class>/* (default: ImageNet-like pictures are written)",
     )
     parser.add_argument("--images", type=int, default=2000, help="pictures to write where there is no --data-dir")
     parser.add_argument(
@@ -180,8 +182,8 @@ def add_parser(commands: Any) -> None:
         nargs="+",
         choices=("dali", "dali-hybrid", "dali-gpu", "dali-packed", "pillow", "pillow-packed"),
         default=["dali", "dali-packed", "pillow"],
-        help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU; -packed: on what ijckd-fast pack "
-        "makes of the same images (default: dali dali-packed pillow)",
+        help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU; -packed: on "
+        "what ijckd-fast pack makes of the same images (default: dali dali-packed pillow)",
     )
     parser.add_argument("--short", type=int, default=256, help="of the pack: shorter side, pixels")
     parser.add_argument(

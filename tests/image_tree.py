@@ -19,7 +19,7 @@ def photo(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def write_split(root: Path, split: str, classes: dict[str, int], size: tuple[int, int] | None = None) -> None:
-    """root/split/<class>/<n>.jpg; `classes` maps names to numbers of images. size (h, w), or several shapes when None."""
+    """root/split/<class>/<n>.jpg; `classes` maps names to numbers of images. size (h, w); None: several shapes."""
     shapes = [(48, 64), (64, 48), (40, 40), (37, 91)]
     for label, (name, count) in enumerate(classes.items()):
         folder = root / split / name

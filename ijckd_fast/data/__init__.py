@@ -1,4 +1,12 @@
-"""From folders of images to batches: sources/ -> index/ (scan once) -> plan/ (what a batch is) -> load/ (its pixels); prepare/."""
+"""From folders of images to batches.
+
+sources/   the kinds of data folders: how each is recognised, listed and read
+index/     the images of a split, each looked at once
+plan/      what every batch is, before an image is opened
+load/      executors, which make its pixels
+prepare/   what makes data folders: downloaded archives, the digits, packs
+Each stands on those above it alone; all draw from counter_rng.py.
+"""
 
 from __future__ import annotations
 

@@ -24,15 +24,17 @@ from ijckd_fast.data.prepare import cifar
 from ijckd_fast.data.prepare.cifar import KINDS, prepare_cifar
 from ijckd_fast.errors import UserError
 
-_FINE = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar
-cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house
-kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter
-palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
-skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip
-turtle wardrobe whale willow_tree wolf woman worm"""
-_COARSE = """aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices household_furniture insects
-large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes large_omnivores_and_herbivores medium_mammals
-non-insect_invertebrates people reptiles small_mammals trees vehicles_1 vehicles_2"""
+_FINE = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm"""
+_COARSE = """aquatic_mammals fish flowers food_containers fruit_and_vegetables household_electrical_devices
+household_furniture insects large_carnivores large_man-made_outdoor_things large_natural_outdoor_scenes
+large_omnivores_and_herbivores medium_mammals non-insect_invertebrates people reptiles small_mammals trees vehicles_1
+vehicles_2"""
 _TEN = "airplane automobile bird cat deer dog frog horse ship truck"
 FINE, COARSE, TEN = (names.split() for names in (_FINE, _COARSE, _TEN))
 META = {
@@ -44,7 +46,7 @@ OFFICIAL = {"CIFAR-100": torchvision.datasets.CIFAR100, "CIFAR-10": torchvision.
 
 
 class Python2Pickler(pickle._Pickler):
-    """Protocol 2 as Python 2 wrote it: byte strings for str and for an array's bytes, ints for numpy's flags, memo from 1 on."""
+    """Protocol 2 as Python 2 wrote it: byte strings for str and arrays, ints for numpy's flags, memo from 1."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -140,7 +142,7 @@ def tree(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_names_checksums_and_parts_are_the_published_ones(name):
-    """torchvision has the md5 of the archives and of the pickled class names, which are written here again from the list above."""
+    """torchvision has the md5 of the archives and of the pickled class names, written here from the list above."""
     official = OFFICIAL[name]
     kind = KINDS[official.tgz_md5]
     assert kind.name == name
@@ -237,8 +239,8 @@ def test_archives_of_another_checksum_are_refused(archive, tmp_path):
         archive.write_bytes(data)
         text = complaint(tmp_path / "out", archive)
         assert (
-            "should have the md5 eb9058c3a382ffc7106e4002c42a8d85 (CIFAR-100) or c58f30108f718f92721af3b95e74349a (CIFAR-10)"
-            in text
+            "should have the md5 eb9058c3a382ffc7106e4002c42a8d85 (CIFAR-100) or c58f30108f718f92721af3b95e74349a "
+            "(CIFAR-10)" in text
         )
         assert f"found {hashlib.md5(data).hexdigest()} ({len(data):,} bytes)" in text
         assert (
@@ -312,13 +314,29 @@ def _changed(**changes):
         ("meta", _changed(fine_label_names=None), "wanted 100 class names as 'fine_label_names', found None"),
         ("meta", _changed(fine_label_names=["../../x", *FINE[1:]]), "class names of small letters, found '../../x'"),
         ("meta", _changed(fine_label_names=[7, *FINE[1:]]), "class names of small letters, found 7"),
-        ("train", _changed(data=lambda c: c["data"][:, :3071]), r"wanted [200, 3072] uint8 pixels of the train images, found [200, 3071]"),
+        (
+            "train",
+            _changed(data=lambda c: c["data"][:, :3071]),
+            r"wanted [200, 3072] uint8 pixels of the train images, found [200, 3071]",
+        ),
         ("train", _changed(data=lambda c: c["data"][1:]), r"found [199, 3072] uint8"),
-        ("test", _changed(data=lambda c: c["data"].astype(np.int32)), r"pixels of the val images, found [100, 3072] int32"),
-        ("test", _changed(data="x"), "wanted the arrays 'data' and the lists 'fine_labels' of the val images, found others"),
+        (
+            "test",
+            _changed(data=lambda c: c["data"].astype(np.int32)),
+            r"pixels of the val images, found [100, 3072] int32",
+        ),
+        (
+            "test",
+            _changed(data="x"),
+            "wanted the arrays 'data' and the lists 'fine_labels' of the val images, found others",
+        ),
         ("test", _changed(fine_labels=lambda c: ["x"] * 100), "found others (ValueError"),
         ("test", _changed(fine_labels=lambda c: [-1] * 100), "found others (ValueError"),
-        ("test", _changed(fine_labels=lambda c: [0, *range(1, 99), 0]), "should hold 1 val images of each of 100 classes, found 2"),
+        (
+            "test",
+            _changed(fine_labels=lambda c: [0, *range(1, 99), 0]),
+            "should hold 1 val images of each of 100 classes, found 2",
+        ),
         ("test", _changed(fine_labels=lambda c: [*range(99), 100]), "found 0 with label 99"),
         ("test", _changed(fine_labels=[*range(101)], data=np.zeros((101, 3072), np.uint8)), "found 1 with label 100"),
     ],

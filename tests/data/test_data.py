@@ -123,7 +123,7 @@ def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(data, backen
 @pytest.mark.parametrize("backend", EXECUTORS)
 @pytest.mark.parametrize(("batch_size", "augment"), [(3, AUGMENT), (6, AUGMENT), (6, PADDED)])
 def test_from_an_epoch_on_with_two_processes_instead_of_one(data, backend, batch_size, augment):
-    """Whether the global batch stays (3 each) or doubles (6 each), the epoch has the same images with the same crops and flips."""
+    """Whether the global batch stays (3 each) or doubles (6 each), the epoch has the same images, crops and flips."""
 
     def epoch(world: int, batch_size: int, number: int):
         """Of each image seen: what its pixels are made of, and the pixels."""
@@ -150,7 +150,7 @@ def test_from_an_epoch_on_with_two_processes_instead_of_one(data, backend, batch
 
 
 def test_pillow_evaluation_is_torchvisions(tmp_path):
-    """Odd sizes, enlarging as well as shrinking, shorter side already right: equal to the last bit before normalising."""
+    """Odd sizes, enlarged and shrunk, shorter side already right: equal to the last bit before normalising."""
     shapes = [(28, 28), (28, 77), (60, 28), (13, 20), (91, 37), (101, 333), (29, 30), (200, 201), (57, 56)]
     for n, (height, width) in enumerate(shapes):
         folder = tmp_path / "val" / f"c{n}"
@@ -209,7 +209,7 @@ class _RandomCrop(torchvision.transforms.RandomCrop):
 
 @pytest.mark.parametrize("backend", EXECUTORS)
 def test_padded_crops_are_torchvisions(small, backend):
-    """Of images of image_size and of others, in several epochs, flips included: RandomCrop(32, padding=4) after Resize(32)."""
+    """RandomCrop(32, padding=4) after Resize(32): images of image_size and others, several epochs, flips included."""
     plan = TrainPlan(small, Augment(image_size=32, eval_resize=32, crop_padding=4), len(SHAPES), seed=5)
     places, flips = set(), 0
     for step, batch in enumerate(batches(backend, plan, stop=40)):
@@ -707,7 +707,7 @@ def test_impossible_settings_of_dali_are_refused(data, setting, text):
 @pytest.mark.parametrize("plan", ["train", "padded", "evaluation"])
 @pytest.mark.parametrize(("decode", "levels"), [("cpu", 0.0), ("hybrid", 0.5), ("gpu", 3.0)])
 def test_a_gpu_gets_the_same_images(data, plan, decode, levels):
-    """levels: mean difference in grey levels; a GPU's resize rounds otherwise, and its decoder has another inverse DCT."""
+    """levels: mean difference in grey levels. A GPU's resize rounds otherwise, its decoder has another inverse DCT."""
     plan = {
         "train": TrainPlan(data, AUGMENT, 8, 1),
         "padded": TrainPlan(data, PADDED, 8, 1),

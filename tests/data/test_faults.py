@@ -163,7 +163,7 @@ class Seen(NamedTuple):
 
 
 def show(index: Index, executor: str, training: bool, during: Callable[[], object] = lambda: None) -> Seen:
-    """One epoch or evaluation; `during` is called after the first batch. Every label must be that of the image's folder."""
+    """One epoch or evaluation. `during` is called after the first batch. Every label is that of the image's folder."""
     bad: list[str] = []
     plan = TrainPlan(index, AUGMENT, BATCH, training_seed(index)) if training else EvalPlan(index, AUGMENT, BATCH)
     stop = plan.steps_per_epoch if training else None

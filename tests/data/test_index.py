@@ -531,7 +531,7 @@ def test_progress_bar_goes_to_stderr(root, capfd):
 
 @pytest.fixture
 def listed(monkeypatch) -> list[str]:
-    """The folders that are listed from now on. Folders changed just now may be trusted: the tests do not wait two seconds."""
+    """The folders that are listed from now on. Those changed just now may be trusted: no test waits two seconds."""
     seen: list[str] = []
     list_group = ClassFolders.list_group
 

@@ -310,7 +310,8 @@ def test_other_settings_or_other_data_are_refused(data, tmp_path):
     assert shards(out) == whole
 
 
-# --- files and folders that are not as they should be ------------------------------------------------------------------
+# --- files and folders that are not as they should be
+# ------------------------------------------------------------------
 
 
 def rot(path: Path, into: bytes = b"<html>404 not found</html>") -> None:

@@ -146,7 +146,7 @@ def test_crop_fallbacks_by_hand():
 
 @pytest.mark.parametrize(("height", "width"), [(500, 375), (32, 32), (60, 200)])
 def test_crop_distribution_is_torchvisions(height, width):
-    """Two-sample Kolmogorov-Smirnov distance of every coordinate, and of area and ratio, against torchvision's own draws."""
+    """Two-sample Kolmogorov-Smirnov distance of each coordinate, area and ratio to torchvision's own draws."""
     n = 4000
     anchor, shape, flip = random_resized_crop(1, 0, np.arange(n), np.tile([[height, width]], (n, 1)), Augment())
     ours = np.concatenate([anchor, shape], 1).astype(float)
@@ -651,7 +651,11 @@ def test_with_views_a_stand_in_is_seen_in_its_own():
         (0, {}, "views of each image must be at least 1, found 0"),
         (2, {"mixup": 0.2, "repeats": 2}, "found mixup 0.2 and repeats 2, of which"),
         (2, {"cutmix": 1.0}, "found cutmix 1, of which"),
-        (2, {"sizes": ((0, 64),)}, "found progressive sizes, of which no view is the same .* train with the teacher itself"),
+        (
+            2,
+            {"sizes": ((0, 64),)},
+            "found progressive sizes, of which no view is the same .* train with the teacher itself",
+        ),
     ],
 )  # fmt: skip
 def test_what_no_fixed_number_of_views_can_serve_is_refused(views, augment, text):

@@ -132,8 +132,8 @@ def test_other_members_are_not_read(tmp_path, folders):
     image = Path(folders.absolute(0)).read_bytes()
     write_shard(
         tmp_path / "train" / "a.tar",
-        [("./x.JPEG", image), ("./x.json", b"{}"), ("./x.cls", b"0\n"), ("._y.jpg", b"?"), ("notes", b"?"), ("z.seg.png", b"?"),
-         ("z.png", image), ("z.cls", b"1")],
+        [("./x.JPEG", image), ("./x.json", b"{}"), ("./x.cls", b"0\n"), ("._y.jpg", b"?"), ("notes", b"?"),
+         ("z.seg.png", b"?"), ("z.png", image), ("z.cls", b"1")],
     )  # fmt: skip
     with pytest.raises(UserError, match=r"one image for each key, found 'z\.seg\.png' and 'z\.png'"):
         build_index(tmp_path, "train")

@@ -1,7 +1,8 @@
-"""The index of one split: every image file looked at once, then only its size and modification time, or only its folder's.
+"""Builds the index of one split: each image is opened once; later its size and time are asked for, or its folder's.
 
-`build_index` lists the images of a source, decodes each once to learn whether it can be trained on, and remembers the verdicts in
-a Parquet file. Files that cannot be decoded are set aside with their reason; training continues without them.
+`build_index` lists the images of a source, decodes each once to learn whether it can be trained on, and remembers the
+verdicts in a Parquet file. Files that cannot be decoded are set aside with their reason; training continues without
+them.
 """
 
 from __future__ import annotations
@@ -61,25 +62,26 @@ def build_index(
     progress: bool = False,
     cache_dir: str | Path | None = None,
 ) -> Index:
-    """Indexes root/split/<class>/**, or the webdataset shards root/split/*.tar, decoding only what is new or changed since the last
-    time.
+    """Indexes root/split, a folder of any kind in ../sources. Decodes only what is new or has changed.
 
-    classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default: sorted
+    classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default:
+               sorted
     class_list a file that names them, one in a line, where there are no `classes`
-    labels     a file that names the class of every image, see label_files.read_labels; for images that lie in root/split itself
+    labels     a file that names the class of every image, see label_files.read_labels; for images that lie in
+               root/split itself
     workers    threads that decode; 0 = one per core this process may use
     verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
                odd, so that damage inside a file goes unseen
     refresh    forget earlier verdicts
-    trust_folders  take it that a folder holds what it held as long as its own times are the same, instead of asking for the
-               length and time of every file: seconds for millions of files, but one rewritten in place goes unseen. Files
-               left out before are looked at all the same
+    trust_folders  take it that a folder holds what it held as long as its own times are the same, instead of asking for
+               the length and time of every file: seconds for millions of files, but one rewritten in place goes unseen.
+               Files left out before are looked at all the same
     progress   show a progress bar on stderr while folders are listed and files are decoded
     cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below
                the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
     warns      once with the number of files left out and where their list is; when a cached index is damaged
-    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or the
-               class list, labels unlike the images, a damaged shard
+    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or
+               the class list, labels unlike the images, a damaged shard
     """
     return scan(
         root,

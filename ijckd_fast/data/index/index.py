@@ -24,7 +24,10 @@ _NOISE_STREAM = 0x2015E
 
 
 class Paths(Sequence[str]):
-    """File names, relative to the data folder, in one run of bytes: a str each would take twice the memory, and minutes to make."""
+    """File names, relative to the data folder, in one run of bytes.
+
+    A str for each would take twice the memory, and minutes to make.
+    """
 
     def __init__(self, encoded: pa.ChunkedArray) -> None:
         """encoded: [N] large_binary, file names as the filesystem has them, which need not be UTF-8."""
@@ -67,7 +70,9 @@ class Paths(Sequence[str]):
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """One split's images in a fixed order: class folders in label order, names within sorted; or shard by shard, as they lie there.
+    """One split's images in a fixed order: group by group of their source, within a group as it lists them.
+
+    So class folders stand in the order of their labels, with sorted names within; shards in the order of their names.
     An image's id is its position.
 
     root         absolute path of the data folder

@@ -1,4 +1,4 @@
-"""What an index remembers between two starts: one Parquet file per split, with the verdict on every file, and a list of the bad ones."""
+"""What is kept of a scan between two starts: for each split a Parquet file of verdicts, and a list of the bad files."""
 
 from __future__ import annotations
 
@@ -168,7 +168,10 @@ def _read(path: Path) -> Files:
 
 @contextlib.contextmanager
 def _system_memory() -> Iterator[None]:
-    """Arrow's own allocator asks for huge pages; where memory is scarce or scattered the kernel takes seconds to make them."""
+    """Inside, Arrow takes memory from malloc.
+
+    Its own allocator asks for huge pages. Where memory is scarce or scattered, the kernel takes seconds to make them.
+    """
     usual = pa.default_memory_pool()
     pa.set_memory_pool(pa.system_memory_pool())
     try:

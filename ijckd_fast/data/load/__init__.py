@@ -1,4 +1,8 @@
-"""Executors, which turn a plan's batches into pixels and add no randomness of their own; and how far apart two of them are."""
+"""Executors turn a plan's batches into pixels. They add no randomness of their own.
+
+loader.py is what they share: dali.py (the fast one), pillow.py (the oracle), synthetic.py (noise), dataset.py (items of
+a torch dataset). backends.py has them by name. parity.py measures how far DALI's pixels are from Pillow's.
+"""
 
 from __future__ import annotations
 

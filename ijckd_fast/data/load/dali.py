@@ -40,8 +40,9 @@ def _encoded(place: Place) -> np.ndarray:
 
 
 def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
-    """What the pipeline's external source takes: of a whole batch, or of one image of it. First the paths, or from shards the
-    encoded images themselves.
+    """What the pipeline's external source takes of a whole batch, or of one image of it.
+
+    First the paths of files, or from shards the encoded images themselves.
     """
     part = slice(None) if only is None else slice(only, only + 1)
     if plan.places is None:
@@ -54,16 +55,19 @@ def _inputs(plan: BatchPlan, only: int | None = None) -> tuple:
 
 
 class DaliLoader(Loader):
-    """See Loader. Geometry comes from the plan and the resize is antialiased, so that pixels equal Pillow's but for rounding,
-    unless a GPU decodes: nvJPEG's differ from a CPU decoder's by its own inverse DCT, and which decoder an image gets depends on
+    """See Loader. Geometry comes from the plan and the resize is antialiased: pixels equal Pillow's but for rounding.
+
+    Where a GPU decodes they do not: nvJPEG has an inverse DCT of its own, and which decoder an image gets depends on
     its batch.
 
     decode           'cpu': decode, resize and normalise on `threads` CPU threads, and a GPU gets the finished batch;
-                     'hybrid': decode there, the rest on the GPU; 'gpu': the Huffman part of some images there, all else on the GPU
-    hw_decoder_load  decode 'gpu': share of the images that go to the GPU's JPEG engine, in [0, 1]. More threads want less of it
+                     'hybrid': decode there, the rest on the GPU; 'gpu': the Huffman part of some images there, all else
+                     on the GPU
+    hw_decoder_load  decode 'gpu': share of the images that go to the GPU's JPEG engine, in [0, 1]. More threads want
+                     less of it
     raises           UserError: decode other than 'cpu' without a GPU to deliver to
-    With a GPU, float16 and bfloat16 batches leave DALI as float16 (it has no bfloat16), and batches arrive in the order of torch's
-    current stream: the host waits for no copy.
+    With a GPU, float16 and bfloat16 batches leave DALI as float16 (it has no bfloat16), and batches arrive in the order
+    of torch's current stream: the host waits for no copy.
     """
 
     _pipeline: Pipeline | None = None
@@ -83,7 +87,8 @@ class DaliLoader(Loader):
             )
         if not 0 <= hw_decoder_load <= 1:
             raise UserError(
-                f"hw_decoder_load must be a share of the images between 0 and 1, found {hw_decoder_load}; 0.65 is DALI's own"
+                f"hw_decoder_load must be a share of the images between 0 and 1, found {hw_decoder_load}; 0.65 is "
+                "DALI's own"
             )
         self.decode, self.hw_decoder_load = decode, hw_decoder_load
 
@@ -122,8 +127,8 @@ class DaliLoader(Loader):
             prefetch_queue_depth=prefetch,
         )
         with pipeline:
-            # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop where it comes first, else
-            # of the resized image. result: (h, w) of what comes out.
+            # stored: (h, w) as indexed. anchor: (y, x) of the crop. target: (h, w) of the crop where it comes first,
+            # else of the resized image. result: (h, w) of what comes out.
             first, stored, anchor, target, result, flip = fn.external_source(
                 source=source,
                 num_outputs=6,
@@ -186,7 +191,7 @@ class DaliLoader(Loader):
                 return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2), self._in_flight.popleft()
 
     def _set_bad_files_aside(self) -> bool:
-        """Whether any file of the batches in flight fails alone. Pillow is asked first, because it says what is wrong."""
+        """Whether any file of the batches in flight fails alone. Pillow is asked first: it says what is wrong."""
         bad = False
         rows = [(plan, i) for plan in self._in_flight for i in range(len(plan.ids))]
         sound = []

@@ -1,4 +1,4 @@
-"""Any map-style torch dataset by the same plan: what a folder's index says of files, said of its items; and their executor."""
+"""Any map-style torch dataset by the same plans: an index of its items, and the executor that reads them."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ def index_dataset(
 ) -> Index:
     """The index of a dataset, by opening every item once, each time anew: sizes are known only then.
 
-    dataset  items are (PIL image or uint8 array [H, W, 3] or uint8 tensor [3, H, W], all as stored: augmentation is the plan's;
-             int label from 0). Where it has `targets`, the labels are those
-    classes  names in the order of the labels, e.g. the training index's; default: dataset.classes, else the labels' digits
+    dataset  items are (PIL image or uint8 array [H, W, 3] or uint8 tensor [3, H, W], all as stored: augmentation is the
+             plan's; int label from 0). Where it has `targets`, the labels are those
+    classes  names in the order of the labels, e.g. the training index's; default: dataset.classes, else the labels'
+             digits
     workers  threads that open items; 0 = one per core this process may use
-    returns  Index with items in the dataset's order. Those that raise are left out, in `quarantined`, so that an id is not an item's
-             number, which the last part of its path is. `hash` is of split, classes, item numbers, labels and sizes, not of pixels
-    raises   UserError: no items; items of another kind, float tensors above all; labels that are none of the classes, or unlike
-             `targets`; a class without a readable item
+    returns  Index with items in the dataset's order. Those that raise are left out, in `quarantined`, so that an id is
+             not an item's number, which the last part of its path is. `hash` is of split, classes, item numbers, labels
+             and sizes, not of pixels
+    raises   UserError: no items; items of another kind, float tensors above all; labels that are none of the classes,
+             or unlike `targets`; a class without a readable item
     """
     try:
         count = len(dataset)
@@ -67,7 +69,8 @@ def index_dataset(
             return error.why
         if targets is not None and targets[i] != label:
             raise UserError(
-                f"item {i} of {_name(dataset)} has label {label}, but its targets say {targets[i]}; remove its target_transform"
+                f"item {i} of {_name(dataset)} has label {label}, but its targets say {targets[i]}; remove its "
+                "target_transform"
             )
         return *image.size, label
 
@@ -122,8 +125,8 @@ def _require_items_of_every_class(
     wrong = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(wrong):
         raise UserError(
-            f"labels of {_name(dataset)} must be from 0 to {len(names) - 1}, one of its {len(names)} classes, found {labels[wrong[0]]}; "
-            "renumber them, or name all classes"
+            f"labels of {_name(dataset)} must be from 0 to {len(names) - 1}, one of its {len(names)} classes, found "
+            f"{labels[wrong[0]]}; renumber them, or name all classes"
         )
     counts = Counter(labels.tolist())
     empty = [label for label in range(len(names)) if not counts[label]]
@@ -131,13 +134,16 @@ def _require_items_of_every_class(
         which = f"label {empty[0]} ({names[empty[0]]!r}) has none" if empty else "none can be read"
         unreadable = f"; {len(quarantined)} items are unreadable ({quarantined[0][1]})" if quarantined else ""
         raise UserError(
-            f"every class of {_name(dataset)} needs at least one readable item, but {which}{unreadable}; add items, or renumber the labels "
-            "without gaps"
+            f"every class of {_name(dataset)} needs at least one readable item, but {which}{unreadable}; add items, or "
+            "renumber the labels without gaps"
         )
 
 
 def open_item(dataset: MapDataset, i: int) -> tuple[Image.Image, int]:
-    """Item i as (RGB image, label). Raises Unreadable where the dataset raises, UserError for an item of another kind."""
+    """Item i as (RGB image, label).
+
+    raises  Unreadable where the dataset raises; UserError for an item of another kind
+    """
     where = f"item {i} of {_name(dataset)}"
     try:
         item = dataset[i]
@@ -192,8 +198,8 @@ class DatasetLoader(PillowLoader):
         last = _number(plan.index.paths[len(plan.index) - 1])  # an index keeps the items' order, and so do its subsets
         if last >= len(dataset):
             raise UserError(
-                f"the plan is of {plan.index.root} with {last + 1} items or more, found {_name(dataset)} with {len(dataset)}; give the "
-                "dataset that was indexed"
+                f"the plan is of {plan.index.root} with {last + 1} items or more, found {_name(dataset)} with "
+                f"{len(dataset)}; give the dataset that was indexed"
             )
 
     def _stored(self, plan: BatchPlan, i: int) -> Image.Image:

@@ -91,15 +91,17 @@ class Loader:
     stop      one after the last step; None = the plan's end (a TrainPlan has none)
     device    where batches are delivered
     dtype     of the images
-    bad_limit files that may turn out unreadable before the loader gives up; None = a thousandth of the index, at least 8
+    bad_limit files that may turn out unreadable before the loader gives up; None = a thousandth of the index, at least
+    8
     on_bad    called with path and reason of each of them, once; default: a warning
     raises    UserError for a nonsensical number; TooManyUnreadable while iterating
-    A file that cannot be read any more, or is not what was indexed, does not end the iteration. In training an image with the
-    same label stands in for it, always the same one (plan.py:StandIns); evaluation leaves it out, and no other in its place.
-    Neither threads nor prefetch, start or stop change the bits of a step's batch. A batch stays valid while it is
-    referenced, also after close(). Use as a context manager, or close().
+    A file that cannot be read any more, or is not what was indexed, does not end the iteration. In training an image
+    with the same label stands in for it, always the same one (plan.py:StandIns); evaluation leaves it out, and no other
+    in its place. Neither threads nor prefetch, start or stop change the bits of a step's batch. A batch stays valid
+    while it is referenced, also after close(). Use as a context manager, or close().
 
-    followed  the plan of the batch handed over last, stand-ins and all: what is in it, for the host to know without asking the device
+    followed  the plan of the batch handed over last, stand-ins and all: what is in it, for the host to know without
+              asking the device
     """
 
     followed: BatchPlan | None = None
@@ -184,8 +186,8 @@ class Loader:
             files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
             raise TooManyUnreadable(
                 f"{files} of {self.plan.index.root}/{self.plan.index.split} cannot be read any more, more than the "
-                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}). Is the disk whole and mounted? Build the index "
-                "again to leave them out for good"
+                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}). Is the disk whole and mounted? Build "
+                "the index again to leave them out for good"
             )
 
     def close(self) -> None:

@@ -69,12 +69,13 @@ def compare(
     """Both executors on the same crops of a seeded sample of the images, as the index's split uses them.
 
     augment    its mixup, cutmix, repeats and sizes are not used: they are the same code behind either executor
-    images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val takes no
-               more than it has
+    images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val
+               takes no more than it has
     logits_of  images [B, 3, S, S] on `device` -> logits [B, K]: a net to be asked on both kinds of pixels
     decode     DALI's, see DaliLoader; 'hybrid' and 'gpu' need `device` to be a GPU
     on_bad     called with path and reason of a file that cannot be read; it is left out
-    raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can be read
+    raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can
+               be read
     """
     plan = _sample(index, augment, images)
     stop = -(-images // plan.batch_size)
@@ -122,8 +123,8 @@ def _compare(
     n = sum(map(len, means))
     if n == 0:
         raise TooManyUnreadable(
-            f"images were wanted to compare DALI with Pillow on, but both could read none of the sample of {index.root}/{index.split}; "
-            "is the disk still there?"
+            "images were wanted to compare DALI with Pillow on, but both could read none of the sample of "
+            f"{index.root}/{index.split}; is the disk still there?"
         )
     of_image = torch.cat(means)
     worst = int(of_image.argmax())
@@ -155,8 +156,8 @@ def of_dataset(
 ) -> tuple[list[Parity], bool]:
     """The comparison of both splits, and whether it had been made before: it is kept beside the index.
 
-    It is made again for other images, another augmentation or decode, and with another version of DALI, Pillow or our executors.
-    raises UserError as compare does
+    It is made again for other images, another augmentation or decode, and with another version of DALI, Pillow or our
+    executors. raises UserError as compare does
     """
     made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode}
     name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"

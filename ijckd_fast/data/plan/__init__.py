@@ -1,7 +1,7 @@
 """What every batch consists of, before an image is opened: a pure function of index, seed, epoch, step and world size.
 
-augment.py (settings), crops.py and mixup.py (what is drawn), stand_ins.py (for images that cannot be read any more), batch.py
-(one batch), plans.py (TrainPlan, ViewPlan, EvalPlan).
+augment.py (settings), crops.py and mixup.py (what is drawn), stand_ins.py (for images that cannot be read any more),
+batch.py (one batch), plans.py (TrainPlan, ViewPlan, EvalPlan).
 """
 
 from __future__ import annotations

@@ -14,19 +14,22 @@ class Augment:
     image_size   side of the square input, pixels
     scale        training crop's share of the image area, (least, most), in (0, 1]
     ratio        training crop's width / height, (least, most)
-    crop_padding above 0: training's padded crop in the place of the random resized crop, and so of scale and ratio. The image is resized
-                 so that its shorter side is image_size (not touched where it is), gets a border of so many black pixels on every
-                 side, and a square of image_size is cut at a random place: torchvision's RandomCrop(image_size, padding). With
-                 sizes the epoch's side takes image_size's place, and the border stays as wide
+    crop_padding above 0: training's padded crop in the place of the random resized crop, and so of scale and ratio. The
+                 image is resized so that its shorter side is image_size (not touched where it is), gets a border of so
+                 many black pixels on every side, and a square of image_size is cut at a random place: torchvision's
+                 RandomCrop(image_size, padding). With sizes the epoch's side takes image_size's place, and the border
+                 stays as wide
     hflip        probability of a horizontal flip in training
     eval_resize  shorter side before the evaluation's centre crop, pixels; at least image_size
     mean, std    per RGB channel, in units of [0, 1]
-    mixup        alpha of the Beta distribution that two training images are blended by (Zhang et al. 2018), in [0.1, 1]; 0 = off
-    cutmix       alpha of the one that a box is cut from the one into the other by (Yun et al. 2019), likewise; with both, each
-                 pair of images takes one of the two at even odds
-    repeats      views of each image in an epoch, side by side in the batches (repeated augmentation, Hoffer et al. 2020); the
-                 epoch keeps its length and sees so many times fewer images
-    sizes        progressive resizing: (first epoch, side) pairs, epochs rising from 0, instead of image_size in training
+    mixup        alpha of the Beta distribution that two training images are blended by (Zhang et al. 2018), in [0.1,
+                 1]; 0 = off
+    cutmix       alpha of the one that a box is cut from the one into the other by (Yun et al. 2019), likewise; with
+                 both, each pair of images takes one of the two at even odds
+    repeats      views of each image in an epoch, side by side in the batches (repeated augmentation, Hoffer et al.
+                 2020); the epoch keeps its length and sees so many times fewer images
+    sizes        progressive resizing: (first epoch, side) pairs, epochs rising from 0, instead of image_size in
+                 training
     raises       UserError for values that make no sense
     """
 
@@ -58,8 +61,8 @@ class Augment:
         epochs = [epoch for epoch, _ in self.sizes]
         if self.sizes and (epochs[0] != 0 or epochs != sorted(set(epochs)) or min(size for _, size in self.sizes) < 1):
             raise UserError(
-                f"sizes must be (first epoch, side in pixels) pairs with epochs rising from 0, found {self.sizes}; as settings e.g. "
-                "128@0,192@30"
+                f"sizes must be (first epoch, side in pixels) pairs with epochs rising from 0, found {self.sizes}; as "
+                "settings e.g. 128@0,192@30"
             )
         if self.image_size < 1:
             raise UserError(f"image_size must be at least 1 pixel, found {self.image_size}")
@@ -75,14 +78,14 @@ class Augment:
         side = min([self.image_size, *(size for _, size in self.sizes)])
         if not 0 <= self.crop_padding < side:
             raise UserError(
-                f"crop_padding must be from 0 (off) to {side - 1} pixels, so that a crop always holds some of its image of {side}, found "
-                f"{self.crop_padding}; 4 is usual for 32"
+                f"crop_padding must be from 0 (off) to {side - 1} pixels, so that a crop always holds some of its "
+                f"image of {side}, found {self.crop_padding}; 4 is usual for 32"
             )
         if self.crop_padding and (self.scale, self.ratio) != (Augment.scale, Augment.ratio):
             raise UserError(
-                f"crop_padding {self.crop_padding} replaces the random resized crop, to which scale and ratio belong: wanted both unset, "
-                f"or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and {self.ratio}; leave them out, or "
-                "crop_padding"
+                f"crop_padding {self.crop_padding} replaces the random resized crop, to which scale and ratio belong: "
+                f"wanted both unset, or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and "
+                f"{self.ratio}; leave them out, or crop_padding"
             )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")
@@ -99,6 +102,7 @@ def check_views(views: int, augment: Augment) -> None:
     more += ["progressive sizes"] if augment.sizes else []
     if more:
         raise UserError(
-            f"a fixed number of views (a teacher's cache) means crops and flips of single images of one size, found {' and '.join(more)}, "
-            "of which no view is the same as before: leave that out, or train with the teacher itself"
+            "a fixed number of views (a teacher's cache) means crops and flips of single images of one size, found "
+            f"{' and '.join(more)}, of which no view is the same as before: leave that out, or train with the teacher "
+            "itself"
         )

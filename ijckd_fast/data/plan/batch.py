@@ -27,8 +27,8 @@ class BatchPlan:
     shape   [B, 2] int32, (h, w) of the crop
     flip    [B] int32, 1 = mirror left to right
     resize  None: the crop is cut from the stored image, then resized to image_size. Training's random resized crop.
-            [B, 2] int32, (h, w): the whole image is resized to it, then the crop, of image_size, is cut; what the crop has outside of
-            the image is black. Evaluation, and training's padded crop.
+            [B, 2] int32, (h, w): the whole image is resized to it, then the crop, of image_size, is cut; what the crop
+            has outside of the image is black. Evaluation, and training's padded crop.
     image_size  side of the square result, pixels
     mixing  None: images stay apart
     view    which of a fixed number of views of its images this is; None where every epoch draws new ones

@@ -46,11 +46,13 @@ def random_resized_crop(
 def padded_crop(
     seed: int, epoch: int, ids: np.ndarray, size: np.ndarray, side: int, augment: Augment
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """torchvision's Resize(side), which leaves a shorter side of `side` as it is, then RandomCrop(side, padding=augment.crop_padding).
+    """torchvision's Resize(side), then RandomCrop(side, padding=augment.crop_padding).
+
+    An image whose shorter side is `side` is not resized.
 
     ids      [n] int64, or other keys below 2^63; size [n, 2] int (h, w) of the stored images
-    returns  resize [n, 2] int32 (h, w) of the resized image, anchor [n, 2] int32 (y, x) of the crop in it, from -padding on, every
-             place equally likely, flip [n] int32 in {0, 1}
+    returns  resize [n, 2] int32 (h, w) of the resized image, anchor [n, 2] int32 (y, x) of the crop in it, from
+             -padding on, every place equally likely, flip [n] int32 in {0, 1}
     A pure function of (seed, epoch, id, size): neither batch nor position in it matter.
     """
     draws = uniforms(seed, epoch, ids, 3)  # y, x, flip

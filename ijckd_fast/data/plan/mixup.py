@@ -57,7 +57,7 @@ def mixing(seed: int, epoch: int, keys: np.ndarray, side: int, augment: Augment)
 
 
 def _beta(alpha: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Beta(alpha, alpha) by Johnk's method: the first pair u^(1/alpha), v^(1/alpha) whose sum is at most 1 gives u / (u + v).
+    """Beta(alpha, alpha) by Johnk's method: x / (x + y) of the first x = u^(1/alpha), y = v^(1/alpha) with x + y <= 1.
 
     alpha [B] in [0.1, 1] (0 where the result is not used), draws [B, 2 tries] in [0, 1); returns [B] in [0, 1]
     """

@@ -29,11 +29,13 @@ class TrainPlan:
     seed         of order and augmentation
     rank, world  this process and how many there are. The images of global batch k, and their augmentation, depend on
                  batch_size * world only: rank r of world takes the r-th of its equal slices. Mixing pairs images of one
-                 slice, neighbours but for repeats, so that it is the same too where batch_size is a multiple of 2 * repeats.
-    views        None: new crops and flips in every epoch. V: epoch e has those of epoch e % V, in an order of its own, so that after V
-                 epochs every image has been seen in all its V views and they begin again; a stand-in is seen in its own view. What
-                 a teacher says to V views of an image can be stored (teacher_cache.py)
-    raises       UserError when the data holds less than one global batch; views with mixing, repeats or progressive sizes
+                 slice, neighbours but for repeats, so that it is the same too where batch_size is a multiple of 2 *
+                 repeats.
+    views        None: new crops and flips in every epoch. V: epoch e has those of epoch e % V, in an order of its own,
+                 so that after V epochs every image has been seen in all its V views and they begin again; a stand-in is
+                 seen in its own view. What a teacher says to V views of an image can be stored (teacher_cache.py)
+    raises       UserError when the data holds less than one global batch; views with mixing, repeats or progressive
+                 sizes
     """
 
     num_steps: int | None = None
@@ -89,7 +91,8 @@ class ViewPlan:
     batches     of each batch the view and the ids, at most batch_size of them
     batch_size  images of the largest batch
     seed        of crops and flips, TrainPlan's
-    An image that cannot be read has a stand-in in its row, of whatever class: where a batch's ids are not those asked for.
+    An image that cannot be read has a stand-in in its row, of whatever class: where a batch's ids are not those asked
+    for.
     """
 
     def __init__(
@@ -118,7 +121,8 @@ class ViewPlan:
 class EvalPlan:
     """Every image exactly once over all ranks, in index order, none doubled, none left out.
 
-    An image that cannot be read any more has a stand-in in its row, so that batches keep their size, but the row is not kept.
+    An image that cannot be read any more has a stand-in in its row, so that batches keep their size, but the row is not
+    kept.
 
     batch_size  images per process; the last batch may be smaller, none is empty
     ids         [n] int64, show only these images, in this order; None = all

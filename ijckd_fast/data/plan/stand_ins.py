@@ -17,8 +17,8 @@ class TooManyUnreadable(UserError):
 class StandIns:
     """Images of an index that turned out unreadable while they were used, and those that stand in for them.
 
-    An image's stand-in is the next readable one with its label (any_label: with whatever label), in index order and around. Which
-    that is depends on which images are unreadable alone, not on when each was found to be.
+    An image's stand-in is the next readable one with its label (any_label: with whatever label), in index order and
+    around. Which that is depends on which images are unreadable alone, not on when each was found to be.
     """
 
     def __init__(self, index: Index, *, any_label: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What makes data folders: archives as they are downloaded, the embedded digits, and folders re-encoded once into shards."""
+"""What makes data folders: downloaded archives (imagenet.py, cifar.py), the embedded digits, and packs (packing.py)."""
 
 from __future__ import annotations
 

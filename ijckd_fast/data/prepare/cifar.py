@@ -1,4 +1,4 @@
-"""CIFAR's archives, as they are downloaded, unpacked into the layout that everything here reads: OUT/{train,val}/<class>/*.png."""
+"""Unpacks CIFAR's archives, as they are downloaded, into class folders: OUT/{train,val}/<class>/*.png."""
 
 from __future__ import annotations
 
@@ -75,13 +75,14 @@ KINDS = {
 def prepare_cifar(out: str | Path, archive: str | Path | None, *, progress: bool = False) -> dict[str, dict[str, int]]:
     """Writes what is not there yet; a second call after an interruption goes on where the first one stopped.
 
-    out       gets train/<class>/<number>.png and val/<class>/<number>.png, 32 x 32 RGB without loss; number: position in the archive's
-              training or test images, from 0. CIFAR-100's classes are the fine ones. classes.txt has the names in the order of the
-              labels, which is also that of the sorted folders: published weights fit
+    out       gets train/<class>/<number>.png and val/<class>/<number>.png, 32 x 32 RGB without loss; number: position
+              in the archive's training or test images, from 0. CIFAR-100's classes are the fine ones. classes.txt has
+              the names in the order of the labels, which is also that of the sorted folders: published weights fit
     archive   cifar-100-python.tar.gz or cifar-10-python.tar.gz; which of them, its md5 says
     progress  show a progress bar on stderr
     returns   by split the number of 'images' and 'classes' that are there now, and of images 'written' by this call
-    raises    UserError: no archive, another md5, an archive that is damaged or of other content; files in out that are not of it
+    raises    UserError: no archive, another md5, an archive that is damaged or of other content; files in out that are
+              not of it
     A file that is there is kept if it has the pixels that it should have.
     """
     out = Path(out)
@@ -125,8 +126,8 @@ def _recognised(archive: str | Path | None) -> tuple[Path, Kind]:
     if found not in KINDS:
         wanted = " or ".join(f"{md5} ({kind.name})" for md5, kind in KINDS.items())
         raise UserError(
-            f"{archive} should have the md5 {wanted}, found {found} ({archive.stat().st_size:,} bytes): it is incomplete, damaged or "
-            f"another file, such as the Matlab or binary version; {_FETCH}"
+            f"{archive} should have the md5 {wanted}, found {found} ({archive.stat().st_size:,} bytes): it is "
+            f"incomplete, damaged or another file, such as the Matlab or binary version; {_FETCH}"
         )
     return archive, KINDS[found]
 
@@ -160,7 +161,10 @@ _ARRAY_PARTS: dict[tuple[str, str], Callable] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Of numbers, strings, lists, dicts and numpy arrays. A pickle may name any function to be called: all others are refused."""
+    """Reads numbers, strings, lists, dicts and numpy arrays.
+
+    A pickle may name any function to be called: all others are refused.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -174,8 +178,8 @@ def _unpickled(data: bytes, where: str) -> dict[str, Any]:
         found = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's strings, and an array's bytes
     except Exception as error:  # pickle raises nearly anything on damaged input
         raise UserError(
-            f"{where}: wanted a pickle of names, numbers and numpy arrays alone, found another ({type(error).__name__}: {error}); "
-            f"nothing of it was used; {_FETCH}"
+            f"{where}: wanted a pickle of names, numbers and numpy arrays alone, found another "
+            f"({type(error).__name__}: {error}); nothing of it was used; {_FETCH}"
         ) from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: wanted a pickled dict, found {type(found).__name__}; {_FETCH}")
@@ -208,14 +212,14 @@ def _images(parts: list[dict[str, Any]], kind: Kind, split: str, archive: Path) 
         ) from error
     if rows.dtype != np.uint8 or rows.shape != (len(labels), channels):
         raise UserError(
-            f"{archive}: wanted [{len(labels)}, {channels}] uint8 pixels of the {split} images, found {list(rows.shape)} {rows.dtype}; "
-            f"{_FETCH}"
+            f"{archive}: wanted [{len(labels)}, {channels}] uint8 pixels of the {split} images, found "
+            f"{list(rows.shape)} {rows.dtype}; {_FETCH}"
         )
     wrong = np.flatnonzero(counts != (np.arange(len(counts)) < kind.classes) * each)
     if len(wrong):
         raise UserError(
-            f"{archive} should hold {each} {split} images of each of {kind.classes} classes, found {counts[wrong[0]]} with label "
-            f"{wrong[0]}; {_FETCH}"
+            f"{archive} should hold {each} {split} images of each of {kind.classes} classes, found {counts[wrong[0]]} "
+            f"with label {wrong[0]}; {_FETCH}"
         )
     return rows.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1), labels
 
@@ -225,7 +229,7 @@ def _file_name(number: int) -> str:
 
 
 def _refuse_strangers(folder: Path, names: list[str], labels: np.ndarray, archive: Path) -> None:
-    """UserError if a split's folder holds anything that is not of the archive. Hidden files are no part of a data folder."""
+    """UserError if a split's folder holds anything that is not of the archive. Hidden files do not count."""
     expected = {f"{names[label]}/{_file_name(number)}" for number, label in enumerate(labels.tolist())}.union(names)
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -234,7 +238,8 @@ def _refuse_strangers(folder: Path, names: list[str], labels: np.ndarray, archiv
             # X.tmp is what a killed run leaves of X: it is written again
             if not name.startswith(".") and path.relative_to(folder).as_posix().removesuffix(".tmp") not in expected:
                 raise UserError(
-                    f"{folder} should hold the images of {archive} alone, found {path}; remove it, or give another folder"
+                    f"{folder} should hold the images of {archive} alone, found {path}; remove it, or give another "
+                    "folder"
                 )
 
 

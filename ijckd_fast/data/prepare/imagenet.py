@@ -1,4 +1,4 @@
-"""ImageNet's archives, as they are downloaded, unpacked into the layout that everything here reads: OUT/{train,val}/<wnid>/*.JPEG."""
+"""Unpacks ImageNet's archives, as they are downloaded, into class folders: OUT/{train,val}/<wnid>/*.JPEG."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def prepare_imagenet(
     val_labels  file that names the class (wnid) of every validation image, see label_files.read_labels
     progress    show progress bars on stderr
     returns     by split the number of 'images' and 'classes' that are there now, and of images 'written' by this call
-    raises      UserError: an archive that is not one, is damaged or of another layout; labels unlike the images; files in OUT that
-                are not in the archive; fewer images than an archive of that name has
+    raises      UserError: an archive that is not one, is damaged or of another layout; labels unlike the images; files
+                in OUT that are not in the archive; fewer images than an archive of that name has
     """
     out = Path(out)
     if train_tar is None and val_tar is None:
@@ -63,8 +63,8 @@ def prepare_imagenet(
         for name, line in classes.items():
             if (out / "train").is_dir() and not (out / "train" / name).is_dir():
                 raise UserError(
-                    f"{val_labels}, line {line}: class {name!r} is no folder of {out / 'train'}; wanted the wnids of the training data, "
-                    "e.g. n01440764: mend the line, or unpack the training archive whole"
+                    f"{val_labels}, line {line}: class {name!r} is no folder of {out / 'train'}; wanted the wnids of "
+                    "the training data, e.g. n01440764: mend the line, or unpack the training archive whole"
                 )
         done["val"] = _unpack(Path(val_tar), out / "val", _val_images(Path(val_labels)), progress)
     return done
@@ -99,8 +99,8 @@ def _unpack(
         raise UserError(f"wanted an ImageNet archive, but there is no file {error.filename}; give its path") from error
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{archive} cannot be read as a tar archive ({error}); it may be incomplete: compare its length with the source's and "
-            "fetch it again. What was unpacked stays and need not be unpacked again"
+            f"{archive} cannot be read as a tar archive ({error}); it may be incomplete: compare its length with the "
+            "source's and fetch it again. What was unpacked stays and need not be unpacked again"
         ) from error
     _check_counts(archive, folder, counts)
     return {"images": counts.total(), "classes": len(counts), "written": written}
@@ -131,7 +131,8 @@ def _members(
         if not match or not member.isreg():
             kind = "" if member.isreg() else ", which is no plain file"
             raise UserError(
-                f"{where}: wanted {wanted} only, found {member.name!r}{kind}; is it ImageNet's archive as it was downloaded?"
+                f"{where}: wanted {wanted} only, found {member.name!r}{kind}; is it ImageNet's archive as it was "
+                "downloaded?"
             )
         yield member, match[1]
     assert tar.fileobj is not None
@@ -172,13 +173,14 @@ def _val_images(labels_path: Path) -> Callable[[tarfile.TarFile, Path], Images]:
             label = labels.pop(name, None) or labels.pop(Path(name).stem, None)
             if label is None:
                 raise UserError(
-                    f"{labels_path} must name the class of every image in {archive}, but {name!r} is not in it; add its line"
+                    f"{labels_path} must name the class of every image in {archive}, but {name!r} is not in it; add "
+                    "its line"
                 )
             yield label.name, name, member.size, member.offset_data + member.size, _opener(tar, member)
         if labels:
             raise UserError(
-                f"{archive} must hold every image that {labels_path} names, but {len(labels)} are not there ({some(list(labels))}); "
-                "fetch the archive again, or remove their lines"
+                f"{archive} must hold every image that {labels_path} names, but {len(labels)} are not there "
+                f"({some(list(labels))}); fetch the archive again, or remove their lines"
             )
 
     return images
@@ -188,13 +190,14 @@ def _check_counts(archive: Path, folder: Path, counts: Counter[str]) -> None:
     """UserError unless the folder holds what the archive did, and the archive what its name promises."""
     if COMPLETE.get(archive.name, counts.total()) != counts.total():
         raise UserError(
-            f"{archive} should hold {COMPLETE[archive.name]:,} images, found {counts.total():,}; fetch it again. What was unpacked stays"
+            f"{archive} should hold {COMPLETE[archive.name]:,} images, found {counts.total():,}; fetch it again. What "
+            "was unpacked stays"
         )
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):
             there = sum(not name.startswith(".") for name in os.listdir(entry.path))
             if there != counts[entry.name]:
                 raise UserError(
-                    f"{entry.path} should hold the {counts[entry.name]} images that {archive} has of this class, found {there} files; "
-                    "remove what does not belong there"
+                    f"{entry.path} should hold the {counts[entry.name]} images that {archive} has of this class, found "
+                    f"{there} files; remove what does not belong there"
                 )

@@ -38,8 +38,8 @@ class PackSettings:
     def __post_init__(self) -> None:
         if self.short != 0 and self.short < 32:
             raise UserError(
-                f"--short (shorter side of the packed images) must be at least 32 pixels, or 0 to keep sizes, found {self.short}; "
-                "256 is fast, 400 to 500 keeps more"
+                "--short (shorter side of the packed images) must be at least 32 pixels, or 0 to keep sizes, found "
+                f"{self.short}; 256 is fast, 400 to 500 keeps more"
             )
         if not 1 <= self.quality <= 95:
             raise UserError(f"--quality must be from 1 to 95, found {self.quality}; 90 is usual")

@@ -53,7 +53,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Done:
-    """A shard that is there: its bytes, whether an earlier run had made it, (id, path, reason) of images that are not in it."""
+    """A shard that is there.
+
+    images    how many it holds; bytes: of the archive
+    kept      whether an earlier run had made it
+    left_out  (id, path, reason) of images that are not in it
+    """
 
     images: int
     bytes: int
@@ -84,8 +89,8 @@ def make_shards(shards: Iterator[Shard], workers: int) -> Iterator[Done]:
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
             raise UserError(
-                "a worker process was ended from outside, as happens where memory runs out; finished shards stay: run the same command "
-                "again, with fewer --workers if it was that"
+                "a worker process was ended from outside, as happens where memory runs out; finished shards stay: run "
+                "the same command again, with fewer --workers if it was that"
             ) from error
         finally:  # interrupted: do not wait for what has not begun
             pool.shutdown(cancel_futures=True)
@@ -161,13 +166,17 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Appends one file to a shard."""
     member = tarfile.TarInfo(name)  # time 0, owner 0: equal images make equal shards
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def members_of(tar: tarfile.TarFile) -> Iterator[tuple[int, int, tarfile.TarInfo]]:
-    """(id, label, member with the image's bytes) of each image. Raises ValueError or tarfile.TarError for anything else."""
+    """(id, label, member with the image's bytes) of each image of a shard.
+
+    raises  ValueError or tarfile.TarError where it holds anything else
+    """
     pairs = iter(tar)
     for image in pairs:
         label = next(pairs, None)
@@ -177,6 +186,7 @@ def members_of(tar: tarfile.TarFile) -> Iterator[tuple[int, int, tarfile.TarInfo
 
 
 def bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Of one file in a shard. Raises ValueError where it is no plain file."""
     file = tar.extractfile(member)
     if file is None:
         raise ValueError(f"{member.name} is no plain file")
@@ -194,7 +204,7 @@ def _is_whole(shard: Shard) -> bool:
 
 
 def _verify(path: Path, shard: Shard, written: list[tuple[int, int]]) -> None:
-    """UserError unless the shard at `path` has the images and labels that were `written`, and each decodes at its size."""
+    """UserError unless the shard at `path` has the images and labels `written`, and each decodes at its size."""
     wanted = iter(written)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -205,13 +215,13 @@ def _verify(path: Path, shard: Shard, written: list[tuple[int, int]]) -> None:
                 got = (i, label, *image.size, zlib.crc32(data))
                 if got != (shard.first + row, shard.labels[row], *shard.packed[row], checksum):
                     raise ValueError(
-                        f"image {i} of class {label}, {image.width}x{image.height} pixels where {'x'.join(map(str, shard.packed[row]))} "
-                        "were packed"
+                        f"image {i} of class {label}, {image.width}x{image.height} pixels where "
+                        f"{'x'.join(map(str, shard.packed[row]))} were packed"
                     )
         if next(wanted, None) is not None:
             raise ValueError("images are missing at its end")
     except (tarfile.TarError, ValueError, Unreadable, StopIteration) as error:
         raise UserError(
-            f"{shard.path} does not read back as it was packed ({error}) and was removed: is the disk, or the memory, whole? Finished "
-            "shards stay; the same command tries again"
+            f"{shard.path} does not read back as it was packed ({error}) and was removed: is the disk, or the memory, "
+            "whole? Finished shards stay; the same command tries again"
         ) from error

@@ -1,8 +1,9 @@
-"""A data folder re-encoded once into tar shards of smaller JPEGs, for machines whose CPUs decode too slowly to feed the GPU.
+"""Re-encodes a data folder once into tar shards of smaller JPEGs, for machines whose CPUs cannot feed the GPU.
 
-OUT/{train,val}/shard-000000.tar, ... hold for each image, in the index's order, <id, 9 digits>.jpg and <id>.cls (its label in ASCII
-digits): webdataset's layout. The content and not the extension says what a .jpg is. OUT/classes.txt names the class of label 0, 1, ...
-a line each; OUT/pack.json holds settings, the source index's hash, counts and how much was lost.
+OUT/{train,val}/shard-000000.tar, ... hold for each image, in the index's order, <id, 9 digits>.jpg and <id>.cls (its
+label in ASCII digits): webdataset's layout. The content and not the extension says what a .jpg is. OUT/classes.txt
+names the class of label 0, 1, ... a line each; OUT/pack.json holds settings, the source index's hash, counts and how
+much was lost.
 """
 
 from __future__ import annotations
@@ -54,25 +55,27 @@ def pack(
 ) -> list[dict[str, Any]]:
     """Packs a data folder. Run again after an interruption it goes on, and the shards are the same to the byte.
 
-    Training images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the other rounded) and
-    encoded as baseline JPEG, 4:2:0; smaller JPEGs are copied; other formats are encoded at their size. Validation images are copied, so
-    that accuracies stay comparable. Metadata is not carried over to what is encoded; an EXIF orientation is ignored, as everywhere.
-    A shard is written under another name, read back, each image decoded, and only then gets its name. A shard that lacks an image is
-    made anew by the next run.
+    Training images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the
+    other rounded) and encoded as baseline JPEG, 4:2:0; smaller JPEGs are copied; other formats are encoded at their
+    size. Validation images are copied, so that accuracies stay comparable. Metadata is not carried over to what is
+    encoded; an EXIF orientation is ignored, as everywhere. A shard is written under another name, read back, each image
+    decoded, and only then gets its name. A shard that lacks an image is made anew by the next run.
 
     root, out         data folder, see build_index; folder of the pack
     splits            of 'train', 'val'
-    workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this process may use. As
-                      always with multiprocessing, a script that calls this guards its own code by `if __name__ == "__main__":`
+    workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this
+                      process may use. As always with multiprocessing, a script that calls this guards its own code by
+                      `if __name__ == "__main__":`
     class_list, val_labels  see build_index
-    unreadable_limit  files of a split that were good when they were indexed and may turn out unreadable; None = a thousandth, at least 8
+    unreadable_limit  files of a split that were good when they were indexed and may turn out unreadable; None = a
+                      thousandth, at least 8
     overwrite         delete the pack that is in `out`, both splits
     progress          show progress bars on stderr
     on_bad            called with path and reason of each file that has become unreadable; default: a warning
-    returns           a row for each split, see pack.json; of this call 'kept' (shards that were there), 'images_per_s' (of those
-                      packed now; None for none) and 'seconds'
-    raises            UserError: the data, see build_index; `out` is not empty and no pack, or one of other data or settings, or cannot be
-                      written or is full; a shard that does not read back. TooManyUnreadable
+    returns           a row for each split, see pack.json; of this call 'kept' (shards that were there), 'images_per_s'
+                      (of those packed now; None for none) and 'seconds'
+    raises            UserError: the data, see build_index; `out` is not empty and no pack, or one of other data or
+                      settings, or cannot be written or is full; a shard that does not read back. TooManyUnreadable
     """
     root, out = Path(root).resolve(), Path(out).resolve()
     if not splits or not set(splits) <= set(SPLITS):
@@ -83,7 +86,8 @@ def pack(
     for split in SPLITS:
         if out == root / split or root / split in out.parents:
             raise UserError(
-                f"the pack must not lie among the images it is made of, found {out} in {root / split}; give another folder"
+                f"the pack must not lie among the images it is made of, found {out} in {root / split}; give another "
+                "folder"
             )
     _require_pack_or_nothing(out)
     scans: dict[str, Scan] = {}
@@ -100,8 +104,8 @@ def pack(
         )
         if scans[split].index.shards:
             raise UserError(
-                f"pack makes shards of images in files of their own, found shards already in {root / split}; give the folder that they "
-                "were made of"
+                f"pack makes shards of images in files of their own, found shards already in {root / split}; give the "
+                "folder that they were made of"
             )
         classes = scans[split].index.classes
     assert classes is not None
@@ -126,7 +130,8 @@ def pack(
         if error.errno not in wants:
             raise
         raise UserError(
-            f"{out} cannot be packed into, {wants[error.errno]}. Finished shards stay: the same command goes on from there"
+            f"{out} cannot be packed into, {wants[error.errno]}. Finished shards stay: the same command goes on from "
+            "there"
         ) from error
     return rows
 
@@ -136,8 +141,8 @@ def _require_pack_or_nothing(out: Path) -> None:
         inside = sorted(name for name in os.listdir(out) if not name.startswith(".pack.json."))
         if inside:
             raise UserError(
-                f"wanted an empty folder, or an earlier pack to go on with, but {out} holds other things ({inside[0]!r}) and no pack.json; "
-                "give another folder"
+                f"wanted an empty folder, or an earlier pack to go on with, but {out} holds other things "
+                f"({inside[0]!r}) and no pack.json; give another folder"
             )
 
 
@@ -177,8 +182,8 @@ def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: 
             raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); --overwrite begins anew") from error
         if differs:
             raise UserError(
-                f"{out} holds a pack with {'; '.join(differs)}. To go on with it give what it was begun with, or another folder; "
-                "--overwrite deletes it and begins anew"
+                f"{out} holds a pack with {'; '.join(differs)}. To go on with it give what it was begun with, or "
+                "another folder; --overwrite deletes it and begins anew"
             )
         state = there
     out.mkdir(parents=True, exist_ok=True)
@@ -246,9 +251,9 @@ def _pack_split(
                 on_bad(path, why)
             if len(left_out) > limit:
                 raise TooManyUnreadable(
-                    f"{len(left_out)} files of {index.root}/{index.split} cannot be read any more, more than the {limit} allowed; the "
-                    f"last was {left_out[-1][1]} ({left_out[-1][2]}). Is the disk whole and mounted? Finished shards stay and the same "
-                    "command goes on; --unreadable-limit allows more"
+                    f"{len(left_out)} files of {index.root}/{index.split} cannot be read any more, more than the "
+                    f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}). Is the disk whole and "
+                    "mounted? Finished shards stay and the same command goes on; --unreadable-limit allows more"
                 )
     left_out.sort()
     missing = np.array([i for i, _, _ in left_out], np.int64)
@@ -278,11 +283,14 @@ def _pack_split(
 
 
 def _require_every_class(index: Index, missing: np.ndarray) -> None:
-    """Every shard holds the labels it should, so that a class can only have lost what was left out: `missing`, ids [m]."""
+    """UserError where a class has no image left. missing: ids [m] of those left out.
+
+    Every shard holds the labels it should: a class can have lost nothing else.
+    """
     left = np.bincount(index.labels, minlength=index.num_classes)
     left -= np.bincount(index.labels[missing], minlength=index.num_classes)
     if not left.all():
         raise UserError(
-            f"no image of class {index.classes[left.argmin()]!r} in {index.root}/{index.split} can be read any more, which leaves the "
-            "class empty; restore the files and run the same command again"
+            f"no image of class {index.classes[left.argmin()]!r} in {index.root}/{index.split} can be read any more, "
+            "which leaves the class empty; restore the files and run the same command again"
         )

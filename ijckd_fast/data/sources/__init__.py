@@ -1,7 +1,8 @@
 """Where images come from: the kinds of data folders, a file each (class_folders.py, flat_folder.py, shards.py).
 
-A kind says what it is recognised by, how its images are listed without opening them, where the bytes of each lie, and of which
-class it is. Nothing above this room asks which kind a folder is. A new kind is a new file here and a row of recognise.SOURCES.
+A kind says what it is recognised by, how its images are listed without opening them, where the bytes of each lie, and
+of which class it is. Nothing above this room asks which kind a folder is. A new kind is a new file here and a row of
+recognise.SOURCES.
 """
 
 from __future__ import annotations

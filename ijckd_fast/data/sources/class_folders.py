@@ -41,6 +41,6 @@ def _other_classes(folder: Path, expected: tuple[str, ...], found: tuple[str, ..
     parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
     parts += [f"{len(extra)} unexpected ({some(extra)})"] if extra else []
     return (
-        f"{folder} must have the {len(expected)} class folders that {where}, found {len(found)}: {', '.join(parts)}; make "
-        "the names equal"
+        f"{folder} must have the {len(expected)} class folders that {where}, found {len(found)}: {', '.join(parts)}; "
+        "make the names equal"
     )

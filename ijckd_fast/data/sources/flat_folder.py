@@ -1,4 +1,4 @@
-"""A flat folder, root/split/*.jpg, whose images' classes stand in a text file: ImageNet's validation images as Kaggle has them."""
+"""A flat folder, root/split/*.jpg, with the classes in a text file: ImageNet's validation images from Kaggle."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class FlatFolder(Source):
         if label_file is None:
             folder = content.folder
             raise UserError(
-                f"wanted class folders of images, {folder}/<class>/*.jpg, but {folder} holds {len(content.images)} image "
-                "files and no class folder; sort them into one folder per class, or give a file that names the class of "
-                "each as --val-labels (for ImageNet's validation set, Kaggle's LOC_val_solution.csv)"
+                f"wanted class folders of images, {folder}/<class>/*.jpg, but {folder} holds {len(content.images)} "
+                "image files and no class folder; sort them into one folder per class, or give a file that names the "
+                "class of each as --val-labels (for ImageNet's validation set, Kaggle's LOC_val_solution.csv)"
             )
         self._label_file, self._named = label_file, read_labels(label_file)
 

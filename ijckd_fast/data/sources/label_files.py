@@ -1,4 +1,4 @@
-"""Text files that say what folders do not: which classes there are, in which order, and which class each image of a flat folder has."""
+"""Text files that say what folders do not: the classes in their order, and the class of each image of a flat folder."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def _lines(path: str | Path, wanted: str) -> Iterator[tuple[int, str]]:
 def labels_of(
     files: Iterable[str], labels: Mapping[str, Label], classes: tuple[str, ...], path: str | Path, folder: Path
 ) -> np.ndarray:
-    """[n] int64 positions in `classes` of image files, given by name; path and folder are where labels and files come from.
+    """[n] int64 positions in `classes` of image files, given by name.
+
+    path, folder  where labels and files come from, for an error
 
     raises  UserError: a file without a label, a label without a file, a class that is not in `classes`
     """
@@ -90,8 +92,8 @@ def labels_of(
     for name, label in labels.items():
         if label.name not in position:
             raise UserError(
-                f"{path}, line {label.line}: {name!r} has the class {label.name!r}, which is none of the {len(classes)} "
-                f"classes of the training data ({some(classes)}); mend the line"
+                f"{path}, line {label.line}: {name!r} has the class {label.name!r}, which is none of the "
+                f"{len(classes)} classes of the training data ({some(classes)}); mend the line"
             )
     found: list[int] = []
     bare: list[str] = []
@@ -105,13 +107,13 @@ def labels_of(
             bare.append(file)
     if bare:
         raise UserError(
-            f"{path} must name the class of each of the {len(found) + len(bare)} images in {folder}, but {len(bare)} are not in it "
-            f"({some(bare)}); add lines for them, or remove them"
+            f"{path} must name the class of each of the {len(found) + len(bare)} images in {folder}, but {len(bare)} "
+            f"are not in it ({some(bare)}); add lines for them, or remove them"
         )
     if len(used) < len(labels):
         gone = [name for name in labels if name not in used]
         raise UserError(
-            f"{folder} must hold each of the {len(labels)} images that {path} names, but {len(gone)} are not there ({some(gone)}); "
-            "complete the folder, or remove their lines"
+            f"{folder} must hold each of the {len(labels)} images that {path} names, but {len(gone)} are not there "
+            f"({some(gone)}); complete the folder, or remove their lines"
         )
     return np.array(found, np.int64)

@@ -1,4 +1,4 @@
-"""What lies in a data folder, seen without opening an image: class folders, files, and what shows that a folder has changed."""
+"""Lists image files without opening them, and knows whether a folder or shard has changed since it was listed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", "
 """Lower case; files with another extension are not looked at. The content decides how a file is read."""
 
 Stamp = tuple[str, int, int, int]
-"""A folder or a shard relative to the root, its mtime_ns, ctime_ns and inode. The ctime is there because tar and rsync set a folder's mtime
-back after they have put files into it; the inode because another folder may be moved to its place."""
+"""A folder or a shard relative to the root, its mtime_ns, ctime_ns and inode.
+
+The ctime is there because tar and rsync set a folder's mtime back after they have put files into it; the inode because
+another folder may be moved to its place."""
 
 _SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
 _THREADS = 16  # they wait for the filesystem, a network's above all, rather than compute
@@ -33,9 +35,10 @@ class Listing:
     paths    [n] relative to the root, as the bytes the filesystem has, with forward slashes
     lengths  [n] int64, bytes; -1 for a link to nothing
     mtimes   [n] int64, ns; -1 likewise
-    stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next change
-    offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its first
-             byte); None for images in files of their own
+    stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next
+             change
+    offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
+             first byte); None for images in files of their own
     labels   [n] with offsets: what the shard says of each
     """
 
@@ -96,7 +99,10 @@ def settled(stamps: Sequence[Stamp], now_ns: int) -> tuple[Stamp, ...]:
 
 
 def list_images(root: str, folder: str) -> Listing:
-    """The image files at any depth below root/folder. Hidden names are skipped. Raises OSError where a folder cannot be read."""
+    """The image files at any depth below root/folder. Hidden names are skipped.
+
+    raises  OSError where a folder cannot be read
+    """
     now = time.time_ns()
     stamps: list[Stamp] = []
     files = list(_walk(root, folder, stamps, frozenset()))
@@ -112,7 +118,7 @@ def list_images(root: str, folder: str) -> Listing:
 def _walk(
     root: str, folder: str, stamps: list[Stamp], above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[bytes, int, int]]:
-    """(path, bytes, mtime_ns) of each file. `above`: the folders on the way here, so that no link is followed around for ever."""
+    """(path, bytes, mtime_ns) of each file. above: the folders on the way here, so that no link leads in circles."""
     status = os.stat(os.path.join(root, folder))
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -146,7 +152,7 @@ def _is_pipe(entry: os.DirEntry[str]) -> bool:
 
 
 def file_state(file: os.DirEntry[str] | Path) -> tuple[int, int]:
-    """(bytes, mtime_ns); (-1, -1) for a link to nothing, which is listed to be reported with the other unreadable files."""
+    """(bytes, mtime_ns); (-1, -1) for a link to nothing, which is reported with the other unreadable files."""
     try:
         status = file.stat()
     except OSError:

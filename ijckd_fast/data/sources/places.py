@@ -19,7 +19,10 @@ class Place(Protocol):
         """The image's bytes as a file that can be searched. Raises OSError as `read` does."""
 
     def read(self) -> bytes:
-        """All bytes of the image. Raises OSError; one without an errno where the file is there and its content is wrong."""
+        """All bytes of the image.
+
+        raises  OSError; one without an errno where the file is there and its content is wrong
+        """
 
 
 class WholeFile(NamedTuple):

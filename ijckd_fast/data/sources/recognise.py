@@ -28,11 +28,11 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
             continue
         if label_file is not None and not kind.takes_label_file:
             raise UserError(
-                f"the label file {label_file} is for images that lie in {content.folder} itself, but there are {kind.title} "
-                f"({some(names)}), which say the class of what is in them; leave the label file out"
+                f"the label file {label_file} is for images that lie in {content.folder} itself, but there are "
+                f"{kind.title} ({some(names)}), which say the class of what is in them; leave the label file out"
             )
         return kind(content, label_file)
     raise UserError(
-        f"wanted class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one folder of "
-        "images per class into it, or webdataset shards"
+        f"wanted class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one "
+        "folder of images per class into it, or webdataset shards"
     )

@@ -1,7 +1,8 @@
 """Webdataset shards: tar archives of images, read in any order by an index of where in its archive each image lies.
 
-A sample is what shares a key, a member's name up to the first dot of its last part: an image, and `<key>.cls` with its label, a
-number or a class name. Without one the label is the folder that the image is in. Other members (.json, .txt) are not read.
+A sample is what shares a key, a member's name up to the first dot of its last part: an image, and `<key>.cls` with its
+label, a number or a class name. Without one the label is the folder that the image is in. Other members (.json, .txt)
+are not read.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def list_shard(root: str, shard: str) -> Listing:
                 elif f".{extension.lower()}".endswith(IMAGE_EXTENSIONS):
                     if key in images:
                         raise UserError(
-                            f"{path} must have one image for each key, found {images[key].name!r} and {member.name!r}; pack it anew"
+                            f"{path} must have one image for each key, found {images[key].name!r} and {member.name!r}; "
+                            "pack it anew"
                         )
                     images[key] = member
             with open(path, "rb") as file:
@@ -84,15 +86,15 @@ def list_shard(root: str, shard: str) -> Listing:
                     raise tarfile.ReadError("no end-of-archive mark")
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{path} must be an intact tar archive without compression, found: {error}, after {last}; restore it, or remove it to do "
-            "without its images"
+            f"{path} must be an intact tar archive without compression, found: {error}, after {last}; restore it, or "
+            "remove it to do without its images"
         ) from error
     labels = [classes.get(key) or os.path.basename(key.rpartition("/")[0]).removeprefix(".") for key in images]
     bare = [member.name for member, label in zip(images.values(), labels, strict=True) if not label]
     if bare:
         raise UserError(
-            f"{path} must name the class of each image, in a member KEY.cls beside it or by the folder it is in, but {len(bare)} "
-            f"have none ({some(bare)}); pack it anew"
+            f"{path} must name the class of each image, in a member KEY.cls beside it or by the folder it is in, but "
+            f"{len(bare)} have none ({some(bare)}); pack it anew"
         )
     members = list(images.values())
     return Listing(
@@ -131,7 +133,8 @@ def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) 
             found.append(number)
         else:
             raise UserError(
-                f"the shards in {root} have the label {label!r}, which is none of the {len(known)} classes ({some(known)}) and no "
-                "number of one; name the classes in their order by --class-list, or pack the shards anew"
+                f"the shards in {root} have the label {label!r}, which is none of the {len(known)} classes "
+                f"({some(known)}) and no number of one; name the classes in their order by --class-list, or pack the "
+                "shards anew"
             )
     return tuple(known), np.array(found, np.int64)

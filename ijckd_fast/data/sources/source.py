@@ -1,4 +1,4 @@
-"""What a source is: one way in which root/split can hold images. Each kind is a class in a file of its own, beside this one."""
+"""What a source is: one way in which root/split can hold images. Each kind is a class in a file beside this one."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class Listed:
 class Source(ABC):
     """The images of one split. Made by `recognise.open_source`, for a content that `recognised_by` said yes to.
 
-    A source is listed in groups: what is listed at one go, and again only where it has changed. A group is a folder, whose
-    images are files of their own, or a shard, one file that holds many images.
+    A source is listed in groups: what is listed at one go, and again only where it has changed. A group is a folder,
+    whose images are files of their own, or a shard, one file that holds many images.
     """
 
     title: ClassVar[str]

@@ -98,8 +98,8 @@ def add_parser(commands: Any) -> None:
         "index",
         help="the scan of a data folder, and the start with an index of millions of images",
         description="Times a first scan (every file decoded), a second start that asks for every file and one that "
-        "asks for the folders only, on hard links to ImageNet-like pictures; then the start with made-up index files of "
-        "ImageNet's sizes, with the memory it takes. Prints a table; the last line is one JSON object "
+        "asks for the folders only, on hard links to ImageNet-like pictures; then the start with made-up index files "
+        "of ImageNet's sizes, with the memory it takes. Prints a table; the last line is one JSON object "
         '{"rows": [...]}.',
     )
     parser.add_argument(

@@ -17,7 +17,7 @@ _KEYS_AT_ONCE = 1 << 16  # whose temporaries fit the processor's cache
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """splitmix64's finaliser, a bijection of the 64-bit integers. x: uint64, any shape."""
-    x = x + np.uint64(_GOLDEN)  # array arithmetic wraps silently, which is what is wanted
+    x = x + np.uint64(_GOLDEN)  # array arithmetic wraps silently, as splitmix64 needs it
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

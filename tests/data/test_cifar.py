@@ -277,7 +277,7 @@ class _Harm:
         (lambda place: _Harm(__import__("os").mkdir, str(place)), "posix.mkdir"),
         (lambda place: {"data": _Harm(getattr, "x", "upper")}, "builtins.getattr"),
         (lambda place: np.float64(1), "numpy.*scalar"),
-        (lambda place: [1], "wanted a pickled dict, found list"),
+        (lambda place: [1], "expected a pickled dict, found list"),
     ],
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -287,7 +287,7 @@ def test_pickles_that_call_functions_are_refused(tmp_path, content, known, harm,
     files["cifar-100-python/train"] = pickle.dumps(harm(place), protocol)
     text = complaint(tmp_path / "out", known(write_archive(tmp_path / "a.tar.gz", files)))
     assert re.search(named, text.replace("__builtin__", "builtins"))
-    assert "a.tar.gz, cifar-100-python/train: wanted" in text
+    assert "a.tar.gz, cifar-100-python/train: expected" in text
     assert not place.exists()
 
 
@@ -297,7 +297,9 @@ def test_damaged_pickles_are_refused(tmp_path, content, known):
     for data in (b"", whole[: len(whole) // 2], b"\x80\x02q\x01.", b"\x80\x02K\x01R.", whole.replace(b"u1", b"u9", 1)):
         files["cifar-100-python/test"] = data
         text = complaint(tmp_path / "out", known(write_archive(tmp_path / "a.tar.gz", files)))
-        assert "cifar-100-python/test: wanted a pickle of names, numbers and numpy arrays alone, found another" in text
+        assert (
+            "cifar-100-python/test: expected a pickle of names, numbers and numpy arrays alone, found another" in text
+        )
 
 
 def _changed(**changes):
@@ -310,14 +312,14 @@ def _changed(**changes):
 @pytest.mark.parametrize(
     ("part", "change", "text"),
     [
-        ("meta", _changed(fine_label_names=FINE[:99]), "wanted 100 class names as 'fine_label_names', found"),
-        ("meta", _changed(fine_label_names=None), "wanted 100 class names as 'fine_label_names', found None"),
+        ("meta", _changed(fine_label_names=FINE[:99]), "expected 100 class names as 'fine_label_names', found"),
+        ("meta", _changed(fine_label_names=None), "expected 100 class names as 'fine_label_names', found None"),
         ("meta", _changed(fine_label_names=["../../x", *FINE[1:]]), "class names of small letters, found '../../x'"),
         ("meta", _changed(fine_label_names=[7, *FINE[1:]]), "class names of small letters, found 7"),
         (
             "train",
             _changed(data=lambda c: c["data"][:, :3071]),
-            r"wanted [200, 3072] uint8 pixels of the train images, found [200, 3071]",
+            r"expected [200, 3072] uint8 pixels of the train images, found [200, 3071]",
         ),
         ("train", _changed(data=lambda c: c["data"][1:]), r"found [199, 3072] uint8"),
         (
@@ -328,7 +330,7 @@ def _changed(**changes):
         (
             "test",
             _changed(data="x"),
-            "wanted the arrays 'data' and the lists 'fine_labels' of the val images, found others",
+            "expected the arrays 'data' and the lists 'fine_labels' of the val images, found others",
         ),
         ("test", _changed(fine_labels=lambda c: ["x"] * 100), "found others (ValueError"),
         ("test", _changed(fine_labels=lambda c: [-1] * 100), "found others (ValueError"),

@@ -199,7 +199,7 @@ def small(tmp_path_factory) -> Index:
 
 
 class _RandomCrop(torchvision.transforms.RandomCrop):
-    """torchvision's own, at places that are given in the place of its draws."""
+    """torchvision's own, at given places instead of its draws."""
 
     place: tuple[int, int]
 
@@ -378,7 +378,7 @@ def test_evaluation_leaves_a_file_that_rots_out(own, backend, rot):
     for (ids, _, images), (ids_before, _, images_before) in zip(got, before, strict=True):
         kept = [ids_before.index(i) for i in ids]
         assert torch.equal(images, images_before[kept])
-    _, again, _ = collected(plan, backend)  # told once
+    _, again, _ = collected(plan, backend)  # reported once
     assert again == []
     if bad.is_dir():
         bad.rmdir()

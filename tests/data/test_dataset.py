@@ -182,7 +182,7 @@ def gray(kind):
 )
 def test_items_of_another_kind_are_refused(item, why):
     data = Items([(photo(8, 8), 0), (photo(8, 8), 1), item])
-    with pytest.raises(UserError, match=rf"^item 2 of Items: wanted .*{why}"):
+    with pytest.raises(UserError, match=rf"^item 2 of Items: expected .*{why}"):
         index_dataset(data, "train")
     good = Items([*data.items[:2], (photo(8, 8), 0)])
     with pytest.raises(UserError, match=why):  # it had no transform when it was indexed

@@ -106,7 +106,9 @@ def test_one_archive_at_a_time(archives, tmp_path):
 )
 def test_outer_names_that_are_not_imagenet_s(tmp_path, name):
     (tmp_path / "train.tar").write_bytes(tar_of({name: tar_of({"n01440764_1.JPEG": jpeg(0)})}))
-    with pytest.raises(UserError, match=r"train\.tar: wanted one archive per class.*found .*is it ImageNet's archive"):
+    with pytest.raises(
+        UserError, match=r"train\.tar: expected one archive per class.*found .*is it ImageNet's archive"
+    ):
         prepare_imagenet(tmp_path / "a" / "out", train_tar=tmp_path / "train.tar")
     assert not tree(tmp_path / "a") if (tmp_path / "a").exists() else True
 
@@ -114,7 +116,9 @@ def test_outer_names_that_are_not_imagenet_s(tmp_path, name):
 @pytest.mark.parametrize("name", ["../../../x.JPEG", "/x.JPEG", "..JPEG", "x.exe", "a/../x.JPEG"])
 def test_inner_names_that_are_not_imagenet_s(tmp_path, name):
     (tmp_path / "train.tar").write_bytes(tar_of({"n01440764.tar": tar_of({name: jpeg(0)})}))
-    with pytest.raises(UserError, match=r"train\.tar, n01440764\.tar: wanted images n01440764_10026\.JPEG only, found"):
+    with pytest.raises(
+        UserError, match=r"train\.tar, n01440764\.tar: expected images n01440764_10026\.JPEG only, found"
+    ):
         prepare_imagenet(tmp_path / "a" / "b" / "out", train_tar=tmp_path / "train.tar")
     assert not list(tmp_path.rglob("*.JPEG"))
     assert not list(tmp_path.rglob("*.exe"))

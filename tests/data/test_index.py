@@ -220,7 +220,8 @@ def test_io_error_is_not_remembered(root, monkeypatch, checked, verify):
     assert checked == ["002.jpg"]
 
 
-# --- folders that are not what is wanted ------------------------------------------------------------------------------
+# --- folders that are not what is expected
+# ------------------------------------------------------------------------------
 
 
 def test_missing_and_empty_folders(root, tmp_path):
@@ -380,7 +381,7 @@ def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypa
             patch.setattr(kept, "CACHE_VERSION", "0")
             build_index(root, "train", refresh=True)
     checked.clear()
-    with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built anew"):
+    with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built again"):
         assert same(build_index(root, "train"), first)
     assert len(checked) == 15
     checked.clear()
@@ -560,7 +561,7 @@ def test_changed_folders_are_listed_again(root, listed, checked):
     shutil.copytree(root / "train" / "cat", deep)
     first = build_index(root, "train")
 
-    def found_anew(opened: list[str]) -> Index:
+    def found_again(opened: list[str]) -> Index:
         listed.clear()
         checked.clear()
         found = build_index(root, "train", trust_folders=True)
@@ -569,11 +570,11 @@ def test_changed_folders_are_listed_again(root, listed, checked):
         return found
 
     photo(30, 20).save(deep / "new.jpg")
-    assert len(found_anew(["new.jpg"])) == 21
+    assert len(found_again(["new.jpg"])) == 21
     (deep / "new.jpg").rename(deep / "renamed.jpg")
-    assert "train/dog/images/deep/renamed.jpg" in found_anew(["renamed.jpg"]).paths
+    assert "train/dog/images/deep/renamed.jpg" in found_again(["renamed.jpg"]).paths
     (deep / "renamed.jpg").unlink()
-    assert same(found_anew([]), first)
+    assert same(found_again([]), first)
 
 
 def test_classes_that_come_and_go(root, listed, checked):
@@ -630,7 +631,7 @@ def test_a_file_rewritten_in_place_is_seen_when_every_file_is_asked(root, listed
     assert checked == []
 
 
-def test_a_bad_file_mended_in_place_is_seen_at_once(root, listed, checked):
+def test_a_bad_file_replaced_by_a_good_one_is_seen_at_once(root, listed, checked):
     bad = root / "train" / "dog" / "001.jpg"
     whole = bad.read_bytes()
     bad.write_bytes(b"")

@@ -95,9 +95,9 @@ def test_a_bad_file_of_a_flat_folder_is_left_out_with_its_label(root, tmp_path):
             r"labels, line 7: 'V_6' has the class 'cow', which is none of the 3 classes .*'cat'",
         ),
         (lambda rows: [*rows, "V_1,eel"], r"'V_1' stands in lines 2 and 7"),
-        (lambda rows: ["V_0", *rows[1:]], r"labels, line 1: wanted 'name,class'.*LOC_val_solution\.csv, found 'V_0'"),
-        (lambda rows: [*rows[:3], "V_3,", *rows[4:]], r"line 4: wanted .* found 'V_3,'"),
-        (lambda rows: [*rows[:3], "V_3 cat food", *rows[4:]], r"line 4: wanted .* found 'V_3 cat food'"),
+        (lambda rows: ["V_0", *rows[1:]], r"labels, line 1: expected 'name,class'.*LOC_val_solution\.csv, found 'V_0'"),
+        (lambda rows: [*rows[:3], "V_3,", *rows[4:]], r"line 4: expected .* found 'V_3,'"),
+        (lambda rows: [*rows[:3], "V_3 cat food", *rows[4:]], r"line 4: expected .* found 'V_3 cat food'"),
         (lambda rows: ["ImageId,PredictionString"], "found only column titles"),
         (lambda rows: [""], "found an empty file"),
     ],
@@ -125,7 +125,7 @@ def test_labels_for_class_folders_and_none_for_a_flat_folder(root, tmp_path):
         build_index(root, "val", classes=CLASSES)
     with pytest.raises(UserError, match=r"there are class folders \('cat', 'dog', 'eel'\).*leave the label file out"):
         build_index(root, "train", labels=write(tmp_path / "labels", *ROWS["spaces"]))
-    with pytest.raises(UserError, match=r"nowhere: wanted a text file.*No such file or directory"):
+    with pytest.raises(UserError, match=r"nowhere: expected a text file.*No such file or directory"):
         build_index(root, "val", labels=tmp_path / "nowhere")
 
 
@@ -146,7 +146,7 @@ def test_class_lists_that_do_not_fit(root, tmp_path):
         (["cat", "dog"], r"the 2 class folders that .*classes\.txt lists, found 3: 1 unexpected \('eel'\)"),
         ([*CLASSES, "fox", "gnu"], r"found 3: 2 missing \('fox', 'gnu'\)"),
         ([*CLASSES, "cat"], r"classes\.txt: class 'cat' stands in lines 1 and 4"),
-        ([""], "wanted one class folder name in a line, found an empty file"),
+        ([""], "expected one class folder name in a line, found an empty file"),
     ):
         with pytest.raises(UserError, match=error):
             build_index(root, "train", class_list=write(path, *lines))

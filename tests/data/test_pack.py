@@ -233,7 +233,7 @@ def alive(session: int) -> list[int]:
 
 
 def test_killed_with_its_workers(tmp_path):
-    """SIGKILL of the parent alone: no worker goes on, and the next run ends with an undisturbed run's bytes."""
+    """SIGKILL of the parent alone: no worker continues, and the next run ends with an undisturbed run's bytes."""
     root, out = tmp_path / "data", tmp_path / "out"
     write_split(root, "train", {"cat": 30, "dog": 30}, size=(300, 400))
     settings = PackSettings(short=200, shard_images=5)
@@ -290,8 +290,8 @@ def test_other_settings_or_other_data_are_refused(data, tmp_path):
         return str(caught.value)
 
     text = complaint(PackSettings(short=48, quality=80, shard_images=5))
-    assert "holds a pack with short 40 where 48 is wanted; quality 90 where 80 is wanted. To go on" in text
-    assert "--overwrite deletes it and begins anew" in text
+    assert "holds a pack with short 40 where 48 is expected; quality 90 where 80 is expected. To continue" in text
+    assert "--overwrite deletes it and begins again" in text
     photo(48, 64, 99).save(data / "train" / "dog" / "new.jpg")
     assert "the train images of then" in complaint()
     (data / "train" / "dog" / "new.jpg").unlink()
@@ -343,8 +343,8 @@ def test_bad_files_are_left_out_and_counted(data, tmp_path):
     times = gone.stat()
     gone.write_bytes(good)
     os.utime(gone, ns=(times.st_atime_ns, times.st_mtime_ns))
-    mended, _ = pack(data, tmp_path / "out", SMALL, workers=1)
-    assert (mended["images"], mended["kept"], mended["left_out"]) == (13, 2, [])
+    complete, _ = pack(data, tmp_path / "out", SMALL, workers=1)
+    assert (complete["images"], complete["kept"], complete["left_out"]) == (13, 2, [])
 
 
 @pytest.mark.parametrize("size", [(20, 30), (64, 48)])
@@ -484,7 +484,7 @@ def test_command(data, tmp_path, capfd):
     pack(data, tmp_path / "one", SMALL, workers=1)
     assert shards(out) == shards(tmp_path / "one")
     assert cli.main(["pack", str(data), str(out), "--short", "48"]) == 2
-    assert "short 40 where 48 is wanted" in capfd.readouterr().err
+    assert "short 40 where 48 is expected" in capfd.readouterr().err
     assert cli.main(["pack", str(data), str(out), "--splits", "test"]) == 2
     assert "test" in capfd.readouterr().err
 

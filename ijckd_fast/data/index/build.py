@@ -193,9 +193,8 @@ def _check_all(
             yield rows, [files.paths[int(i)].as_py() for i in rows]
 
     def note(row: int, verdict: Verdict | OSError) -> None:
-        if isinstance(
-            verdict, OSError
-        ):  # may be mended without the file changing (chmod, a mount): not to be remembered
+        if isinstance(verdict, OSError):
+            # It may be fixed without a change of the file (chmod, a mount): not to be remembered.
             reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
             files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
             return

@@ -14,7 +14,7 @@ from ijckd_fast.data.sources import Place
 # float, 32-bit and LAB pixels, which the two convert differently.
 _FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM"})
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"})
-_ORIENTATION = 274  # EXIF's tag. Pillow rotates TIFFs by it (and no other format), DALI is told not to
+_ORIENTATION = 274  # EXIF's tag. Pillow rotates TIFFs by it (and no other format), DALI is asked not to
 
 
 class Verdict(NamedTuple):

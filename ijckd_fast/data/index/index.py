@@ -140,8 +140,8 @@ class Index:
             smallest = int(counts.argmin())
             if not 1 <= per_class <= counts[smallest]:
                 raise UserError(
-                    f"{per_class} images per class wanted, but the {self.split} class {self.classes[smallest]!r} has "
-                    f"{counts[smallest]}; choose a number from 1 to {counts[smallest]}"
+                    f"{per_class} images per class asked for, but the {self.split} class {self.classes[smallest]!r} "
+                    f"has {counts[smallest]}; choose a number from 1 to {counts[smallest]}"
                 )
             order = permutation(seed, _SUBSET_STREAM, len(self))
             by_class = order[np.argsort(self.labels[order], kind="stable")]  # classes in turn, each in its seeded order

@@ -123,7 +123,7 @@ def load_files(homes: Iterable[Path], split: str) -> Files:
         try:
             return _read(path)
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"the index {path} cannot be read and is built anew ({error})", stacklevel=4)
+            warnings.warn(f"the index {path} cannot be read and is built again ({error})", stacklevel=4)
     return Files.none()
 
 

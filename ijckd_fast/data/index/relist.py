@@ -38,7 +38,7 @@ def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, pro
             )
     except OSError as error:
         raise UserError(
-            f"the images in {root / split} must be readable, found: {error}; mend it and run again"
+            f"the images in {root / split} must be readable, found: {error}; fix it and run again"
         ) from error
     merged = _merge(known, groups, listed)
     first = 0

@@ -16,7 +16,7 @@ BACKENDS = ("dali", "pillow", "synthetic")
 def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     """The executor called `backend` on a plan; see Loader for the settings.
 
-    raises UserError for an unknown backend, or when DALI is wanted and not installed: there is no silent fallback
+    raises UserError for an unknown backend, or when DALI is asked for and not installed: there is no silent fallback
     """
     if backend == "pillow":
         return PillowLoader(plan, **settings)

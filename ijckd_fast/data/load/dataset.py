@@ -21,7 +21,9 @@ from ijckd_fast.data.load.pillow import PillowLoader, to_rgb
 from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.errors import UserError
 
-_WANTED = "(image, label), the image a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], the label an int"
+_EXPECTED = (
+    "(image, label), the image a PIL image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W], the label an int"
+)
 
 
 class MapDataset(Protocol):
@@ -34,7 +36,7 @@ class MapDataset(Protocol):
 def index_dataset(
     dataset: MapDataset, split: Literal["train", "val"], classes: Sequence[str] | None = None, workers: int = 0
 ) -> Index:
-    """The index of a dataset, by opening every item once, each time anew: sizes are known only then.
+    """The index of a dataset, by opening every item once, at every call: sizes are known only then.
 
     dataset  items are (PIL image or uint8 array [H, W, 3] or uint8 tensor [3, H, W], all as stored: augmentation is the
              plan's; int label from 0). Where it has `targets`, the labels are those
@@ -51,11 +53,11 @@ def index_dataset(
         count = len(dataset)
     except TypeError as error:
         raise UserError(
-            f"wanted a map-style dataset, found {_name(dataset)}, which has no length; give one that has"
+            f"expected a map-style dataset, found {_name(dataset)}, which has no length; give one that has"
         ) from error
     if count == 0:
         raise UserError(
-            f"wanted a dataset of (image, label) items, but {_name(dataset)} is empty; give one that has items"
+            f"expected a dataset of (image, label) items, but {_name(dataset)} is empty; give one that has items"
         )
     if workers < 0:
         raise UserError(f"workers must be at least 0 (0: one per core), found {workers}")
@@ -155,12 +157,14 @@ def open_item(dataset: MapDataset, i: int) -> tuple[Image.Image, int]:
         raise Unreadable(where, f"{type(error).__name__}: {error}") from error
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         what = f"{len(item)} things" if isinstance(item, (tuple, list)) else _name(item)
-        raise UserError(f"{where}: wanted {_WANTED}, found {what}; wrap the dataset in one that returns such pairs")
+        raise UserError(f"{where}: expected {_EXPECTED}, found {what}; wrap the dataset in one that returns such pairs")
     image, label = item
     try:
         label = operator.index(label)
     except TypeError as error:
-        raise UserError(f"{where}: wanted {_WANTED}, found a label of type {_name(label)}; make it an int") from error
+        raise UserError(
+            f"{where}: expected {_EXPECTED}, found a label of type {_name(label)}; make it an int"
+        ) from error
     return _rgb(image, where), label
 
 
@@ -168,7 +172,7 @@ def _rgb(image: Any, where: str) -> Image.Image:
     if isinstance(image, Image.Image):
         if image.mode in ("I", "F"):  # whose range only their maker knows
             raise UserError(
-                f"{where}: wanted 8 or 16 bits per channel, found Pillow mode {image.mode}; convert it to L or RGB"
+                f"{where}: expected 8 or 16 bits per channel, found Pillow mode {image.mode}; convert it to L or RGB"
             )
         return to_rgb(image)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
@@ -181,7 +185,7 @@ def _rgb(image: Any, where: str) -> Image.Image:
         found = _name(image)
     floats = isinstance(image, torch.Tensor) and image.is_floating_point()
     advice = "remove its transform: the plan crops, flips and normalises" if floats else "convert it"
-    raise UserError(f"{where}: wanted {_WANTED}, found an image that is {found}; {advice}")
+    raise UserError(f"{where}: expected {_EXPECTED}, found an image that is {found}; {advice}")
 
 
 class DatasetLoader(PillowLoader):

@@ -61,7 +61,8 @@ class Unreadable(UserError):
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(
-            f"an image as it was indexed was wanted at {path}, found: {why}; restore the file or build the index again"
+            f"an image as it was indexed was expected at {path}, found: {why}; restore the file or build the index "
+            "again"
         )
         self.path, self.why = path, why
 

@@ -123,7 +123,7 @@ def _compare(
     n = sum(map(len, means))
     if n == 0:
         raise TooManyUnreadable(
-            "images were wanted to compare DALI with Pillow on, but both could read none of the sample of "
+            "images were expected to compare DALI with Pillow on, but both could read none of the sample of "
             f"{index.root}/{index.split}; is the disk still there?"
         )
     of_image = torch.cat(means)

@@ -93,10 +93,10 @@ class PillowLoader(Loader):
             self._planned += 1
         plan, futures = self._ahead.popleft()
         while not self._all_read(plan, futures):
-            anew = self.plan.batch(step)
-            for i in np.flatnonzero(anew.ids != plan.ids).tolist():
-                futures[i] = self._pool.submit(self._normalised, anew, i)
-            plan = anew
+            again = self.plan.batch(step)
+            for i in np.flatnonzero(again.ids != plan.ids).tolist():
+                futures[i] = self._pool.submit(self._normalised, again, i)
+            plan = again
         images = np.stack([future.result() for future in futures])  # [B, S, S, 3] float32
         return torch.from_numpy(images).permute(0, 3, 1, 2), plan
 

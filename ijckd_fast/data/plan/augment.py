@@ -14,7 +14,7 @@ class Augment:
     image_size   side of the square input, pixels
     scale        training crop's share of the image area, (least, most), in (0, 1]
     ratio        training crop's width / height, (least, most)
-    crop_padding above 0: training's padded crop in the place of the random resized crop, and so of scale and ratio. The
+    crop_padding above 0: training's padded crop instead of the random resized crop, and so of scale and ratio. The
                  image is resized so that its shorter side is image_size (not touched where it is), gets a border of so
                  many black pixels on every side, and a square of image_size is cut at a random place: torchvision's
                  RandomCrop(image_size, padding). With sizes the epoch's side takes image_size's place, and the border
@@ -84,8 +84,8 @@ class Augment:
         if self.crop_padding and (self.scale, self.ratio) != (Augment.scale, Augment.ratio):
             raise UserError(
                 f"crop_padding {self.crop_padding} replaces the random resized crop, to which scale and ratio belong: "
-                f"wanted both unset, or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} and "
-                f"{self.ratio}; leave them out, or crop_padding"
+                f"expected both unset, or at their defaults {Augment.scale} and {Augment.ratio}, found {self.scale} "
+                f"and {self.ratio}; leave them out, or crop_padding"
             )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")

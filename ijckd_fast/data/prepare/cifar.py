@@ -73,7 +73,7 @@ KINDS = {
 
 
 def prepare_cifar(out: str | Path, archive: str | Path | None, *, progress: bool = False) -> dict[str, dict[str, int]]:
-    """Writes what is not there yet; a second call after an interruption goes on where the first one stopped.
+    """Writes what is not there yet; a second call after an interruption continues where the first one stopped.
 
     out       gets train/<class>/<number>.png and val/<class>/<number>.png, 32 x 32 RGB without loss; number: position
               in the archive's training or test images, from 0. CIFAR-100's classes are the fine ones. classes.txt has
@@ -116,7 +116,7 @@ def _recognised(archive: str | Path | None) -> tuple[Path, Kind]:
     archive = Path(archive)
     if not archive.is_file():
         raise UserError(
-            f"wanted CIFAR's archive, but there is no file {archive}; give its path. If you have none, {_FETCH}"
+            f"expected CIFAR's archive, but there is no file {archive}; give its path. If you have none, {_FETCH}"
         )
     digest = hashlib.md5(usedforsecurity=False)
     with open(archive, "rb") as file:
@@ -124,9 +124,9 @@ def _recognised(archive: str | Path | None) -> tuple[Path, Kind]:
             digest.update(piece)
     found = digest.hexdigest()
     if found not in KINDS:
-        wanted = " or ".join(f"{md5} ({kind.name})" for md5, kind in KINDS.items())
+        expected = " or ".join(f"{md5} ({kind.name})" for md5, kind in KINDS.items())
         raise UserError(
-            f"{archive} should have the md5 {wanted}, found {found} ({archive.stat().st_size:,} bytes): it is "
+            f"{archive} should have the md5 {expected}, found {found} ({archive.stat().st_size:,} bytes): it is "
             f"incomplete, damaged or another file, such as the Matlab or binary version; {_FETCH}"
         )
     return archive, KINDS[found]
@@ -134,19 +134,19 @@ def _recognised(archive: str | Path | None) -> tuple[Path, Kind]:
 
 def _read(archive: Path, kind: Kind) -> dict[str, dict[str, Any]]:
     """The content of every pickle of an archive, by its name below the archive's folder."""
-    wanted = {kind.meta, *(part for parts in kind.parts.values() for part in parts)}
+    expected = {kind.meta, *(part for parts in kind.parts.values() for part in parts)}
     found = {}
     try:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
-                if folder == kind.folder and name in wanted:
+                if folder == kind.folder and name in expected:
                     file = tar.extractfile(member)
                     if file is not None:  # is a file, not a folder
                         found[name] = _unpickled(file.read(), f"{archive}, {member.name}")
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise UserError(f"{archive} cannot be read as a tar.gz archive ({error}); {_FETCH} again") from error
-    missing = sorted(wanted - found.keys())
+    missing = sorted(expected - found.keys())
     if missing:
         raise UserError(f"{archive} should hold {kind.folder}/{missing[0]}, which is not in it; {_FETCH} again")
     return found
@@ -178,11 +178,11 @@ def _unpickled(data: bytes, where: str) -> dict[str, Any]:
         found = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's strings, and an array's bytes
     except Exception as error:  # pickle raises nearly anything on damaged input
         raise UserError(
-            f"{where}: wanted a pickle of names, numbers and numpy arrays alone, found another "
+            f"{where}: expected a pickle of names, numbers and numpy arrays alone, found another "
             f"({type(error).__name__}: {error}); nothing of it was used; {_FETCH}"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{where}: wanted a pickled dict, found {type(found).__name__}; {_FETCH}")
+        raise UserError(f"{where}: expected a pickled dict, found {type(found).__name__}; {_FETCH}")
     return found
 
 
@@ -190,11 +190,11 @@ def _class_names(meta: Mapping[str, Any], kind: Kind, archive: Path) -> list[str
     names = meta.get(kind.names)
     if not isinstance(names, list) or len(set(map(str, names))) != kind.classes:
         raise UserError(
-            f"{archive}: wanted {kind.classes} class names as {kind.names!r}, found {names!r:.100}; {_FETCH}"
+            f"{archive}: expected {kind.classes} class names as {kind.names!r}, found {names!r:.100}; {_FETCH}"
         )
     for name in names:
         if not isinstance(name, str) or not _CLASS_NAME.fullmatch(name):
-            raise UserError(f"{archive}: wanted class names of small letters, found {name!r}; {_FETCH}")
+            raise UserError(f"{archive}: expected class names of small letters, found {name!r}; {_FETCH}")
     return names
 
 
@@ -207,12 +207,12 @@ def _images(parts: list[dict[str, Any]], kind: Kind, split: str, archive: Path) 
         counts = np.bincount(labels, minlength=kind.classes)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"{archive}: wanted the arrays 'data' and the lists {kind.labels!r} of the {split} images, found others "
+            f"{archive}: expected the arrays 'data' and the lists {kind.labels!r} of the {split} images, found others "
             f"({type(error).__name__}: {error}); {_FETCH}"
         ) from error
     if rows.dtype != np.uint8 or rows.shape != (len(labels), channels):
         raise UserError(
-            f"{archive}: wanted [{len(labels)}, {channels}] uint8 pixels of the {split} images, found "
+            f"{archive}: expected [{len(labels)}, {channels}] uint8 pixels of the {split} images, found "
             f"{list(rows.shape)} {rows.dtype}; {_FETCH}"
         )
     wrong = np.flatnonzero(counts != (np.arange(len(counts)) < kind.classes) * each)

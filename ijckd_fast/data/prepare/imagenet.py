@@ -33,7 +33,7 @@ def prepare_imagenet(
     val_labels: str | Path | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """Unpacks what is not there yet; a second call after an interruption goes on where the first one stopped.
+    """Unpacks what is not there yet; a second call after an interruption continues where the first one stopped.
 
     train_tar   of one archive per class, n01440764.tar..., as ILSVRC2012_img_train.tar and ImageNet-21k's are
     val_tar     of images, as ILSVRC2012_img_val.tar is; needs val_labels
@@ -63,8 +63,8 @@ def prepare_imagenet(
         for name, line in classes.items():
             if (out / "train").is_dir() and not (out / "train" / name).is_dir():
                 raise UserError(
-                    f"{val_labels}, line {line}: class {name!r} is no folder of {out / 'train'}; wanted the wnids of "
-                    "the training data, e.g. n01440764: mend the line, or unpack the training archive whole"
+                    f"{val_labels}, line {line}: class {name!r} is no folder of {out / 'train'}; expected the wnids of "
+                    "the training data, e.g. n01440764: fix the line, or unpack the training archive whole"
                 )
         done["val"] = _unpack(Path(val_tar), out / "val", _val_images(Path(val_labels)), progress)
     return done
@@ -96,7 +96,9 @@ def _unpack(
                     written += 1
                 bar.update(line, completed=place)
     except FileNotFoundError as error:
-        raise UserError(f"wanted an ImageNet archive, but there is no file {error.filename}; give its path") from error
+        raise UserError(
+            f"expected an ImageNet archive, but there is no file {error.filename}; give its path"
+        ) from error
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{archive} cannot be read as a tar archive ({error}); it may be incomplete: compare its length with the "
@@ -121,7 +123,7 @@ def _write(path: Path, data: bytes, length: int, archive: Path) -> None:
 
 
 def _members(
-    tar: tarfile.TarFile, pattern: re.Pattern[str], where: str, wanted: str
+    tar: tarfile.TarFile, pattern: re.Pattern[str], where: str, expected: str
 ) -> Iterator[tuple[tarfile.TarInfo, str]]:
     """(member, what the pattern's group matched) of every file. UserError for anything else than files and folders."""
     for member in tar:
@@ -131,7 +133,7 @@ def _members(
         if not match or not member.isreg():
             kind = "" if member.isreg() else ", which is no plain file"
             raise UserError(
-                f"{where}: wanted {wanted} only, found {member.name!r}{kind}; is it ImageNet's archive as it was "
+                f"{where}: expected {expected} only, found {member.name!r}{kind}; is it ImageNet's archive as it was "
                 "downloaded?"
             )
         yield member, match[1]

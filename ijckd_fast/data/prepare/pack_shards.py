@@ -205,11 +205,11 @@ def _is_whole(shard: Shard) -> bool:
 
 def _verify(path: Path, shard: Shard, written: list[tuple[int, int]]) -> None:
     """UserError unless the shard at `path` has the images and labels `written`, and each decodes at its size."""
-    wanted = iter(written)
+    expected = iter(written)
     try:
         with tarfile.open(path, "r:") as tar:
             for i, label, member in members_of(tar):
-                row, checksum = next(wanted)
+                row, checksum = next(expected)
                 data = bytes_of(tar, member)
                 image = decode(member.name, data)
                 got = (i, label, *image.size, zlib.crc32(data))
@@ -218,7 +218,7 @@ def _verify(path: Path, shard: Shard, written: list[tuple[int, int]]) -> None:
                         f"image {i} of class {label}, {image.width}x{image.height} pixels where "
                         f"{'x'.join(map(str, shard.packed[row]))} were packed"
                     )
-        if next(wanted, None) is not None:
+        if next(expected, None) is not None:
             raise ValueError("images are missing at its end")
     except (tarfile.TarError, ValueError, Unreadable, StopIteration) as error:
         raise UserError(

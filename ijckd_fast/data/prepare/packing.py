@@ -53,13 +53,13 @@ def pack(
     progress: bool = False,
     on_bad: Callable[[str, str], None] = _warn,
 ) -> list[dict[str, Any]]:
-    """Packs a data folder. Run again after an interruption it goes on, and the shards are the same to the byte.
+    """Packs a data folder. Run again after an interruption it continues, and the shards are the same to the byte.
 
     Training images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the
     other rounded) and encoded as baseline JPEG, 4:2:0; smaller JPEGs are copied; other formats are encoded at their
     size. Validation images are copied, so that accuracies stay comparable. Metadata is not carried over to what is
     encoded; an EXIF orientation is ignored, as everywhere. A shard is written under another name, read back, each image
-    decoded, and only then gets its name. A shard that lacks an image is made anew by the next run.
+    decoded, and only then gets its name. A shard that lacks an image is made again by the next run.
 
     root, out         data folder, see build_index; folder of the pack
     splits            of 'train', 'val'
@@ -130,7 +130,7 @@ def pack(
         if error.errno not in wants:
             raise
         raise UserError(
-            f"{out} cannot be packed into, {wants[error.errno]}. Finished shards stay: the same command goes on from "
+            f"{out} cannot be packed into, {wants[error.errno]}. Finished shards stay: the same command continues from "
             "there"
         ) from error
     return rows
@@ -141,7 +141,7 @@ def _require_pack_or_nothing(out: Path) -> None:
         inside = sorted(name for name in os.listdir(out) if not name.startswith(".pack.json."))
         if inside:
             raise UserError(
-                f"wanted an empty folder, or an earlier pack to go on with, but {out} holds other things "
+                f"expected an empty folder, or an earlier pack to continue, but {out} holds other things "
                 f"({inside[0]!r}) and no pack.json; give another folder"
             )
 
@@ -166,24 +166,24 @@ def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: 
     if path.is_file():
         try:
             there = json.loads(path.read_bytes())
-            differs = [] if there["format"] == FORMAT else [f"format {there['format']!r} where {FORMAT!r} is wanted"]
+            differs = [] if there["format"] == FORMAT else [f"format {there['format']!r} where {FORMAT!r} is expected"]
             for name, value in state["settings"].items():
                 was = there["settings"].get(name)
                 if was != value:
-                    differs.append(f"{name.replace('_', '-')} {was} where {value} is wanted")
+                    differs.append(f"{name.replace('_', '-')} {was} where {value} is expected")
             for split, value in hashes.items():
                 if there["splits"].get(split, {}).get("source_hash", value) != value:
                     differs.append(
-                        f"the {split} images of then (other files, sizes or classes) where those of now are wanted"
+                        f"the {split} images of then (other files, sizes or classes) where those of now are expected"
                     )
             if (out / CLASSES_FILE).is_file() and (out / CLASSES_FILE).read_bytes() != names:
                 differs.append("other classes")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); --overwrite begins anew") from error
+            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); --overwrite begins again") from error
         if differs:
             raise UserError(
-                f"{out} holds a pack with {'; '.join(differs)}. To go on with it give what it was begun with, or "
-                "another folder; --overwrite deletes it and begins anew"
+                f"{out} holds a pack with {'; '.join(differs)}. To continue it give what it was begun with, or "
+                "another folder; --overwrite deletes it and begins again"
             )
         state = there
     out.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ def _pack_split(
                 raise TooManyUnreadable(
                     f"{len(left_out)} files of {index.root}/{index.split} cannot be read any more, more than the "
                     f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}). Is the disk whole and "
-                    "mounted? Finished shards stay and the same command goes on; --unreadable-limit allows more"
+                    "mounted? Finished shards stay and the same command continues; --unreadable-limit allows more"
                 )
     left_out.sort()
     missing = np.array([i for i, _, _ in left_out], np.int64)

@@ -25,7 +25,7 @@ class FlatFolder(Source):
         if label_file is None:
             folder = content.folder
             raise UserError(
-                f"wanted class folders of images, {folder}/<class>/*.jpg, but {folder} holds {len(content.images)} "
+                f"expected class folders of images, {folder}/<class>/*.jpg, but {folder} holds {len(content.images)} "
                 "image files and no class folder; sort them into one folder per class, or give a file that names the "
                 "class of each as --val-labels (for ImageNet's validation set, Kaggle's LOC_val_solution.csv)"
             )

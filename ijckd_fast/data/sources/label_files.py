@@ -43,9 +43,9 @@ def read_labels(path: str | Path) -> dict[str, Label]:
     A name may lack the file's extension. A first line with Kaggle's column titles, or 'name,class', is skipped.
     raises  UserError: no such file, nothing in it, a line of another form, a name twice
     """
-    wanted = "'name,class', 'name class' or the rows of Kaggle's LOC_val_solution.csv"
+    expected = "'name,class', 'name class' or the rows of Kaggle's LOC_val_solution.csv"
     labels: dict[str, Label] = {}
-    for number, line in _lines(path, wanted):
+    for number, line in _lines(path, expected):
         if number == 1 and line.lower() in _HEADERS:
             continue
         name, comma, rest = (part.strip() for part in line.partition(","))
@@ -54,16 +54,16 @@ def read_labels(path: str | Path) -> dict[str, Label]:
         elif _BOXES.fullmatch(rest):
             rest = rest.split()[0]
         if not name or not rest or (not comma and len(rest.split()) > 1):
-            raise UserError(f"{path}, line {number}: wanted {wanted}, found {line!r}")
+            raise UserError(f"{path}, line {number}: expected {expected}, found {line!r}")
         if name in labels:
             raise UserError(f"{path}: {name!r} stands in lines {labels[name].line} and {number}; keep one of them")
         labels[name] = Label(rest, number)
     if not labels:
-        raise UserError(f"{path}: wanted {wanted}, found only column titles")
+        raise UserError(f"{path}: expected {expected}, found only column titles")
     return labels
 
 
-def _lines(path: str | Path, wanted: str) -> Iterator[tuple[int, str]]:
+def _lines(path: str | Path, expected: str) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of each line that is not empty."""
     try:
         text = os.fsdecode(
@@ -71,11 +71,11 @@ def _lines(path: str | Path, wanted: str) -> Iterator[tuple[int, str]]:
         )  # the mark that Windows programs write
     except OSError as error:
         raise UserError(
-            f"{path}: wanted a text file, {wanted}, found: {error.strerror}; give the path of one"
+            f"{path}: expected a text file, {expected}, found: {error.strerror}; give the path of one"
         ) from error
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise UserError(f"{path}: wanted {wanted}, found an empty file")
+        raise UserError(f"{path}: expected {expected}, found an empty file")
     yield from lines
 
 
@@ -93,7 +93,7 @@ def labels_of(
         if label.name not in position:
             raise UserError(
                 f"{path}, line {label.line}: {name!r} has the class {label.name!r}, which is none of the "
-                f"{len(classes)} classes of the training data ({some(classes)}); mend the line"
+                f"{len(classes)} classes of the training data ({some(classes)}); fix the line"
             )
     found: list[int] = []
     bare: list[str] = []

@@ -35,7 +35,7 @@ class Listing:
     paths    [n] relative to the root, as the bytes the filesystem has, with forward slashes
     lengths  [n] int64, bytes; -1 for a link to nothing
     mtimes   [n] int64, ns; -1 likewise
-    stamps   of the folder and every one below it; () if one had changed too shortly before to be told from its next
+    stamps   of the folder and every one below it; () if one had changed too shortly before to show its next
              change
     offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
              first byte); None for images in files of their own
@@ -144,7 +144,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_pipe(entry: os.DirEntry[str]) -> bool:
-    """Or a device: reading one may wait for ever."""
+    """Or a device: reading one may never end."""
     try:
         return not stat.S_ISREG(entry.stat().st_mode)
     except OSError:  # nothing is there to wait for

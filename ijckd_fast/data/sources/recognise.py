@@ -33,6 +33,6 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
             )
         return kind(content, label_file)
     raise UserError(
-        f"wanted class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one "
+        f"expected class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one "
         "folder of images per class into it, or webdataset shards"
     )

@@ -77,7 +77,7 @@ def list_shard(root: str, shard: str) -> Listing:
                     if key in images:
                         raise UserError(
                             f"{path} must have one image for each key, found {images[key].name!r} and {member.name!r}; "
-                            "pack it anew"
+                            "pack it again"
                         )
                     images[key] = member
             with open(path, "rb") as file:
@@ -94,7 +94,7 @@ def list_shard(root: str, shard: str) -> Listing:
     if bare:
         raise UserError(
             f"{path} must name the class of each image, in a member KEY.cls beside it or by the folder it is in, but "
-            f"{len(bare)} have none ({some(bare)}); pack it anew"
+            f"{len(bare)} have none ({some(bare)}); pack it again"
         )
     members = list(images.values())
     return Listing(
@@ -135,6 +135,6 @@ def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) 
             raise UserError(
                 f"the shards in {root} have the label {label!r}, which is none of the {len(known)} classes "
                 f"({some(known)}) and no number of one; name the classes in their order by --class-list, or pack the "
-                "shards anew"
+                "shards again"
             )
     return tuple(known), np.array(found, np.int64)

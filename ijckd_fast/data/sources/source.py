@@ -40,7 +40,7 @@ class Content:
 def look_into(root: Path, split: str) -> Content:
     """The content of root/split. Raises UserError where there is no such folder."""
     folder = root / split
-    expected = f"wanted class folders of images, {folder}/<class>/*.jpg"
+    expected = f"expected class folders of images, {folder}/<class>/*.jpg"
     if not root.is_dir():
         raise UserError(f"{expected}, but {root} is not a folder; give the folder that holds train/ and val/")
     if not folder.is_dir():

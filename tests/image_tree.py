@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ijckd_fast.data import Index
+
 
 def photo(height: int, width: int, seed: int = 0) -> Image.Image:
     """Waves with a little noise: as smooth as a photograph, and different for every seed."""
@@ -46,3 +48,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "text": lambda path: (path.write_text("<html>404 not found</html>" * 40), None)[1],
 }
 """Ways to make a file at a path unusable, by name. Each overwrites what is there."""
+
+
+def same_index(a: Index, b: Index) -> bool:
+    return (a.hash, list(a.paths), a.classes, a.quarantined) == (b.hash, list(b.paths), b.classes, b.quarantined)

@@ -347,7 +347,7 @@ def test_content_that_is_not_cifar_s_is_refused(tmp_path, content, known, part, 
     images, labels = content["CIFAR-100"]
     files = members("CIFAR-100", images, labels)
     name = f"cifar-100-python/{part}"
-    files[name] = pickled(change(cifar._unpickled(files[name], "")))
+    files[name] = pickled(change(cifar.unpickled(files[name], "")))
     assert text in complaint(tmp_path / "out", known(write_archive(tmp_path / "a.tar.gz", files)))
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torchvision
 from image_tree import photo, write_split
+from loading import AUGMENT, identical
 from PIL import Image
 
 from ijckd_fast.data import (
@@ -22,8 +23,6 @@ from ijckd_fast.data import (
     index_dataset,
 )
 from ijckd_fast.errors import UserError
-
-AUGMENT = Augment(image_size=24, eval_resize=28)
 
 
 class Items:
@@ -68,14 +67,6 @@ def small(n: int = 12, classes: int = 2, **more) -> Items:
 def batches(loader) -> list[Batch]:
     with loader:
         return list(loader)
-
-
-def identical(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        (x is None and y is None) or torch.equal(x, y)
-        for p, q in zip(a, b, strict=True)
-        for x, y in zip(p, q, strict=True)
-    )
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

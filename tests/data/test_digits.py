@@ -52,7 +52,7 @@ def test_labels_and_pixels_are_scikit_learns(tree):
 
 def test_second_call_writes_nothing(tree, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in tree.rglob("*")}
-    monkeypatch.setattr(digits, "_load", lambda: pytest.fail("read scikit-learn's digits again"))
+    monkeypatch.setattr(digits, "load_originals", lambda: pytest.fail("read scikit-learn's digits again"))
     assert write_digits(tree) == tree
     assert {path: path.stat().st_mtime_ns for path in tree.rglob("*")} == before
 

@@ -1,51 +1,20 @@
+"""The index of a split: what is in it, what is left out and why, what is refused."""
+
 import hashlib
 import json
 import os
 import shutil
-import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from image_tree import DAMAGE, photo, write_split
+from image_tree import DAMAGE, photo, same_index, write_split
 from PIL import Image
 
-from ijckd_fast.data import Index, Paths, build_index
-from ijckd_fast.data.index import build, index, kept, scan
-from ijckd_fast.data.sources import ClassFolders, listing
+from ijckd_fast.data import Paths, build_index
+from ijckd_fast.data.index import index, scan
 from ijckd_fast.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-
-
-@pytest.fixture
-def root(tmp_path) -> Path:
-    write_split(tmp_path / "data", "train", {"cat": 5, "dog": 4, "eel": 6})
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def checked(monkeypatch) -> list[str]:
-    """The names of the files that are opened from now on, in the order of their opening."""
-    seen: list[str] = []
-    check = build.check_image
-
-    def spy(place, full):
-        seen.append(Path(place.path).name)
-        return check(place, full)
-
-    monkeypatch.setattr(build, "check_image", spy)
-    return seen
-
-
-def same(a: Index, b: Index) -> bool:
-    return (a.hash, list(a.paths), a.classes, a.quarantined) == (b.hash, list(b.paths), b.classes, b.quarantined)
 
 
 def test_lists_images_in_order_with_labels_and_sizes(root):
@@ -273,7 +242,7 @@ def test_classes_in_another_order(root, checked):
     usual = build_index(root, "train")
     assert (usual.classes, list(usual.paths), checked) == (("cat", "dog", "eel"), sorted(usual.paths), [])
     assert found.hash != usual.hash
-    assert same(build_index(root, "train", classes=classes), found)
+    assert same_index(build_index(root, "train", classes=classes), found)
 
 
 def test_val_must_have_the_classes_of_train(root):
@@ -285,194 +254,18 @@ def test_val_must_have_the_classes_of_train(root):
     assert build_index(root, "val", classes=classes).classes == classes
 
 
-# --- the cache --------------------------------------------------------------------------------------------------------
+def test_progress_bar_goes_to_stderr(root, capfd):
+    build_index(root, "train", progress=True)
+    assert capfd.readouterr().out == ""
 
 
-def test_second_build_opens_no_image(root, checked):
-    (root / "train" / "cat" / "bad.jpg").write_bytes(b"")
-    with pytest.warns(UserWarning, match="left out"):
-        first = build_index(root, "train")
-    assert len(checked) == 16
-    checked.clear()
-    with pytest.warns(UserWarning, match=r"left out.*train\.quarantine\.json"):
-        assert same(build_index(root, "train"), first)
-    assert checked == []
-    with pytest.warns(UserWarning, match="left out"):
-        build_index(root, "train", refresh=True)
-    assert len(checked) == 16
-
-
-def test_only_what_changed_is_opened(root, checked):
-    first = build_index(root, "train")
-    checked.clear()
-    photo(30, 20).save(root / "train" / "cat" / "new.jpg")
-    assert len(build_index(root, "train")) == 16
-    assert checked == ["new.jpg"]
-
-    checked.clear()
-    (root / "train" / "cat" / "new.jpg").unlink()
-    assert same(build_index(root, "train"), first)
-    assert checked == []
-
-    photo(20, 30, seed=7).save(root / "train" / "dog" / "000.jpg")
-    changed = build_index(root, "train")
-    assert checked == ["000.jpg"]
-    assert changed.sizes[5].tolist() == [30, 20]
-    assert changed.hash != first.hash
-
-    checked.clear()
-    status = (root / "train" / "eel" / "000.jpg").stat()
-    os.utime(
-        root / "train" / "eel" / "000.jpg", ns=(status.st_atime_ns, status.st_mtime_ns + 1)
-    )  # same length, new time
-    assert same(build_index(root, "train"), changed)
-    assert checked == ["000.jpg"]
-    checked.clear()
-    build_index(root, "train")
-    assert checked == []
-
-
-def test_a_fast_verdict_does_not_stand_for_a_full_one(root, checked):
-    data = (root / "train" / "cat" / "000.jpg").read_bytes()
-    comment = b"\xff\xfe\x00\x04\xff\xd9"  # the bytes of an end-of-image marker, where they do not end the image
-    (root / "train" / "cat" / "000.jpg").write_bytes(data[:2] + comment + data[2 : len(data) // 2])
-    assert len(build_index(root, "train", verify="fast")) == 15
-    checked.clear()
-    with pytest.warns(UserWarning, match="truncated"):
-        assert len(build_index(root, "train", verify="full")) == 14
-    assert len(checked) == 15
-    checked.clear()
-    with pytest.warns(UserWarning, match="truncated"):
-        assert len(build_index(root, "train", verify="fast")) == 14
-    assert checked == []
-
-
-def flips(data: bytes):
-    return (data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :] for i in range(4, len(data)))
-
-
-def reads_as_something_else(data: bytes, original: Path) -> bool:
-    """Whether the damage would go unnoticed without page checksums."""
-    try:
-        return not pq.read_table(pa.BufferReader(data)).equals(pq.read_table(original))
-    except (pa.ArrowException, OSError):
-        return False
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip", "folders", "text", "other version"])
-def test_damaged_cache_is_rebuilt_with_a_warning(root, checked, damage, monkeypatch):
-    first = build_index(root, "train")
-    cache = root / ".ijckd-index" / "train.parquet"
-    data = cache.read_bytes()
-    if damage == "truncate":
-        cache.write_bytes(data[: len(data) // 2])
-    elif damage == "flip":
-        cache.write_bytes(next(flipped for flipped in flips(data) if reads_as_something_else(flipped, cache)))
-    elif damage == "folders":  # one of the cats would have become a dog
-        moved = data.replace(b'["train/cat", 5, ', b'["train/cat", 4, ').replace(
-            b'["train/dog", 4, ', b'["train/dog", 5, '
-        )
-        assert sum(a != b for a, b in zip(data, moved, strict=True)) == 2
-        cache.write_bytes(moved)
-    elif damage == "text":
-        cache.write_text("not a Parquet file")
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(kept, "CACHE_VERSION", "0")
-            build_index(root, "train", refresh=True)
-    checked.clear()
-    with pytest.warns(UserWarning, match=r"train\.parquet cannot be read and is built again"):
-        assert same(build_index(root, "train"), first)
-    assert len(checked) == 15
-    checked.clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert same(build_index(root, "train"), first)
-    assert checked == []
-
-
-def test_data_folder_that_cannot_be_written(root, tmp_path, checked):
-    (root / ".ijckd-index").write_text("in the way: nothing can be created here, even by the superuser")
-    first = build_index(root, "train")
-    assert len(list((tmp_path / "user-cache" / "ijckd-fast").glob("*/train.parquet"))) == 1
-    checked.clear()
-    assert same(build_index(root, "train"), first)
-    assert checked == []
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
-def test_read_only_data_folder(root, tmp_path):
-    root.chmod(0o555)
-    try:
-        build_index(root, "train")
-    finally:
-        root.chmod(0o755)
-    assert not (root / ".ijckd-index").exists()
-    assert len(list((tmp_path / "user-cache" / "ijckd-fast").glob("*/train.parquet"))) == 1
-
-
-def test_nowhere_to_write_still_works(root, tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.warns(UserWarning, match="could not be saved"):
-        assert len(build_index(root, "train", cache_dir=tmp_path / "file" / "cache")) == 15
-
-
-def test_cache_dir_is_used_alone(root, tmp_path, checked):
-    build_index(root, "train", cache_dir=tmp_path / "cache")
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["train.parquet", "train.quarantine.json"]
-    assert not (root / ".ijckd-index").exists()
-    checked.clear()
-    build_index(root, "train", cache_dir=tmp_path / "cache")
-    assert checked == []
-
-
-def test_the_latest_of_two_caches_counts(root, tmp_path, checked):
-    """A data folder that became read-only with an old index in it: the newer one in the user's cache is used."""
-    build_index(root, "train")
-    photo(20, 30).save(root / "train" / "dog" / "new.jpg")
-    old = root / ".ijckd-index"
-    old.rename(tmp_path / "aside")
-    old.write_text("in the way")
-    build_index(root, "train")
-    old.unlink()
-    (tmp_path / "aside").rename(old)
-    checked.clear()
-    assert len(build_index(root, "train")) == 16
-    assert checked == []
-
-
-def test_interrupted_scan_keeps_what_it_has(root, checked, monkeypatch):
-    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
-    check = build.check_image
-
-    def interrupt(place, full):
-        if place.path.endswith("eel/003.jpg"):
-            time.sleep(0.2)  # the files before it are done by now
-            raise KeyboardInterrupt
-        return check(place, full)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "check_image", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            build_index(root, "train", workers=1)
-    checked.clear()
-    assert len(build_index(root, "train")) == 15
-    assert "003.jpg" in checked
-    assert len(checked) <= 3
-
-
-def test_workers_do_not_change_the_index(root):
-    (root / "train" / "cat" / "bad.jpg").write_bytes(b"")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        one, many = (build_index(root, "train", workers=workers, refresh=True) for workers in (1, 8))
-    assert same(one, many)
+# --- hash and paths --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 1000])
 def test_hash_of_known_contents(monkeypatch, at_once):
     """Run folders hold it: it must not change from version to version."""
-    monkeypatch.setattr(index, "_HASHED_AT_ONCE", at_once)
+    monkeypatch.setattr(index, "HASHED_AT_ONCE", at_once)
     arrays = np.array([0, 0, 1]), np.array([[64, 48], [48, 64], [40, 40]], np.int32), np.array([700, 800, 900])
     pieces = [b"train/a/0.jpg", b"train/a/1.jpg"], [b"train/b/\xe9.jpg"]
     paths = Paths(pa.chunked_array([pa.array(piece, pa.large_binary()) for piece in pieces]))
@@ -496,7 +289,7 @@ def test_paths_in_pieces(monkeypatch):
     assert list(paths.take(np.array([99, 0, 33]))) == [names[99], names[0], names[33]]
     with pytest.raises(IndexError):
         paths[100]
-    monkeypatch.setattr(index, "_HASHED_AT_ONCE", 10)
+    monkeypatch.setattr(index, "HASHED_AT_ONCE", 10)
     joined = b"\0".join(piece.to_pybytes() for piece in paths.joined())
     assert joined == "\0".join(names).encode()
     assert paths.joined_length == len(joined)
@@ -520,239 +313,3 @@ def test_hash_is_the_contents(root, tmp_path):
     assert build_index(tmp_path / "copy", "train").hash == first.hash
     shutil.move(tmp_path / "copy" / "train" / "cat" / "000.jpg", tmp_path / "copy" / "train" / "cat" / "0000.jpg")
     assert build_index(tmp_path / "copy", "train").hash != first.hash
-
-
-def test_progress_bar_goes_to_stderr(root, capfd):
-    build_index(root, "train", progress=True)
-    assert capfd.readouterr().out == ""
-
-
-# --- folders that are taken at their word -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def listed(monkeypatch) -> list[str]:
-    """The folders that are listed from now on. Those changed just now may be trusted: no test waits two seconds."""
-    seen: list[str] = []
-    list_group = ClassFolders.list_group
-
-    def spy(self, group):
-        seen.append(group)
-        return list_group(self, group)
-
-    monkeypatch.setattr(ClassFolders, "list_group", spy)
-    monkeypatch.setattr(listing, "_SETTLED_NS", 0)
-    return seen
-
-
-def test_unchanged_folders_are_not_listed_again(root, listed, checked):
-    first = build_index(root, "train")
-    assert sorted(listed) == ["train/cat", "train/dog", "train/eel"]
-    listed.clear()
-    checked.clear()
-    assert same(build_index(root, "train", trust_folders=True), first)
-    assert (listed, checked) == ([], [])
-    build_index(root, "train")
-    assert len(listed) == 3
-
-
-def test_changed_folders_are_listed_again(root, listed, checked):
-    deep = root / "train" / "dog" / "images" / "deep"
-    shutil.copytree(root / "train" / "cat", deep)
-    first = build_index(root, "train")
-
-    def found_again(opened: list[str]) -> Index:
-        listed.clear()
-        checked.clear()
-        found = build_index(root, "train", trust_folders=True)
-        assert (listed, checked) == (["train/dog"], opened)
-        assert same(found, build_index(root, "train", refresh=True))
-        return found
-
-    photo(30, 20).save(deep / "new.jpg")
-    assert len(found_again(["new.jpg"])) == 21
-    (deep / "new.jpg").rename(deep / "renamed.jpg")
-    assert "train/dog/images/deep/renamed.jpg" in found_again(["renamed.jpg"]).paths
-    (deep / "renamed.jpg").unlink()
-    assert same(found_again([]), first)
-
-
-def test_classes_that_come_and_go(root, listed, checked):
-    first = build_index(root, "train")
-    write_split(root, "train", {"bee": 2})
-    listed.clear()
-    checked.clear()
-    found = build_index(root, "train", trust_folders=True)
-    assert (listed, len(checked)) == (["train/bee"], 2)
-    assert (found.classes, np.bincount(found.labels).tolist()) == (("bee", "cat", "dog", "eel"), [2, 5, 4, 6])
-    assert [path.split("/")[1] for path in found.paths] == [found.classes[label] for label in found.labels]
-    shutil.rmtree(root / "train" / "bee")
-    listed.clear()
-    assert same(build_index(root, "train", trust_folders=True), first)
-    assert listed == []
-
-
-def test_a_folder_whose_time_was_put_back_is_listed_again(root, listed):
-    """As tar leaves it after another part of an archive has been unpacked into it."""
-    build_index(root, "train")
-    folder = root / "train" / "dog"
-    before = folder.stat()
-    photo(30, 20).save(folder / "new.jpg")
-    os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
-    listed.clear()
-    assert len(build_index(root, "train", trust_folders=True)) == 16
-    assert listed == ["train/dog"]
-
-
-def test_a_folder_that_changed_just_now_is_not_trusted(root, listed, monkeypatch):
-    """The next change may leave the same time."""
-    monkeypatch.setattr(listing, "_SETTLED_NS", 60_000_000_000)
-    for _ in range(2):
-        listed.clear()
-        build_index(root, "train", trust_folders=True)
-        assert len(listed) == 3
-    monkeypatch.setattr(listing, "_SETTLED_NS", 0)
-    for now in (3, 0):
-        listed.clear()
-        build_index(root, "train", trust_folders=True)
-        assert len(listed) == now
-
-
-def test_a_file_rewritten_in_place_is_seen_when_every_file_is_asked(root, listed, checked):
-    first = build_index(root, "train")
-    checked.clear()
-    photo(20, 30, seed=7).save(root / "train" / "dog" / "000.jpg")
-    assert same(build_index(root, "train", trust_folders=True), first)
-    assert checked == []
-    assert build_index(root, "train").hash != first.hash
-    assert checked == ["000.jpg"]
-    checked.clear()
-    assert build_index(root, "train", trust_folders=True).hash != first.hash
-    assert checked == []
-
-
-def test_a_bad_file_replaced_by_a_good_one_is_seen_at_once(root, listed, checked):
-    bad = root / "train" / "dog" / "001.jpg"
-    whole = bad.read_bytes()
-    bad.write_bytes(b"")
-    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
-    with pytest.warns(UserWarning, match="2 of 16"):
-        build_index(root, "train")
-    with pytest.warns(UserWarning, match="2 of 16"):
-        build_index(root, "train", trust_folders=True)
-    listed.clear()
-    checked.clear()
-    bad.write_bytes(whole)
-    photo(48, 64).save(root / "elsewhere.jpg")
-    assert len(build_index(root, "train", trust_folders=True)) == 16
-    assert (sorted(checked), listed) == (["001.jpg", "away.jpg"], [])
-
-
-def test_a_file_that_stays_away_does_not_make_every_start_write(root, listed, checked, monkeypatch):
-    (root / "train" / "cat" / "away.jpg").symlink_to(root / "elsewhere.jpg")
-    with pytest.warns(UserWarning, match="1 of 16"):
-        first = build_index(root, "train")
-    monkeypatch.setattr(build, "save_files", lambda *_: pytest.fail("written"))
-    checked.clear()
-    with pytest.warns(UserWarning, match="1 of 16"):
-        assert same(build_index(root, "train", trust_folders=True), first)
-    assert checked == ["away.jpg"]
-
-
-def test_a_fast_verdict_does_not_stand_for_a_full_one_in_a_trusted_folder(root, listed, checked):
-    build_index(root, "train", verify="fast")
-    checked.clear()
-    listed.clear()
-    build_index(root, "train", verify="full", trust_folders=True)
-    assert (len(checked), listed) == (15, [])
-
-
-def test_an_interrupted_scan_is_finished_in_trusted_folders_too(root, listed, checked, monkeypatch):
-    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
-    check = build.check_image
-
-    def interrupt(place, full):
-        if place.path.endswith("dog/002.jpg"):
-            time.sleep(0.2)
-            raise KeyboardInterrupt
-        return check(place, full)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "check_image", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            build_index(root, "train", workers=1)
-    checked.clear()
-    listed.clear()
-    assert len(build_index(root, "train", trust_folders=True)) == 15
-    assert "train/cat" not in listed  # which was done
-    assert len(checked) < 10
-
-
-def test_a_long_scan_saves_what_it_has(root, checked, monkeypatch):
-    """A kill -9 runs no handler."""
-    monkeypatch.setattr(build, "_FILES_PER_TASK", 1)
-    monkeypatch.setattr(build, "_SAVE_EVERY", 0.0)
-    check = build.check_image
-    saved = []
-
-    def look(place, full):
-        if place.path.endswith("eel/005.jpg"):
-            time.sleep(0.2)
-            saved.append(pq.read_metadata(root / ".ijckd-index" / "train.parquet").num_rows)
-        return check(place, full)
-
-    monkeypatch.setattr(build, "check_image", look)
-    build_index(root, "train", workers=1)
-    assert saved == [14]
-
-
-# --- subsets ----------------------------------------------------------------------------------------------------------
-
-
-def test_subset_takes_as_many_of_each_class(root):
-    full = build_index(root, "train")
-    half = full.subset(per_class=3, seed=1)
-    assert np.bincount(half.labels).tolist() == [3, 3, 3]
-    assert list(half.paths) == sorted(half.paths)
-    for i, path in enumerate(half.paths):
-        j = full.paths.index(path)
-        assert half.labels[i] == full.labels[j]
-        assert half.sizes[i].tolist() == full.sizes[j].tolist()
-    assert same(half, full.subset(per_class=3, seed=1))
-    assert list(half.paths) != list(full.subset(per_class=3, seed=2).paths)
-    assert set(full.subset(per_class=2, seed=1).paths) < set(half.paths)  # nested: the first of the same order
-    assert len({full.hash, half.hash, full.subset(per_class=2, seed=1).hash, full.subset(3, seed=2).hash}) == 4
-    assert full.subset() is full
-
-
-def test_label_noise_changes_the_stated_share_to_other_classes():
-    labels = np.repeat(np.arange(4), 500)
-    paths = [f"train/c/{i}.jpg" for i in range(2000)]
-    full = Index("/data", "train", tuple("abcd"), Paths.of(paths), labels, np.ones((2000, 2), np.int32), [], "hash")
-    noisy = full.subset(label_noise=0.3, seed=5)
-    changed = noisy.labels != labels
-    assert changed.sum() == 600
-    assert (full.labels == labels).all()  # the original is untouched
-    moves = np.bincount(4 * labels[changed] + noisy.labels[changed], minlength=16).reshape(4, 4)
-    assert moves.diagonal().sum() == 0
-    assert moves[~np.eye(4, dtype=bool)].min() > 30  # 50 expected in each of the 12 other places
-    assert noisy.hash != full.hash
-    assert noisy.hash != full.subset(label_noise=0.2, seed=5).hash
-    assert (noisy.labels == full.subset(label_noise=0.3, seed=5).labels).all()
-    assert (noisy.labels != full.subset(label_noise=0.3, seed=6).labels).any()
-    both = full.subset(per_class=10, label_noise=0.5, seed=5)
-    assert (len(both), (both.labels != np.repeat(np.arange(4), 10)).sum()) == (40, 20)
-
-
-@pytest.mark.parametrize("per_class", [0, 5, -1])
-def test_subset_of_too_many_is_refused(root, per_class):
-    with pytest.raises(UserError, match="class 'dog' has 4; choose a number from 1 to 4"):
-        build_index(root, "train").subset(per_class=per_class)
-
-
-def test_impossible_label_noise_is_refused(root):
-    with pytest.raises(UserError, match=r"between 0 and 1, found 1\.5"):
-        build_index(root, "train").subset(label_noise=1.5)
-    write_split(root.parent / "one", "train", {"cat": 2})
-    with pytest.raises(UserError, match="at least two classes"):
-        build_index(root.parent / "one", "train").subset(label_noise=0.5)

@@ -13,11 +13,6 @@ from ijckd_fast.errors import UserError
 CLASSES = ("cat", "dog", "eel")
 
 
-@pytest.fixture(autouse=True)
-def _no_user_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-
-
 @pytest.fixture
 def root(tmp_path) -> Path:
     """Classes of 2, 3 and 2 images in train, and val as Kaggle has it: six images in one folder."""

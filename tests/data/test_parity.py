@@ -81,7 +81,7 @@ def test_figures_are_those_of_the_pixels(data, monkeypatch):
 def test_the_same_sample_every_time_from_all_classes(data):
     index = build_index(data, "val")
     assert parity.compare(index, AUGMENT, images=9) == parity.compare(index, AUGMENT, images=9)
-    plan = parity._sample(index, AUGMENT, 9)
+    plan = parity.sample_plan(index, AUGMENT, 9)
     assert len(set(plan.batch(0).labels.tolist())) == 3
 
 

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from image_tree import DAMAGE, write_split
+from loading import AUGMENT, batches
 
-from ijckd_fast.data import Augment, EvalPlan, TrainPlan, build_index, make_loader
+from ijckd_fast.data import EvalPlan, TrainPlan, build_index
 from ijckd_fast.data.index import build
 from ijckd_fast.data.sources import listing, shards
 from ijckd_fast.errors import UserError
-
-AUGMENT = Augment(image_size=24, eval_resize=28)
 
 
 def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
@@ -58,11 +57,6 @@ def root(tmp_path, folders) -> Path:
     return tmp_path
 
 
-def batches(plan, backend: str, **settings) -> list:
-    with make_loader(backend, plan, **settings) as loader:
-        return list(loader)
-
-
 @pytest.mark.parametrize("backend", ["dali", "pillow"])
 @pytest.mark.parametrize("by", ["cls", "name", "folder"])
 def test_batches_equal_those_of_folders(tmp_path, folders, by, backend):
@@ -77,7 +71,7 @@ def test_batches_equal_those_of_folders(tmp_path, folders, by, backend):
         of = [
             plan(index, AUGMENT, 7, 3) if plan is TrainPlan else plan(index, AUGMENT, 7) for index in (packed, folders)
         ]
-        for a, b in zip(*(batches(p, backend, stop=stop) for p in of), strict=True):
+        for a, b in zip(*(batches(backend, p, stop=stop) for p in of), strict=True):
             assert torch.equal(a.images, b.images)
             assert torch.equal(a.labels, b.labels)
             assert torch.equal(a.ids, b.ids)
@@ -104,7 +98,7 @@ def test_class_names(root, folders, tmp_path_factory):
 
 
 def test_second_start_opens_no_shard_that_has_not_changed(root, folders, monkeypatch):
-    monkeypatch.setattr(listing, "_SETTLED_NS", 0)  # nobody changes them twice at one time
+    monkeypatch.setattr(listing, "SETTLED_NS", 0)  # nobody changes them twice at one time
     listed, opened = [], []
     monkeypatch.setattr(
         shards.tarfile, "open", lambda path, *a, _open=tarfile.open, **k: listed.append(path) or _open(path, *a, **k)
@@ -203,7 +197,7 @@ def test_a_damaged_image_in_a_shard_is_left_out(tmp_path, folders, kind):
     assert [path for path, _ in found.quarantined] == ["train/a.tar/00002.jpg"]
     assert [path[-9:] for path in found.paths] == ["00000.jpg", "00001.jpg", "00003.jpg", "00004.jpg"]
     for backend in ("dali", "pillow"):
-        (batch,) = batches(EvalPlan(found, AUGMENT, 7), backend)
+        (batch,) = batches(backend, EvalPlan(found, AUGMENT, 7))
         assert batch.ids.tolist() == [0, 1, 2, 3]
     with pytest.warns(UserWarning, match="cannot be used"):  # nothing is looked at again, and nothing forgotten
         assert build_index(tmp_path, "train").hash == found.hash
@@ -227,7 +221,7 @@ def test_a_shard_that_changes_after_the_index(root, how, backend):
         Path(extent.path).write_bytes(whole)
         bad = [8]
     said = []
-    got = batches(EvalPlan(found, AUGMENT, 6), backend, on_bad=lambda path, why: said.append(path), bad_limit=9)
+    got = batches(backend, EvalPlan(found, AUGMENT, 6), on_bad=lambda path, why: said.append(path), bad_limit=9)
     assert [i for batch in got for i in batch.ids.tolist()] == [i for i in range(24) if i not in bad]
     assert sorted(said) == [found.absolute(i) for i in bad]
 

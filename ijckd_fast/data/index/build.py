@@ -28,8 +28,8 @@ from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import Listed, Place, Source, WholeFile, open_source, read_class_list
 from ijckd_fast.errors import UserError
 
-_FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
-_SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
+FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
+SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +188,8 @@ def _check_all(
         return rows, checked
 
     def tasks() -> Iterator[tuple[np.ndarray, list[bytes]]]:
-        for first in range(0, len(todo), _FILES_PER_TASK):
-            rows = todo[first : first + _FILES_PER_TASK]
+        for first in range(0, len(todo), FILES_PER_TASK):
+            rows = todo[first : first + FILES_PER_TASK]
             yield rows, [files.paths[int(i)].as_py() for i in rows]
 
     def note(row: int, verdict: Verdict | OSError) -> None:
@@ -223,7 +223,7 @@ def _check_all(
                     for row, verdict in zip(rows.tolist(), checked, strict=True):
                         note(row, verdict)
                     bar.advance(line, len(rows))
-                if time.monotonic() - saved > _SAVE_EVERY:
+                if time.monotonic() - saved > SAVE_EVERY:
                     save()
                     saved = time.monotonic()
         finally:  # interrupted: do not wait for what has not begun

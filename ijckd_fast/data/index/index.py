@@ -18,7 +18,7 @@ from ijckd_fast.data.counter_rng import permutation, uniforms
 from ijckd_fast.data.sources import Extent, Place, WholeFile
 from ijckd_fast.errors import UserError
 
-_HASHED_AT_ONCE = 1 << 16  # files: what fits the processor's cache
+HASHED_AT_ONCE = 1 << 16  # files: what fits the processor's cache
 _SUBSET_STREAM = 0x5B5E7
 _NOISE_STREAM = 0x2015E
 
@@ -58,8 +58,8 @@ class Paths(Sequence[str]):
         """The bytes of the paths with a NUL between each two, in pieces; a NUL belongs between the pieces too."""
         nul = pa.scalar(b"\0", pa.large_binary())
         for chunk in self._encoded.chunks:
-            for first in range(0, len(chunk), _HASHED_AT_ONCE):
-                part = chunk.slice(first, _HASHED_AT_ONCE)
+            for first in range(0, len(chunk), HASHED_AT_ONCE):
+                part = chunk.slice(first, HASHED_AT_ONCE)
                 yield pc.binary_join(pa.LargeListArray.from_arrays([0, len(part)], part), nul)[0].as_buffer()
 
     @property
@@ -183,6 +183,6 @@ def content_hash(
         digest.update(piece)
     for array in (labels, sizes, lengths):
         digest.update(array.nbytes.to_bytes(8, "little"))
-        for first in range(0, len(array), _HASHED_AT_ONCE):
-            digest.update(np.ascontiguousarray(array[first : first + _HASHED_AT_ONCE]).data)
+        for first in range(0, len(array), HASHED_AT_ONCE):
+            digest.update(np.ascontiguousarray(array[first : first + HASHED_AT_ONCE]).data)
     return digest.hexdigest()

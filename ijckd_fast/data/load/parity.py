@@ -77,7 +77,7 @@ def compare(
     raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can
                be read
     """
-    plan = _sample(index, augment, images)
+    plan = sample_plan(index, augment, images)
     stop = -(-images // plan.batch_size)
     common: dict[str, Any] = {"threads": threads, "stop": stop, "bad_limit": images, "on_bad": on_bad}
     where = {} if decode == "cpu" else {"decode": decode, "device": device}
@@ -85,7 +85,8 @@ def compare(
         return _compare(index, dali, pillow, torch.tensor(augment.std), logits_of, torch.device(device))
 
 
-def _sample(index: Index, augment: Augment, images: int) -> Plan:
+def sample_plan(index: Index, augment: Augment, images: int) -> Plan:
+    """The plan that both executors follow: as the split is used, without what is the same code behind either."""
     augment = dataclasses.replace(augment, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
     batch_size = min(_BATCH, images, len(index))
     if index.split == "train":

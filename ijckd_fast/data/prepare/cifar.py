@@ -143,7 +143,7 @@ def _read(archive: Path, kind: Kind) -> dict[str, dict[str, Any]]:
                 if folder == kind.folder and name in expected:
                     file = tar.extractfile(member)
                     if file is not None:  # is a file, not a folder
-                        found[name] = _unpickled(file.read(), f"{archive}, {member.name}")
+                        found[name] = unpickled(file.read(), f"{archive}, {member.name}")
     except (tarfile.TarError, zlib.error, EOFError) as error:
         raise UserError(f"{archive} cannot be read as a tar.gz archive ({error}); {_FETCH} again") from error
     missing = sorted(expected - found.keys())
@@ -173,7 +173,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it would call {module}.{name}") from None
 
 
-def _unpickled(data: bytes, where: str) -> dict[str, Any]:
+def unpickled(data: bytes, where: str) -> dict[str, Any]:
+    """The dict in a pickle, of which nothing is called that it names. where: what an error calls it."""
     try:
         found = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's strings, and an array's bytes
     except Exception as error:  # pickle raises nearly anything on damaged input

@@ -39,7 +39,7 @@ def write_digits(root: str | Path, *, train: int = 1000, size: int = 32, seed: i
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         _require_complete(root, made_with)
         return root
-    images, labels = _load()
+    images, labels = load_originals()
     root.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
     try:
@@ -55,7 +55,7 @@ def write_digits(root: str | Path, *, train: int = 1000, size: int = 32, seed: i
     return root
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
+def load_originals() -> tuple[np.ndarray, np.ndarray]:
     """images [1797, 8, 8] float64 in 0..16, labels [1797] int."""
     try:
         from sklearn.datasets import load_digits

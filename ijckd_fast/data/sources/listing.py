@@ -22,7 +22,7 @@ Stamp = tuple[str, int, int, int]
 The ctime is there because tar and rsync set a folder's mtime back after they have put files into it; the inode because
 another folder may be moved to its place."""
 
-_SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
+SETTLED_NS = 2_000_000_000  # two changes closer than a filesystem's clock ticks (FAT: 2 s) leave one time
 _THREADS = 16  # they wait for the filesystem, a network's above all, rather than compute
 _GROUPS_PER_TASK = 32
 _NAMED = 3  # how many names an error spells out
@@ -95,7 +95,7 @@ def stamp_of(root: str, path: str) -> Stamp:
 
 def settled(stamps: Sequence[Stamp], now_ns: int) -> tuple[Stamp, ...]:
     """The stamps, if a change since now_ns, before they were taken, would show in them; else ()."""
-    return tuple(stamps) if all(max(mtime, ctime) < now_ns - _SETTLED_NS for _, mtime, ctime, _ in stamps) else ()
+    return tuple(stamps) if all(max(mtime, ctime) < now_ns - SETTLED_NS for _, mtime, ctime, _ in stamps) else ()
 
 
 def list_images(root: str, folder: str) -> Listing:

@@ -1,0 +1,67 @@
+"""Fixtures that several of the data tests use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from image_tree import write_split
+
+from ijckd_fast.data import Index, build_index
+from ijckd_fast.data.index import build
+from ijckd_fast.data.sources import ClassFolders, listing
+
+
+@pytest.fixture(autouse=True)
+def _no_user_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write_split(tmp_path / "data", "train", {"cat": 5, "dog": 4, "eel": 6})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[str]:
+    """The names of the files that are opened from now on, in the order of their opening."""
+    seen: list[str] = []
+    check = build.check_image
+
+    def spy(place, full):
+        seen.append(Path(place.path).name)
+        return check(place, full)
+
+    monkeypatch.setattr(build, "check_image", spy)
+    return seen
+
+
+@pytest.fixture
+def listed(monkeypatch) -> list[str]:
+    """The folders that are listed from now on. Those changed just now may be trusted: no test waits two seconds."""
+    seen: list[str] = []
+    list_group = ClassFolders.list_group
+
+    def spy(self, group):
+        seen.append(group)
+        return list_group(self, group)
+
+    monkeypatch.setattr(ClassFolders, "list_group", spy)
+    monkeypatch.setattr(listing, "SETTLED_NS", 0)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory) -> Index:
+    """60 images of four shapes in three classes; not to be changed."""
+    root = tmp_path_factory.mktemp("data")
+    write_split(root, "train", {"cat": 20, "dog": 20, "eel": 20})
+    return build_index(root, "train")
+
+
+@pytest.fixture
+def own(tmp_path) -> Index:
+    """24 images in two classes, to be changed."""
+    write_split(tmp_path, "train", {"cat": 12, "dog": 12}, size=(48, 64))
+    return build_index(tmp_path, "train")

@@ -32,8 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 COLUMNS = (
     "what", "guard", "kinds", "runs", "crashes", "other_failures", "batch", "threads", "s_per_run", "machine", "torch",
-    "dali", "pillow",
-    "python", "commit", "date",
+    "dali", "pillow", "python", "commit", "date",
 )  # fmt: skip
 WIDTH, HEIGHT = 200, 150
 PICTURES = 65  # a large batch makes the crash likelier

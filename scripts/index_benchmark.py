@@ -63,7 +63,7 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
     import numpy as np
     import pyarrow as pa
 
-    from ijckd_fast.data.index import kept as index_cache
+    from ijckd_fast.data.index import kept
     from ijckd_fast.data.sources.listing import list_images
 
     names = [f"train/n{i:08d}" for i in range(folders)]
@@ -71,14 +71,14 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
         (root / name).mkdir(parents=True)
     time.sleep(2.1)  # a folder that changed just now is not trusted
     counts = np.diff(np.linspace(0, images, folders + 1).astype(np.int64)).tolist()
-    files = index_cache.Files.none()
+    files = kept.Files.none()
     paths = []
     for name, count in zip(names, counts, strict=True):
         paths.append(pa.array([f"{name}/{name[6:]}_{i}.JPEG".encode() for i in range(count)], pa.large_binary()))
-        files.groups.append(index_cache.Group(name, count, list_images(str(root), name).stamps))
+        files.groups.append(kept.Group(name, count, list_images(str(root), name).stamps))
     files.paths = pa.chunked_array(paths)
     g = np.random.default_rng(0)
-    files.facts = np.zeros(images, index_cache.FACTS)
+    files.facts = np.zeros(images, kept.FACTS)
     for name, least, most in (
         ("length", 5_000, 200_000),
         ("mtime_ns", 10**18, 2 * 10**18),
@@ -89,7 +89,7 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
     files.facts["format"] = files.formats.number("JPEG")
     for name in ("orientation", "full", "known"):
         files.facts[name] = 1
-    index_cache.save_files([root / index_cache.CACHE_FOLDER], "train", files)
+    kept.save_files([root / kept.CACHE_FOLDER], "train", files)
 
 
 def add_parser(commands: Any) -> None:

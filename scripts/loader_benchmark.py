@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 COLUMNS = (
     "what", "workload", "device", "threads", "contender", "baseline", "images_per_s", "baseline_images_per_s", "ratio",
     "images_per_s_p20", "images_per_s_p80", "cpu_ms_per_image", "baseline_cpu_ms_per_image", "images", "batch",
-    "image_size",
-    "repeats", "plan_percent", "machine", "torch", "dali", "torchvision", "pillow", "python", "commit", "date",
+    "image_size", "repeats", "plan_percent", "machine", "torch", "dali", "torchvision", "pillow", "python", "commit",
+    "date",
 )  # fmt: skip
 BASELINE = "torchvision"
 UNTIMED = 4  # batches

@@ -168,21 +168,13 @@ def _check_all(
 ) -> None:
     """Fills in the facts of rows `todo` [n]. Threads suffice: Pillow decodes outside the interpreter lock."""
 
-    root, ends = source.content.root, np.cumsum([group.rows for group in files.groups])
-
-    def place_of(row: int, path: bytes) -> Place:
-        if not source.in_shards:
-            return WholeFile(os.path.join(root, os.fsdecode(path)))
-        assert files.members is not None
-        shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
-        offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
-        return source.place_in_shard(os.path.join(root, shard), offset, length)
+    ends = np.cumsum([group.rows for group in files.groups])
 
     def check(rows: np.ndarray, paths: list[bytes]) -> tuple[np.ndarray, list[Verdict | OSError]]:
         checked: list[Verdict | OSError] = []
         for row, path in zip(rows.tolist(), paths, strict=True):
             try:
-                checked.append(check_image(place_of(row, path), full))
+                checked.append(check_image(_place(source, files, ends, row, path), full))
             except OSError as error:
                 checked.append(error)
         return rows, checked
@@ -191,17 +183,6 @@ def _check_all(
         for first in range(0, len(todo), FILES_PER_TASK):
             rows = todo[first : first + FILES_PER_TASK]
             yield rows, [files.paths[int(i)].as_py() for i in rows]
-
-    def note(row: int, verdict: Verdict | OSError) -> None:
-        if isinstance(verdict, OSError):
-            # It may be fixed without a change of the file (chmod, a mount): not to be remembered.
-            reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
-            files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
-            return
-        width, height, kind, orientation, why, whole = verdict
-        length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
-        numbers = files.formats.number(kind), files.reasons.number(why)
-        files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, whole, True)
 
     threads = workers or len(os.sched_getaffinity(0))
     waiting = tasks()
@@ -221,13 +202,37 @@ def _check_all(
                 for future in done:
                     rows, checked = future.result()
                     for row, verdict in zip(rows.tolist(), checked, strict=True):
-                        note(row, verdict)
+                        _note(files, row, verdict)
                     bar.advance(line, len(rows))
                 if time.monotonic() - saved > SAVE_EVERY:
                     save()
                     saved = time.monotonic()
         finally:  # interrupted: do not wait for what has not begun
             pool.shutdown(cancel_futures=True)
+
+
+def _place(source: Source, files: Files, ends: np.ndarray, row: int, path: bytes) -> Place:
+    """Where the image in a row lies. ends: of the groups' rows; path: of the row, relative to the root."""
+    root = source.content.root
+    if not source.in_shards:
+        return WholeFile(os.path.join(root, os.fsdecode(path)))
+    assert files.members is not None
+    shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
+    offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
+    return source.place_in_shard(os.path.join(root, shard), offset, length)
+
+
+def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
+    """Writes down what a look at one image said."""
+    if isinstance(verdict, OSError):
+        # It may be fixed without a change of the file (chmod, a mount): not to be remembered.
+        reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
+        files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
+        return
+    width, height, kind, orientation, why, whole = verdict
+    length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
+    numbers = files.formats.number(kind), files.reasons.number(why)
+    files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, whole, True)
 
 
 def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:

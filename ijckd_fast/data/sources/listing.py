@@ -30,13 +30,13 @@ _NAMED = 3  # how many names an error spells out
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """The image files below one folder, n of them, sorted by name; a subfolder's stand where its name does.
+    """The images of one group, n of them, in the order in which they stand in the index.
 
     paths    [n] relative to the root, as the bytes the filesystem has, with forward slashes
     lengths  [n] int64, bytes; -1 for a link to nothing
     mtimes   [n] int64, ns; -1 likewise
-    stamps   of the folder and every one below it; () if one had changed too shortly before to show its next
-             change
+    stamps   what shows that the group has changed: of the shard, or of the folder and every one below it; () where
+             nothing does, also when it changed so shortly before that its next change may not show
     offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
              first byte); None for images in files of their own
     labels   [n] with offsets: what the shard says of each
@@ -99,7 +99,9 @@ def settled(stamps: Sequence[Stamp], now_ns: int) -> tuple[Stamp, ...]:
 
 
 def list_images(root: str, folder: str) -> Listing:
-    """The image files at any depth below root/folder. Hidden names are skipped.
+    """The image files at any depth below root/folder, by name; a subfolder's stand where its name does.
+
+    Hidden names are skipped.
 
     raises  OSError where a folder cannot be read
     """

@@ -33,10 +33,10 @@ from ijckd_fast.train import (
     refuse_restless_teacher,
     refuse_weak_teacher,
     resolve,
-    run_folder,
     stop_signal,
     teacher_fingerprint,
 )
+from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY
 
 
@@ -92,7 +92,7 @@ def make_cache(
             views=views,
             chunk_images=chunk_images,
             made_with={
-                "torch": torch.__version__, "code": run_folder.code_hash(), "device": config.device,
+                "torch": torch.__version__, "code": code_hash(), "device": config.device,
                 "decode": config.decode,
             },
             overwrite=overwrite,

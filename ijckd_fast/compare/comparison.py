@@ -48,6 +48,7 @@ from ijckd_fast.train import (
     teacher_fingerprint,
     train,
 )
+from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import (
     COMPARISONS,
     FIELDS,
@@ -451,7 +452,7 @@ class _Inputs:
 def _state(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> str:
     """'finished' or 'begun' where the run in the folder is this one, else 'new'."""
     environment = run_folder.read_json(run.folder / run_folder.ENVIRONMENT)
-    if environment is None or not (any_code or environment["code_hash"] == run_folder.code_hash()):
+    if environment is None or not (any_code or environment["code_hash"] == code_hash()):
         return "new"
     found = run_folder.read_config(run.folder)
     compared = [name for name in FIELDS if name not in _FREE and (name in found or not any_code)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -19,6 +18,7 @@ import yaml
 
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
+from ijckd_fast.train.code_hash import code_hash
 
 if TYPE_CHECKING:
     pass
@@ -110,15 +110,6 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-def code_hash() -> str:
-    """Hex digest of the package's Python sources."""
-    digest = hashlib.blake2b(digest_size=8)
-    root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()
 
 
 def write_environment(folder: Path) -> None:

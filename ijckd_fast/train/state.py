@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import checkpoint
+from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.step import TrainStep
@@ -141,7 +142,7 @@ class RunState:
             classes=list(self.classes),
             inputs=dict(self.inputs),
             threads=torch.get_num_threads(),
-            code=run_folder.code_hash(),
+            code=code_hash(),
         )
 
     def restore(self, path: Path, say: Callable[[str], None]) -> None:
@@ -178,7 +179,7 @@ class RunState:
             # the order of a sum, and so its last bits, depends on the number of threads
             say(f"computing with {saved.threads} threads, as the run began, to get the same bits")
             torch.set_num_threads(saved.threads)
-        if saved.code != run_folder.code_hash():
+        if saved.code != code_hash():
             say(f"{path.parent} was begun with other code of ijckd_fast: the bits of the result may differ")
 
 

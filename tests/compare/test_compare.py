@@ -265,7 +265,7 @@ def test_killed_between_runs_and_within_one(data, weights, tmp_path, trained, mo
     assert found.runs[""]["kd"][0]["last"]["top1_percent"] == whole.runs[""]["kd"][0]["last"]["top1_percent"]
 
     # other code: everything again, but where it is asked for
-    monkeypatch.setattr(run_folder, "code_hash", lambda: "other")
+    monkeypatch.setattr(compare, "code_hash", lambda: "other")
     trained.clear()
     begun = list(output.glob("*/config.yaml"))
     assert len(begun) == 4

@@ -71,7 +71,7 @@ def test_demo(fast, tmp_path, capsys, monkeypatch):
     # Other settings, or other code, and the runs are made anew.
     trained.clear()
     monkeypatch.setitem(FAST["digits_student"], "lr", 0.05)
-    monkeypatch.setattr(run_folder, "code_hash", lambda: "other")
+    monkeypatch.setattr(compare, "code_hash", lambda: "other")
     assert cli.main([*words[:-1], "ce"]) == 0
     assert trained == [str(tmp_path / name) for name in ("teacher", "ce-seed0", "ce-seed1")]
 

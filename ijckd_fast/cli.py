@@ -946,7 +946,7 @@ def demo(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.compare.demo import run_demo
+    from ijckd_fast.compare import run_demo
 
     methods = [name.strip() for name in given.methods.split(",") if name.strip()]
     rows = run_demo(Path(given.output), seeds=given.seeds, methods=methods, console=Console())
@@ -991,8 +991,7 @@ def compare(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.compare.comparison import load_comparison, train_all
-    from ijckd_fast.compare.report import table, write_comparison_report
+    from ijckd_fast.compare import comparison_table, load_comparison, train_all, write_comparison_report
     from ijckd_fast.console import say
     from ijckd_fast.train.run_folder import REPORT
 
@@ -1005,7 +1004,7 @@ def compare(arguments: list[str]) -> int:
     rows = write_comparison_report(output, comparison, outcome)
     uncut = Console(width=max(console.width, 110 + 26 * len(comparison.against)))  # a narrow terminal wraps its lines
     for regime in comparison.regimes:
-        uncut.print(table(regime, [row for row in rows if row["regime"] == regime], comparison.against))
+        uncut.print(comparison_table(regime, [row for row in rows if row["regime"] == regime], comparison.against))
     for name, why in outcome.failed.items():
         say(console, f"failed: {name}: {why}")
     if outcome.failed:

@@ -1,4 +1,4 @@
-"""`ijckd-fast demo`: a teacher, then one small student distilled by several methods, on real JPEG files: a comparison with one regime."""
+"""`ijckd-fast demo`: a comparison with one regime, a teacher and a small student by several methods, on real JPEGs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from ijckd_fast import files
-from ijckd_fast.compare.comparison import DIGITS, Comparison, train_all
-from ijckd_fast.compare.report import ACCURACY, Summaries, markdown, plot_accuracy, row, table
+from ijckd_fast.compare.comparison import DIGITS, Comparison
+from ijckd_fast.compare.figures import Summaries, method_row
+from ijckd_fast.compare.plots import ACCURACY, plot_accuracy
+from ijckd_fast.compare.runs import folder_of
+from ijckd_fast.compare.tables import comparison_table, markdown_table
+from ijckd_fast.compare.training import train_all
 from ijckd_fast.distill.objectives import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.plots import figure
@@ -22,14 +26,14 @@ from ijckd_fast.train.config import load_preset
 
 METHODS = ("ce", "kd", "srrl", "simkd", "ijckd")
 
-# The task was fixed from the accuracies of plain training (ce) alone, before any other method had been run: of two student
-# widths (0.25 and 0.5) and five schedules, the one at which ce is well trained (120 epochs; 90.9 % over three seeds) and
-# still far from the teacher's 98.9 %.
+# The task was fixed from the accuracies of plain training (ce) alone, before any other method had been run: of two
+# student widths (0.25 and 0.5) and five schedules, the one at which ce is well trained (120 epochs; 90.9 % over three
+# seeds) and still far from the teacher's 98.9 %.
 TASK = (
-    "Handwritten digits (scikit-learn's 1,797), JPEG files of 32 x 32 pixels read at 16 x 16, random crops, no flip. The teacher "
-    "trains on all 1,000 training images, each student on 10 images per class: seed s draws its own 100 images, the same for "
-    "every method. Top-1 is that of the last epoch on the 797 held-out images. The task was fixed from the results of ce alone, "
-    "and every method has the same schedule, which was not tuned for any of them."
+    "Handwritten digits (scikit-learn's 1,797), JPEG files of 32 x 32 pixels read at 16 x 16, random crops, no flip. "
+    "The teacher trains on all 1,000 training images, each student on 10 images per class: seed s draws its own 100 "
+    "images, the same for every method. Top-1 is that of the last epoch on the 797 held-out images. The task was fixed "
+    "from the results of ce alone, and every method has the same schedule, which was not tuned for any of them."
 )
 
 
@@ -39,20 +43,20 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
     seeds    runs per method, seeds 0 ... seeds - 1
     methods  names of objectives
     console  shows each figure as it falls
-    returns  one row per method: {"method", "top1_mean", "top1_std", "seeds", "agreement_mean", "params", "macs", "seconds"};
-             accuracies and agreement in percent, top1_std the sample standard deviation (null for one seed), params and macs
-             as deployed, seconds the mean of a run (training and evaluation)
-    Runs that are in `output` already, with the same settings and the same code, are used again; one that was interrupted is
-    resumed.
+    returns  one `method_row` per method
+    raises   UserError for an unknown method, and where a run failed
+
+    Runs that are in `output` already, with the same settings and the same code, are used again; one that was
+    interrupted is resumed.
     """
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
     if not methods:
-        raise UserError(f"--methods names no method: wanted some of {', '.join(PRESETS)}, separated by commas")
+        raise UserError(f"--methods names no method: expected some of {', '.join(PRESETS)}, separated by commas")
     for method in methods:
         if method not in PRESETS:
             raise UserError(
-                f"unknown method '{method}': wanted some of {', '.join(PRESETS)}{did_you_mean(method, PRESETS)}"
+                f"unknown method '{method}': expected some of {', '.join(PRESETS)}{did_you_mean(method, PRESETS)}"
             )
     start = time.perf_counter()
     console.print(TASK + "\n", highlight=False)
@@ -69,8 +73,8 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
         raise UserError(f"{len(outcome.failed)} runs failed, see above: {', '.join(outcome.failed)}")
     assert outcome.teacher is not None
     runs = outcome.runs[""]
-    rows = [row(method, summaries) for method, summaries in runs.items()]
-    console.print(table(f"the same student by {len(rows)} methods, {rows[0]['seeds']} seeds each", rows))
+    rows = [method_row(method, summaries) for method, summaries in runs.items()]
+    console.print(comparison_table(f"the same student by {len(rows)} methods, {rows[0]['seeds']} seeds each", rows))
     plot_accuracy(output / ACCURACY, outcome.runs, {"": outcome.teacher["last"]["top1_percent"]})
     _plot_curves(output / "curves.png", runs, output)
     _write_report(output, rows, outcome.teacher)
@@ -84,7 +88,7 @@ def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path) -> Non
     for number, (method, summaries) in enumerate(runs.items()):
         curves = []
         for seed in summaries:
-            rows = [row for row in run_folder.read_log(output / f"{method}-seed{seed}") if row["kind"] == "eval"]
+            rows = [row for row in run_folder.read_log(folder_of(output, "", method, seed)) if row["kind"] == "eval"]
             curves.append([row["top1_percent"] for row in rows])
             axes.plot([row["epoch"] for row in rows], curves[-1], color=f"C{number}", linewidth=0.5, alpha=0.6)
         mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
@@ -107,17 +111,17 @@ def _write_report(output: Path, rows: Sequence[Mapping[str, Any]], teacher: Mapp
 Teacher: {config["student"]}, {teacher["params"]:,} parameters, top-1 {teacher["last"]["top1_percent"]:.2f} %.
 Student: {student["student"]}, {student["epochs"]} epochs of {student["train_per_class"] * 10} images.
 
-{markdown(rows)}
+{markdown_table(rows)}
 
-Mean ± sample standard deviation over {rows[0]["seeds"]} seeds. Agreement: share of the held-out images on which student and
-teacher give the same class. Deployed: backbone, connector and classifier, whatever answers after training; methods that answer
-through the teacher's classifier (simkd, ijckd) deploy more than the others. With so few seeds and images, differences of about a
-standard deviation mean nothing.
+Mean ± sample standard deviation over {rows[0]["seeds"]} seeds. Agreement: share of the held-out images on which
+student and teacher give the same class. Deployed: backbone, connector and classifier, whatever answers after training;
+methods that answer through the teacher's classifier (simkd, ijckd) deploy more than the others. With so few seeds and
+images, differences of about a standard deviation mean nothing.
 
 ![accuracy](accuracy.png) ![curves](curves.png)
 
-Measured with torch {environment["torch"]}, {environment["torch_threads"]} thread for the nets and {config["workers"]} for the images, \
-on a machine with {environment["host_cores"]} CPU cores ({environment["host"]}).
+Measured with torch {environment["torch"]}, {environment["torch_threads"]} thread for the nets and \
+{config["workers"]} for the images, on a machine with {environment["host_cores"]} CPU cores ({environment["host"]}).
 Each run has its own folder with a report: teacher/, <method>-seed<n>/.
 """,
     )

@@ -19,9 +19,22 @@ from rich.console import Console
 from tiny_run import SETTINGS, write_teacher
 
 from ijckd_fast import cli
-from ijckd_fast.compare import comparison as compare
-from ijckd_fast.compare.comparison import Comparison, load_comparison, plan, train_all
-from ijckd_fast.compare.report import cells, comparison_rows, difference, markdown, paired_interval, row, student_t
+from ijckd_fast.compare import (
+    Comparison,
+    Outcome,
+    cells,
+    comparison_rows,
+    difference,
+    launch,
+    load_comparison,
+    markdown_table,
+    method_row,
+    paired_interval,
+    plan,
+    reuse,
+    train_all,
+)
+from ijckd_fast.compare.comparison import PLAN_FIELDS
 from ijckd_fast.data import Augment
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import Stopped, TrainStep, report, run_folder
@@ -54,15 +67,15 @@ def _lines(output: Path) -> list[dict[str, str]]:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The folders of the runs that are trained in this process, as they begin; without the plots of each, which take the time."""
+    """The folders of the runs trained in this process, as they begin; without their plots, which take the time."""
     folders = []
-    train = compare.train
+    train = launch.train
 
     def noting(config, **how):
         folders.append(Path(config.output_dir).name)
         return train(config, **how)
 
-    monkeypatch.setattr(compare, "train", noting)
+    monkeypatch.setattr(launch, "train", noting)
     monkeypatch.setattr(report, "write_report", lambda *_: None)
     return folders
 
@@ -71,7 +84,7 @@ def trained(monkeypatch):
 
 
 def test_interval_of_a_hand_computed_example():
-    """Differences 1, 2, 3, 6: mean 3, s^2 = 14 / 3, s / sqrt(4) = 1.080123; t = 3.182446 for 3 degrees: 3 +- 3.437434."""
+    """Differences 1, 2, 3, 6: mean 3, s^2 = 14 / 3, s / sqrt(4) = 1.080123; with 3 degrees t = 3.182446."""
     ours, theirs = {0: 11.0, 1: 22.0, 2: 33.0, 3: 46.0, 7: 0.0}, {3: 40.0, 2: 30.0, 1: 20.0, 0: 10.0, 8: 99.0}
     assert paired_interval(ours, theirs) == pytest.approx((3.0, -0.437434, 6.437434), abs=1e-5)
     assert paired_interval({0: 1.0, 1: 2.0}, {1: 0.0}) is None
@@ -82,9 +95,12 @@ def test_interval_of_a_hand_computed_example():
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 10, 29])
-def test_quantiles_of_students_t_integrate_to_the_confidence(degrees):
-    """Against the density, summed by Simpson's rule."""
-    t, steps = student_t(0.95, degrees), 4000
+def test_intervals_hold_95_percent_of_students_distribution(degrees):
+    """The t of an interval, in standard errors, against the density, summed by Simpson's rule."""
+    n, steps = degrees + 1, 4000
+    values = {seed: float(seed**2) for seed in range(n)}
+    mean, _, high = paired_interval(values, dict.fromkeys(values, 0.0))
+    t = (high - mean) / (statistics.stdev(values.values()) / math.sqrt(n))
     scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
     density = [scale * (1 + (t * i / steps) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(steps + 1)]
     integral = t / steps / 3 * (density[0] + 4 * sum(density[1::2]) + 2 * sum(density[2:-1:2]) + density[-1])
@@ -104,7 +120,7 @@ def test_rows_and_stars():
         "a": {s: _summary(82 + s + s / 10) for s in range(3)},
         "b": {0: _summary(70, None)},
     }}  # fmt: skip
-    kd, a, b = comparison_rows(comparison, compare.Outcome(None, runs, {}))
+    kd, a, b = comparison_rows(comparison, Outcome(None, runs, {}))
     assert (kd["top1_mean"], kd["top1_std"], kd["seeds"]) == (81, 1, 3)
     assert (kd["minus_kd"], kd["minus_kd_low"]) == (None, None)
     assert a["minus_kd"] == pytest.approx(2.1)
@@ -113,9 +129,9 @@ def test_rows_and_stars():
     assert difference({**a, "minus_kd_low": -0.1}, "kd") == "+2.10 [-0.10, +2.35]"
     assert difference({**a, "minus_kd": -1e-15, "minus_kd_low": -0.1}, "kd") == "+0.00 [-0.10, +2.35]"
     assert (b["top1_std"], b["agreement_mean"], b["minus_kd"], b["seeds"]) == (None, None, None, 1)
-    assert "| a | 83.10 ± 1.10 | 50.00 | 5 | 6 | 1.5 | +2.10 [+1.85, +2.35] * |" in markdown([kd, a, b], ["kd"])
-    assert "±" not in markdown([b])
-    assert row("b", {0: _summary(70, None)})["method"] == "b"
+    assert "| a | 83.10 ± 1.10 | 50.00 | 5 | 6 | 1.5 | +2.10 [+1.85, +2.35] * |" in markdown_table([kd, a, b], ["kd"])
+    assert "±" not in markdown_table([b])
+    assert method_row("b", {0: _summary(70, None)})["method"] == "b"
 
 
 # --- a whole comparison
@@ -203,7 +219,7 @@ def test_compare(data, tmp_path, capsys, trained):
     assert trained == ["pooled-seed0", "pooled-seed1", "ce-seed0", "ce-seed1"]
     assert len(_lines(output)) == 6
 
-    # Another teacher: every student.
+    # Another teacher: every student again.
     trained.clear()
     values["teacher"]["seed"] = 5
     del values["methods"]["pooled"], values["methods"]["ce"]
@@ -224,7 +240,7 @@ def _comparison(data, weights, **changes) -> Comparison:
 
 
 def test_killed_between_runs_and_within_one(data, weights, tmp_path, trained, monkeypatch):
-    """A run that ends without saving goes on from its checkpoint, finished ones stay; figures and lines are those of no kill."""
+    """A killed run continues from its checkpoint, finished ones stay; figures and lines are those of no kill."""
     comparison = _comparison(data, weights, base=_base(weights, epochs=2, checkpoint_steps=3))
     whole = train_all(comparison, tmp_path / "whole", console=QUIET)
     assert trained == ["ce-seed0", "ce-seed1", "kd-seed0", "kd-seed1"]
@@ -265,7 +281,7 @@ def test_killed_between_runs_and_within_one(data, weights, tmp_path, trained, mo
     assert found.runs[""]["kd"][0]["last"]["top1_percent"] == whole.runs[""]["kd"][0]["last"]["top1_percent"]
 
     # other code: everything again, but where it is asked for
-    monkeypatch.setattr(compare, "code_hash", lambda: "other")
+    monkeypatch.setattr(reuse, "code_hash", lambda: "other")
     trained.clear()
     begun = list(output.glob("*/config.yaml"))
     assert len(begun) == 4
@@ -296,7 +312,7 @@ def test_a_failed_run_is_named_and_loses_no_other(data, weights, tmp_path, capsy
     assert "- wrong seed 0: unknown model 'resnet9'" in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_sigterm_saves_the_runs_of_all_processes(data, weights, tmp_path, monkeypatch):
+def test_sigterm_saves_the_runs_of_all_processes(data, weights, tmp_path):
     """The first one ends normally; its line is the signal's cue."""
     base = _base(weights, log_interval=1000, eval_every=5000)
     comparison = _comparison(
@@ -308,18 +324,16 @@ def test_sigterm_saves_the_runs_of_all_processes(data, weights, tmp_path, monkey
         against=(),
         seeds=1,
     )
-    tell = compare._tell
 
-    def and_stop(*arguments):
-        tell(*arguments)
-        long = tmp_path / "long" / "ce-seed0"
-        while not (long / run_folder.LOG).exists():
-            signal.sigtimedwait([], 0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+    class Cue(Console):
+        def print(self, *_, **__):
+            long = tmp_path / "long" / "ce-seed0"
+            while not (long / run_folder.LOG).exists():
+                signal.sigtimedwait([], 0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(compare, "_tell", and_stop)
-    with pytest.raises(Stopped, match="the same command goes on"):
-        train_all(comparison, tmp_path, jobs=2, console=QUIET)
+    with pytest.raises(Stopped, match="the same command continues"):
+        train_all(comparison, tmp_path, jobs=2, console=Cue())
     assert [line["regime"] for line in _lines(tmp_path)] == ["short"]
     assert (tmp_path / "long" / "ce-seed0" / run_folder.LAST).exists()
     assert not (tmp_path / "long" / "ce-seed0" / run_folder.SUMMARY).exists()
@@ -329,13 +343,16 @@ def test_sigterm_saves_the_runs_of_all_processes(data, weights, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("changes", "wanted"),
+    ("changes", "complaint"),
     [
         ({"method": {}}, "unknown key 'method'.*did you mean 'methods'"),
         ({"methods": {"kdd": None}}, "method 'kdd'.*names none.*did you mean 'kd'"),
-        ({"methods": {"kd": {"temprature": 2}}}, "unknown setting 'temprature' in method kd.*did you mean 'temperature'"),
+        (
+            {"methods": {"kd": {"temprature": 2}}},
+            "unknown setting 'temprature' in method kd.*did you mean 'temperature'",
+        ),
         ({"methods": {"kd": {"temperature": "hot"}}}, "temperature in method kd.*wanted float.*got 'hot'"),
-        ({"methods": {"kd": 4}}, "method kd.*wanted settings.*got 4"),
+        ({"methods": {"kd": 4}}, "method kd.*expected settings.*got 4"),
         ({"methods": {}}, "names no method"),
         ({"methods": {"a b": {"objective": "kd"}}}, "method 'a b'.*rename"),
         ({"regimes": {"teacher": {}}}, "called 'teacher'.*rename"),
@@ -344,14 +361,14 @@ def test_sigterm_saves_the_runs_of_all_processes(data, weights, tmp_path, monkey
         ({"base": {"seed": 4}}, "base of c sets seed.*seeds beside methods"),
         ({"seeds": 1}, "seeds must be at least 2, got 1; an interval needs two"),
         ({"seeds": 0, "against": []}, "seeds must be at least 1, got 0"),
-        ({"seeds": "many"}, "seeds of .*wanted a whole number, got 'many'"),
+        ({"seeds": "many"}, "seeds of .*expected a whole number, got 'many'"),
         ({"against": ["srrl"]}, "against 'srrl', which is none of its methods.*add it"),
         ({"teacher": "digits_teacher"}, "trains a teacher and base sets teacher_checkpoint"),
-        ({"data_dir": None}, "data_dir of .*wanted a folder"),
+        ({"data_dir": None}, "data_dir of .*expected a folder"),
         ({"methods": {"ijckd": {"connector": "linear"}}, "against": []}, "method ijckd of c: .*cannot match maps"),
     ],
 )  # fmt: skip
-def test_refused(data, weights, tmp_path, capsys, changes, wanted):
+def test_refused(data, weights, tmp_path, capsys, changes, complaint):
     values = {
         "data_dir": str(data),
         "base": _base(weights),
@@ -361,7 +378,7 @@ def test_refused(data, weights, tmp_path, capsys, changes, wanted):
     }
     config = _write(tmp_path / "c.yaml", **{**values, **changes})
     assert cli.main(["compare", "--config", config, "--output", str(tmp_path / "out")]) == 2
-    assert re.search(wanted, capsys.readouterr().err)
+    assert re.search(complaint, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -395,7 +412,7 @@ def test_the_file_of_the_docs(data, weights, tmp_path):
 
 def test_no_method_may_change_the_augmentation():
     """Whatever settings the plan gets: two methods would not see the same images."""
-    assert {field.name for field in dataclasses.fields(Augment)} <= set(compare.PLAN_FIELDS)
+    assert {field.name for field in dataclasses.fields(Augment)} <= set(PLAN_FIELDS)
 
 
 def test_packaged_comparisons(tmp_path):

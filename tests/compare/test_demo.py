@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ijckd_fast import cli
-from ijckd_fast.compare import comparison as compare, demo, report as comparison_report
+from ijckd_fast.compare import cells, demo, launch, method_row, reuse
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import load_preset
 
@@ -56,9 +56,9 @@ def test_demo(fast, tmp_path, capsys, monkeypatch):
     for name in ("summary.json", "last.pt", "best.pt", "log.jsonl"):
         (tmp_path / "ce-seed1" / name).unlink()
     trained = []
-    train = compare.train
+    train = launch.train
     monkeypatch.setattr(
-        compare, "train", lambda config, **named: (trained.append(config.output_dir), train(config, **named))[1]
+        launch, "train", lambda config, **named: (trained.append(config.output_dir), train(config, **named))[1]
     )
     assert cli.main(words) == 0
     out = capsys.readouterr().out
@@ -68,10 +68,10 @@ def test_demo(fast, tmp_path, capsys, monkeypatch):
     for row, before in zip(again, rows, strict=True):
         assert {**row, "seconds": 0} == {**before, "seconds": 0}
 
-    # Other settings, or other code, and the runs are made anew.
+    # Other settings, or other code, and the runs are made again.
     trained.clear()
     monkeypatch.setitem(FAST["digits_student"], "lr", 0.05)
-    monkeypatch.setattr(compare, "code_hash", lambda: "other")
+    monkeypatch.setattr(reuse, "code_hash", lambda: "other")
     assert cli.main([*words[:-1], "ce"]) == 0
     assert trained == [str(tmp_path / name) for name in ("teacher", "ce-seed0", "ce-seed1")]
 
@@ -83,9 +83,9 @@ def test_one_seed_has_no_spread():
         "macs": 6,
         "seconds": 1.5,
     }
-    row = comparison_report.row("ce", {0: summary})
+    row = method_row("ce", {0: summary})
     assert row["top1_std"] is None
-    assert "±" not in comparison_report.cells(row)[1]
+    assert "±" not in cells(row)[1]
 
 
 def test_the_task_is_what_the_presets_say():

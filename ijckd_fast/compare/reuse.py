@@ -1,0 +1,72 @@
+"""Which runs of a comparison are there already: finished, begun, or new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ijckd_fast.compare.comparison import TEACHER_WEIGHTS
+from ijckd_fast.compare.runs import Run
+from ijckd_fast.train import (
+    TrainConfig,
+    build_indexes,
+    build_teacher,
+    checkpoint,
+    digests,
+    open_cache,
+    run_folder,
+    teacher_fingerprint,
+)
+from ijckd_fast.train.code_hash import code_hash
+from ijckd_fast.train.config import FIELDS, FREE_ON_RESUME
+
+# A finished run is used again whatever these say. Of data, teacher and cache `digests` compares the contents instead.
+_FREE = FREE_ON_RESUME - {"student_checkpoint"}
+# Settings that decide which images and labels a run indexes.
+_OF_DATA = (
+    "data_dir", "class_list", "val_labels", "index_verify", "check_files", "train_per_class", "label_noise", "seed"
+)  # fmt: skip
+
+
+class InputDigests:
+    """The digests of data and teacher that a run would begin with now.
+
+    Indexes and teachers serve more than one run, and are built once.
+    """
+
+    def __init__(self) -> None:
+        self._indexes: dict[tuple, Any] = {}
+        self._teachers: dict[tuple, str | None] = {}
+
+    def of(self, config: TrainConfig) -> dict[str, str | None]:
+        """As in summary.json and in checkpoints, under "inputs"."""
+        key = tuple(getattr(config, name) for name in _OF_DATA)
+        if key not in self._indexes:
+            self._indexes[key] = build_indexes(config)
+        train_index, val_index = self._indexes[key]
+        cache = open_cache(config, train_index)
+        key = tuple(getattr(config, name) for name in ("teacher", *TEACHER_WEIGHTS, "image_size"))
+        if key not in self._teachers:
+            teacher = build_teacher(config, train_index.num_classes)
+            self._teachers[key] = None if teacher is None else teacher_fingerprint(teacher)
+        return digests(train_index, val_index, self._teachers[key], cache)
+
+
+def state_of(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> Literal["finished", "begun", "new"]:
+    """What the run's folder holds of it: 'new' also where what is there has other settings, code or inputs.
+
+    inputs    `InputDigests.of` its settings
+    any_code  accept what other code of ijckd_fast trained, even where it lacked some of the settings
+    """
+    environment = run_folder.read_json(run.folder / run_folder.ENVIRONMENT)
+    if environment is None or not (any_code or environment["code_hash"] == code_hash()):
+        return "new"
+    found = run_folder.read_config(run.folder)
+    compared = [name for name in FIELDS if name not in _FREE and (name in found or not any_code)]
+    if any(found.get(name) != getattr(run.config, name) for name in compared):
+        return "new"
+    summary = run_folder.read_json(run.folder / run_folder.SUMMARY)
+    if summary is not None:
+        return "finished" if summary.get("inputs") == inputs else "new"
+    last = run.folder / run_folder.LAST
+    return "begun" if last.exists() and checkpoint.load(last)["inputs"] == inputs else "new"

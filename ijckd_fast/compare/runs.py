@@ -1,0 +1,93 @@
+"""The runs of a comparison: one net each, with its settings and its folder, settled before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ijckd_fast.compare.comparison import DIGITS, Comparison
+from ijckd_fast.errors import UserError
+from ijckd_fast.train import TrainConfig, make_config, objective_of, resolve, run_folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """One net to train. config is resolved."""
+
+    regime: str
+    method: str
+    seed: int
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        assert self.config.output_dir is not None
+        return Path(self.config.output_dir)
+
+    @property
+    def name(self) -> str:
+        return f"{self.regime} {self.method} seed {self.seed}".strip()
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says once the run has finished."""
+        summary = run_folder.read_json(self.folder / run_folder.SUMMARY)
+        assert summary is not None
+        return summary
+
+
+def folder_of(output: Path, regime: str, method: str, seed: int) -> Path:
+    """Where a run of the comparison in `output` lies."""
+    return output / regime / f"{method}-seed{seed}"
+
+
+def plan(comparison: Comparison, output: Path) -> tuple[TrainConfig | None, list[Run]]:
+    """(settings of the teacher to train first, every run in order), settled before anything is trained or written.
+
+    raises   UserError where a run could not be trained as it is described, naming method and regime
+    """
+    if comparison.data_dir is None:
+        raise UserError(
+            f"{comparison.name} has no data_dir: give --data-dir with train/<class>/* and val/<class>/*, or {DIGITS}"
+        )
+    data_dir = str(output / DIGITS) if comparison.data_dir == DIGITS else comparison.data_dir
+    teacher, given = _teacher(comparison, data_dir, output / "teacher")
+    runs = []
+    for regime, changes in comparison.regimes.items():
+        for method, settings in comparison.methods.items():
+            for seed in range(comparison.seeds):
+                folder = str(folder_of(output, regime, method, seed))
+                own = {"data_dir": data_dir, "seed": seed, "output_dir": folder}
+                try:
+                    config = _checked({**comparison.base, **given, **changes, **settings, **own})
+                except UserError as error:
+                    where = f"method {method}" + (f" in regime {regime}" if regime else "")
+                    raise UserError(f"{where} of {comparison.name}: {error}") from error
+                runs.append(Run(regime, method, seed, config))
+    return teacher, runs
+
+
+def _teacher(comparison: Comparison, data_dir: str, folder: Path) -> tuple[TrainConfig | None, dict[str, Any]]:
+    """(settings of the teacher to train in `folder`, None if there is none to train; what they mean to every run)"""
+    if comparison.teacher is None:
+        return None, {}
+    if not isinstance(comparison.teacher, Mapping):
+        return None, {"teacher": comparison.teacher}
+    teacher = resolve(make_config({**comparison.teacher, "data_dir": data_dir, "output_dir": str(folder)}))
+    named = comparison.base.get("teacher")
+    if named not in (None, teacher.student):
+        raise UserError(
+            f"{comparison.name} trains {teacher.student} as the teacher, but base says teacher: {named}; leave that out"
+        )
+    return teacher, {"teacher": teacher.student, "teacher_checkpoint": str(folder / run_folder.LAST)}
+
+
+def _checked(values: Mapping[str, Any]) -> TrainConfig:
+    config = make_config(values)
+    if config.teacher is None and config.teacher_cache is None and objective_of(config).needs_teacher:
+        raise UserError(
+            "its objective needs a teacher, and there is none: give teacher beside methods, a preset to train first, a "
+            "run's folder or checkpoint, or a name with teacher_checkpoint or teacher_pretrained in base"
+        )
+    return resolve(config)

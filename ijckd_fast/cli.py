@@ -503,8 +503,8 @@ def export(arguments: list[str]) -> int:
     import torch
     from rich.console import Console
 
+    from ijckd_fast import export as exporting
     from ijckd_fast.console import say
-    from ijckd_fast.export import export as exporting
     from ijckd_fast.train import build_val_loader
 
     folder = Path(out or (Path(run) if Path(run).is_dir() else Path(run).parent) / "export").absolute()
@@ -530,7 +530,7 @@ def export(arguments: list[str]) -> int:
             return _complain(str(error), 1)
     console = Console()
     console.print(exporting.cost_table(row))
-    for line in exporting.summary(row, folder):
+    for line in exporting.summary_lines(row, folder):
         say(console, line)
     print(json.dumps({"folder": str(folder), "checkpoint": str(path), **row}))
     return 0

@@ -1,4 +1,4 @@
-"""`ijckd-fast export`: the files answer as the trained net does, load where they should, and nothing wrong is ever written."""
+"""`ijckd-fast export`: the files answer as the trained net does, load where they should, and nothing else is written."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tiny_run import config, distilled, write_teacher, write_tree
 from torch import nn
 
-from ijckd_fast import cli
+from ijckd_fast import cli, export
 from ijckd_fast.data import build_index
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.export import export
+from ijckd_fast.export import write
 from ijckd_fast.nets import count_parameters, create_model, fingerprint
 from ijckd_fast.train import build_val_loader, checkpoint, resolve, train
 
@@ -180,8 +180,13 @@ def test_student_weights_are_the_trained_ones(trained, capsys):
 
 @pytest.mark.parametrize(
     ("name", "drop", "loads"),
-    [("resnet18", False, True), ("resnet18", True, True), ("efficientnet_b0", False, False), ("resnet20", False, False)],
-)  # fmt: skip
+    [
+        ("resnet18", False, True),
+        ("resnet18", True, True),
+        ("efficientnet_b0", False, False),
+        ("resnet20", False, False),
+    ],
+)
 def test_which_students_timm_loads(tmp_path, name, drop, loads):
     """torchvision's nets that timm has under the same layers' names, with and without a classifier."""
     model = create_model(name, 3, image_size=32).eval()
@@ -190,7 +195,7 @@ def test_which_students_timm_loads(tmp_path, name, drop, loads):
     path = tmp_path / "student.safetensors"
     save_file(model.native_state_dict(), path)
     with torch.no_grad():
-        options = export._timm_options(path, model, 32)
+        options = export.timm_options(path, model, 32)
     assert options == ({"model_name": name, "num_classes": 0 if drop else 3} if loads else None)
 
 
@@ -199,7 +204,7 @@ def test_timm_must_give_the_same_answers(tmp_path, monkeypatch):
     changed = {k: v + (k == "fc.bias") for k, v in model.native_state_dict().items()}
     save_file(changed, tmp_path / "student.safetensors")
     with torch.no_grad():
-        assert export._timm_options(tmp_path / "student.safetensors", model, 32) is None
+        assert export.timm_options(tmp_path / "student.safetensors", model, 32) is None
 
 
 def test_a_map_larger_than_the_teachers_is_pooled_first():
@@ -296,11 +301,11 @@ def test_options(trained, home, tmp_path, capsys):
 
 def test_images_are_spread_over_the_classes(trained, tmp_path, monkeypatch, capsys):
     seen = []
-    write = export.write_export
+    write_export = export.write_export
 
     def watched(folder, distiller, settings, state, loader, **options):
         seen.extend(loader)
-        return write(folder, distiller, settings, state, seen, **options)
+        return write_export(folder, distiller, settings, state, seen, **options)
 
     monkeypatch.setattr(export, "write_export", watched)
     _export(capsys, trained("map"), "--out", tmp_path / "out", "--no-onnx", "--images", 3)
@@ -350,7 +355,7 @@ def test_a_disk_that_does_not_take_it(trained, exported, tmp_path, monkeypatch, 
     earlier = shutil.copytree(exported, tmp_path / "earlier")
     old = {path.name: path.read_bytes() for path in earlier.iterdir()}
     real_fsync, real_rename = os.fsync, Path.rename
-    for at in range(4):  # two files of weights, config.json twice; then the renaming
+    for at in range(8):  # two files of weights, config.json twice, each with its folder's entry; then the renaming
         calls = iter(range(100))
 
         def fsync(file, at=at, calls=calls):
@@ -382,12 +387,12 @@ def test_a_module_that_answers_otherwise_is_not_written(trained, exported, tmp_p
         patch.setattr(export.Deployed, "connect", lambda self, x: 1.01 * connect(self, x))
         err = _complaint(capsys, run, "--out", tmp_path / "out", "--no-onnx", code=1)
     assert "the deployed module's logits differ from the trained net's by up to" in err
-    assert "on 18 images, wanted at most 0.001 of the largest logit" in err
-    answer = export._onnx_answer
+    assert "on 18 images, expected at most 0.001 of the largest logit" in err
+    answer = write.onnx_answer
     earlier = shutil.copytree(exported, tmp_path / "earlier")
     old = (earlier / "config.json").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_onnx_answer", lambda path: lambda images: answer(path)(images) * 1.001)
+        patch.setattr(write, "onnx_answer", lambda path: lambda images: answer(path)(images) * 1.001)
         err = _complaint(capsys, run, "--out", earlier, "--overwrite", code=1)
     assert "onnxruntime's logits differ from PyTorch's" in err
     assert (earlier / "config.json").read_text() == old
@@ -396,7 +401,7 @@ def test_a_module_that_answers_otherwise_is_not_written(trained, exported, tmp_p
 
 def test_nan_is_a_difference():
     logits = torch.tensor([[1.0, float("nan")]])
-    assert not export._compare(logits, torch.ones(1, 2)).within(1e-3)
+    assert not export.compare_logits(logits, torch.ones(1, 2)).within(1e-3)
 
 
 def test_damaged_and_changed_exports_are_refused(exported, tmp_path):

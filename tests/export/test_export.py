@@ -1,4 +1,4 @@
-"""`ijckd-fast export`: the files answer as the trained net does, load where they should, and nothing else is written."""
+"""`ijckd-fast export`: the files answer as the trained net does and load where they should, or are not written."""
 
 from __future__ import annotations
 

@@ -1065,7 +1065,7 @@ def study(arguments: list[str]) -> int:
 
 
 def _study_linear(arguments: list[str]) -> int:
-    from ijckd_fast.theory.study import LAWS, study_linear
+    from ijckd_fast.theory import LAWS, study_linear
 
     parser = _parser(
         "study linear",
@@ -1138,7 +1138,7 @@ def _study_finite(arguments: list[str]) -> int:
 
     from rich.console import Console
 
-    from ijckd_fast.theory.study import study_finite
+    from ijckd_fast.theory import study_finite
 
     rows = study_finite(Path(given.pop("output")), **given, console=Console())
     print(json.dumps({"rows": rows}))

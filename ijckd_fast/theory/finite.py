@@ -1,13 +1,14 @@
 """What a student can learn from a teacher over finite domains (Zhao & Zhu, arXiv 2310.07838).
 
-Setting: S inputs drawn from rho, A labels; the teacher pi*(.|s) is the truth. A student sees n pairs (s, a) ~ rho x pi*, each with
+Setting: S inputs drawn from rho, A labels; the teacher pi*(.|s) is the truth. A student sees n pairs (s, a) ~ rho x
+pi*, each with
 
     level 1, hard labels          (s, a)                 learner CE_sgl
     level 2, partial soft labels  (s, a, pi*(a|s))       learners CE_ptl and SEL_ptl
     level 3, soft labels          (s, a, pi*(.|s))       learner CE_ful
 
-and is judged by sum_s rho(s) TV(pi_hat(.|s), pi*(.|s)), TV = half the L1 distance. Arrays are float64 numpy: rho [S], pi [S, A],
-counts [R, S, A] int64, one table of counts for each of R repeats.
+and is judged by sum_s rho(s) TV(pi_hat(.|s), pi*(.|s)), TV = half the L1 distance. Arrays are float64 numpy: rho [S],
+pi [S, A], counts [R, S, A] int64, one table of counts for each of R repeats.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ def make_instance(number: int, inputs: int, labels: int, n: int) -> Instance:
     """The paper's Instance 0, 1, 2 or 3 with S = inputs, A = labels; 1 to 3 change with the number n of samples.
 
     0  pi* = half uniform, half on one label; rho uniform
-    1  hard for hard labels: pi* = (1 +- 0.25 sqrt(SA/n)) / A in turns; rho uniform. With odd A the last label has no mass, the rest
-       is as with A - 1
+    1  hard for hard labels: pi* = (1 +- 0.25 sqrt(SA/n)) / A in turns; rho uniform. With odd A the last label has no
+       mass, the rest is as with A - 1
     2  hard for SEL_ptl: A odd; pi* = S/(n+1), 0, S/(n+1), 0 ... and the rest on the last label; rho uniform
     3  hard for CE_ful: pi* as in 2; rho = 1/(n+1), the rest on the last input
     UserError where these are no probabilities.
     """
     if number not in (0, 1, 2, 3):
-        raise UserError(f"unknown instance {number}: wanted 0, 1, 2 or 3")
+        raise UserError(f"unknown instance {number}: expected 0, 1, 2 or 3")
     if inputs < 1 or labels < 2 or n < 1:
         raise UserError(
             f"an instance needs inputs >= 1, labels >= 2 and n >= 1, got {inputs} inputs, {labels} labels, n = {n}"
@@ -60,7 +61,8 @@ def make_instance(number: int, inputs: int, labels: int, n: int) -> Instance:
         used = A - A % 2
         if 4 * n < S * used:
             raise UserError(
-                f"instance 1 needs n >= SA/4 = {S * used / 4:g} with {S} inputs and {used} labels, got n = {n}: give a greater size"
+                f"instance 1 needs n >= SA/4 = {S * used / 4:g} with {S} inputs and {used} labels, got n = {n}: give a "
+                "greater size"
             )
         by = 0.25 * math.sqrt(S * used / n)
         pi[:, 0:used:2], pi[:, 1:used:2] = (1 + by) / used, (1 - by) / used
@@ -70,7 +72,8 @@ def make_instance(number: int, inputs: int, labels: int, n: int) -> Instance:
     least = S * (A - 1) / 2 - 1
     if n < least:
         raise UserError(
-            f"instance {number} needs n >= S(A-1)/2 - 1 = {least:g} with {S} inputs and {A} labels, got n = {n}: give a greater size"
+            f"instance {number} needs n >= S(A-1)/2 - 1 = {least:g} with {S} inputs and {A} labels, got n = {n}: give "
+            "a greater size"
         )
     pi[:, 0 : A - 1 : 2] = S / (n + 1)
     pi[:, -1] = 1 - S * (A - 1) / 2 / (n + 1)
@@ -88,8 +91,8 @@ def draw_counts(instance: Instance, n: int, repeats: int, generator: np.random.G
     return generator.multinomial(of_inputs, instance.pi)
 
 
-# ---- Learners: minimisers of the losses in closed form, from counts [R, S, A] and what their level shows of pi [S, A] ----
-# An input never drawn gets the uniform distribution from all of them.
+# ---- Learners: minimisers of the losses in closed form, from counts [R, S, A] and what their level shows of pi [S, A]
+# ---- An input never drawn gets the uniform distribution from all of them.
 
 
 def ce_sgl(counts: Counts, pi: Array) -> Array:
@@ -111,7 +114,8 @@ def ce_ptl(counts: Counts, pi: Array) -> Array:
 def sel_ptl(counts: Counts, pi: Array) -> Array:
     """Minimises sum (log pi(a|s) - log pi*(a|s))^2 / 2 over the labels drawn: pi* on each of them. [R, S, A]
 
-    The loss leaves open where the rest of the mass goes; it is spread evenly over the labels not yet seen with this input.
+    The loss leaves open where the rest of the mass goes; it is spread evenly over the labels not yet seen with this
+    input.
     """
     seen = counts > 0
     known = np.where(seen, pi, 0)
@@ -143,7 +147,10 @@ def risk(estimate: Array, instance: Instance) -> Array:
 
 
 def risks(instance: Instance, n: int, repeats: int, generator: np.random.Generator) -> dict[str, Array]:
-    """Risk of every learner in each repeat, all on the same draws: name -> [repeats]. Drawn in blocks, to bound the memory."""
+    """Risk of every learner in each repeat, all on the same draws: name -> [repeats].
+
+    Drawn in blocks, so that the memory has a bound.
+    """
     block = max(1, _BLOCK // instance.pi.size)
     found: dict[str, list[Array]] = {name: [] for name in LEARNERS}
     for first in range(0, repeats, block):
@@ -169,8 +176,9 @@ def slope(sizes: Array, means: Array, errors: Array) -> tuple[float, float]:
 
 
 def ce_sgl_risk(instance: Instance, n: int) -> float:
-    """E risk of CE_sgl, exactly: de Moivre's mean absolute deviation of a binomial, summed over how often an input is drawn.
+    """E risk of CE_sgl, exactly.
 
+    De Moivre's mean absolute deviation of a binomial, summed over how often an input is drawn:
     E|X - mp| = 2 v C(m, v) p^v (1-p)^(m-v+1) for X ~ Bin(m, p), v = floor(mp) + 1 (our derivation of the sum).
     """
     total, A = 0.0, instance.pi.shape[1]
@@ -209,7 +217,7 @@ def ce_ful_risk(instance: Instance, n: int) -> float:
 
 
 def ce_ful_error(instance: Instance, n: int, repeats: int) -> float:
-    """Standard error of CE_ful's mean risk over the repeats, at most; counts events too rare to be seen in that many."""
+    """Standard error, at most, of CE_ful's mean risk over the repeats; counts events too rare to be seen in them."""
     unseen, rho, away = _unseen(instance, n)
     return math.sqrt(float((unseen * (1 - unseen)) @ (rho * away) ** 2) / repeats)
 
@@ -220,13 +228,19 @@ def _unseen(instance: Instance, n: int) -> tuple[Array, Array, Array]:
 
 
 def missing_mass(instance: Instance, n: int) -> float:
-    """E of the probability of all pairs (s, a) never drawn: sum rho pi* (1 - rho pi*)^n, at least the risk of SEL_ptl and of CE_ful."""
+    """E of the probability of all pairs (s, a) never drawn: sum rho pi* (1 - rho pi*)^n.
+
+    It is at least the risk of SEL_ptl and of CE_ful.
+    """
     joint = instance.rho[:, None] * instance.pi
     return float((joint * (1 - joint) ** n).sum())
 
 
 def ce_ptl_bias(instance: Instance) -> float:
-    """Risk that CE_ptl tends to with n: that of pi*^2 / sum pi*^2; 0 only where each pi*(.|s) is uniform on its labels."""
+    """Risk that CE_ptl tends to with n: that of pi*^2 / sum pi*^2.
+
+    It is 0 only where each pi*(.|s) is uniform on its labels.
+    """
     squared = instance.pi**2
     return float(risk((squared / squared.sum(axis=-1, keepdims=True))[None], instance)[0])
 
@@ -234,8 +248,9 @@ def ce_ptl_bias(instance: Instance) -> float:
 def sel_ptl_risk_on_instance_2(inputs: int, labels: int, n: int) -> float:
     """E risk of SEL_ptl on Instance 2 but for a share of order A/n (our derivation).
 
-    Of the m = (A-1)/2 labels of probability S/(n+1), k ~ Bin(m, (1 - 1/(n+1))^n) are unseen, with m labels of probability 0. Their mass
-    is spread over all k + m: TV = S/(n+1) k m / (k + m). n times this tends to S E[k m / (k + m)], k ~ Bin(m, 1/e).
+    Of the m = (A-1)/2 labels of probability S/(n+1), k ~ Bin(m, (1 - 1/(n+1))^n) are unseen, with m labels of
+    probability 0. Their mass is spread over all k + m: TV = S/(n+1) k m / (k + m). n times this tends to S E[k m / (k +
+    m)], k ~ Bin(m, 1/e).
     """
     m = (labels - 1) // 2
     k = np.arange(m + 1)

@@ -1,11 +1,12 @@
 """Distilling a linear teacher into a linear or deep-linear student (Phuong & Lampert, arXiv 2105.13093).
 
-Setting: inputs x in R^d; the teacher w* [d] gives soft labels sigmoid(w*.x). The student, sigmoid(w.x) with w a vector or a product
-of matrices, minimises the mean cross-entropy to them by gradient flow; it never sees a true label. What counts is the transfer risk
-R(w) = P_x[(w*.x)(w.x) < 0]. A hard-label student sees sign(w*.x) instead.
+Setting: inputs x in R^d; the teacher w* [d] gives soft labels sigmoid(w*.x). The student, sigmoid(w.x) with w a vector
+or a product of matrices, minimises the mean cross-entropy to them by gradient flow; it never sees a true label. What
+counts is the transfer risk R(w) = P_x[(w*.x)(w.x) < 0]. A hard-label student sees sign(w*.x) instead.
 
-Arrays are float64 numpy. Inputs are rows, `x [..., n, d]`, in general position (independent where n <= d); leading axes are independent
-data sets. Angles are in radians. Where the paper's own wording is not at hand, the statement is proved here or in docs/theory.md.
+Arrays are float64 numpy. Inputs are rows, `x [..., n, d]`, in general position (independent where n <= d); leading axes
+are independent data sets. Angles are in radians. Where the paper's own wording is not at hand, the statement is proved
+here or in docs/theory.md.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def distilled_student(x: Array, teacher: Array, start: Array | None = None) -> A
     x        [..., n, d]
     teacher  [d], w*
     start    [..., d], w(0); default 0
-    returns  [..., d]: w* where n >= d; else the projection of w* on the span of the inputs, plus what w(0) has outside it
-    Every gradient lies in the span of the inputs, and there the loss is strictly convex with its minimum where the logits are the
-    teacher's. What the start has outside the span is therefore kept for ever: only a start at 0 ends at the projection.
-    UserError if n < d and the inputs are linearly dependent.
+    returns  [..., d]: w* where n >= d; else the projection of w* on the span of the inputs, plus what w(0) has outside
+             it
+    Every gradient lies in the span of the inputs, and there the loss is strictly convex with its minimum where the
+    logits are the teacher's. What the start has outside the span is therefore kept for ever: only a start at 0 ends at
+    the projection. UserError if n < d and the inputs are linearly dependent.
     """
     n, d = x.shape[-2:]
     if n >= d:
@@ -60,7 +62,10 @@ def hard_label_student(x: Array, labels: Array) -> Array:
 
 
 def projection(x: Array, w: Array) -> Array:
-    """Orthogonal projection of w [..., d] on the span of the inputs x [..., n, d]; [..., d]. UserError if they are linearly dependent."""
+    """Orthogonal projection [..., d] of w [..., d] on the span of the inputs x [..., n, d].
+
+    raises  UserError if they are linearly dependent
+    """
     if x.shape[-2] >= x.shape[-1]:
         return np.broadcast_to(w, (*x.shape[:-2], x.shape[-1])).copy()
     q, _ = _qr(np.swapaxes(x, -1, -2))  # [..., d, n]
@@ -72,14 +77,19 @@ def _qr(a: Array) -> tuple[Array, Array]:
     diagonal = np.abs(np.diagonal(r, axis1=-2, axis2=-1))
     if (diagonal.min(axis=-1) <= 1e-13 * diagonal.max(axis=-1)).any():
         raise UserError(
-            f"{max(a.shape[-2:])} x {min(a.shape[-2:])} inputs that are linearly independent are wanted, found dependent ones: the student "
-            "is then not determined; leave out repeated inputs"
+            f"{max(a.shape[-2:])} x {min(a.shape[-2:])} inputs must be linearly independent, found dependent ones: the "
+            "student is then not determined; leave out repeated inputs"
         )
     return q, r
 
 
 class Descent(NamedTuple):
-    """Where a descent ended: w [..., d], the steps it took, and the norm [...] of the loss's gradient in w there (0: at a minimum)."""
+    """Where a descent ended.
+
+    w              [..., d]
+    steps          that it took
+    gradient_norm  [...] of the loss's gradient in w there; 0: at a minimum
+    """
 
     w: Array
     steps: int
@@ -91,14 +101,15 @@ def gradient_student(
 ) -> Descent:
     """Gradient descent on the soft labels, step 1/L with L = ||x||^2/(4n), the most the loss curves.
 
-    x [n, d], teacher [d], start [d] (default 0); stops after `steps`, or when the gradient's norm is at most `tolerance`
-    UserError for n = d, where it would not end: see below.
+    x [n, d], teacher [d], start [d] (default 0); stops after `steps`, or when the gradient's norm is at most
+    `tolerance` UserError for n = d, where it would not end: see below.
     """
     n, d = x.shape
     if n == d:
         raise UserError(
-            f"gradient descent with n = d = {d} inputs: the least singular value of a square random matrix is about 1/sqrt(d), often far "
-            "less, the steps needed grow with its inverse square, and the closed form would not be reached; give n < d or n > d"
+            f"gradient descent with n = d = {d} inputs: the least singular value of a square random matrix is about "
+            "1/sqrt(d), often far less, the steps needed grow with its inverse square, and the closed form would not "
+            "be reached; give n < d or n > d"
         )
     w = np.zeros(d) if start is None else np.array(start, dtype=np.float64)
     labels = _sigmoid(x @ teacher)  # [n]
@@ -113,13 +124,14 @@ def gradient_student(
 
 
 def distillation_loss(x: Array, teacher: Array, w: Array) -> Array:
-    """Mean over the inputs of KL(teacher's label || student's): the cross-entropy to the soft labels less their own entropy.
+    """Mean over the inputs of KL(teacher's label || student's).
 
+    It is the cross-entropy to the soft labels less their own entropy.
     x [..., n, d], teacher [d], w [..., d]; returns [...], 0 at the minimum
     """
-    wanted, given = x @ teacher, (x @ w[..., None])[..., 0]  # [..., n], logits
-    labels = _sigmoid(wanted)
-    return np.mean(np.logaddexp(0, given) - np.logaddexp(0, wanted) - labels * (given - wanted), axis=-1)
+    logits_t, logits = x @ teacher, (x @ w[..., None])[..., 0]  # [..., n]
+    labels = _sigmoid(logits_t)
+    return np.mean(np.logaddexp(0, logits) - np.logaddexp(0, logits_t) - labels * (logits - logits_t), axis=-1)
 
 
 def _sigmoid(z: Array) -> Array:
@@ -130,13 +142,14 @@ def _sigmoid(z: Array) -> Array:
 
 
 def balanced_start(direction: Array, norm: float, layers: int, width: int) -> list[Array]:
-    """Factors W_1 [width, d], W_2 ... [width, width], W_layers [1, width] with W_i W_i^T = W_(i+1)^T W_(i+1), product of that norm.
+    """Balanced factors W_1 [width, d], W_2 ... [width, width], W_layers [1, width], whose product has norm `norm`.
 
+    Balanced: W_i W_i^T = W_(i+1)^T W_(i+1).
     direction  [d], of the product W_layers ... W_1; need not be of unit length
     Each factor has rank one and norm `norm`^(1/layers). With one layer: W_1 = the product itself.
     """
     if layers < 1 or width < 1 or not norm > 0:
-        raise UserError(f"layers >= 1, width >= 1 and a norm > 0 are wanted, got {layers}, {width} and {norm}")
+        raise UserError(f"layers >= 1, width >= 1 and a norm > 0 are needed, got {layers}, {width} and {norm}")
     unit = direction / np.linalg.norm(direction)
     if layers == 1:
         return [norm * unit[None]]
@@ -157,10 +170,12 @@ def deep_linear_student(
     """Gradient flow on the factors of a deep-linear student, by Runge-Kutta steps of order four.
 
     x [n, d], teacher [d]
-    start    factors as `balanced_start` makes them, or several students' stacked: W_1 [..., width, d] ... W_N [..., 1, width]
-    returns  w = W_N ... W_1 [..., d] and the norms [...] of the loss's gradient in it; stops after `steps`, or when all norms are at
-             most `tolerance`
-    A step is 1/(N ||w*||^(2 - 2/N) L), L as in `gradient_student`: the time that the flow's fastest direction takes. UserError for n = d.
+    start    factors as `balanced_start` makes them, or several students' stacked: W_1 [..., width, d] ... W_N [..., 1,
+             width]
+    returns  w = W_N ... W_1 [..., d] and the norms [...] of the loss's gradient in it; stops after `steps`, or when all
+             norms are at most `tolerance`
+    A step is 1/(N ||w*||^(2 - 2/N) L), L as in `gradient_student`: the time that the flow's fastest direction takes.
+    UserError for n = d.
     """
     n, d = x.shape
     if n == d:
@@ -204,18 +219,20 @@ def deep_linear_student(
 
 
 def conserved_quantity(x: Array, w: Array, layers: int) -> float:
-    """||w outside the inputs' span|| / ||w||^((N-1)/N), which balanced gradient flow of N layers never changes (our derivation).
+    """||w outside the inputs' span|| / ||w||^((N-1)/N); balanced gradient flow of N layers never changes it.
 
+    Our derivation:
     x [n, d], w [d] != 0
-    Balanced factors give dw/dt = -||w||^(2-2/N) (g + (N-1) u u^T g) with u = w/||w|| and a gradient g in the span, so that the part
-    outside shrinks or grows at the rate -(N-1) ||w||^(1-2/N) u.g, and log ||w|| at N/(N-1) times that.
+    Balanced factors give dw/dt = -||w||^(2-2/N) (g + (N-1) u u^T g) with u = w/||w|| and a gradient g in the span, so
+    that the part outside shrinks or grows at the rate -(N-1) ||w||^(1-2/N) u.g, and log ||w|| at N/(N-1) times that.
     """
     return float(np.linalg.norm(w - projection(x, w)) / np.linalg.norm(w) ** ((layers - 1) / layers))
 
 
 def deep_distance(conserved: float, projection_norm: float, layers: int) -> float:
-    """||w_inf - P w*||, P the projection on the inputs' span, for a deep student that reaches a loss of 0 (our derivation).
+    """||w_inf - P w*|| of a deep student that reaches a loss of 0 (our derivation).
 
+    P                the projection on the inputs' span
     conserved        `conserved_quantity` of its start
     projection_norm  ||P w*||
     Then w_inf = P w* + q with q outside the span: the root of ||q|| = conserved * (||P w*||^2 + ||q||^2)^((N-1)/(2N)).
@@ -230,13 +247,14 @@ def deep_distance(conserved: float, projection_norm: float, layers: int) -> floa
 
 
 def start_norm_for(distance: float, teacher_norm: float, layers: int) -> float:
-    """Norm of a balanced start with which a deep student of N layers ends within `distance` of the projection of w* (our derivation).
+    """Norm of a balanced start with which a deep student of N layers ends within `distance` of the projection of w*.
 
-    eps^N (||w*||^2 + eps^2)^(-(N-1)/2), from `deep_distance` with the greatest values its two arguments can take.
+    Our derivation: eps^N (||w*||^2 + eps^2)^(-(N-1)/2), from `deep_distance` with the greatest values its two arguments
+    can take.
     """
     if not distance > 0 or not teacher_norm > 0 or layers < 1:
         raise UserError(
-            f"distance and teacher_norm > 0 and layers >= 1 are wanted, got {distance}, {teacher_norm} and {layers}"
+            f"distance and teacher_norm > 0 and layers >= 1 are needed, got {distance}, {teacher_norm} and {layers}"
         )
     return distance**layers * (teacher_norm**2 + distance**2) ** (-(layers - 1) / 2)
 
@@ -245,7 +263,10 @@ def start_norm_for(distance: float, teacher_norm: float, layers: int) -> float:
 
 
 def angle(w: Array, teacher: Array) -> Array:
-    """Angle between w [..., d] and teacher [d], in [0, pi]; [...]. Accurate for small angles too. UserError for w = 0."""
+    """Angles [...] in [0, pi] between w [..., d] and teacher [d]; accurate for small angles too.
+
+    raises  UserError for w = 0
+    """
     unit = teacher / np.linalg.norm(teacher)
     along = w @ unit  # [...]
     across = np.linalg.norm(w - along[..., None] * unit, axis=-1)
@@ -274,7 +295,10 @@ class Isotropic:
         return generator.standard_normal((*count, dimension))
 
     def tail(self, t: Array, dimension: int) -> Array:
-        """p(t) = P[acute angle between x and a fixed axis >= t], t [...] in [0, pi/2]; the density of the angle goes as sin^(d-2)."""
+        """p(t) = P[acute angle between x and a fixed axis >= t], t [...] in [0, pi/2].
+
+        The density of the angle is proportional to sin^(d-2).
+        """
 
         def beyond(start: Array) -> Array:
             """Integral of the density from start [...] to pi/2, times a constant."""
@@ -290,9 +314,10 @@ class Isotropic:
 
 @dataclass(frozen=True)
 class AngleLaw:
-    """Inputs whose acute angle to the first axis has p(t) = (1 - t/(pi/2 - margin))^k up to pi/2 - margin, else uniform.
+    """Inputs whose acute angle to the first axis has p(t) = (1 - t/(pi/2 - margin))^k up to pi/2 - margin.
 
-    x = (s cos t, sin t v): s = +-1, v uniform on the unit sphere of R^(d-1); no input is closer than `margin` to the plane x_1 = 0.
+    They are x = (s cos t, sin t v) with s = +-1 and v uniform on the unit sphere of R^(d-1). No input is closer than
+    `margin` to the plane x_1 = 0.
     """
 
     k: float = 1.0
@@ -333,7 +358,8 @@ def parse_law(text: str) -> Law:
     if name == "angle" and len(values) in (1, 2) and 0 < values[0] < math.inf and 0 <= sum(values[1:]) < math.pi / 2:
         return AngleLaw(*values)
     raise UserError(
-        f"unknown law of inputs '{text}': wanted isotropic, angle:K with K > 0, or angle:K:MARGIN with 0 <= MARGIN < 1.57 radians"
+        f"unknown law of inputs '{text}': expected isotropic, angle:K with K > 0, or angle:K:MARGIN with 0 <= MARGIN < "
+        "1.57 radians"
     )
 
 
@@ -344,8 +370,9 @@ def risk_at_angle(tail: Callable[[Array], Array], student_angle: Array, dimensio
     student_angle  [...], in [0, pi]
     dimension      d >= 3
     returns        [...], exact but for the quadrature
-    With x at the acute angle t, and phi the acute angle, in R^(d-1), between the parts of x and w across the teacher, the signs differ
-    for half of the x with cos phi > cot t cot a: R = E_phi p(arctan(cot a / cos phi)) / 2, the density of phi going as sin^(d-3).
+    With x at the acute angle t, and phi the acute angle, in R^(d-1), between the parts of x and w across the teacher,
+    the signs differ for half of the x with cos phi > cot t cot a: R = E_phi p(arctan(cot a / cos phi)) / 2, the density
+    of phi going as sin^(d-3).
     """
     if dimension < 3:
         raise UserError(f"risk_at_angle needs d >= 3, got {dimension}")
@@ -358,9 +385,10 @@ def risk_at_angle(tail: Callable[[Array], Array], student_angle: Array, dimensio
 
 
 def isotropic_risk(n: int, dimension: int) -> float:
-    """E R of the distilled student on isotropic inputs: the mean angle between w* and a random n-dimensional subspace, over pi.
+    """E R of the distilled student on isotropic inputs.
 
-    cos^2 of the angle is Beta(n/2, (d-n)/2), of mean n/d; the density of the angle goes as cos^(n-1) sin^(d-n-1).
+    It is the mean angle of w* to a random n-dimensional subspace, over pi: cos^2 of the angle is Beta(n/2, (d-n)/2), of
+    mean n/d, and the density of the angle is proportional to cos^(n-1) sin^(d-n-1).
     """
     if n >= dimension:
         return 0.0
@@ -371,10 +399,12 @@ def isotropic_risk(n: int, dimension: int) -> float:
 
 
 def isotropic_hard_label_risk(n: int, dimension: int) -> float:
-    """Limit of the hard-label student's risk on isotropic inputs, for n and d growing in proportion (our derivation): 1/2 at n = d.
+    """Limit of the hard-label student's risk on isotropic inputs, for n and d growing in proportion: 1/2 at n = d.
 
-    The labels are c x_1 + noise of variance 1 - c^2, c^2 = 2/pi. Least norm (m = n/(d-n)): cos^2 = c^2 m / ((1+m)(1 + m(1-c^2)));
-    least squares (n > d): cos^2 = c^2 / (c^2 + (1-c^2) d/(n-d)). At n = d the noise is amplified without bound.
+    Our derivation.
+    The labels are c x_1 + noise of variance 1 - c^2, c^2 = 2/pi. Least norm (m = n/(d-n)): cos^2 = c^2 m / ((1+m)(1 +
+    m(1-c^2))); least squares (n > d): cos^2 = c^2 / (c^2 + (1-c^2) d/(n-d)). At n = d the noise is amplified without
+    bound.
     """
     c2, d = 2 / math.pi, dimension
     if n == d:
@@ -388,11 +418,12 @@ def isotropic_hard_label_risk(n: int, dimension: int) -> float:
 
 
 def risk_bound(tail: Callable[[Array], Array], n: int, dimension: int) -> float:
-    """Bound on the expected transfer risk of the distilled student: inf over b in [0, pi/2] of p(b) + p(pi/2 - b)^n; 0 for n >= d.
+    """Bound on the expected transfer risk of the distilled student: inf over b in [0, pi/2] of p(b) + p(pi/2 - b)^n.
 
+    It is 0 for n >= d.
     tail  p(t) = P[acute angle between teacher and x >= t], [...] -> [...], e.g. of a `Law`, or estimated from data
-    The student is no farther from the teacher than the closest input is. If one is closer than pi/2 - b, which fails with probability
-    p(pi/2 - b)^n, then only inputs farther than b from the teacher can be told differently.
+    The student is no farther from the teacher than the closest input is. If one is closer than pi/2 - b, which fails
+    with probability p(pi/2 - b)^n, then only inputs farther than b from the teacher can be told differently.
     """
     if n < 1:
         raise UserError(f"a bound needs n >= 1 inputs, got {n}")
@@ -410,11 +441,15 @@ def risk_bound(tail: Callable[[Array], Array], n: int, dimension: int) -> float:
 
 
 def margin_bound(tail: Callable[[Array], Array], margin: float, n: int) -> float:
-    """The bound p(margin)^n, exponential in n, where no input is closer than `margin` to the teacher's plane: p(pi/2 - margin) = 0."""
+    """The bound p(margin)^n, exponential in n.
+
+    No input may be closer than `margin` to the teacher's plane: p(pi/2 - margin) = 0, else UserError.
+    """
     near, beyond = tail(np.array([margin, math.pi / 2 - margin]))
     if beyond > 0:
         raise UserError(
-            f"a share {beyond:.3g} of the inputs is nearer than {margin:g} radians to the teacher's plane, wanted none: give a less one"
+            f"a share {beyond:.3g} of the inputs is nearer than {margin:g} radians to the teacher's plane, expected "
+            "none: give a smaller one"
         )
     return float(near**n)
 
@@ -425,15 +460,17 @@ def polynomial_bound(k: float, n: int) -> float:
 
 
 def null_space_direction(x: Array, teacher: Array, generator: np.random.Generator) -> Array:
-    """A random unit vector orthogonal to all inputs x [..., n, d] and to the teacher [d]; [..., d]. UserError if n > d - 2.
+    """A random unit vector [..., d] that is orthogonal to all inputs x [..., n, d] and to the teacher [d].
 
-    A student moved along it keeps its logits on the training inputs, and its loss; with cos a its angle's cosine, a student moved by
-    delta ||w|| has cos a / sqrt(1 + delta^2), thus a greater risk.
+    raises  UserError if n > d - 2
+    A student moved along it keeps its logits on the training inputs, and its loss; with cos a its angle's cosine, a
+    student moved by delta ||w|| has cos a / sqrt(1 + delta^2), thus a greater risk.
     """
     n, d = x.shape[-2:]
     if n > d - 2:
         raise UserError(
-            f"a direction outside the span of {n} inputs and of the teacher needs n <= d - 2 = {d - 2}: give fewer inputs"
+            f"a direction outside the span of {n} inputs and of the teacher needs n <= d - 2 = {d - 2}: give fewer "
+            "inputs"
         )
     spanned = np.concatenate([x, np.broadcast_to(teacher, (*x.shape[:-2], 1, d))], axis=-2)  # [..., n + 1, d]
     v = generator.standard_normal((*x.shape[:-2], d))

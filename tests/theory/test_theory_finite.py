@@ -196,7 +196,7 @@ def test_instances_by_hand():
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["--instances", "1,4"], "unknown instance 4: wanted 0, 1, 2 or 3"),
+        (["--instances", "1,4"], "unknown instance 4: expected 0, 1, 2 or 3"),
         (["--instances", "[]"], "--instances names none"),
         (
             ["--instances", "[2]", "--labels", "10"],

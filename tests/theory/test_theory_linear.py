@@ -1,4 +1,4 @@
-"""Linear distillation: students against gradient descent, closed forms and bounds as golden values, and the study's figures."""
+"""Linear distillation: students against gradient descent, closed forms and bounds, and the study's figures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 
 from ijckd_fast import cli
 from ijckd_fast.errors import UserError
-from ijckd_fast.theory import linear, study
+from ijckd_fast.theory import COLUMNS, linear
 
 SIZES = (1, 5, 20, 60, 80, 99, 100, 200)
-# An independent run of the same draws: d = 100, 60 training sets, one set of 100,000 test inputs for all of them, angle laws' p(t)
-# counted on those; the columns are those of SIZES but the last.
+# An independent run of the same draws: d = 100, 60 training sets, one set of 100,000 test inputs for all of them, angle
+# laws' p(t) counted on those; the columns are those of SIZES but the last.
 GOLDEN = {
     ("isotropic", "E R"): (0.4778, 0.4322, 0.3518, 0.2175, 0.1483, 0.0264, 0),
     ("isotropic", "E R, hard labels"): (0.4778, 0.4440, 0.3859, 0.3306, 0.3563, 0.4472, 0.4691),
@@ -102,7 +102,7 @@ def test_hard_label_student_is_the_least_squares_solution_of_least_norm(n):
 def test_dependent_inputs_are_refused():
     x, teacher, _ = _problem(3, 8)
     twice = np.concatenate([x, x[:1]])
-    with pytest.raises(UserError, match="linearly independent are wanted, found dependent ones"):
+    with pytest.raises(UserError, match="must be linearly independent, found dependent ones"):
         linear.distilled_student(twice, teacher)
     with pytest.raises(UserError, match="leave out repeated inputs"):
         linear.hard_label_student(twice, np.ones(4))
@@ -314,7 +314,7 @@ def test_the_angle_falls_with_every_input(law):
     ["gauss", "angle", "angle:0", "angle:x", "angle:1:2", "angle:1:-1", "angle:1:0.1:2", "isotropic:1", "angle:nan"],
 )
 def test_unknown_laws(text):
-    with pytest.raises(UserError, match=f"unknown law of inputs '{text}': wanted isotropic, angle:K"):
+    with pytest.raises(UserError, match=f"unknown law of inputs '{text}': expected isotropic, angle:K"):
         linear.parse_law(text)
 
 
@@ -358,7 +358,7 @@ def test_hard_labels_peak_at_n_equal_to_d_and_soft_ones_do_not(rows):
 
 def test_study_writes_what_it_says(measured, rows):
     folder, out = measured
-    assert [list(row) for row in rows] == [list(study.COLUMNS)] * len(rows)
+    assert [list(row) for row in rows] == [list(COLUMNS)] * len(rows)
     with open(folder / "study.csv", newline="") as file:
         saved = list(csv.DictReader(file))
     assert len(saved) == len(rows)
@@ -425,7 +425,7 @@ def test_mistakes_are_told(tmp_path, capsys, words, text):
         (["--repeats", "20"], "got --repeats"),
     ],
 )
-def test_study_wants_a_name(capsys, words, text):
+def test_study_needs_a_name(capsys, words, text):
     assert cli.main(["study", *words]) == 2
     err = capsys.readouterr().err
     assert err.startswith("ijckd-fast: study wants its name first, linear or finite, ")

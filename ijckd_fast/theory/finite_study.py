@@ -61,7 +61,7 @@ def study_finite(
         )
         taken[shape] = sorted(set(ns))
         for n in taken[shape]:
-            finite.make_instance(*shape, n)  # so that a mistake is told before anything is drawn
+            finite.make_instance(*shape, n)  # so that a mistake is reported before anything is drawn
 
     with files.lock(output, "--output"):
         rows: list[Row] = []
@@ -111,11 +111,11 @@ def _finite_rows(shape: tuple[int, int, int], sizes: Sequence[int], repeats: int
         row = partial(figure_row, {**common, "part": "risk", "axis": "n"}, n)
         by = "exact mean"
         rows.append(row("CE_sgl", found["CE_sgl"], relation="=", expected=exact["CE_sgl"][-1], source=by))
-        told: Row = {}
+        held: Row = {}
         if number == 0:  # S/n: more than is left of the way to the limit once each input is drawn some hundred times
             relation, bias = "=" if n >= 100 * S else "about", finite.ce_ptl_bias(instance)
-            told = {"relation": relation, "expected": bias, "slack": S / n, "source": "limit for large n, of pi*^2"}
-        rows.append(row("CE_ptl", found["CE_ptl"], **told))
+            held = {"relation": relation, "expected": bias, "slack": S / n, "source": "limit for large n, of pi*^2"}
+        rows.append(row("CE_ptl", found["CE_ptl"], **held))
         if number == 2:
             expected, by = finite.sel_ptl_risk_on_instance_2(S, A, n), "mean but for a share of A/n"
             rows.append(
@@ -124,12 +124,12 @@ def _finite_rows(shape: tuple[int, int, int], sizes: Sequence[int], repeats: int
         else:
             expected, by = finite.missing_mass(instance, n), "mean mass of the pairs not drawn"
             rows.append(row("SEL_ptl", found["SEL_ptl"], relation="<=", expected=expected, source=by))
-        told = {
+        held = {
             "expected": exact["CE_ful"][-1],
             "error": finite.ce_ful_error(instance, n, repeats),
             "source": "exact mean",
         }
-        rows.append(row("CE_ful", found["CE_ful"], relation="=", **told))
+        rows.append(row("CE_ful", found["CE_ful"], relation="=", **held))
     if number == 0:
         return rows
 
@@ -147,13 +147,13 @@ def _finite_rows(shape: tuple[int, int, int], sizes: Sequence[int], repeats: int
         if means.min() <= 1e-14 or (errors > means / 4).any():
             continue  # 0 within rounding, or events too rare for a logarithm
         fitted, error = finite.slope(ns, means, errors)
-        told = {}
+        held = {}
         if (number, name) in EXPONENTS:
             by = "exponent of the minimax rate"
-            told = {"relation": "=", "expected": EXPONENTS[number, name], "slack": 0.03, "source": by}
-        slopes.append(row(name, fitted, error=error, **told))
+            held = {"relation": "=", "expected": EXPONENTS[number, name], "slack": 0.03, "source": by}
+        slopes.append(row(name, fitted, error=error, **held))
         if name in exact:
             closed = finite.slope(ns, np.array(exact[name])[taken], np.zeros(len(taken)))[0]
-            told = {"relation": "=", "expected": closed, "source": "slope of the exact means"}
-            slopes.append(row(f"{name}, exact", fitted, error=error, **told))
+            held = {"relation": "=", "expected": closed, "source": "slope of the exact means"}
+            slopes.append(row(f"{name}, exact", fitted, error=error, **held))
     return rows + slopes

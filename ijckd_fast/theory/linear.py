@@ -102,7 +102,8 @@ def gradient_student(
     """Gradient descent on the soft labels, step 1/L with L = ||x||^2/(4n), the most the loss curves.
 
     x [n, d], teacher [d], start [d] (default 0); stops after `steps`, or when the gradient's norm is at most
-    `tolerance` UserError for n = d, where it would not end: see below.
+    `tolerance`.
+    raises  UserError for n = d, where it would not end: see below
     """
     n, d = x.shape
     if n == d:

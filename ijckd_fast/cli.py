@@ -285,7 +285,7 @@ def evaluate(arguments: list[str]) -> int:
 
     import torch
 
-    from ijckd_fast.evaluate.accuracy import evaluate as measure
+    from ijckd_fast.evaluate import evaluate as measure
     from ijckd_fast.teacher_cache.reader import TeacherCache
     from ijckd_fast.train import amp_dtype_of, augment_of, build_val_loader
 
@@ -379,9 +379,7 @@ def bound(arguments: list[str]) -> int:
     from rich.console import Console
 
     from ijckd_fast.console import say
-    from ijckd_fast.evaluate import bound_report
-    from ijckd_fast.evaluate.accuracy import evaluate as measure
-    from ijckd_fast.evaluate.bound import Meter, chain_line
+    from ijckd_fast.evaluate import BoundMeter, bound_stem, bound_table, chain_line, evaluate as measure, write_bound
     from ijckd_fast.train import amp_dtype_of, build_val_loader
 
     path, state, config = _begun(str(run), given.pop("best"), given)
@@ -408,7 +406,7 @@ def bound(arguments: list[str]) -> int:
     if split == "train":
         index = index.subset(config.train_per_class, config.label_noise, config.seed)
     distiller = _trained(path, state, config)
-    meter = Meter(distiller)
+    meter = BoundMeter(distiller)
     with build_val_loader(config, index, device) as loader:
         result = measure(meter.predict, loader, device=device, amp_dtype=amp_dtype_of(config), note=meter.note)
     images = meter.take()
@@ -430,9 +428,9 @@ def bound(arguments: list[str]) -> int:
         "widest_class_distance": meter.geometry.widest,
         "seconds": result.seconds,
     }
-    rows, advice = bound_report.write_bound(folder, images, index.classes, about, distiller.objective)
+    rows, advice = write_bound(folder, images, index.classes, about, distiller.objective)
     console = Console()
-    console.print(bound_report.table(rows[0]))
+    console.print(bound_table(rows[0]))
     left_out = f" ({about['unreadable']} more could not be read)" if about["unreadable"] else ""
     say(
         console,
@@ -451,7 +449,7 @@ def bound(arguments: list[str]) -> int:
         )
     for sentence in advice:
         say(console, f"- {sentence}")
-    say(console, f"every figure, class by class, and plots: {folder / bound_report.stem(split)}.md, .csv, .json, .png")
+    say(console, f"every figure, class by class, and plots: {folder / bound_stem(split)}.md, .csv, .json, .png")
     print(json.dumps({"rows": rows}))
     return 0
 

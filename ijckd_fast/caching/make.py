@@ -18,7 +18,7 @@ from ijckd_fast.console import progress_bar
 from ijckd_fast.data import Index, TooManyUnreadable
 from ijckd_fast.data.plan import StandIns, check_views
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate.accuracy import evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate import evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import Tapped
 from ijckd_fast.teacher_cache import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
 from ijckd_fast.train import (

@@ -52,11 +52,11 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
     if seeds < 1:
         raise UserError(f"--seeds must be at least 1, got {seeds}")
     if not methods:
-        raise UserError(f"--methods names no method: expected some of {', '.join(PRESETS)}, separated by commas")
+        raise UserError(f"--methods names no method: wanted some of {', '.join(PRESETS)}, separated by commas")
     for method in methods:
         if method not in PRESETS:
             raise UserError(
-                f"unknown method '{method}': expected some of {', '.join(PRESETS)}{did_you_mean(method, PRESETS)}"
+                f"unknown method '{method}': wanted some of {', '.join(PRESETS)}{did_you_mean(method, PRESETS)}"
             )
     start = time.perf_counter()
     console.print(TASK + "\n", highlight=False)

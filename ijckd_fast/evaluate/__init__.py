@@ -1,1 +1,25 @@
-"""What a trained net is worth: accuracy, agreement, and the bound on its error."""
+"""What a trained net is worth: its accuracy, how often it agrees with the teacher, and the bound on its error.
+
+`evaluate` makes one pass over a split. A `BoundMeter` measures the bound in the same pass (docs/bound.md);
+`write_bound` puts its figures into a page with advice.
+"""
+
+from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate.bound import BoundMeter, chain_line, overall, per_class
+from ijckd_fast.evaluate.bound_advice import advise
+from ijckd_fast.evaluate.bound_report import bound_stem, bound_table, write_bound
+
+__all__ = [
+    "BoundMeter",
+    "Evaluation",
+    "advise",
+    "bound_stem",
+    "bound_table",
+    "chain_line",
+    "evaluate",
+    "load_evaluation",
+    "overall",
+    "per_class",
+    "save_evaluation",
+    "write_bound",
+]

@@ -21,7 +21,8 @@ class Evaluation(NamedTuple):
     """Shares of the split's images in percent.
 
     top1, top5   where the label is the highest, or among the five highest logits (all of them if K < 5)
-    agreement    where the highest logit is the teacher's highest, of the images that both saw; None without a teacher to compare with
+    agreement    where the highest logit is the teacher's highest, of the images that both saw; None without a teacher
+                 to compare with
     images       how many there were, each counted once: all of the split's that could be read
     seconds      wall clock, reading the images included
     predictions  [images] int64 on the CPU, in the order of the loader
@@ -64,7 +65,8 @@ def evaluate(
     logits_of  images [B, 3, S, S] -> logits [B, K], e.g. Distiller.predict or Distiller.teacher_logits
     amp_dtype  autocast to it; None: float32
     teacher    the teacher's own evaluation on the same split
-    note       called after logits_of with the batch's labels and ids, each [B] int64: for what else is measured in the same pass
+    note       called after logits_of with the batch's labels and ids, each [B] int64: for what else is measured in the
+               same pass
     processes  of which each has its own part of the split in its loader; all get the result for the whole
     raises     UserError when no loader gives an image
     """

@@ -1,14 +1,14 @@
-"""How far a student can be from its teacher: a chain of upper bounds on its error, measured image by image, and what to change.
+"""How far a student can be from its teacher: a chain of upper bounds on its error, measured image by image.
 
-With l = W z + b and l_t = W pooled_t + b, both through the teacher's classifier W [K, Ct], d = z - pooled_t, answers by the highest logit,
-and m_t the teacher's highest logit less its second highest:
+With l = W z + b and l_t = W pooled_t + b, both through the teacher's classifier W [K, Ct], d = z - pooled_t, answers by
+the highest logit, and m_t the teacher's highest logit less its second highest:
 
     P[student wrong] <= P[teacher wrong] + P[student's answer is not the teacher's]         (disagreement)
                      <= P[teacher wrong] + P[max_k (W d)_k - min_k (W d)_k >= m_t]          (margin form)
                      <= P[teacher wrong] + P[max_jk ||w_j - w_k|| ||d|| >= m_t]             (norm form)
 
-It holds on every finite set of images and is no statement about others. It is this project's own diagnostic, not the theorem of the IJCKD
-paper. Proof, meaning and use: docs/bound.md.
+It holds on every finite set of images and is no statement about others. It is this project's own diagnostic, not the
+theorem of the IJCKD paper. Proof, meaning and use: docs/bound.md.
 """
 
 from __future__ import annotations
@@ -56,15 +56,16 @@ class Geometry(NamedTuple):
 def geometry(classifier: nn.Linear) -> Geometry:
     """Of a classifier Ct -> K, with or without a bias, on its device.
 
-    Singular values of W up to max(K, Ct) x 2^-23 times the largest count as 0: W is kept in float32, and directions that it sees less
-    than that are rounding. raises UserError for fewer than two classes
+    Singular values of W up to max(K, Ct) x 2^-23 times the largest count as 0: W is kept in float32, and directions
+    that it sees less than that are rounding.
+    raises  UserError for fewer than two classes
     """
     weight = classifier.weight.detach().double()  # [K, Ct]
     classes, channels = weight.shape
     if classes < 2:
-        raise UserError(f"the bound compares classes, and the teacher's classifier has {classes}: wanted at least 2")
+        raise UserError(f"the bound compares classes, and the teacher's classifier has {classes}: expected at least 2")
     bias = weight.new_zeros(classes) if classifier.bias is None else classifier.bias.detach().double()
-    # R of W = QR has the singular values and the row space of W, and Ct rows in the place of K
+    # R of W = QR has the singular values and the row space of W, and Ct rows instead of K
     small = torch.linalg.qr(weight, mode="r").R if classes > channels else weight
     _, values, rows = torch.linalg.svd(small, full_matrices=False)
     rank = int((values > max(classes, channels) * torch.finfo(torch.float32).eps * values[0]).sum())
@@ -73,10 +74,10 @@ def geometry(classifier: nn.Linear) -> Geometry:
 
 
 def widest_pair(weight: Tensor, block: int = 2048) -> float:
-    """max_jk ||w_j - w_k||_2 over the rows of weight [K, Ct] float64, never too small by rounding; takes block^2 x 8 bytes.
+    """max_jk ||w_j - w_k||_2 over the rows of weight [K, Ct] float64, never too small by rounding.
 
-    The distances come from products of blocks; the largest is then computed anew from its two rows, and what the products may have lost
-    is added.
+    The distances come from products of blocks, which take block^2 x 8 bytes. The largest is then computed again from
+    its two rows, and what the products may have lost is added.
     """
     channels = weight.shape[1]
     squares = weight.square().sum(1)  # [K]
@@ -99,7 +100,8 @@ class Images(NamedTuple):
     """One row per image, float64 where nothing else is said; about 110 bytes an image.
 
     ids, labels        [n] int64
-    answer, answer_t   [n] int64: class of student (through the teacher's classifier) and teacher; of equal logits the first class's
+    answer, answer_t   [n] int64: class of student (through the teacher's classifier) and teacher; of equal logits the
+                       first class's
     own_answer         [n] int64 of the student through its own classifier; None without one
     rank               [n] int64: how many classes the student puts before the teacher's answer
     margin             [n] m_t, the teacher's highest logit less its second
@@ -138,10 +140,11 @@ def measure(classifier: Geometry, seen: Compared, labels: Tensor, ids: Tensor) -
     seen         what Distiller.compare returned; of its logits only own_logits are used
     labels, ids  [B] int64
 
-    Logits are computed anew, in float64, from z and pooled_t [B, Ct], so that one student's and teacher's answer is meant throughout: that
-    of the highest float64 logit, of equal ones the first class's. Spread and distance are compared with the margin after they have been
-    rounded up by more than float64 can have lost, so that the chain holds for every image also where exact arithmetic has equality. That
-    is 1e-11 or so, against margins of 0.01 and more. Features must be float32 or narrower, or float64 of that range.
+    Logits are computed again, in float64, from z and pooled_t [B, Ct], so that one student's and teacher's answer is
+    meant throughout: that of the highest float64 logit, of equal ones the first class's. Spread and distance are
+    compared with the margin after they have been rounded up by more than float64 can have lost. So the chain holds for
+    every image, also where exact arithmetic has equality. That is 1e-11 or so, against margins of 0.01 and more.
+    Features must be float32 or narrower, or float64 of that range.
     """
     rows = max(1, _LOGITS_AT_ONCE // len(classifier.weight))
     chunks = [
@@ -172,8 +175,9 @@ def _measure(classifier: Geometry, z: Tensor, pooled_t: Tensor) -> dict[str, Ten
     squared = difference.square().sum(1)
     distance = squared.sqrt()
 
-    # Rounded up. Given the logits, spread and margin are off by less than 4 eps (max|l| + max|l_t|) together. The logits themselves are off
-    # by less than Ct eps (||w|| ||z|| + |b|), which separates the spread from W d, whose spread is at most widest x distance.
+    # Rounded up. Given the logits, spread and margin are off by less than 4 eps (max|l| + max|l_t|) together. The
+    # logits themselves are off by less than Ct eps (||w|| ||z|| + |b|), which separates the spread from W d, whose
+    # spread is at most widest x distance.
     sizes = logits.abs().amax(1) + logits_t.abs().amax(1)
     spread_up = spread + 8 * _ROUNDING * sizes
     lengths = z.square().sum(1).sqrt() + pooled_t.square().sum(1).sqrt()
@@ -203,9 +207,10 @@ def _measure(classifier: Geometry, z: Tensor, pooled_t: Tensor) -> dict[str, Ten
 
 
 def merge(parts: Sequence[Images]) -> Images:
-    """All rows in the order of their ids: the same, and so are all sums over them, however the images were shared out to parts.
+    """All rows in the order of their ids.
 
-    raises UserError where there is no image
+    So they are the same, and so are all sums over them, however the images were divided into parts.
+    raises  UserError where there is no image
     """
     if not parts:
         raise UserError("there is no image to measure the bound on: the split is empty")
@@ -218,7 +223,7 @@ def merge(parts: Sequence[Images]) -> Images:
 
 
 def check_chain(images: Images) -> None:
-    """RuntimeError unless every line of the chain holds for every image, which it does unless this file has a mistake."""
+    """RuntimeError unless every line of the chain holds for every image: it does, unless this file has a mistake."""
     wrong, wrong_t = images.answer != images.labels, images.answer_t != images.labels
     differs = images.answer != images.answer_t
     lines = {
@@ -230,13 +235,13 @@ def check_chain(images: Images) -> None:
         if broken.any():
             n = int(broken.int().argmax())
             raise RuntimeError(
-                f"internal error: the chain of the bound does not hold for {int(broken.sum())} of {len(broken)} images ({what}); the first "
-                f"is image {int(images.ids[n])}, margin {images.margin[n]:.17g}, spread {images.spread[n]:.17g}, distance "
-                f"{images.distance[n]:.17g}. Please report it"
+                f"internal error: the chain of the bound does not hold for {int(broken.sum())} of {len(broken)} images "
+                f"({what}); the first is image {int(images.ids[n])}, margin {images.margin[n]:.17g}, spread "
+                f"{images.spread[n]:.17g}, distance {images.distance[n]:.17g}. Please report it"
             )
 
 
-class Meter:
+class BoundMeter:
     """Takes the figures while `evaluate` runs: evaluate(meter.predict, ..., note=meter.note), then `take`.
 
     The student runs once for both; the teacher, which `evaluate` alone does not need, runs once more.
@@ -264,7 +269,7 @@ class Meter:
         self._parts.append(measure(self.geometry, self._seen, labels, ids))
 
     def take(self, processes: Processes = Processes()) -> Images:  # noqa: B008 - frozen
-        """Everything noted by all processes, on the CPU, the same in each; starts anew.
+        """Everything noted by all processes, on the CPU, the same in each; starts again from nothing.
 
         raises UserError where features are not finite, or there is no image
         """
@@ -276,8 +281,8 @@ class Meter:
         bad = ~(images.distance.isfinite() & images.spread.isfinite())
         if bad.any():
             raise UserError(
-                f"student's or teacher's features of {int(bad.sum())} of {len(bad)} images are NaN or infinite, wanted finite ones: the "
-                "training has diverged, or half precision overflows (--amp-dtype float32)"
+                f"student's or teacher's features of {int(bad.sum())} of {len(bad)} images are NaN or infinite, "
+                "expected finite ones: the training has diverged, or half precision overflows (--amp-dtype float32)"
             )
         check_chain(images)
         return images
@@ -351,7 +356,8 @@ def reliability(confidence: Tensor, right: Tensor, group: Tensor, groups: int = 
     """What a reliability diagram shows: BINS equal widths of confidence, bin b is (b / BINS, (b + 1) / BINS].
 
     confidence  [n] float64 in (0, 1]; right [n] bool; group [n] int64 in [0, groups)
-    returns     per group and bin, [groups, BINS] float64: number of images, sum of their confidences, number of them that are right
+    returns     per group and bin, [groups, BINS] float64: number of images, sum of their confidences, number of them
+                that are right
     """
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # [n]
     place = group * BINS + bins
@@ -363,8 +369,9 @@ def reliability(confidence: Tensor, right: Tensor, group: Tensor, groups: int = 
 
 
 def calibration_error(confidence: Tensor, right: Tensor, group: Tensor, groups: int = 1) -> list[float]:
-    """Expected calibration error of each group: the mean over images of |accuracy - mean confidence| of the image's bin, in [0, 1].
+    """Expected calibration error of each group, in [0, 1].
 
+    It is the mean over images of |accuracy - mean confidence| of the image's bin.
     Arguments as for `reliability`; 0 for a group without images.
     """
     count, confident, hits = reliability(confidence, right, group, groups)

@@ -1,11 +1,10 @@
-"""What `ijckd-fast bound` leaves behind: what dominates and what to change, a table, a page, figures class by class, plots."""
+"""What `ijckd-fast bound` leaves behind: a table, a page with advice, figures class by class, plots."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,129 +15,7 @@ from rich.table import Table
 from ijckd_fast import files, plots
 from ijckd_fast.distill.objectives import Objective
 from ijckd_fast.evaluate.bound import BINS, Images, chain_line, overall, per_class, reliability
-
-# The rules of `advise`; docs/bound.md has the same table.
-
-DOMINATES = 2.0  # times the other term
-LOOSE = 2.0  # times the tighter form, and at least a point more
-CORRECTS_PERCENT = 25.0  # of the disagreement: images where the student is right and the teacher wrong
-HIDDEN_PERCENT = 50.0  # of the squared feature difference in null(W)
-ECE_POINTS = 5.0  # and DOMINATES times the teacher's
-HEADS_POINTS = 0.5  # between the errors of the student's two heads
-VACUOUS_PERCENT = 99.0
-FEW_IMAGES = 1000
-
-
-def advise(row: Mapping[str, Any], objective: Objective, rank: int, channels: int) -> list[str]:
-    """Which term dominates and what to change: the sentences of the rules that apply, the most important first.
-
-    row             of `overall`
-    objective       of the run
-    rank, channels  of the teacher's classifier: r and Ct
-    """
-    error_t, error, apart = (row[f"{name}_percent"] for name in ("teacher_error", "student_error", "disagreement"))
-    margin_form, norm_form = row["margin_form_percent"], row["norm_form_percent"]
-    against = f"the teacher's error is {error_t:.2f} %, the disagreement {apart:.2f} %"
-    said = []
-
-    if error_t == apart == 0:
-        said.append(
-            "Neither term: teacher and student are right on every image. These images cannot tell what to change."
-        )
-    elif error_t >= DOMINATES * apart:
-        said.append(
-            f"The teacher dominates: {against}. Closer matching can take away no more than the disagreement: a better teacher lowers the "
-            "bound most."
-        )
-    elif apart >= DOMINATES * error_t:
-        said.append(
-            f"The disagreement dominates: {against}. The student does not follow its teacher yet, and a better teacher would not mend "
-            "that: train longer or on more images, match more (--sr, --fm), or take a wider connector or a larger student."
-        )
-    else:
-        said.append(
-            f"Both terms count: {against}. A better teacher and closer matching each lower the bound by at most their own term."
-        )
-
-    corrected = row["student_only_right_percent"]
-    if corrected and corrected >= CORRECTS_PERCENT / 100 * apart:
-        said.append(
-            f"On {corrected:.2f} % of the images the student is right and the teacher wrong, which counts as disagreement: perfect "
-            "matching would cost these; the hard labels (--ce) are what can keep them."
-        )
-    if error < error_t:
-        said.append(
-            f"The student's error ({error:.2f} %) is below its teacher's, where no bound of this kind can follow: it is never below the "
-            "teacher's."
-        )
-
-    hidden = row["null_share_percent"]
-    if hidden is not None and hidden >= HIDDEN_PERCENT:
-        said.append(
-            f"{hidden:.1f} % of the squared feature difference lies in null(W) ({channels - rank} of {channels} dimensions), which the "
-            "teacher's classifier does not see: it changes no logit and no answer here, the logit match (--sr) has no gradient there, only "
-            "feature matching has. If the features themselves are wanted, raise --fm rather than --sr; for the answers alone leave it."
-        )
-    elif hidden is not None and apart > 0 and apart >= DOMINATES * error_t:
-        seen = f"{100 - hidden:.1f} % of the squared feature difference is seen by the teacher's classifier"
-        said.append(
-            f"{seen}: raise --sr, which matches exactly that part (now {objective.sr:g})."
-            if objective.sr > 0
-            else f"{seen}, and the objective has no logit match, which works on exactly that part: try --sr 1."
-        )
-
-    if margin_form >= max(LOOSE * apart, apart + 1):
-        spread, margin = row["logit_spread"], row["teacher_margin"]
-        said.append(
-            f"The margin form is loose: on {margin_form:.2f} % of the images the logits differ by enough to change the answer, on "
-            f"{apart:.2f} % it changes (mean spread of the differences {spread:.2f}, mean margin {margin:.2f}). It says for how many "
-            f"images the agreement is certain, {100 - margin_form:.2f} %, not how many are wrong; the logit match (--sr) works on it."
-        )
-    if norm_form >= VACUOUS_PERCENT > margin_form:
-        said.append(
-            f"The norm form is vacuous ({norm_form:.2f} %): the length of the feature difference says nothing here, its direction does."
-        )
-    elif norm_form >= max(LOOSE * margin_form, margin_form + 1):
-        said.append(
-            f"The norm form is loose ({norm_form:.2f} % against {margin_form:.2f} %): feature differences hardly point from one class to "
-            "another."
-        )
-
-    ece, ece_t = row["student_ece_percent"], row["teacher_ece_percent"]
-    if ece >= max(ECE_POINTS, DOMINATES * ece_t):
-        confidence, right = row["student_confidence_percent"], 100 - error
-        which = "over" if confidence > right else "under"
-        said.append(
-            f"The student is {which}confident: it claims {confidence:.2f} % and is right on {right:.2f} % (calibration error {ece:.2f} %, "
-            f"the teacher's {ece_t:.2f} %). Fit a temperature on held-out images before its probabilities are used."
-        )
-
-    own = row["own_head_error_percent"]
-    if own is not None and abs(own - error) >= HEADS_POINTS:
-        name, head = ("the teacher's classifier", "teacher") if error < own else ("its own classifier", "student")
-        said.append(
-            f"The student's error is {error:.2f} % through the teacher's classifier and {own:.2f} % through its own: here "
-            f"{name} is the better"
-            + ("." if head == objective.infer_head else f", but the other one answers (--infer-head {head}).")
-        )
-
-    images = row["images"]
-    if images < FEW_IMAGES:
-        low, high = wilson(error / 100, images)
-        said.append(
-            f"{images} images only: one image is {100 / images:.2f} %, and the student's error on such images lies between "
-            f"{100 * low:.2f} and {100 * high:.2f} % (95 %, Wilson's interval)."
-        )
-    return said
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share seen in n images; unlike share ± two standard errors it is no point for a share of 0 or 1."""
-    square = 1.96**2 / n
-    middle = share + square / 2
-    half = math.sqrt(square * share * (1 - share) + square**2 / 4)
-    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
-
+from ijckd_fast.evaluate.bound_advice import advise
 
 # Shown of each row, in the order of the page: key, name, what it is.
 _TERMS = (
@@ -177,7 +54,7 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def table(row: Mapping[str, Any]) -> Table:
+def bound_table(row: Mapping[str, Any]) -> Table:
     """The overall figures, for a terminal."""
     shown = Table("figure", "value", "meaning", title=f"the chain and its parts, {row['images']} images")
     shown.columns[1].justify = "right"
@@ -187,7 +64,7 @@ def table(row: Mapping[str, Any]) -> Table:
     return shown
 
 
-def stem(split: str) -> str:
+def bound_stem(split: str) -> str:
     """Of the names of the files that `write_bound` leaves: 'bound', or 'bound-train'."""
     return "bound" if split == "val" else f"bound-{split}"
 
@@ -201,17 +78,17 @@ def write_bound(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Writes bound.md, bound.json, bound.csv and bound.png (bound-train.* for the training images) into `folder`.
 
-    about    what the figures are of: run, checkpoint, step, split, data, student, teacher, objective, connector, answers_through, classes,
-             channels, rank, widest_class_distance
-    returns  (rows, advice). The first row is `about` and the figures of all images, then one row for each class: "label", "class" and the
-             same figures
+    about    what the figures are of: run, checkpoint, step, split, data, student, teacher, objective, connector,
+             answers_through, classes, channels, rank, widest_class_distance
+    returns  (rows, advice). The first row is `about` and the figures of all images, then one row for each class:
+             "label", "class" and the same figures
     """
     advice = advise(overall(images), objective, about["rank"], about["channels"])
     rows: list[dict[str, Any]] = [{"label": None, "class": None, **about, **overall(images)}]
     for label, row in enumerate(per_class(images, len(classes))):
         rows.append({"label": label, "class": classes[label], **row})
-    name = stem(about["split"])
-    _plot(folder / f"{name}.png", images, rows)
+    name = bound_stem(about["split"])
+    plot_chain(folder / f"{name}.png", images, rows)
     columns = [key for key in rows[0] if key not in about]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -245,14 +122,15 @@ def _page(name: str, rows: Sequence[Mapping[str, Any]], advice: Sequence[str], a
     other_head = ""
     if about["answers_through"] == "student":
         other_head = (
-            "\nThis student answers through its own classifier. The chain is about its answers through the teacher's, which the same "
-            f"features give: {row['student_error_percent']:.2f} % wrong, against {row['own_head_error_percent']:.2f} % by its own.\n"
+            "\nThis student answers through its own classifier. The chain is about its answers through the teacher's, "
+            f"which the same features give: {row['student_error_percent']:.2f} % wrong, against "
+            f"{row['own_head_error_percent']:.2f} % by its own.\n"
         )
     lines = "\n".join(figures)
     return f"""# Bound on the error of {about["student"]} by {about["objective"]}
 
-`{about["checkpoint"]}` (step {about["step"]}, connector {about["connector"]}) against its teacher {about["teacher"]}, on
-{row["images"]} {about["split"]} images of `{about["data"]}`.
+`{about["checkpoint"]}` (step {about["step"]}, connector {about["connector"]}) against its teacher {about["teacher"]},
+on {row["images"]} {about["split"]} images of `{about["data"]}`.
 
     student wrong <= teacher wrong + disagreement <= teacher wrong + margin form <= teacher wrong + norm form
     {chain_line(row)}     (% of the images)
@@ -269,8 +147,9 @@ The sentences follow from the figures by fixed rules.
 |---|---:|---|
 {lines}
 
-Teacher's classifier: {about["classes"]} classes, {about["channels"]} channels, rank {about["rank"]}; max ||w_j - w_k|| = \
-{about["widest_class_distance"]:.4g}. Answers are those of float64 logits; `ijckd-fast evaluate` has them in the run's precision.
+Teacher's classifier: {about["classes"]} classes, {about["channels"]} channels, rank {about["rank"]}; \
+max ||w_j - w_k|| = {about["widest_class_distance"]:.4g}. Answers are those of float64 logits; `ijckd-fast evaluate` has
+them in the run's precision.
 
 ![bound]({name}.png)
 
@@ -282,12 +161,12 @@ Teacher's classifier: {about["classes"]} classes, {about["channels"]} channels, 
 |---|---:|{"---:|" * len(_TERMS)}
 {chr(10).join(by_class)}
 
-The chain holds for these images, one by one, and says nothing of others. It is a diagnostic of ijckd-fast, not the theorem of the IJCKD
-paper.
+The chain holds for these images, one by one, and says nothing of others. It is a diagnostic of ijckd-fast, not the
+theorem of the IJCKD paper.
 """
 
 
-def _plot(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) -> None:
+def plot_chain(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) -> None:
     """The chain, the classes, how far agreement is certain, and calibration: a PNG of about 1400 x 960 pixels."""
     drawing, ((chain, classes), (certain, calibration)) = plots.figure(2, 2)
     row = rows[0]

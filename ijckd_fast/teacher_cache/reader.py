@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ijckd_fast.data import Augment, Index
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate.accuracy import Evaluation, load_evaluation
+from ijckd_fast.evaluate import Evaluation, load_evaluation
 from ijckd_fast.nets import CachedTeacher
 from ijckd_fast.teacher_cache.format import (
     ABOUT,

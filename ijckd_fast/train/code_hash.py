@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-# What a run's weights and figures come from. Not here: what trains or shows several runs (compare, export, commands), and theory.
+# What a run's weights and figures come from. Not here: what trains or shows several runs (compare, export, commands),
+# and theory.
 ROOMS = ("parallel", "head", "nets", "distill", "data", "evaluate", "teacher_cache", "train")
 # Files of these rooms that only look at a run, or say what happened in it.
-ONLOOKERS = ("evaluate/bound.py", "evaluate/bound_report.py", "train/pairs.py", "train/report.py", "train/code_hash.py")
+ONLOOKERS = (
+    "evaluate/bound.py", "evaluate/bound_advice.py", "evaluate/bound_report.py", "train/pairs.py", "train/report.py",
+    "train/code_hash.py",
+)  # fmt: skip
 
 
 @functools.cache
 def code_hash() -> str:
-    """16 hex digits for this installation of ijckd_fast: `digest` of ROOMS without ONLOOKERS, and of the compiled libraries.
+    """16 hex digits for this installation: `digest` of ROOMS without ONLOOKERS, and of the compiled libraries.
 
-    Two installations with equal hashes train the same weights and find the same figures, on one machine with the same versions of the
-    libraries beneath (env.json names those).
+    Two installations with equal hashes train the same weights and find the same figures, on one machine with the same
+    versions of the libraries beneath (env.json names those).
     """
     package = Path(__file__).parents[1]
     onlookers = {package / name for name in ONLOOKERS}
@@ -32,10 +36,11 @@ def code_hash() -> str:
 def digest(sources: Iterable[Path], libraries: Iterable[Path] = ()) -> str:
     """16 hex digits of what Python files say, and of the bytes of compiled libraries.
 
-    The files count as one heap of top-level statements. The digest stays the same when a file is renamed or split, and when statements
-    move within a file or to another one. It also leaves out what no figure depends on: comments, docstrings, layout, `__all__`, imports
-    for type checkers, and the arguments of what is raised (the texts of errors). Every other change changes it, for example that of a
-    default value, or of the library that a function is imported from.
+    The files count as one heap of top-level statements. The digest stays the same when a file is renamed or split, and
+    when statements move within a file or to another one. It also leaves out what no figure depends on: comments,
+    docstrings, layout, `__all__`, imports for type checkers, and the arguments of what is raised (the texts of errors).
+    Every other change changes it, for example that of a default value, or of the library that a function is imported
+    from.
     """
     statements = {_text(statement) for path in sources for statement in ast.parse(path.read_bytes()).body}
     built = [hashlib.blake2b(path.read_bytes()).hexdigest() for path in libraries]
@@ -51,7 +56,7 @@ def _text(statement: ast.stmt) -> str:
 
 
 def _say(node: object, said: list[str]) -> None:
-    """Appends what a part of a syntax tree says. Empty fields are left out: Python's versions differ in which there are."""
+    """Appends what a part of a syntax tree says, without empty fields: Python's versions differ in which there are."""
     kind = type(node)
     if isinstance(node, list):
         said.append("[")

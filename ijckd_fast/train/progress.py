@@ -56,7 +56,7 @@ class TrainingProgress:
         """Shows a row of the log."""
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         wait = row["loader_wait_percent"]
-        figures = f"loss {loss}  {row['images_per_s']:,.0f} images/s  {bottleneck(wait)} ({wait:.0f} % loader wait)"
+        figures = f"loss {loss}  {row['images_per_s']:,.0f} images/s  {bottleneck(wait)}"
         if self._bar is not None:
             self._bar.update(self._task, figures=figures)
         else:
@@ -77,9 +77,10 @@ class TrainingProgress:
 
 
 # Share of a step's time that is spent waiting for the next batch. Beyond it the loader is what to improve first.
-LOADER_BOUND_PERCENT = 20
+DATA_BOUND_PERCENT = 20
 
 
 def bottleneck(loader_wait_percent: float) -> str:
-    """What bounds the speed, in words: the share of a step's time in which the loop waits for the next batch tells."""
-    return "the loader bounds" if loader_wait_percent > LOADER_BOUND_PERCENT else "the nets bound"
+    """What bounds the speed, by the share of the time in which the loop waits for the next batch; with that share."""
+    bound = "data-bound" if loader_wait_percent > DATA_BOUND_PERCENT else "compute-bound"
+    return f"{bound} ({loader_wait_percent:.0f} % waiting for data)"

@@ -1,4 +1,4 @@
-"""The one-page report of a run: what it was, how accurate it is, what it costs to deploy, and how it went, with plots."""
+"""The one-page report of a run: what it was, how accurate it is, what it costs to deploy, how it went; with plots."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 from ijckd_fast import files, plots
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.progress import bottleneck
-
-_PARTS = ("loss", "ce", "sr", "fm", "kl", "dkd", "at", "hint")
 
 
 def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -30,6 +28,13 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
         teacher += f", top-1 {top1:.2f} %"
     if config["teacher_cache"] is not None:
         teacher += f", features from `{config['teacher_cache']}`"
+    student = (
+        f"{config['student']}, connector {config['connector']}, answers through the {config['infer_head']}'s classifier"
+    )
+    deployed = (
+        f"{summary['params']:,} parameters, {summary['macs']:,} multiply-accumulates per image (backbone, connector, "
+        "classifier)"
+    )
     schedule = (
         f"{summary['steps']} steps ({last['epoch']:.2f} epochs) of {config['batch_size']} images, lr {config['lr']} "
         f"({config['schedule']}), seed {config['seed']}"
@@ -42,9 +47,9 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
 |---|---|
 | data | `{config["data_dir"]}`, {last["images"]} validation images |
 | teacher | {teacher} |
-| student | {config["student"]}, connector {config["connector"]}, answers through the {config["infer_head"]}'s classifier |
+| student | {student} |
 | schedule | {schedule} |
-| deployed | {summary["params"]:,} parameters, {summary["macs"]:,} multiply-accumulates per image (backbone, connector, classifier) |
+| deployed | {deployed} |
 | speed | {_speed(summary, rows)} |
 | memory | {max(row["memory_mb"] for row in rows if row["kind"] == "train"):,.0f} MB at most, in one process |
 | skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
@@ -69,8 +74,8 @@ def _speed(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     wait = statistics.median(row["loader_wait_percent"] for row in rows if row["kind"] == "train")
     processes = "" if summary["processes"] == 1 else f" by {summary['processes']} processes"
     return (
-        f"{summary['images_per_s']:,.0f} images/s{processes} (median over the log, loader included), {summary['seconds']:,.0f} s in all; "
-        f"{bottleneck(wait)} it ({wait:.0f} % of the time the loop waits for the loader)"
+        f"{summary['images_per_s']:,.0f} images/s{processes} (median over the log, loader included), "
+        f"{summary['seconds']:,.0f} s in all; {bottleneck(wait)}"
     )
 
 
@@ -86,8 +91,8 @@ def _bound(bounds: Sequence[Mapping[str, Any]]) -> str:
     terms = ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form")
     figures = " | ".join(f"{last[f'{name}_percent']:.2f}" for name in terms)
     return f"""
-Bound on the student's error through the teacher's classifier, last epoch, % of the validation images: student wrong is at most teacher
-wrong plus any of the three to its right. `ijckd-fast bound` says what dominates, and has the classes.
+Bound on the student's error through the teacher's classifier, last epoch, % of the validation images: student wrong is
+at most teacher wrong plus any of the three to its right. `ijckd-fast bound` says what dominates, and has the classes.
 
 | student wrong | teacher wrong | disagreement | margin form | norm form |
 |---|---|---|---|---|
@@ -97,15 +102,21 @@ wrong plus any of the three to its right. `ijckd-fast bound` says what dominates
 """
 
 
+def loss_terms(train: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The loss and its terms, as a run's log names them: in a row of kind "train" they stand from loss to grad_norm."""
+    names = list(train[0]) if train else []
+    return names[names.index("loss") : names.index("grad_norm")] if names else []
+
+
 def plot_training(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Loss terms, accuracies, learning rate and speed over the epochs, as a PNG of about 1400 x 960 pixels."""
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "eval"]
     drawing, ((losses, accuracy), (rate, speed)) = plots.figure(2, 2)
-    for name in _PARTS:
-        if train and name in train[0]:
-            points = [(row["epoch"], row[name]) for row in train if row[name] is not None]
-            losses.plot(*zip(*points, strict=True), label=name) if points else None
+    for name in loss_terms(train):
+        points = [(row["epoch"], row[name]) for row in train if row[name] is not None]
+        if points:
+            losses.plot(*zip(*points, strict=True), label=name)
     losses.set(title="loss and its unweighted terms", yscale="log")
     for source, name, label in (
         (train, "top1_train_percent", "train top-1"),

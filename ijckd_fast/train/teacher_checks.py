@@ -13,7 +13,7 @@ import torch
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.teacher_cache.reader import TeacherCache

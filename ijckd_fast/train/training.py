@@ -20,8 +20,7 @@ from ijckd_fast import files
 from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import bound
-from ijckd_fast.evaluate.accuracy import Evaluation, evaluate
+from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
 from ijckd_fast.head import ops
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train import checkpoint, report, run_folder, stops
@@ -51,7 +50,7 @@ class Training:
 
     def __post_init__(self) -> None:
         self.teacher_val: Evaluation | None = None
-        self._terms = bound.Meter(self.distiller) if self.config.log_bound else None
+        self._terms = BoundMeter(self.distiller) if self.config.log_bound else None
         self._log: RunLog | None = None  # of the process with rank 0
         self._writer = checkpoint.Writer()
         self._saved_at = time.perf_counter()
@@ -218,7 +217,7 @@ class Training:
             f"top-5 {evaluation.top5:.2f} %{against}"
         )
         if of_bound is not None:
-            show.say(f"bound, % of the images: {bound.chain_line(of_bound)}")
+            show.say(f"bound, % of the images: {chain_line(of_bound)}")
             if self._log is not None:
                 self._log.write("bound", state.step, {"epoch": self._epoch, **of_bound})
         if state.best is None or evaluation.top1 > state.best["top1_percent"]:
@@ -306,10 +305,10 @@ class Training:
         return self.processes.from_main(summary)
 
 
-def bound_row(terms: bound.Meter, processes: Processes, say: Callable[[str], None]) -> dict[str, Any] | None:
+def bound_row(terms: BoundMeter, processes: Processes, say: Callable[[str], None]) -> dict[str, Any] | None:
     """The overall figures of the bound that were noted in the last evaluation; None, and a warning, where features are not finite."""
     try:
-        return bound.overall(terms.take(processes))
+        return overall(terms.take(processes))
     except UserError as error:
         say(f"warning: no bound is logged: {error}")
         return None

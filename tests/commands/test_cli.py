@@ -70,7 +70,7 @@ def test_preset_then_options(data, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "step 3/3: val top-1" in out
     assert "images/s" in out
-    assert "loader wait" in out
+    assert "waiting for data" in out
 
 
 def test_help(capsys):
@@ -292,7 +292,7 @@ def test_progress_bar_in_a_terminal(data, tmp_path):
     train(config(data, tmp_path), console=terminal)
     text = screen.getvalue()
     assert "20/20" in text
-    assert "% loader wait" in text
+    assert "% waiting for data" in text
     assert "step 4/20, epoch" not in text  # the lines of a log file
     assert "val top-1" in text
 

@@ -1,4 +1,4 @@
-"""The bound on a student's error: that the chain holds, each figure against a computation by hand, the command, the log."""
+"""The bound on a student's error: the chain holds, each figure against a computation by hand, the command, the log."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ijckd_fast import cli
 from ijckd_fast.distill.distiller import Compared, Distiller
 from ijckd_fast.distill.objectives import PRESETS, get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import bound, bound_report
+from ijckd_fast.evaluate import advise, bound, bound_report, write_bound
+from ijckd_fast.evaluate.bound_advice import wilson
 from ijckd_fast.nets import CachedTeacher, create_model
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train import checkpoint, resolve, run_folder, train as loud_train
@@ -132,7 +133,10 @@ def test_equal_answers_and_ties():
 
 @pytest.mark.parametrize(("channels", "scale"), [(3, 1.0), (40, 1.0), (40, 1e-4)])
 def test_chain_holds_where_all_forms_are_equal_but_for_rounding(channels, scale):
-    """Two classes that differ in the first channel alone, which the student has lost: margin, spread and widest x distance are equal."""
+    """Two classes that differ in the first channel alone, which the student has lost.
+
+    Margin, spread and widest x distance are equal.
+    """
     draw = torch.Generator().manual_seed(channels)
     weight = torch.randn(channels, generator=draw).repeat(2, 1)
     weight[0, 0], weight[1, 0] = 1.1, -3.3
@@ -180,10 +184,10 @@ def test_a_broken_chain_is_an_internal_error():
 @pytest.mark.parametrize("block", [3, 4, 7, 2048])
 def test_widest_pair(block):
     weight = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wanted = torch.cdist(weight, weight).max().item()
+    widest = torch.cdist(weight, weight).max().item()
     found = bound.widest_pair(weight, block)
-    assert found >= wanted
-    assert found == pytest.approx(wanted, rel=1e-12)
+    assert found >= widest
+    assert found == pytest.approx(widest, rel=1e-12)
     weight[3] += 100  # in another place of another block
     assert bound.widest_pair(weight, block) == pytest.approx(torch.cdist(weight, weight).max().item(), rel=1e-12)
     assert 0 <= bound.widest_pair(weight[:1].repeat(4, 1), block) < 1e-6
@@ -194,7 +198,7 @@ def test_widest_pair(block):
 
 @pytest.mark.parametrize(("classes", "channels", "rank"), [(4, 9, 4), (20, 6, 6), (20, 6, 3), (5, 5, 2)])
 def test_share_in_the_null_space(classes, channels, rank):
-    """W = A V with V of orthonormal rows: differences are made of what V sees and what it does not, in a known ratio."""
+    """W = A V, V of orthonormal rows: differences are made of what V sees and what it does not, in a known ratio."""
     draw = torch.Generator().manual_seed(1)
     basis = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=draw)).Q
     seen, hidden = basis[:rank], basis[rank:]
@@ -205,14 +209,17 @@ def test_share_in_the_null_space(classes, channels, rank):
     ratio = torch.linspace(0, 1, 8, dtype=torch.float64)[:, None]
     difference = (1 - ratio).sqrt() * seen[0] + (ratio.sqrt() * hidden[0] if rank < channels else 0)
     images = measured(layer, pooled_t + difference.float(), pooled_t)
-    wanted = ratio[:, 0] / channels if rank < channels else torch.zeros(8, dtype=torch.float64)
-    torch.testing.assert_close(images.null_mse, wanted, atol=1e-6, rtol=0)
+    expected = ratio[:, 0] / channels if rank < channels else torch.zeros(8, dtype=torch.float64)
+    torch.testing.assert_close(images.null_mse, expected, atol=1e-6, rtol=0)
     if rank < channels:
         assert bound.overall(images)["null_share_percent"] == pytest.approx(50, abs=1e-3)
 
 
 def test_calibration_error_by_hand():
-    """Four bins of the fifteen: 0.30 in (4/15, 5/15], 0.60 in (8/15, 9/15], its edge, 0.61 in the next, 0.95 in the last but one's."""
+    """Four bins of the fifteen.
+
+    0.30 in (4/15, 5/15], 0.60 in (8/15, 9/15], its edge, 0.61 in the next, 0.95 in the last but one's.
+    """
     confidence = torch.tensor([0.30, 0.60, 0.58, 0.61, 0.95, 1.0], dtype=torch.float64)
     right = torch.tensor([True, False, True, True, True, False])
     group = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -234,9 +241,9 @@ def test_figures_by_hand():
     row = bound.overall(bound.merge([images]))
     assert row["images"] == 3
     for name, percent in {
-        "student_error": 100 / 3, "teacher_error": 0, "disagreement": 100 / 3, "student_only_right": 0, "margin_form": 200 / 3,
-        "bound_disagreement": 100 / 3, "bound_margin_form": 200 / 3, "agreement_at_1": 200 / 3, "agreement_at_5": 100,
-        "null_share": 0,
+        "student_error": 100 / 3, "teacher_error": 0, "disagreement": 100 / 3, "student_only_right": 0,
+        "margin_form": 200 / 3, "bound_disagreement": 100 / 3, "bound_margin_form": 200 / 3, "agreement_at_1": 200 / 3,
+        "agreement_at_5": 100, "null_share": 0,
     }.items():  # fmt: skip
         assert row[f"{name}_percent"] == pytest.approx(percent), name
     assert row["own_head_error_percent"] is None
@@ -269,7 +276,7 @@ def test_classes_add_up_to_all_images():
 
 
 def test_one_class_is_refused():
-    with pytest.raises(UserError, match="classifier has 1: wanted at least 2"):
+    with pytest.raises(UserError, match="classifier has 1: expected at least 2"):
         bound.geometry(classifier([[1.0, 2.0]]))
 
 
@@ -323,7 +330,7 @@ def test_two_meters_together_say_what_one_says():
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 4
 
     def noted(which):
-        meter = bound.Meter(distiller)
+        meter = bound.BoundMeter(distiller)
         for n in which:
             meter.predict(images[n : n + 1])
             meter.note(labels[n : n + 1], torch.tensor([n]))
@@ -339,11 +346,10 @@ def test_two_meters_together_say_what_one_says():
 
 
 def test_features_that_are_not_finite():
-    meter = bound.Meter(_nets("ijckd"))
-    meter.predict(torch.randn(2, 3, 32, 32))
-    z = meter._seen.z.clone()
-    z[1, 3] = float("nan")
-    meter._seen = meter._seen._replace(z=z)
+    meter = bound.BoundMeter(_nets("ijckd"))
+    images = torch.randn(2, 3, 32, 32)
+    images[1, 2, 5, 5] = float("nan")
+    meter.predict(images)
     meter.note(torch.tensor([0, 1]), torch.tensor([0, 1]))
     said = []
     assert bound_row(meter, Processes(), said.append) is None
@@ -435,7 +441,7 @@ CALM = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "objective", "wanted"),
+    ("changes", "objective", "sentences"),
     [
         ({}, "ijckd", ["Both terms count"]),
         ({"teacher_error_percent": 0, "disagreement_percent": 0, "student_error_percent": 0, "margin_form_percent": 0,
@@ -457,22 +463,22 @@ CALM = {
         ({"student_ece_percent": 5.0, "teacher_ece_percent": 2.6}, "ijckd", ["Both terms"]),
         ({"student_ece_percent": 4.9}, "ijckd", ["Both terms"]),
         ({"own_head_error_percent": 14.5}, "srrl",
-         ["Both terms", r"14.00 % .* 14.50 % .* the teacher's classifier is the better, but .* \(--infer-head teacher\)"]),
+         ["Both terms", r"14.00 % .* 14.50 % .* the teacher's classifier is the better, .* \(--infer-head teacher\)"]),
         ({"own_head_error_percent": 13.5}, "srrl", ["Both terms", "its own classifier is the better\\.$"]),
         ({"own_head_error_percent": 13.8}, "srrl", ["Both terms"]),
         ({"images": 200}, "ijckd", ["Both terms", "200 images only: one image is 0.50 %.* 9.87 and 19.49 %"]),
     ],
 )  # fmt: skip
-def test_advice_follows_its_rules(changes, objective, wanted):
-    said = bound_report.advise({**CALM, **changes}, get_objective(objective), rank=10, channels=16)
-    assert len(said) == len(wanted), said
-    for sentence, pattern in zip(said, wanted, strict=True):
+def test_advice_follows_its_rules(changes, objective, sentences):
+    said = advise({**CALM, **changes}, get_objective(objective), rank=10, channels=16)
+    assert len(said) == len(sentences), said
+    for sentence, pattern in zip(said, sentences, strict=True):
         assert re.search(pattern, sentence), sentence
 
 
 def test_wilson_s_interval():
-    assert bound_report.wilson(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
-    assert bound_report.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0, 100) == pytest.approx((0, 0.0370), abs=1e-4)
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 
 # --- the command, and the log of a training ---
@@ -533,7 +539,7 @@ def test_command(run, data, tmp_path, capsys):
     for sentence in kept["advice"]:
         assert f"- {sentence}" in page
         assert f"- {sentence}" in out
-    assert "not the theorem of the IJCKD\npaper" in page
+    assert "not the\ntheorem of the IJCKD paper" in page
     assert "answers through its own" not in page
     assert (run / "bound.png").stat().st_size > 20_000
 
@@ -653,13 +659,13 @@ def test_log_bound_needs_the_teacher_itself(data, tmp_path):
 
 
 def test_an_overwritten_run_leaves_no_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(bound_report, "_plot", lambda path, *_: path.write_text(""))
+    monkeypatch.setattr(bound_report, "plot_chain", lambda path, *_: path.write_text(""))
     about = dict.fromkeys(
         ("checkpoint", "step", "data", "student", "teacher", "objective", "connector", "answers_through"), ""
     )
     about |= {"classes": 5, "channels": 4, "rank": 4, "widest_class_distance": 1.0}
     for split in ("val", "train"):
-        bound_report.write_bound(tmp_path, some_images(), "abcde", {**about, "split": split}, get_objective("ijckd"))
+        write_bound(tmp_path, some_images(), "abcde", {**about, "split": split}, get_objective("ijckd"))
     (tmp_path / run_folder.BOUND_PLOT).write_text("")
     assert len(list(tmp_path.iterdir())) == 9
     run_folder.clear(tmp_path)

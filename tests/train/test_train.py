@@ -27,7 +27,7 @@ from ijckd_fast.data import Batch
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.distill.objectives import PRESETS, get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate.accuracy import Evaluation, evaluate
+from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.nets import create_model, fingerprint
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train import (
@@ -503,7 +503,9 @@ def test_rows_go_to_weights_and_biases(data, tmp_path, monkeypatch):
 
 
 def test_a_line_of_progress_names_what_bounds_the_speed(data, tmp_path, monkeypatch):
-    assert [bottleneck(percent) for percent in (0, 20, 21, 100)] == ["the nets bound"] * 2 + ["the loader bounds"] * 2
+    assert [bottleneck(percent).split()[0] for percent in (0, 20, 21, 100)] == ["compute-bound"] * 2 + [
+        "data-bound"
+    ] * 2
     said = io.StringIO()
     take = Stopwatch.take
     monkeypatch.setattr(Stopwatch, "take", lambda self: {**take(self), "loader_wait_percent": waits.pop(0)})
@@ -512,8 +514,8 @@ def test_a_line_of_progress_names_what_bounds_the_speed(data, tmp_path, monkeypa
     lines = [line for line in said.getvalue().splitlines() if "images/s" in line]
     assert "step 4/8, epoch 1.00, lr 0.05, loss " in lines[0]
     assert [line.split("images/s  ")[1] for line in lines] == [
-        "the loader bounds (60 % loader wait)",
-        "the nets bound (5 % loader wait)",
+        "data-bound (60 % waiting for data)",
+        "compute-bound (5 % waiting for data)",
     ]
     rows = [row for row in run_folder.read_log(tmp_path) if row["kind"] == "train"]
     assert all(10 < row["memory_mb"] < 100_000 for row in rows)

@@ -15,7 +15,7 @@ from torch import nn
 from ijckd_fast.data import build_index
 from ijckd_fast.distill.distiller import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate.accuracy import evaluate
+from ijckd_fast.evaluate import evaluate
 from ijckd_fast.head import ops
 from ijckd_fast.nets import Tapped
 from ijckd_fast.train import (

@@ -53,6 +53,7 @@ def examine() -> list[Finding]:
         _import(
             "matplotlib", "matplotlib", needed=True, advice="pip install matplotlib, which draws the plots of a report"
         ),
+        _import("scipy", "scipy", needed=False, advice="pip install scipy, for the intervals of a comparison"),
         _import("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
         _import(
             "sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"

@@ -5,13 +5,14 @@
 """
 
 from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
-from ijckd_fast.evaluate.bound import BoundMeter, chain_line, overall, per_class
+from ijckd_fast.evaluate.bound import BoundMeter, Geometry, chain_line, overall, per_class
 from ijckd_fast.evaluate.bound_advice import advise
 from ijckd_fast.evaluate.bound_report import bound_stem, bound_table, write_bound
 
 __all__ = [
     "BoundMeter",
     "Evaluation",
+    "Geometry",
     "advise",
     "bound_stem",
     "bound_table",

@@ -14,8 +14,8 @@ from typing import Any
 ROOMS = ("parallel", "head", "nets", "distill", "data", "evaluate", "teacher_cache", "train")
 # Files of these rooms that only look at a run, or say what happened in it.
 ONLOOKERS = (
-    "evaluate/bound.py", "evaluate/bound_advice.py", "evaluate/bound_report.py", "train/pairs.py", "train/report.py",
-    "train/code_hash.py",
+    "evaluate/bound.py", "evaluate/bound_advice.py", "evaluate/bound_report.py", "train/code_hash.py",
+    "train/loaded_run.py", "train/pairs.py", "train/progress.py", "train/report.py",
 )  # fmt: skip
 
 

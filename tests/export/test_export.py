@@ -124,16 +124,16 @@ def test_the_files_answer_as_the_trained_net(name, trained, capsys):
 
     distiller = _distiller(run)
     images, labels = _val_images(run)
-    wanted = distiller.predict(images)
-    scale = float(wanted.abs().max())
+    of_trained = distiller.predict(images)
+    scale = float(of_trained.abs().max())
     module = export.load_exported(folder)
     assert not module.training
-    torch.testing.assert_close(module(images), wanted, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(module(images), of_trained, rtol=0, atol=1e-5 * scale)
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     for batch in (18, 1, 5):  # any batch size
         (logits,) = session.run(["logits"], {"images": images[:batch].numpy()})
-        torch.testing.assert_close(torch.from_numpy(logits), wanted[:batch], rtol=0, atol=1e-4 * scale)
-    top1 = 100 * float((wanted.argmax(1) == labels).float().mean())
+        torch.testing.assert_close(torch.from_numpy(logits), of_trained[:batch], rtol=0, atol=1e-4 * scale)
+    top1 = 100 * float((of_trained.argmax(1) == labels).float().mean())
     assert row["evaluated"]["top1_percent"] == pytest.approx(top1)
     for found in row["compared"].values():
         assert (found["images"], found["disagreements"]) == (18, 0)
@@ -219,8 +219,8 @@ def test_a_map_larger_than_the_teachers_is_pooled_first():
         module = export.deployed_module(distiller, size)
         assert module.map_size == pooled
         images = torch.randn(3, 3, size, size)
-        wanted = distiller.predict(images)
-        torch.testing.assert_close(module(images), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+        of_trained = distiller.predict(images)
+        torch.testing.assert_close(module(images), of_trained, rtol=0, atol=1e-5 * float(of_trained.abs().max()))
         cost = export.measure_cost(module, size, 1, None)
         assert cost["total"]["macs"] == distiller.deployed_cost(size)[1]
 
@@ -244,11 +244,11 @@ def test_onnx_metadata(exported):
     model = onnx.load(exported / "model.onnx")
     onnx.checker.check_model(model)
     held = {entry.key: entry.value for entry in model.metadata_props}
-    told = json.loads((exported / "config.json").read_text())
+    described = json.loads((exported / "config.json").read_text())
     assert held["num_classes"] == "3"
-    assert json.loads(held["classes"]) == told["classes"] == ["ant", "bee", "cat"]
-    assert json.loads(held["preprocessing"]) == told["preprocessing"]
-    assert told["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
+    assert json.loads(held["classes"]) == described["classes"] == ["ant", "bee", "cat"]
+    assert json.loads(held["preprocessing"]) == described["preprocessing"]
+    assert described["preprocessing"]["mean"] == [0.485, 0.456, 0.406]
     assert held["student"] == "resnet8x0.25"
     assert str(Path(export.__file__).parent).encode() not in (exported / "model.onnx").read_bytes()
 
@@ -258,7 +258,7 @@ def test_the_documented_onnxruntime_snippet(home, exported, monkeypatch, tmp_pat
     text = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
     code = re.search(r"runs this block -->\n```python\n(.*?)```", text, re.DOTALL)[1]
     folder = shutil.copytree(exported, tmp_path / "deploy")
-    told = json.loads((folder / "config.json").read_text())
+    described = json.loads((folder / "config.json").read_text())
     paths = sorted((home / "data" / "val").glob("*/*"))
     shutil.copy(paths[0], folder / "image.jpg")
     monkeypatch.chdir(folder)
@@ -267,7 +267,7 @@ def test_the_documented_onnxruntime_snippet(home, exported, monkeypatch, tmp_pat
     images, _ = _val_images(home / "map")
     np.testing.assert_allclose(np.stack([names["preprocess"](path) for path in paths]), images.numpy(), atol=1e-5)
     answer = export.load_exported(folder)(images[:1]).argmax(1)
-    assert capsys.readouterr().out == f"{[told['classes'][k] for k in answer]}\n"
+    assert capsys.readouterr().out == f"{[described['classes'][k] for k in answer]}\n"
     # a margin around the crop, images higher than wide and wider than high, odd remainders
     names["steps"].update(resize_shorter_side=19, center_crop=16)
     sizes = ((20, 31), (47, 22), (23, 23))

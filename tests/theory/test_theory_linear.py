@@ -139,12 +139,12 @@ def test_deep_linear_students_keep_the_quantity_and_end_where_it_says(layers):
             assert np.allclose(lower @ lower.T, upper.T @ upper)
     run = linear.deep_linear_student(x, teacher, [np.stack(factors) for factors in zip(*starts, strict=True)])
     assert run.gradient_norm.max() <= 1e-9
-    wanted = linear.projection(x, teacher)
+    projected = linear.projection(x, teacher)
     for norm, w in zip(norms, run.w, strict=True):
         before = linear.conserved_quantity(x, norm * direction / np.linalg.norm(direction), layers)
         assert linear.conserved_quantity(x, w, layers) == pytest.approx(before, rel=1e-5)
-        distance = np.linalg.norm(w - wanted)
-        assert distance == pytest.approx(linear.deep_distance(before, np.linalg.norm(wanted), layers), rel=1e-5)
+        distance = np.linalg.norm(w - projected)
+        assert distance == pytest.approx(linear.deep_distance(before, np.linalg.norm(projected), layers), rel=1e-5)
         assert distance <= norm ** (1 / layers) * np.linalg.norm(w) ** ((layers - 1) / layers) * (1 + 1e-6)
     assert distance <= aim
 
@@ -266,7 +266,7 @@ def test_risk_bound(k):
     assert exact[0] == pytest.approx(1 if k == 1 else 0.25)
     assert exact[-1] == 0
 
-    # Estimated from 100,000 inputs, p(t) lets the infimum find where chance made it small: 0.995 in the place of 1.
+    # Estimated from 100,000 inputs, p(t) lets the infimum find where chance made it small: 0.995 instead of 1.
     angles = np.arccos(np.abs(law.sample(np.random.default_rng(7), (100_000,), 3)[:, 0]))
     angles.sort()
     estimated = [
@@ -373,9 +373,9 @@ def test_study_writes_what_it_says(measured, rows):
     cell = f"{row['measured']:.4g} ± {row['standard_error']:.1g} = {linear.isotropic_risk(20, 100):.4g}"
     assert f"| 20 | {cell} | ≤ 1 |" in report
     judged = sum(row["holds"] is not None for row in rows)
-    told = f"{judged} of {judged} figures that have something to be held to are within what is allowed"
-    assert told in " ".join(out.split())
-    assert told in report
+    verdict = f"{judged} of {judged} figures that have something to be held to are within what is allowed"
+    assert verdict in " ".join(out.split())
+    assert verdict in report
     assert " ! |" not in report
     assert "transfer risk, isotropic, d=100" in out
 

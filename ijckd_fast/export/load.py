@@ -18,7 +18,7 @@ from ijckd_fast.nets import create_model
 
 
 def load_exported(folder: str | Path) -> Deployed:
-    """Rebuilds the module that `ijckd-fast export` wrote, on the CPU in eval mode: images [B, 3, S, S] -> logits [B, K].
+    """Rebuilds the module that `ijckd-fast export` wrote, on the CPU in eval mode: [B, 3, S, S] -> logits [B, K].
 
     folder  holds config.json, which names image size, normalisation and classes, and model.safetensors
     raises  UserError: no export there, a file damaged or changed since, another architecture under the student's name

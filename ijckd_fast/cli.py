@@ -21,13 +21,24 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ijckd_fast import files
-from ijckd_fast.errors import UserError, did_you_mean
-from ijckd_fast.train import config as settings
+from ijckd_fast.errors import UserError, did_you_mean, one_of
 
 if TYPE_CHECKING:
     from ijckd_fast.data import Index
-    from ijckd_fast.distill.distiller import Distiller
+    from ijckd_fast.distill import Distiller
     from ijckd_fast.train import TrainConfig
+
+
+class _Settings:
+    """`ijckd_fast.train.config`, imported on first use: it needs torch, which `--help` and `doctor` do without."""
+
+    def __getattr__(self, name: str) -> Any:
+        from ijckd_fast.train import config
+
+        return getattr(config, name)
+
+
+settings = _Settings()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,10 +199,12 @@ def _add_settings(parser: _Parser, names: Iterable[str]) -> None:
 
 def cache(arguments: list[str]) -> int:
     """Write a teacher's features once, to train students without running it."""
+    from ijckd_fast.distill import FROM_CACHE
+
     parser = _parser(
         "cache",
         "Writes a teacher's pooled features for V views (crop and flip) of every training image to OUT. ijckd-fast train --teacher "
-        "cache:OUT then never builds the teacher's backbone; objectives ijckd-pooled, srrl, kd and dkd, without mixup, cutmix, repeats and "
+        f"cache:OUT then never builds the teacher's backbone; objectives {one_of(FROM_CACHE)}, without mixup, cutmix, repeats and "
         "sizes, with the same images, seed, crops and data backend. Takes V x images x channels x 2 bytes. In the end some views are "
         "computed again and compared: exit code 1, and their names, if they differ. Interrupted, it goes on where it stopped when it "
         "is run again; a finished cache is verified again. The last line of standard output is one JSON object.",
@@ -539,21 +552,17 @@ def _begun(run: str, best: bool, given: dict[str, Any]) -> tuple[Path, dict[str,
 
     Where the student answers alone and its teacher's weights are not there, the settings are those without a teacher.
     """
-    from ijckd_fast.distill.objectives import get_objective
+    from ijckd_fast.distill import get_objective
     from ijckd_fast.train import checkpoint, resolve, run_folder
 
     path = Path(run)
     if path.is_dir():
         path /= run_folder.BEST if best else run_folder.LAST
     state = checkpoint.load(path)
-    of_training = {
-        "global_batch": None, "accumulate": 1, "compile": False, "cuda_graph": False, "wandb": None, "log_bound": False
-    }  # fmt: skip
-    if state["config"]["amp_dtype"] == "float16" and given.get("device") != "cuda":
-        of_training["amp_dtype"] = None  # what the device has
-    begun = settings.make_config(
-        {**state["config"], "student_checkpoint": None, "student_pretrained": False, **of_training}
-    )
+    values = settings.for_evaluation(state["config"])
+    if values["amp_dtype"] == "float16" and given.get("device") != "cuda":
+        values["amp_dtype"] = None  # what the device has
+    begun = settings.make_config(values)
     if given.get("data_dir") is not None:
         begun = dataclasses.replace(begun, val_labels=None)
     config = dataclasses.replace(begun, **{name: value for name, value in given.items() if value is not None})
@@ -616,7 +625,7 @@ def _trained(path: Path, state: dict[str, Any], config: TrainConfig) -> Distille
             f"the teacher {config.teacher} is not the one {path} was trained with (its weights differ): give that one as "
             "--teacher-checkpoint"
         )
-    checkpoint.load_into(distiller.learner, state["learner"], path)
+    checkpoint.load_into(distiller, state["learner"], path)
     return distiller.eval()
 
 
@@ -818,7 +827,10 @@ def bench(arguments: list[str]) -> int:
         "--decode", type=settings.TYPES["decode"], help=f"{settings.help_of('decode')}; default: the run's, or cpu"
     )
     parser.add_argument(
-        "--max-drift", type=float, default=settings.MAX_DRIFT, help="mean absolute difference allowed, grey levels"
+        "--max-drift",
+        type=float,
+        default=settings.FIELDS["max_drift"].default,
+        help="mean absolute difference allowed, grey levels",
     )
     given = parser.parse_args(arguments)
     if not given.parity:

@@ -14,3 +14,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns "" or "; did you mean 'a' or 'b'?" with up to three names of `known` close to `name`."""
     near = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def one_of(names: Iterable[str]) -> str:
+    """'a, b or c', for a sentence."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -21,7 +21,6 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -181,11 +180,11 @@ class Ours:
         self.distiller = build_distiller(config, setting.classes, self.device)
         self._cache, self._loader = None if cache is None else TeacherCache(cache), None
         # before prepare: a compiled net would be compiled once more for the counting
-        self.macs = {"student forward, backward": 3 * macs(self.distiller.learner.student.net, setting.image_size)}
+        self.macs = {"student forward, backward": 3 * macs(self.distiller.student.net, setting.image_size)}
         if isinstance(self.distiller.teacher, Tapped):
             self.macs["teacher forward"] = macs(self.distiller.teacher.net, setting.image_size)
         prepare(config, self.distiller, Processes())
-        optimizer = optimizer_of(config, self.distiller.learner)
+        optimizer = optimizer_of(config, self.distiller)
         self.train_step = TrainStep(
             self.distiller, optimizer, self.device, amp_dtype=self.amp_dtype, cuda_graph=cuda_graph
         )
@@ -554,7 +553,7 @@ def measure(setting: Setting, names: list[str], args: argparse.Namespace) -> tup
     s = setting
     fixed = fixed_batch(s.batch, s.image_size, s.classes, s.device, torch.channels_last)
     plain = Ours(setting, "float32")
-    connector = eager_connector(plain.distiller.learner.connector)
+    connector = eager_connector(plain.distiller.connector)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose rounding would look like a mistake
         exact = step_on(*fixed, Eager(setting, None, copy.deepcopy(connector), tuned=False))
         check("ours in float32", step_on(*fixed, plain), exact, TOLERANCE["float32"])
@@ -610,8 +609,10 @@ def measure(setting: Setting, names: list[str], args: argparse.Namespace) -> tup
 
 def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
     """What a step of ours consists of, each alone on tensors that lie ready; not the loader."""
-    distiller, learner = ours.distiller, ours.distiller.learner
-    connector, student, teacher = learner.connector, learner.student, distiller.teacher
+    from ijckd_fast.distill import Needs, StudentSide, TeacherSide
+
+    distiller = ours.distiller
+    connector, student, teacher = distiller.connector, distiller.student, distiller.teacher
     assert connector is not None
     assert teacher is not None
     s, amp = ours.setting, ours.amp_dtype
@@ -623,7 +624,7 @@ def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
 
     def teacher_forward() -> tuple[Tensor | None, Tensor]:
         with torch.no_grad(), autocast():
-            return teacher.features(images, distiller.objective.needs_teacher_map)
+            return teacher.features(images, Needs.MAP_T in distiller.objective.needs)
 
     map_t, pooled_t = teacher_forward()  # [B, Ct, H, W] (None for ijckd-pooled), [B, Ct]
     with torch.no_grad(), autocast():
@@ -646,22 +647,24 @@ def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
     bare = copy.deepcopy(connector)
     bare.trunk = nn.Identity()
     head = copy.copy(distiller)  # the same step between nets that answer at once
-    head.teacher = types.SimpleNamespace(features=lambda *_: (map_t, pooled_t), classifier=teacher.classifier)
+    head.teacher_side = lambda *_: TeacherSide(map_t, pooled_t)
 
-    def connected(_: Tensor, map_t: Tensor | None, pooled: Tensor | None, **__: object) -> tuple[object, ...]:
-        """In the learner's place: no logits of its own, no stages."""
-        return *bare(leaf_u, map_t=map_t, pooled_t=pooled, head=distiller.head), None, {}
+    def connected(_: Tensor, *, map_t: Tensor | None, pooled_t: Tensor | None, project: bool) -> StudentSide:
+        """The student's side, from the trunk's output on: no logits of its own, no stages."""
+        assert project
+        z, fm = bare(leaf_u, map_t=map_t, pooled_t=pooled_t, head=distiller.head)
+        return StudentSide(z, None, fm, None, ())
 
-    head.trained = connected
+    head.student_side = connected
     head_leaves = [leaf_u, *bare.parameters()]
 
     def head_both() -> object:
         with autocast():
-            loss = head.step(images, labels, progress=0.0).loss
+            loss = head(images, labels).loss
         return torch.autograd.grad(loss, head_leaves)
 
     guard = ours.train_step.guard
-    for parameter in learner.parameters():
+    for parameter in distiller.parameters():
         parameter.grad = torch.zeros_like(parameter)
     loss = torch.zeros((), device=s.device)
 

@@ -14,25 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ijckd_fast.distill.objectives import PRESETS
+from ijckd_fast.distill import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
-from ijckd_fast.train.config import COMPARISONS, load_preset, preset_names, preset_path, read_yaml, typed
+from ijckd_fast.train.config import (
+    COMPARISONS,
+    MADE_BY_COMPARISON,
+    PLAN_FIELDS,
+    TEACHER_WEIGHTS,
+    load_preset,
+    preset_names,
+    preset_path,
+    read_yaml,
+    typed,
+)
 
 DIGITS = "digits"  # as data_dir: the embedded images, written to the output folder
 
-# Settings that decide which images a step sees. A method may not set them: the seeds of two methods would not be pairs
-# any more.
-PLAN_FIELDS = (
-    "class_list", "val_labels", "image_size", "scale", "ratio", "crop_padding", "hflip", "mixup", "cutmix", "repeats",
-    "sizes", "eval_resize", "mean", "std", "train_per_class", "label_noise", "data_backend", "decode", "epochs",
-    "batch_size", "global_batch", "max_steps",
-)  # fmt: skip
-_OWN = {  # settings that the comparison itself makes, and what to write instead
-    "data_dir": "data_dir beside methods",
-    "seed": "seeds beside methods",
-    "output_dir": "--output",
-}
-TEACHER_WEIGHTS = ("teacher_checkpoint", "teacher_pretrained", "teacher_cache")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")  # of a method or regime: part of a folder's name and of a table
 
 
@@ -93,7 +90,7 @@ class Comparison:
             *((f"regime {name}", values) for name, values in self.regimes.items()),
             *((f"method {name}", values) for name, values in self.methods.items()),
         ):
-            for name, instead in _OWN.items():
+            for name, instead in MADE_BY_COMPARISON.items():
                 if name in values:
                     raise UserError(f"{where} of {self.name} sets {name}, which every run has its own: give {instead}")
             if not where.startswith("method"):

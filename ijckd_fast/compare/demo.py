@@ -18,7 +18,7 @@ from ijckd_fast.compare.plots import ACCURACY, plot_accuracy
 from ijckd_fast.compare.runs import folder_of
 from ijckd_fast.compare.tables import comparison_table, markdown_table
 from ijckd_fast.compare.training import train_all
-from ijckd_fast.distill.objectives import PRESETS
+from ijckd_fast.distill import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.plots import figure
 from ijckd_fast.train import run_folder

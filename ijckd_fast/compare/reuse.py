@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ijckd_fast.compare.comparison import TEACHER_WEIGHTS
 from ijckd_fast.compare.runs import Run
 from ijckd_fast.train import (
     TrainConfig,
@@ -18,14 +17,7 @@ from ijckd_fast.train import (
     teacher_fingerprint,
 )
 from ijckd_fast.train.code_hash import code_hash
-from ijckd_fast.train.config import FIELDS, FREE_ON_RESUME
-
-# A finished run is used again whatever these say. Of data, teacher and cache `digests` compares the contents instead.
-_FREE = FREE_ON_RESUME - {"student_checkpoint"}
-# Settings that decide which images and labels a run indexes.
-_OF_DATA = (
-    "data_dir", "class_list", "val_labels", "index_verify", "check_files", "train_per_class", "label_noise", "seed"
-)  # fmt: skip
+from ijckd_fast.train.config import FIELDS, INDEX_FIELDS, REUSED_WITH_ANY, TEACHER_FIELDS
 
 
 class InputDigests:
@@ -40,12 +32,12 @@ class InputDigests:
 
     def of(self, config: TrainConfig) -> dict[str, str | None]:
         """As in summary.json and in checkpoints, under "inputs"."""
-        key = tuple(getattr(config, name) for name in _OF_DATA)
+        key = tuple(getattr(config, name) for name in INDEX_FIELDS)
         if key not in self._indexes:
             self._indexes[key] = build_indexes(config)
         train_index, val_index = self._indexes[key]
         cache = open_cache(config, train_index)
-        key = tuple(getattr(config, name) for name in ("teacher", *TEACHER_WEIGHTS, "image_size"))
+        key = tuple(getattr(config, name) for name in TEACHER_FIELDS)
         if key not in self._teachers:
             teacher = build_teacher(config, train_index.num_classes)
             self._teachers[key] = None if teacher is None else teacher_fingerprint(teacher)
@@ -62,7 +54,7 @@ def state_of(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> Lite
     if environment is None or not (any_code or environment["code_hash"] == code_hash()):
         return "new"
     found = run_folder.read_config(run.folder)
-    compared = [name for name in FIELDS if name not in _FREE and (name in found or not any_code)]
+    compared = [name for name in FIELDS if name not in REUSED_WITH_ANY and (name in found or not any_code)]
     if any(found.get(name) != getattr(run.config, name) for name in compared):
         return "new"
     summary = run_folder.read_json(run.folder / run_folder.SUMMARY)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijckd_fast.distill.heads import ops_of
 from ijckd_fast.errors import UserError, did_you_mean
-from ijckd_fast.head import ops, reference
 
 KINDS = ("bottleneck", "conv1x1", "linear", "mlp")
 
@@ -92,7 +92,8 @@ class Connector(nn.Module):
     weight                  [Ct, Cin]; bias [Ct] on vectors, else None
     bn_weight, bn_bias      [Ct] on maps, else None; running_mean, running_var [Ct], num_batches_tracked likewise
     relu                    whether the projection ends in a ReLU (the teacher's map does)
-    process_group           over whose processes its BatchNorm takes the statistics of a training batch; None: this process's own
+    process_group           over whose processes its BatchNorm takes the statistics of a training batch; None: this
+                            process's own
     """
 
     momentum = 0.1
@@ -140,8 +141,7 @@ class Connector(nn.Module):
         u = self.trunk(x)  # [B, Cin, H, W] or [B, Cin]
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        match = ops.connector_match if head == "fused" else reference.connector_match
-        return match(
+        return ops_of(head).connector_match(
             u,
             self.weight,
             self.bias,
@@ -159,7 +159,8 @@ class Connector(nn.Module):
         )
 
     def connected_map(self, x: Tensor) -> Tensor:
-        """Z = g(x), the map whose mean over the positions is z, in eval mode; plain PyTorch, as the fused op never has it whole.
+        """Z = g(x), the map whose mean over the positions is z, in eval mode. In plain PyTorch: the fused op never has
+        it.
 
         x        the student's map [B, Cs, H, W]; a connector on vectors has no such map
         returns  [B, Ct, H, W], float32 or, for float64 input, float64

@@ -1,126 +1,160 @@
-"""Objectives as data: which loss terms, with which weights, through which classifier, with which connector.
+"""Objectives as data: settings of the loss terms, the connector, and which classifier answers after training.
 
-    L = ce CE(logits of ce_head, labels) + sr mean_{B,K}(logits - logits_t)^2 + fm D + kl T^2 KL(p_t || p) + DKD + at A + hint H
-    D = mean(Z - map_t)^2 (match 'map') or mean(z - pooled_t)^2 (match 'pooled')
-    A = sum over the stages of mean_{B,HW}(a_s - a_t)^2, a = the map's mean of squares over the channels, of L2 norm 1 for each image
-    H = mean_{B,C,H,W}(r(map_s) - map_t)^2 of one stage, r a 1x1 convolution to the teacher's channels, BatchNorm, ReLU
-
-`logits` of sr are those of z through the teacher's frozen classifier. A preset is a row of `PRESETS`, not a class.
+The loss is the sum of the terms (`ijckd_fast.distill.terms`, a file each) whose weights are above 0. A preset is a row
+of `PRESETS`, not a class; to add one takes one row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+import functools
+import operator
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from ijckd_fast.distill import connectors
-from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.distill.terms import TERMS, Needs, Term
+from ijckd_fast.distill.terms.term import NOTHING, TEACHER_FEATURES, InferenceHead
+from ijckd_fast.errors import UserError, did_you_mean, one_of
+from ijckd_fast.setting import fault, joined, setting, settings_of
+
+if TYPE_CHECKING:
+
+    class _OfTerms:  # for mypy: the setting of a term that other code reads by name
+        sr: float
+
+else:
+    _OfTerms = joined("_OfTerms", TERMS, without=InferenceHead)
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A row of the presets' table. Every weight multiplies a mean, so batch and map size do not change its meaning."""
+class Objective(InferenceHead, _OfTerms):
+    """A row of the presets' table: every setting of every term, as an attribute (e.g. `temperature`), and two more.
+
+    connector   spec of connectors.build_connector; None: no loss term has the student's features in the teacher's space
+    infer_head  which classifier answers after training
+    """
 
     name: str
-    ce: float = 0.0  # hard-label cross-entropy, nats
-    ce_head: str = "student"  # 'teacher': through the teacher's classifier; 'student': through the student's own
-    sr: float = 0.0  # squared difference of raw logits, both through the teacher's classifier, mean over B and K
-    fm: float = 0.0  # feature matching, mean over all elements
-    match: str = "none"  # what fm compares: 'map', 'pooled' or 'none'
-    kl: float = 0.0  # T^2 KL(teacher || student), mean over B, nats
-    kl_head: str = "student"
-    temperature: float = 4.0  # T of kl and DKD
-    dkd_alpha: float = 0.0  # DKD's target-class term, through the student's own classifier
-    dkd_beta: float = 0.0  # DKD's non-target-class term
-    dkd_warmup: float = 20.0  # epochs over which both rise linearly from 0
-    at: float = 0.0  # attention transfer, Zagoruyko & Komodakis 2017: over all stages that both nets have, counted from the last
-    hint: float = 0.0  # hints, Romero et al. 2015
-    hint_stage: int = 1  # at which of those stages, 1 the one of the largest maps
-    connector: str | None = None  # spec of connectors.build_connector
-    infer_head: str = "student"  # which classifier answers after training
+    connector: str | None = setting(None, "bottleneck:FACTOR, conv1x1, linear, mlp or none")
 
-    @property
-    def uses_student_head(self) -> bool:
-        """Whether the student's own classifier takes part (else it is not built: no gradient would reach it)."""
-        return (
-            (self.ce > 0 and self.ce_head == "student")
-            or (self.kl > 0 and self.kl_head == "student")
-            or self.dkd_alpha > 0
-            or self.dkd_beta > 0
-        )
+    @functools.cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms that are on, in the order of their addition to the loss."""
+        every = (cls.of(self) for cls in TERMS)
+        return tuple(term for term in every if term.needs)
 
-    @property
-    def uses_teacher_head(self) -> bool:
-        """Whether a loss goes through the teacher's classifier from the student's side."""
-        return self.sr > 0 or (self.ce > 0 and self.ce_head == "teacher") or (self.kl > 0 and self.kl_head == "teacher")
-
-    @property
-    def needs_student_map(self) -> bool:
-        return self.connector is not None and connectors.takes_map(self.connector)
-
-    @property
-    def needs_teacher_map(self) -> bool:
-        return self.fm > 0 and self.match == "map"
-
-    @property
-    def needs_stages(self) -> bool:
-        """Whether maps of the stages of both nets are compared."""
-        return self.at > 0 or self.hint > 0
-
-    @property
-    def needs_teacher_features(self) -> bool:
-        """Whether a training step runs the teacher's backbone."""
-        needs_pooled = self.sr > 0 or self.fm > 0 or self.kl > 0 or self.dkd_alpha > 0 or self.dkd_beta > 0
-        return needs_pooled or self.needs_stages
+    @functools.cached_property
+    def needs(self) -> Needs:
+        """What the terms that are on need, together."""
+        return functools.reduce(operator.or_, (term.needs for term in self.terms), NOTHING)
 
     @property
     def needs_teacher(self) -> bool:
         """Whether there must be a teacher at all (its features, or its classifier alone)."""
-        return self.needs_teacher_features or self.connector is not None
+        return bool(self.needs & TEACHER_FEATURES) or self.connector is not None
 
-    def dkd_factor(self, progress: float | Tensor) -> float | Tensor:
-        """DKD's warm-up: 0 at the start, 1 from dkd_warmup epochs on; progress in epochs, fractions included (a tensor [] gives one)."""
-        if self.dkd_warmup == 0:
-            return 1.0
-        done = progress / self.dkd_warmup
-        return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+    def refuse_cache(self, folder: str) -> None:
+        """UserError, with what to do, where a step needs more of the teacher than the cache in `folder` holds."""
+        terms = [term for term in self.terms if term.needs & _MAPS_T]
+        if not terms:
+            return
+        preset = PRESETS[self.name]
+        own = [
+            name for term in terms for name in settings_of(type(term)) if getattr(self, name) != getattr(preset, name)
+        ]
+        parts = ", ".join(part for term in terms for part in term.parts)
+        remedies = [f"leave out {' and '.join('--' + name.replace('_', '-') for name in own)}"] if own else []
+        remedies.append(f"take --objective {one_of(FROM_CACHE)}")
+        raise UserError(
+            f"objective {self.name!r} compares the teacher's maps ({parts}), but the cache {folder} holds pooled"
+            f" features only: {', '.join(remedies)}, or the teacher itself (--teacher NAME or RUN)"
+        )
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Inside, a UserError of one of the terms begins with the objective's name."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"objective {self.name!r}: {error}") from error
+
+    def check(self) -> None:
+        """UserError for a value out of range, a term that cannot be computed, or parameters that get no gradient."""
+        with self.named():
+            for name, about in settings_of(Objective).items():
+                wrong = fault(about, _TYPES[name], getattr(self, name))
+                if wrong is not None:
+                    raise UserError(f"{name} {wrong}")
+            for term in self.terms:
+                wrong = term.fault()
+                if wrong is not None:
+                    raise UserError(wrong)
+            self._check_connector_and_heads()
+
+    def _check_connector_and_heads(self) -> None:
+        if not self.needs & (Needs.OWN_LOGITS | Needs.CONNECTED):
+            raise UserError(
+                "no loss term trains a classifier or a connector, so there is nothing to learn: set ce or another weight"
+                " above 0"
+            )
+        if self.connector is None:
+            if self.needs & (Needs.CONNECTED | Needs.ANSWER):
+                raise UserError(
+                    "feature matching and the teacher's classifier need a connector from the student's features, and"
+                    " there is none: set connector, e.g. 'conv1x1'"
+                )
+        else:
+            connectors.parse_spec(self.connector)
+            if Needs.CONNECTED not in self.needs:
+                raise UserError(
+                    f"no loss term goes through connector {self.connector!r}, so it would not be trained: set sr or fm"
+                    " above 0, or leave the connector out"
+                )
+            if Needs.MAP_T in self.needs and not connectors.takes_map(self.connector):
+                raise UserError(
+                    f"connector {self.connector!r} works on pooled vectors and cannot match maps: set match 'pooled',"
+                    " or a connector on maps (bottleneck:FACTOR, conv1x1)"
+                )
+        if self.infer_head == "student" and Needs.OWN_LOGITS not in self.needs:
+            raise UserError(
+                "the student's own classifier gets no loss term, so it cannot answer: set infer_head 'teacher'"
+            )
 
 
-# Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the ImageNet
-# ones); the weights of kd (1 and 1 at T = 4), fitnet (at hint layer 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T
-# and warm-up stand in IJCKD's released settings. ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only
-# the pooled vector, which can be cached.
-PRESETS: dict[str, Objective] = {
-    o.name: o
-    for o in (
-        Objective(
-            "ijckd", ce=1, ce_head="teacher", sr=1, fm=1, match="map", kl_head="teacher", connector="bottleneck:2",
-            infer_head="teacher",
-        ),
-        Objective(
-            "ijckd-pooled", ce=1, ce_head="teacher", sr=1, fm=1, match="pooled", kl_head="teacher", connector="conv1x1",
-            infer_head="teacher",
-        ),
-        Objective("srrl", ce=1, sr=1, fm=1, match="pooled", connector="conv1x1"),
-        Objective(
-            "simkd", ce_head="teacher", fm=1, match="map", kl_head="teacher", connector="bottleneck:2",
-            infer_head="teacher",
-        ),
-        Objective("kd", ce=1, kl=1),
-        Objective("dkd", ce=1, dkd_alpha=1, dkd_beta=8),
-        Objective("fitnet", ce=1, kl=1, hint=100),
-        Objective("at", ce=1, kl=1, at=1000),
-        Objective("ce", ce=1),
-    )
+_MAPS_T = Needs.MAP_T | Needs.STAGES
+_TYPES = typing.get_type_hints(Objective)
+
+# Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the
+# ImageNet ones); the weights of kd (1 and 1 at T = 4), fitnet (at hint layer 1) and at are those of SimKD's toolbox;
+# dkd's alpha, beta, T and warm-up stand in IJCKD's released settings. ijckd-pooled is ours: the same terms as ijckd,
+# but of the teacher it needs only the pooled vector, which can be cached.
+_ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
+_ROWS: dict[str, dict[str, Any]] = {
+    "ijckd": {"ce": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
+    "ijckd-pooled": {"ce": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1", **_ANSWERS_BY_TEACHER},
+    "srrl": {"ce": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1"},
+    "simkd": {"fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
+    "kd": {"ce": 1, "kl": 1},
+    "dkd": {"ce": 1, "dkd_alpha": 1, "dkd_beta": 8},
+    "fitnet": {"ce": 1, "kl": 1, "hint": 100},
+    "at": {"ce": 1, "kl": 1, "at": 1000},
+    "ce": {"ce": 1},
 }  # fmt: skip
+PRESETS: dict[str, Objective] = {name: Objective(name, **row) for name, row in _ROWS.items()}
+
+FROM_CACHE = (
+    tuple(  # presets that need no more of the teacher than a cache holds: its pooled features and its classifier
+        name for name, objective in PRESETS.items() if objective.needs_teacher and not objective.needs & _MAPS_T
+    )
+)
 
 
 def get_objective(name: str, **overrides: float | str | None) -> Objective:
-    """A preset with some of its fields set anew.
+    """A preset with some of its fields set differently.
 
     name       a key of PRESETS
     overrides  fields of Objective; None keeps the preset's value. connector='none' takes the connector away.
@@ -133,53 +167,5 @@ def get_objective(name: str, **overrides: float | str | None) -> Objective:
     if given.get("connector") == "none":
         given["connector"] = None
     objective = dataclasses.replace(PRESETS[name], **given)
-    _check(objective)
+    objective.check()
     return objective
-
-
-def _check(o: Objective) -> None:
-    what = f"objective {o.name!r}"
-    for field in ("ce", "sr", "fm", "kl", "dkd_alpha", "dkd_beta", "dkd_warmup", "at", "hint"):
-        value = getattr(o, field)
-        if not (math.isfinite(value) and value >= 0):
-            raise UserError(f"{what}: {field} must be a finite number >= 0, got {value}")
-    if not (math.isfinite(o.temperature) and o.temperature > 0):
-        raise UserError(f"{what}: temperature must be a finite number > 0, got {o.temperature}")
-    if o.hint_stage < 1:
-        raise UserError(f"{what}: hint_stage must be a whole number >= 1 (the largest maps), got {o.hint_stage}")
-    for field, allowed in (
-        ("ce_head", ("teacher", "student")),
-        ("kl_head", ("teacher", "student")),
-        ("infer_head", ("teacher", "student")),
-        ("match", ("map", "pooled", "none")),
-    ):
-        value = getattr(o, field)
-        if value not in allowed:
-            raise UserError(f"{what}: {field} must be one of {', '.join(allowed)}, got {value!r}")
-
-    if not (o.uses_student_head or o.uses_teacher_head or o.fm > 0):
-        raise UserError(f"{what}: every weight is 0, so there is nothing to learn: set ce, sr, fm or kl above 0")
-    if o.fm > 0 and o.match == "none":
-        raise UserError(f"{what}: feature matching (fm = {o.fm}) needs match 'map' or 'pooled'; set match, or fm to 0")
-    if o.connector is None:
-        if o.uses_teacher_head or o.fm > 0 or o.infer_head == "teacher":
-            raise UserError(
-                f"{what}: feature matching and the teacher's classifier need a connector from the student's features,"
-                " and there is none: set connector, e.g. 'conv1x1'"
-            )
-    else:
-        connectors.parse_spec(o.connector)
-        if not (o.uses_teacher_head or o.fm > 0):
-            raise UserError(
-                f"{what}: no loss term goes through connector {o.connector!r}, so it would not be trained: set sr or fm"
-                " above 0, or leave the connector out"
-            )
-        if o.needs_teacher_map and not connectors.takes_map(o.connector):
-            raise UserError(
-                f"{what}: connector {o.connector!r} works on pooled vectors and cannot match maps: set match 'pooled',"
-                " or a connector on maps (bottleneck:FACTOR, conv1x1)"
-            )
-    if o.infer_head == "student" and not o.uses_student_head:
-        raise UserError(
-            f"{what}: the student's own classifier gets no loss term, so it cannot answer: set infer_head 'teacher'"
-        )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ijckd_fast.distill.distiller import Compared, Distiller
+from ijckd_fast.distill import Compared, Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.parallel.processes import Processes
 

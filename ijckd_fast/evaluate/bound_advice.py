@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ijckd_fast.distill.objectives import Objective
+from ijckd_fast.distill import Objective
 
 DOMINATES = 2.0  # times the other term
 LOOSE = 2.0  # times the tighter form, and at least a point more

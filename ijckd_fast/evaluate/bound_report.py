@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 from ijckd_fast import files, plots
-from ijckd_fast.distill.objectives import Objective
+from ijckd_fast.distill import Objective
 from ijckd_fast.evaluate.bound import BINS, Images, chain_line, overall, per_class, reliability
 from ijckd_fast.evaluate.bound_advice import advise
 

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijckd_fast.distill.connectors import Connector
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Connector, Distiller
 from ijckd_fast.nets import Tapped, fold_batch_norm
 
 
@@ -66,15 +65,15 @@ def deployed_module(distiller: Distiller, image_size: int) -> Deployed:
     Backbone and own classifier, or backbone, connector and the teacher's classifier, as the objective's `infer_head`
     says.
     """
-    student = copy.deepcopy(distiller.learner.student)
+    student = copy.deepcopy(distiller.student)
     if distiller.objective.infer_head == "student":
         assert student.classifier is not None
         return assemble(student, None, copy.deepcopy(student.classifier), None, image_size)
     assert distiller.teacher is not None
     assert distiller.teacher.classifier is not None
     image = next(student.parameters()).new_zeros(1, 3, image_size, image_size)
-    map_size_t = distiller._map_size_t(image)
-    connector = copy.deepcopy(distiller.learner.connector)
+    map_size_t = distiller.map_size_t(image)
+    connector = copy.deepcopy(distiller.connector)
     return assemble(student, connector, copy.deepcopy(distiller.teacher.classifier), map_size_t, image_size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.export.deployed import Deployed, random_images
 from ijckd_fast.export.folder import CONFIG, FILES, FORMAT, STUDENT
 from ijckd_fast.nets import fingerprint
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state: dict[str, Any]) -> dict[str, Any]:
     """The keys of config.json that are known before anything was compared or measured."""
     through_teacher = distiller.objective.infer_head == "teacher"
-    connector = distiller.learner.connector if through_teacher else None
+    connector = distiller.connector if through_teacher else None
     map_size_t = None
     if connector is not None:
-        map_size_t = distiller._map_size_t(random_images(config.image_size))
+        map_size_t = distiller.map_size_t(random_images(config.image_size))
     packages = ("ijckd-fast", "torch", "torchvision", "timm", "onnx", "onnxruntime")
     return {
         "format": FORMAT,
@@ -31,7 +31,7 @@ def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state:
         "logits": "backbone, connector, teacher's classifier" if through_teacher else "backbone, own classifier",
         "connector": None if connector is None else connector.spec,
         "connector_joined_with_classifier": module.joined,
-        "student_has_classifier": distiller.learner.student.classifier is not None,
+        "student_has_classifier": distiller.student.classifier is not None,
         "teacher_channels": None if connector is None else len(connector.weight),
         "teacher_map_size": map_size_t,
         "image_size": config.image_size,
@@ -47,7 +47,7 @@ def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state:
         "step": state["step"],
         "evaluated": state["evaluated"],
         "fingerprints": {
-            "learner": fingerprint(distiller.learner),
+            "learner": fingerprint(distiller),
             "teacher": state["inputs"]["teacher"],
             "code": state["code"],
         },

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from ijckd_fast.distill.connectors import build_connector
+from ijckd_fast.distill import build_connector
 from ijckd_fast.errors import UserError
 from ijckd_fast.export.deployed import Deployed, assemble
 from ijckd_fast.export.folder import CONFIG, FORMAT, MODEL

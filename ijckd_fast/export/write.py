@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ijckd_fast import files
 from ijckd_fast.data import Batch
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.export.answers import FOLDING_TOLERANCE, ONNX_TOLERANCE, compare_logits, logits_of, refuse_beyond
 from ijckd_fast.export.cost import measure_cost
 from ijckd_fast.export.deployed import Deployed, deployed_module
@@ -53,7 +53,7 @@ def write_export(
     refuse_occupied(folder, overwrite)
     if onnx:
         require_onnx()
-    student = distiller.learner.student
+    student = distiller.student
     with new_folder(folder) as made, torch.no_grad():
         module = deployed_module(distiller, config.image_size)
         row = describe(module, distiller, config, state)

@@ -230,7 +230,7 @@ class CachedTeacher(nn.Module):
         )
 
     def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
-        """Raises RuntimeError: a training from a cache hands its features to Distiller.step."""
+        """Raises RuntimeError: a training from a cache hands its features to the distiller."""
         raise RuntimeError(f"CachedTeacher {self.name!r}: there is no backbone to ask, give pooled_t")
 
     def forward(self, images: Tensor) -> Tensor:

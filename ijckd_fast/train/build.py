@@ -24,7 +24,7 @@ from ijckd_fast.data import (
     deliver,
     make_loader,
 )
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model, fold_batch_norm
 from ijckd_fast.parallel.processes import Processes
@@ -182,11 +182,11 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
     """Makes the nets ready to train as the settings say, after what is asked of them as they were built: statistics of BatchNorm over all
     processes, the teacher's BatchNorm folded, compilation.
     """
-    learner, teacher = distiller.learner, distiller.teacher
+    teacher = distiller.teacher
     if isinstance(teacher, Tapped):
         refuse_restless_teacher(teacher, config.image_size)
     if config.sync_bn and processes.group is not None:
-        learner.synchronise(processes.group)
+        distiller.synchronise(processes.group)
     if isinstance(teacher, Tapped) and config.fold_teacher:
         images = torch.rand(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
         with torch.backends.cudnn.flags(
@@ -195,9 +195,9 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
             fold_batch_norm(teacher.net, images.to(next(teacher.parameters()).device))
     if config.compile:
         torch.compiler.reset()  # what an earlier run of this process compiled is taken again without a look at the hooks of the layers
-        learner.student.net.compile()
-        if learner.connector is not None:
-            learner.connector.trunk.compile()
+        distiller.student.net.compile()
+        if distiller.connector is not None:
+            distiller.connector.trunk.compile()
         if isinstance(teacher, Tapped):
             teacher.net.compile()
 
@@ -271,7 +271,7 @@ def begin_state(
     processes: Processes,
 ) -> RunState:
     """The state before the first step; inputs as `teacher_checks.digests` gives them."""
-    optimizer = optimizer_of(config, distiller.learner)
+    optimizer = optimizer_of(config, distiller)
     update = TrainStep(
         distiller,
         optimizer,
@@ -286,4 +286,4 @@ def begin_state(
     if processes.rank:  # dropout and the like; rank 0 keeps the numbers that one process alone would have
         seed_all(config.seed, processes.rank)
     meter = Meter(device, processes)
-    return RunState(config, data.train.classes, inputs, distiller.learner, optimizer, update, meter, processes)
+    return RunState(config, data.train.classes, inputs, distiller, optimizer, update, meter, processes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +17,9 @@ class FiniteGuard:
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        # One vector holds all statistics and one all counts, the modules get views of them: copying is one operation each.
-        self._statistics = [
-            _laid_together(module, torch.float32, device, lambda buffer: buffer.is_floating_point()),
-            _laid_together(
-                module, torch.int64, device, lambda buffer: buffer.dtype == torch.int64 and not buffer.dim()
-            ),
-        ]
+        # One vector holds all statistics of a dtype and one all counts, the modules get views of them: copying is one operation each.
+        dtypes = dict.fromkeys(buffer.dtype for buffer in module.buffers() if _is_statistic(buffer))
+        self._statistics = [_laid_together(module, dtype, device) for dtype in dtypes]
         self._before = [vector.clone() for vector in self._statistics]
         self.armed = torch.ones((), dtype=torch.bool, device=device)
         self._optimizer = optimizer
@@ -78,18 +72,20 @@ class FiniteGuard:
         return [x for state in self._optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
 
 
-def _laid_together(
-    module: nn.Module, dtype: torch.dtype, device: torch.device, wanted: Callable[[Tensor], bool]
-) -> Tensor:
-    """One vector with the contents of all buffers of `module` that are wanted, which become views of it."""
+def _is_statistic(buffer: Tensor) -> bool:
+    """Whether a forward pass in training mode may change it: any floating-point buffer, and BatchNorm's counts of batches."""
+    return buffer.is_floating_point() or (buffer.dtype == torch.int64 and not buffer.dim())
+
+
+def _laid_together(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One vector with the contents of all statistics of `module` that have this dtype, which become views of it."""
     slots = [
         (part, name, buffer)
         for part in module.modules()
         for name, buffer in part.named_buffers(recurse=False)
-        if wanted(buffer)
+        if buffer.dtype == dtype and _is_statistic(buffer)
     ]
-    flat = [buffer.detach().flatten().to(dtype) for *_, buffer in slots]
-    vector = torch.cat(flat or [torch.zeros(0, dtype=dtype)]).to(device)
+    vector = torch.cat([buffer.detach().flatten() for *_, buffer in slots]).to(device)
     offset = 0
     for part, name, buffer in slots:
         view = vector[offset : offset + buffer.numel()].view(buffer.shape)

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from ijckd_fast.data import Index, Loader, build_index
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.teacher_cache.reader import TeacherCache
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.build import build_distiller, build_val_loader
-from ijckd_fast.train.config import OBJECTIVE_FIELDS, TrainConfig, make_config
+from ijckd_fast.train.config import OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
 from ijckd_fast.train.resolving import amp_dtype_of, resolve
 from ijckd_fast.train.state import Saved
 from ijckd_fast.train.teacher_checks import teacher_fingerprint
@@ -64,15 +63,12 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
 
 def _for_evaluation(saved: Saved, given: dict[str, Any]) -> TrainConfig:
     """The run's settings without those that are of training only."""
-    of_training: dict[str, Any] = {
-        "global_batch": None, "accumulate": 1, "compile": False, "cuda_graph": False, "wandb": None, "log_bound": False,
-        "student_checkpoint": None, "student_pretrained": False,
-    }  # fmt: skip
-    if saved.config["amp_dtype"] == "float16" and given.get("device") != "cuda":
-        of_training["amp_dtype"] = None  # what the device has
+    values = for_evaluation(saved.config)
+    if values["amp_dtype"] == "float16" and given.get("device") != "cuda":
+        values["amp_dtype"] = None  # what the device has
     if "data_dir" in given:
-        of_training["val_labels"] = None
-    return make_config({**saved.config, **of_training})
+        values["val_labels"] = None
+    return make_config(values)
 
 
 def _with_teacher_cache(config: TrainConfig, given: dict[str, Any], notes: list[str]) -> TrainConfig:
@@ -122,7 +118,7 @@ class LoadedRun:
                 f"the teacher {self.config.teacher} is not the one {self.path} was trained with (its weights differ): give "
                 "that one as --teacher-checkpoint"
             )
-        checkpoint.load_into(distiller.learner, self.saved.learner, self.path)
+        checkpoint.load_into(distiller, self.saved.learner, self.path)
         return distiller.eval()
 
     @functools.cached_property

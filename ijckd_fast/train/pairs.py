@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import count_parameters, macs
 from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
@@ -55,7 +55,7 @@ def cost_row(config: TrainConfig, distiller: Distiller) -> dict[str, Any]:
              is deployed), deployed_params: numbers of parameters, BatchNorm's included, before folding; student_macs,
              deployed_macs: multiply-accumulates per image of image_size in convolutions and linear layers
     """
-    student, teacher, connector = distiller.learner.student, distiller.teacher, distiller.learner.connector
+    student, teacher, connector = distiller.student, distiller.teacher, distiller.connector
     assert teacher is not None
     if config.infer_head == "student":
         connector = None

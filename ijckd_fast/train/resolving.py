@@ -10,15 +10,22 @@ from pathlib import Path
 import torch
 
 from ijckd_fast.data import Augment
-from ijckd_fast.distill.objectives import Objective, get_objective
-from ijckd_fast.errors import UserError
+from ijckd_fast.distill import PRESETS, Objective, get_objective
+from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head.libraries import REBUILD, load_libraries
 from ijckd_fast.nets import is_model_name
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.teacher_cache.reader import TeacherCache
 from ijckd_fast.train import run_folder
-from ijckd_fast.train.config import FREE_ON_RESUME, OBJECTIVE_FIELDS, TrainConfig, default_eval_resize, make_config
+from ijckd_fast.train.config import (
+    FREE_ON_RESUME,
+    OBJECTIVE_FIELDS,
+    TrainConfig,
+    absolute_paths,
+    default_eval_resize,
+    make_config,
+)
 from ijckd_fast.train.state import Saved
 
 
@@ -34,17 +41,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "library's published ones"
         )
     objective = objective_of(config)
-    if config.teacher_cache is not None and objective.needs_stages:
-        raise UserError(
-            f"objective {objective.name!r} compares maps of the teacher's stages (at {objective.at:g}, hint {objective.hint:g}), but the "
-            f"cache {config.teacher_cache} holds pooled features only: take --objective kd, or ijckd-pooled, without --at and --hint, or "
-            "the teacher itself (--teacher NAME or RUN)"
-        )
-    if config.teacher_cache is not None and objective.needs_teacher_map:
-        raise UserError(
-            f"objective {objective.name!r} matches the teacher's maps, wanted one that needs pooled features, all that the cache "
-            f"{config.teacher_cache} holds: take --objective ijckd-pooled (or srrl, kd, dkd), or the teacher itself (--teacher NAME or RUN)"
-        )
+    if config.teacher_cache is not None:
+        objective.refuse_cache(config.teacher_cache)
     if config.log_bound and (objective.connector is None or config.teacher_cache is not None):
         found = (
             f"objective {objective.name!r}, which has no connector"
@@ -52,8 +50,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
             else f"the cache {config.teacher_cache}, which has no features of the val images"
         )
         raise UserError(
-            f"--log-bound compares the student's connected features with the teacher's on val, found {found}: leave it out, or train by "
-            "ijckd, ijckd-pooled, srrl or simkd with the teacher itself (--teacher NAME or RUN)"
+            f"--log-bound compares the student's connected features with the teacher's on val, found {found}: leave it"
+            f" out, or train by {one_of(name for name, o in PRESETS.items() if o.connector is not None)} with the teacher"
+            " itself (--teacher NAME or RUN)"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
@@ -84,13 +83,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
     cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(
-        config,
-        data_dir=os.path.abspath(config.data_dir),  # a run may be resumed from another working directory
-        class_list=config.class_list and os.path.abspath(config.class_list),
-        val_labels=config.val_labels and os.path.abspath(config.val_labels),
-        teacher_checkpoint=config.teacher_checkpoint and os.path.abspath(config.teacher_checkpoint),
-        teacher_cache=config.teacher_cache and os.path.abspath(config.teacher_cache),
-        student_checkpoint=config.student_checkpoint and os.path.abspath(config.student_checkpoint),
+        absolute_paths(config),
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",

@@ -1,6 +1,7 @@
 """One training step: both nets forward, backward, the guard against NaN, clipping, the optimizer, the moving average.
 
-Everything it makes is on the device and nothing is waited for, so the same code runs step by step or, on a GPU, as one CUDA graph.
+Everything it makes is on the device and nothing is waited for, so the same code runs step by step or, on a GPU, as one
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast.data import Batch
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller, StepOutput
 from ijckd_fast.parallel.processes import Processes
 from ijckd_fast.train.ema import Ema
 from ijckd_fast.train.guard import FiniteGuard
@@ -26,19 +27,22 @@ Shape = tuple[int, ...]
 
 
 class TrainStep:
-    """Takes a batch, changes the learner's weights, and returns the step's figures.
+    """Takes a batch, changes the distiller's weights, and returns the step's figures.
 
-    distiller   in training mode; `distiller.trained` becomes the learner, wrapped for several processes
-    optimizer   of the learner's parameters
+    distiller   in training mode
+    optimizer   of the distiller's parameters
     amp_dtype   autocast's, torch.float16 with a loss scale that adapts itself; None: float32
-    accumulate  parts of a batch that go through the nets one after the other, for less memory; the update is that of the whole batch but
-                for BatchNorm, whose statistics are then those of a part. Must divide the batch
+    accumulate  parts of a batch that go through the nets one after the other, for less memory; the update is that of
+                the whole batch but for BatchNorm, whose statistics are then those of a part. Must divide the batch
     clip        largest L2 norm of the gradient; None: any
     ema_decay   of the moving average of the weights; 0: none
-    processes   those that share the gradient; statistics of BatchNorm are shared only where the modules do so themselves
-    cuda_graph  capture the step, once for each shape of a batch, and replay it: no kernel is launched from Python any more
+    processes   those that share the gradient; statistics of BatchNorm are shared only where the modules do so
+                themselves
+    cuda_graph  capture the step, once for each shape of a batch, and replay it: no kernel is launched from Python any
+                more
 
-    guard, ema, scaler  for checkpoints and logs: FiniteGuard, Ema or None, and torch's GradScaler (disabled but for float16)
+    guard, ema, scaler  for checkpoints and logs: FiniteGuard, Ema or None, and torch's GradScaler (disabled but for
+                        float16)
     """
 
     def __init__(
@@ -54,28 +58,25 @@ class TrainStep:
         processes: Processes = Processes(),  # noqa: B008 - frozen
         cuda_graph: bool = False,
     ) -> None:
-        self._distiller, self._optimizer, self._device = distiller, optimizer, device
+        self._optimizer, self._device = optimizer, device
         self._amp_dtype, self._accumulate, self._clip = amp_dtype, accumulate, clip
         self._processes = processes
-        self.guard = FiniteGuard(distiller.learner, optimizer, device)
-        self.ema = (
-            Ema(distiller.learner, ema_decay) if ema_decay else None
-        )  # after the guard, which lays buffers together
+        self.guard = FiniteGuard(distiller, optimizer, device)
+        # after the guard, which lays buffers together
+        self.ema = Ema(distiller, ema_decay) if ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-        self._wrapped: DistributedDataParallel | None = None
+        self._distiller: Distiller | DistributedDataParallel = distiller
         if processes.world > 1:
             # Running statistics are not sent round in every step: rank 0's are those that are evaluated and saved.
             with warnings.catch_warnings():
-                warnings.filterwarnings(
-                    "ignore", "`broadcast_buffers` is deprecated"
-                )  # its heir is not in every torch we serve
-                self._wrapped = DistributedDataParallel(
-                    distiller.learner,
+                # its successor is not in every torch that is supported
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+                self._distiller = DistributedDataParallel(
+                    distiller,
                     device_ids=[device] if device.type == "cuda" else None,
                     broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )
-            distiller.trained = self._wrapped
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]] | None = (
             {} if cuda_graph else None
         )
@@ -86,13 +87,15 @@ class TrainStep:
     ) -> dict[str, Tensor]:
         """One update.
 
-        pooled_t  [B, Ct] on the device: the teacher's pooled features of the batch, from a cache; None: the teacher is run
+        pooled_t  [B, Ct] on the device: the teacher's pooled features of the batch, from a cache; None: the teacher is
+                  run
         step      updates done so far
         lr        learning rate of this one
         progress  epochs done so far, fractions included
-        returns   figures by name, each [] on the device: 'ok' (bool, whether the step changed anything), 'overflow' (bool, float16:
-                  it did not because the loss scale was too large, which is now halved), 'loss', the unweighted terms, 'grad_norm'
-                  (before clipping), 'correct' (images of this process's batch that the inference head gets right)
+        returns   figures by name, each [] on the device: 'ok' (bool, whether the step changed anything), 'overflow'
+                  (bool, float16: it did not because the loss scale was too large, which is now halved), 'loss', the
+                  unweighted terms, 'grad_norm' (before clipping), 'correct' (images of this process's batch that the
+                  inference head gets right)
         """
         if self._graphs is None:
             for group in self._optimizer.param_groups:
@@ -127,15 +130,16 @@ class TrainStep:
         """Gradients of the mean loss over the batch, and the figures of it."""
         figures: dict[str, Tensor] = {}
         for i, part in enumerate(_parts(batch, self._accumulate), 1):
-            alone = self._wrapped is not None and i < self._accumulate  # processes meet at the last part only
-            with self._wrapped.no_sync() if alone and self._wrapped is not None else contextlib.nullcontext():
+            step = self._distiller
+            more = i < self._accumulate  # processes meet at the last part only
+            with step.no_sync() if more and isinstance(step, DistributedDataParallel) else contextlib.nullcontext():
                 with torch.autocast(
                     self._device.type,
                     self._amp_dtype or torch.bfloat16,
                     enabled=self._amp_dtype is not None,
                     cache_enabled=self._graphs is None,  # what a capture keeps would be of its own memory
                 ):
-                    out = self._distiller.step(
+                    out: StepOutput = step(
                         part.images,
                         part.labels,
                         labels_b=part.labels_b,
@@ -164,7 +168,7 @@ class TrainStep:
         return figures
 
     def _captured(self, batch: _Inputs) -> tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]:
-        """The step as a graph that reads the tensors of the inputs returned and writes the figures returned. Changes no weight."""
+        """The step as a graph that reads the inputs returned and writes the figures returned. Changes no weight."""
         inputs = _each(batch, torch.clone)
         scale = self.scaler.state_dict()
         groups = self._optimizer.param_groups
@@ -195,7 +199,8 @@ class TrainStep:
     # --- out of memory ---
 
     def largest_part_that_fits(self, batch: Batch, pooled_t: Tensor | None, progress: float) -> int:
-        """After a step that ran out of memory: how many images, halving the batch again and again, go through both nets and back.
+        """After a step that ran out of memory: how many images, halving the batch again and again, go through both nets
+        and back.
 
         Changes no weight and no statistic; 0 if not even one does.
         """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same

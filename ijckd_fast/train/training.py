@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ijckd_fast import files
 from ijckd_fast.data import Batch, Loader
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
 from ijckd_fast.head import ops

@@ -284,7 +284,7 @@ def test_a_killed_training_resumes_to_the_bit_though_the_cache_moves(cache, data
 
 
 def test_resume_with_other_features_is_refused(made, cache, data, weights, tmp_path, capsys, monkeypatch):
-    step = training.Distiller.step
+    step = training.Distiller.forward
 
     def dying(self, images, *arguments, **named):
         if named["progress"] > 1.5:
@@ -292,7 +292,7 @@ def test_resume_with_other_features_is_refused(made, cache, data, weights, tmp_p
         return step(self, images, *arguments, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Distiller, "step", dying)
+        patch.setattr(training.Distiller, "forward", dying)
         for name, changes in (
             ("run", _from(made)),
             ("live", {**_from(made), "teacher": "resnet8x0.5", "teacher_checkpoint": str(weights)}),
@@ -557,10 +557,10 @@ def test_every_precision_of_a_training_has_a_bound(name, data):
         ({"mixup": 0.2}, "found mixup 0.2, of which no view is the same as before: leave that out, or train with the"),
         ({"repeats": 2}, "found repeats 2"),
         ({"sizes": ("12@0", "16@1")}, "found progressive sizes"),
-        ({"objective": "ijckd"}, "objective 'ijckd' matches the teacher's maps, .* take --objective ijckd-pooled"),
-        ({"objective": "simkd"}, "objective 'simkd' matches the teacher's maps"),
-        ({"objective": "fitnet"}, r"compares maps of the teacher's stages \(at 0, hint 100\), .* take --objective kd"),
-        ({"objective": "ijckd-pooled", "at": 5.0}, r"\(at 5, hint 0\), .* without --at and --hint"),
+        ({"objective": "ijckd"}, r"'ijckd' compares the teacher's maps \(fm\), .* take --objective ijckd-pooled"),
+        ({"objective": "simkd"}, r"'simkd' compares the teacher's maps \(fm\)"),
+        ({"objective": "fitnet"}, r"'fitnet' compares the teacher's maps \(hint\), .* take --objective .*kd"),
+        ({"objective": "ijckd-pooled", "at": 5.0}, r"compares the teacher's maps \(at\), .*: leave out --at, take"),
         ({"teacher": "resnet8", "teacher_cache": "CACHE"}, "cache of resnet8x0.5, wanted of resnet8: leave out --te"),
         ({"teacher_pretrained": True}, "is not a cache of the published weights of resnet8x0.5"),
         ({"teacher_cache": "CACHE"}, "is a cache and --teacher-cache .* is given too: leave out one"),

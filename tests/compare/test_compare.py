@@ -34,11 +34,10 @@ from ijckd_fast.compare import (
     reuse,
     train_all,
 )
-from ijckd_fast.compare.comparison import PLAN_FIELDS
 from ijckd_fast.data import Augment
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import Stopped, TrainStep, report, run_folder
-from ijckd_fast.train.config import COMPARISONS, OBJECTIVE_FIELDS, preset_names
+from ijckd_fast.train.config import COMPARISONS, OBJECTIVE_FIELDS, PLAN_FIELDS, preset_names
 
 QUIET = Console(quiet=True)
 DOCS = Path(__file__).parents[2] / "docs" / "compare.md"

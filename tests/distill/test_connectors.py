@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijckd_fast.distill.connectors import build_connector, parse_spec
+from ijckd_fast.distill import build_connector, parse_spec
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import count_macs, count_parameters
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ijckd_fast.distill.distiller import Distiller, attention_distance, dkd_rows
-from ijckd_fast.distill.objectives import PRESETS, get_objective
+from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
+from ijckd_fast.distill.terms.attention import attention_distance
+from ijckd_fast.distill.terms.dkd import Dkd, dkd_rows
 from ijckd_fast.errors import UserError
 from ijckd_fast.head import ops, reference
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model
@@ -120,6 +121,11 @@ def parameters_of(module: nn.Module | None) -> dict:
     return p
 
 
+def regressor_of(distiller: Distiller) -> nn.Module | None:
+    """The hint's, where there is a hint."""
+    return getattr(distiller, "regressor", None)
+
+
 def connect(p: dict, x, spec: str, training: bool):
     """A connector's output map or vector from its parameters and buffers by name."""
 
@@ -149,10 +155,10 @@ def dkd_by_definition(logits, logits_t, labels, alpha, beta):
     return torch.stack(terms)
 
 
-def compose(row: dict, learner: nn.Module, teacher: Tapped, images, labels, *, labels_b, mix, smoothing, progress):
-    """Loss of a training step on copies of the learner's parameters: (loss, logits of the inference head, copies)."""
-    student = copy.deepcopy(learner.student)
-    p, r = parameters_of(learner.connector), parameters_of(learner.regressor)
+def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *, labels_b, mix, smoothing, progress):
+    """Loss of a training step on copies of the distiller's parameters: (loss, logits of the inference head, copies)."""
+    student = copy.deepcopy(distiller.student)
+    p, r = parameters_of(distiller.connector), parameters_of(regressor_of(distiller))
     W, b = teacher.classifier.weight.detach(), teacher.classifier.bias.detach()
     with torch.no_grad():
         stages_t = stages_of(teacher.net, images)
@@ -212,29 +218,30 @@ def test_loss_and_gradients_are_those_of_torch_functions(name, overrides, row, m
     distiller = Distiller(
         student, teacher, get_objective(name, **overrides), label_smoothing=smoothing, head=head
     ).train()
-    learner = distiller.learner
-    for connector in (learner.connector, learner.regressor):
+    for connector in (distiller.connector, regressor_of(distiller)):
         if connector is not None and connector.takes_map:
             with torch.no_grad():
                 connector.bn_weight.uniform_(0.5, 1.5)
                 connector.bn_bias.normal_(0, 0.3)
 
     expected, logits, student_copy, copies = compose(
-        row, learner, teacher, images, labels, smoothing=smoothing, progress=5.5, **extra
+        row, distiller, teacher, images, labels, smoothing=smoothing, progress=5.5, **extra
     )
     expected.backward()
-    out = distiller.step(images, labels, progress=5.5, **extra)
+    out = distiller(images, labels, progress=5.5, with_logits=True, **extra)
     out.loss.backward()
 
     torch.testing.assert_close(out.loss, expected, **CLOSE)
+    torch.testing.assert_close(out.logits, logits.detach(), **CLOSE)
+    assert not out.logits.requires_grad
     assert out.correct.dtype == torch.int64
     assert out.correct == (logits.argmax(1) == labels).sum()
-    for key, parameter in learner.student.named_parameters():
+    for key, parameter in distiller.student.named_parameters():
         torch.testing.assert_close(
             parameter.grad, student_copy.get_parameter(key).grad, **CLOSE, msg=lambda m, k=key: f"{k}: {m}"
         )
     for module, p in copies.items():
-        connector = getattr(learner, module)
+        connector = getattr(distiller, module, None)
         for key, parameter in () if connector is None else connector.named_parameters():
             torch.testing.assert_close(parameter.grad, p[key].grad, **CLOSE, msg=lambda m, k=key: f"{k}: {m}")
         for key, buffer in () if connector is None else connector.named_buffers():
@@ -251,9 +258,9 @@ def test_parts_are_the_unweighted_terms(name, connector):
         pytest.skip("matches maps, or nothing")
     student, teacher = pair()
     images, labels = batch()
-    weights = {k: 0.5 for k in ("ce", "sr", "fm", "kl", "at", "hint") if getattr(PRESETS[name], k) > 0}
+    weights = {part: 0.5 for part in PARTS if getattr(PRESETS[name], part, 0) > 0}  # but for dkd, which has two
     objective = get_objective(name, **weights, connector=connector)
-    out = Distiller(student, teacher, objective).train().step(images, labels, progress=10)
+    out = Distiller(student, teacher, objective).train()(images, labels, progress=10)
     total = sum(out.parts[k] * weight for k, weight in weights.items()) + out.parts.get("dkd", 0) * 0.5
     assert set(out.parts) == set(weights) | ({"dkd"} if name == "dkd" else set())
     torch.testing.assert_close(out.loss, total, **CLOSE)
@@ -285,7 +292,7 @@ def record_calls(monkeypatch):
 def test_a_step_calls_each_op_of_its_head_once(name, head, monkeypatch):
     calls = record_calls(monkeypatch)
     distiller = Distiller(*pair(torch.float32), get_objective(name), head=head).train()
-    distiller.step(*batch(torch.float32), progress=0)
+    distiller(*batch(torch.float32), progress=0)
     module = "ops" if head == "fused" else "reference"
     expected = [(module, "connector_match"), (module, "classifier_loss")] if "connector" in TABLE[name] else []
     assert calls == expected + ([(module, "connector_match")] if "hint" in TABLE[name] else [])
@@ -298,7 +305,7 @@ def test_a_connector_on_vectors_and_the_loss_are_one_op(name, sr, connector, hea
     """Where a loss goes through the teacher's classifier; and in prediction there is no loss."""
     calls = record_calls(monkeypatch)
     distiller = Distiller(*pair(torch.float32), get_objective(name, sr=sr, connector=connector), head=head).train()
-    distiller.step(*batch(torch.float32), progress=0)
+    distiller(*batch(torch.float32), progress=0)
     if head == "reference":  # of which one may call the other
         assert {module for module, _ in calls} == {"reference"}
         assert ("reference", "projected_classifier_loss") not in calls
@@ -307,7 +314,7 @@ def test_a_connector_on_vectors_and_the_loss_are_one_op(name, sr, connector, hea
     else:
         assert calls == [("ops", "connector_match")]
     calls.clear()
-    distiller.eval().learner(batch(torch.float32)[0])
+    distiller.eval().student_side(batch(torch.float32)[0])
     assert calls == [("ops" if head == "fused" else "reference", "connector_match")]
 
 
@@ -319,42 +326,41 @@ def test_the_teacher_is_never_touched_and_every_parameter_of_the_learner_is_trai
     student, teacher = pair(torch.float32)
     before = copy.deepcopy(teacher.state_dict())
     distiller = Distiller(student, teacher, get_objective(name, **overrides))
-    learner = distiller.learner
     assert not any(m.training for m in teacher.modules())
     teacher.train()  # as a loop might do by mistake
     distiller.train()
-    assert learner.training
+    assert distiller.training
     assert not any(m.training for m in teacher.modules())
 
     own = {id(p) for p in teacher.parameters()}
-    assert not any(id(p) in own for p in learner.parameters())
-    assert {k.split(".")[0] for k in learner.state_dict()} <= {"student", "connector", "regressor"}
-    assert (learner.regressor is None) == ("hint" not in row)
-    assert ("student.classifier.weight" in learner.state_dict()) == any(k in row for k in ("ce_s", "kl_s", "beta"))
+    assert not any(id(p) in own for p in distiller.parameters())
+    assert {k.split(".")[0] for k in distiller.state_dict()} <= {"student", "connector", "regressor"}
+    assert (regressor_of(distiller) is None) == ("hint" not in row)
+    assert ("student.classifier.weight" in distiller.state_dict()) == any(k in row for k in ("ce_s", "kl_s", "beta"))
 
-    start = {k: p.detach().clone() for k, p in learner.named_parameters()}
-    optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    start = {k: p.detach().clone() for k, p in distiller.named_parameters()}
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)
     images, labels = batch(torch.float32)
     for progress in (1.0, 2.0):
         optimizer.zero_grad()
-        distiller.step(images, labels, progress=progress).loss.backward()
-        assert [k for k, p in learner.named_parameters() if p.grad is None] == []
+        distiller(images, labels, progress=progress).loss.backward()
+        assert [k for k, p in distiller.named_parameters() if p.grad is None] == []
         optimizer.step()
-    unchanged = [k for k, p in learner.named_parameters() if torch.equal(p, start[k])]
+    unchanged = [k for k, p in distiller.named_parameters() if torch.equal(p, start[k])]
     assert unchanged == []
 
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     torch.testing.assert_close(dict(teacher.state_dict()), dict(before), rtol=0, atol=0)
     assert not any(m.training for m in teacher.modules())
     distiller.eval()
-    assert not learner.training
+    assert not distiller.training
     assert not any(m.training for m in teacher.modules())
 
 
 def test_to_moves_both():
     distiller = Distiller(*pair(torch.float32), get_objective("ijckd")).to(torch.float64)
     assert distiller.teacher.classifier.weight.dtype == torch.float64
-    assert distiller.learner.connector.weight.dtype == torch.float64
+    assert distiller.connector.weight.dtype == torch.float64
 
 
 # ------------------------------------------------------------------------------------------------------ unequal maps
@@ -386,7 +392,7 @@ def test_the_larger_map_is_pooled_to_the_smaller(match, stride_s, stride_t, head
     teacher = Tapped(Strided(8, stride_t), "t", K, 16).double()
     distiller = Distiller(student, teacher, get_objective("ijckd", match=match), head=head)
     images, labels = batch()
-    p = {k: v.detach().clone() for k, v in distiller.learner.connector.state_dict().items()}
+    p = {k: v.detach().clone() for k, v in distiller.connector.state_dict().items()}
     fresh = copy.deepcopy(distiller)  # one that has not seen a teacher map yet
 
     def relu_map(model, images):
@@ -407,10 +413,10 @@ def test_the_larger_map_is_pooled_to_the_smaller(match, stride_s, stride_t, head
             expected = F.mse_loss(Z, map_t) if match == "map" else F.mse_loss(z, pooled_t)
             expected = expected + F.mse_loss(logits, F.linear(pooled_t, W, b)) + F.cross_entropy(logits, labels)
         if training:
-            torch.testing.assert_close(distiller.step(images, labels, progress=0).loss, expected, **CLOSE)
+            torch.testing.assert_close(distiller(images, labels, progress=0).loss, expected, **CLOSE)
         else:
             torch.testing.assert_close(fresh.eval().predict(images), logits, **CLOSE)
-            torch.testing.assert_close(distiller.step(images, labels, progress=0).loss, expected, **CLOSE)
+            torch.testing.assert_close(distiller(images, labels, progress=0).loss, expected, **CLOSE)
             torch.testing.assert_close(distiller.predict(images), logits, **CLOSE)
 
 
@@ -455,8 +461,8 @@ def test_stages_are_matched_from_the_last_and_the_larger_map_is_pooled(strides_s
     maps_s, maps_t = copy.deepcopy(net_s).train().maps(images)[-2:], net_t.eval().maps(images)[-2:]
     size = min(maps_s[0].shape[2], maps_t[0].shape[2])
     pooled_s, pooled_t = F.adaptive_avg_pool2d(maps_s[0], size), F.adaptive_avg_pool2d(maps_t[0], size)
-    r = parameters_of(distiller.learner.regressor)
-    out = distiller.step(images, labels, progress=0)
+    r = parameters_of(regressor_of(distiller))
+    out = distiller(images, labels, progress=0)
     torch.testing.assert_close(out.parts["at"], at_by_definition(maps_s, maps_t), **CLOSE)
     torch.testing.assert_close(out.parts["hint"], F.mse_loss(connect(r, pooled_s, "conv1x1", True), pooled_t), **CLOSE)
 
@@ -484,7 +490,7 @@ def test_predict_answers_through_the_inference_head(name, overrides, row, head):
     student, teacher = pair()
     distiller = Distiller(student, teacher, get_objective(name, **overrides), head=head).to(torch.float64)
     images, labels = batch()
-    distiller.train().step(images, labels, progress=0)  # moves the running statistics away from 0 and 1
+    distiller.train()(images, labels, progress=0)  # moves the running statistics away from 0 and 1
     with pytest.raises(RuntimeError, match=r"call eval\(\) first"):
         distiller.predict(images)
     logits = distiller.eval().predict(images)
@@ -494,7 +500,7 @@ def test_predict_answers_through_the_inference_head(name, overrides, row, head):
             expected = student.classifier(map_s.mean((2, 3)))
         else:
             x = map_s.mean((2, 3)) if row["connector"] in ("linear", "mlp") else map_s
-            z = connect(dict(distiller.learner.connector.state_dict()), x, row["connector"], False)
+            z = connect(dict(distiller.connector.state_dict()), x, row["connector"], False)
             expected = teacher.classifier(z if z.dim() == 2 else z.mean((2, 3)))
     torch.testing.assert_close(logits, expected, **CLOSE)
     torch.testing.assert_close(
@@ -506,7 +512,7 @@ def test_plain_training_needs_no_teacher():
     student, _ = pair()
     distiller = Distiller(student, None, get_objective("ce")).train()
     images, labels = batch()
-    distiller.step(images, labels, progress=0).loss.backward()
+    distiller(images, labels, progress=0).loss.backward()
     assert distiller.eval().predict(images).shape == (6, K)
     with pytest.raises(UserError, match="no teacher"):
         distiller.teacher_logits(images)
@@ -527,7 +533,7 @@ def test_deployed_cost_counts_backbone_connector_and_classifier(student, teacher
     models = [create_model(name, 1000, image_size=64) for name in (student, teacher)]
     distiller = Distiller(*models, objective).train()
     assert distiller.deployed_cost(224) == (parameters, macs)
-    assert all(m.training for m in distiller.learner.modules())
+    assert all(m.training for m in distiller.modules())
 
 
 @pytest.mark.parametrize("name", ["srrl", "fitnet", "at"])
@@ -538,12 +544,18 @@ def test_deployed_cost_of_a_student_that_answers_alone_leaves_the_connector_out(
     assert cost == Distiller(student, None, get_objective("ce")).deployed_cost(16)
 
 
-# ------------------------------------------------------------------------------------------- precision, layout, wrappers
+# ------------------------------------------------------------------------------------------- precision, layout,
+# wrappers
 
 
-def connectors_of(learner: nn.Module) -> list[nn.Parameter]:
+def connectors_of(distiller: nn.Module) -> list[nn.Parameter]:
     """The parameters of connector and regressor, where there are any."""
-    return [p for module in (learner.connector, learner.regressor) if module is not None for p in module.parameters()]
+    return [
+        p
+        for module in (distiller.connector, regressor_of(distiller))
+        if module is not None
+        for p in module.parameters()
+    ]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -557,14 +569,14 @@ def test_bfloat16_autocast_keeps_losses_in_float32(name, head):
         distiller.to(memory_format=torch.channels_last).train()
         torch.manual_seed(0)
         with torch.no_grad():
-            for p in connectors_of(distiller.learner):
+            for p in connectors_of(distiller):
                 p.copy_(torch.rand_like(p) * 0.3)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = distiller.step(images, labels, progress=20)
+            out = distiller(images, labels, progress=20)
             out.loss.backward()
         assert out.loss.dtype == torch.float32
         assert all(part.dtype == torch.float32 for part in out.parts.values())
-        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in distiller.learner.parameters())
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in distiller.parameters())
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             assert distiller.eval().predict(images).dtype == torch.float32
         losses.append(out.loss.detach())
@@ -580,12 +592,12 @@ def test_channels_last_changes_nothing(name):
         distiller = Distiller(*pair(), get_objective(name))
         torch.manual_seed(0)
         with torch.no_grad():
-            for p in connectors_of(distiller.learner):
+            for p in connectors_of(distiller):
                 p.copy_(torch.rand_like(p))
         distiller.to(torch.float64, memory_format=layout).train()
-        loss = distiller.step(images.to(memory_format=layout), labels, progress=1).loss
+        loss = distiller(images.to(memory_format=layout), labels, progress=1).loss
         loss.backward()
-        results.append([loss] + [p.grad for p in distiller.learner.parameters()])
+        results.append([loss] + [p.grad for p in distiller.parameters()])
     torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
@@ -593,14 +605,14 @@ def test_the_learner_compiles():
     images, labels = batch(torch.float32)
     distiller = Distiller(*pair(torch.float32), get_objective("ijckd", at=1.0, hint=1.0, hint_stage=2)).train()
     twin = copy.deepcopy(distiller)
-    twin.trained = torch.compile(twin.learner, backend="eager")
-    out, out_twin = distiller.step(images, labels, progress=0), twin.step(images, labels, progress=0)
+    compiled = torch.compile(twin, backend="eager")
+    out, out_twin = distiller(images, labels, progress=0), compiled(images, labels, progress=0)
     out.loss.backward()
     out_twin.loss.backward()
     torch.testing.assert_close(out_twin.loss, out.loss)
-    grads = [p.grad for p in distiller.learner.parameters()]
-    torch.testing.assert_close([p.grad for p in twin.learner.parameters()], grads)
-    assert not twin.eval().learner.training
+    grads = [p.grad for p in distiller.parameters()]
+    torch.testing.assert_close([p.grad for p in twin.parameters()], grads)
+    assert not twin.eval().training
 
 
 @pytest.fixture
@@ -615,13 +627,13 @@ def test_steps_under_distributed_data_parallel(name, overrides, row, process_gro
     images, labels = batch(torch.float32)
     distiller = Distiller(*pair(torch.float32), get_objective(name, **overrides))
     twin = copy.deepcopy(distiller)
-    distiller.trained = DistributedDataParallel(distiller.learner)
+    wrapped = DistributedDataParallel(distiller)
     for _ in range(2):  # a parameter left without a gradient would be refused at the second step
-        for d in (distiller.train(), twin.train()):
-            d.learner.zero_grad()
-            d.step(images, labels, progress=1).loss.backward()
-    grads = [p.grad for p in twin.learner.parameters()]
-    torch.testing.assert_close([p.grad for p in distiller.learner.parameters()], grads)
+        for module in (wrapped.train(), twin.train()):
+            module.zero_grad()
+            module(images, labels, progress=1).loss.backward()
+    grads = [p.grad for p in twin.parameters()]
+    torch.testing.assert_close([p.grad for p in distiller.parameters()], grads)
     assert distiller.eval().predict(images).shape == (6, K)
 
 
@@ -644,9 +656,9 @@ def test_dkd_of_equal_logits_is_zero():
 
 
 def test_dkd_warms_up_over_twenty_epochs():
-    o = PRESETS["dkd"]
-    assert [o.dkd_factor(e) for e in (0, 5, 19.5, 20, 90)] == [0, 0.25, 0.975, 1, 1]
-    assert dataclasses.replace(o, dkd_warmup=0).dkd_factor(0) == 1
+    dkd = Dkd.of(PRESETS["dkd"])
+    assert [dkd.factor(e) for e in (0, 5, 19.5, 20, 90)] == [0, 0.25, 0.975, 1, 1]
+    assert dataclasses.replace(dkd, dkd_warmup=0).factor(0) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -722,7 +734,7 @@ def test_nets_without_stages_are_refused(name):
             Distiller(*models, get_objective(name))
     with pytest.raises(
         UserError,
-        match=r"hint_stage 4 wanted, but student 'resnet8x0.25' \(layer1, layer2, layer3\).*only 3 stages in common",
+        match=r"hint_stage 4 expected, but student 'resnet8x0.25' \(layer1, layer2, layer3\).*only 3 stages in common",
     ):
         Distiller(student, teacher, get_objective(name, hint=1.0, hint_stage=4))
 
@@ -731,13 +743,13 @@ def test_a_teacher_without_a_map_can_be_matched_on_pooled_features():
     student, teacher = (create_model(name, K, image_size=64) for name in ("resnet8", "mobilenet_v3_small"))
     distiller = Distiller(student, teacher, get_objective("ijckd-pooled")).train()
     images, labels = batch(torch.float32, 64)
-    distiller.step(images, labels, progress=0).loss.backward()
+    distiller(images, labels, progress=0).loss.backward()
     assert distiller.eval().predict(images).shape == (6, K)
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_teacher_maps_of_other_channels_are_refused(head):
-    learner = Distiller(*pair(torch.float32), get_objective("ijckd"), head=head).train().learner
+    distiller = Distiller(*pair(torch.float32), get_objective("ijckd"), head=head).train()
     images, _ = batch(torch.float32)
     with pytest.raises(RuntimeError):
-        learner(images, torch.zeros(6, 31, 4, 4))
+        distiller.student_side(images, map_t=torch.zeros(6, 31, 4, 4))

@@ -18,8 +18,7 @@ from tiny_run import config, differing, distilled, options, settings as tiny_set
 from torch import nn
 
 from ijckd_fast import cli
-from ijckd_fast.distill.distiller import Compared, Distiller
-from ijckd_fast.distill.objectives import PRESETS, get_objective
+from ijckd_fast.distill import PRESETS, Compared, Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import advise, bound, bound_report, write_bound
 from ijckd_fast.evaluate.bound_advice import wilson
@@ -305,7 +304,7 @@ def _nets(objective: str, **overrides) -> Distiller:
     torch.manual_seed(0)
     student, teacher = create_model("resnet8x0.25", 4, image_size=32), create_model("resnet8x0.5", 4, image_size=32)
     distiller = Distiller(student, teacher, get_objective(objective, **overrides))
-    for module in distiller.learner.modules():  # statistics and weights that are not those of the start
+    for module in distiller.modules():  # statistics and weights that are not those of the start
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -363,14 +362,15 @@ def test_features_that_are_not_finite():
 @pytest.mark.parametrize("head", ["fused", "reference"])
 def test_compare_is_predict_and_what_training_matches(objective, head):
     distiller = _nets(objective)
-    distiller.head = distiller.learner.head = head
+    distiller.head = head
     images = torch.randn(5, 3, 32, 32)
     seen = distiller.compare(images)
     assert torch.equal(seen.logits, distiller.predict(images))
     map_t, pooled_t = distiller.teacher.features(images, True)
     assert torch.equal(seen.pooled_t, pooled_t)
     by_map = distiller.objective.match == "map"
-    z, fm, own, _ = distiller.learner(images, map_t if by_map else None, None if by_map else pooled_t)
+    targets = {"map_t": map_t} if by_map else {"pooled_t": pooled_t}
+    z, _, fm, own, _ = distiller.student_side(images, **targets)
     assert torch.equal(seen.z, z)
     assert (seen.own_logits is None) == (own is None) == (objective != "srrl")
     if by_map:
@@ -394,16 +394,16 @@ def test_maps_of_unequal_size_are_compared_by_simkd_s_rule(student_side, teacher
 
         monkeypatch.setattr(tapped, "staged_features", features)
 
-    resized(distiller.learner.student, student_side)
+    resized(distiller.student, student_side)
     resized(distiller.teacher, teacher_side)
     map_t, _ = distiller.teacher.features(images, True)
-    _, fm, _, _ = distiller.learner(images, map_t)
+    fm = distiller.student_side(images, map_t=map_t).fm
     torch.testing.assert_close(distiller.compare(images).map_mse.mean(), fm)
     pooled = _nets("srrl")  # not trained on maps: the student's goes in as it is, what comes out is pooled
-    resized(pooled.learner.student, student_side)
+    resized(pooled.student, student_side)
     resized(pooled.teacher, teacher_side)
-    map_s, _ = pooled.learner.student.features(images, True)
-    z, t = pooled.learner.connector.connected_map(map_s), pooled.teacher.features(images, True)[0]
+    map_s, _ = pooled.student.features(images, True)
+    z, t = pooled.connector.connected_map(map_s), pooled.teacher.features(images, True)[0]
     z, t = (nn.functional.adaptive_avg_pool2d(x, 4) for x in (z, t))
     torch.testing.assert_close(pooled.compare(images).map_mse, (z - t).square().mean((1, 2, 3)))
 
@@ -415,7 +415,7 @@ def test_connectors_on_vectors_have_no_map():
     assert seen.map_mse is None
     assert torch.equal(seen.logits, distiller.predict(images))
     with pytest.raises(RuntimeError, match="a connector on maps"):
-        distiller.learner.connector.connected_map(torch.randn(2, 16))
+        distiller.connector.connected_map(torch.randn(2, 16))
 
 
 def test_compare_refuses():

@@ -23,8 +23,7 @@ from torch import nn
 
 from ijckd_fast import cli, export
 from ijckd_fast.data import build_index
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import write
 from ijckd_fast.nets import count_parameters, create_model, fingerprint
@@ -174,7 +173,7 @@ def test_student_weights_are_the_trained_ones(trained, capsys):
     assert row["timm"] is None
     assert not row["student_has_classifier"]
     weights = load_file(run.parent / "no-timm" / "student.safetensors")
-    assert weights.keys() == _distiller(run).learner.student.native_state_dict().keys()
+    assert weights.keys() == _distiller(run).student.native_state_dict().keys()
     assert not any(key.startswith("fc.") for key in weights)
 
 
@@ -467,6 +466,6 @@ def test_a_missing_teacher(trained, home, tmp_path, capsys):
 def test_a_distiller_is_not_changed(trained):
     run = trained("map")
     distiller = _distiller(run)
-    before = fingerprint(distiller.learner)
+    before = fingerprint(distiller)
     export.deployed_module(distiller, 16)
-    assert fingerprint(distiller.learner) == before
+    assert fingerprint(distiller) == before

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from ijckd_fast.data import Batch
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.nets import create_model
 from ijckd_fast.train import TrainStep, build_optimizer
 from ijckd_fast.train.checkpoint import copied
@@ -34,7 +33,7 @@ def _step(cuda_graph, name="sgd", objective="ijckd", **options):
     teacher = create_model("resnet8", 10, image_size=32)
     distiller = Distiller(student, teacher, get_objective(objective)).to(memory_format=torch.channels_last).to("cuda")
     optimizer = build_optimizer(
-        distiller.learner, name=name, lr=0.05, momentum=0.9, nesterov=False, betas=(0.9, 0.99), weight_decay=1e-2, decay_norms=False,
+        distiller, name=name, lr=0.05, momentum=0.9, nesterov=False, betas=(0.9, 0.99), weight_decay=1e-2, decay_norms=False,
     )  # fmt: skip
     device = torch.device("cuda", torch.cuda.current_device())
     return distiller, TrainStep(distiller.train(), optimizer, device, cuda_graph=cuda_graph, **options)
@@ -58,7 +57,7 @@ def _run(step, batches, start=0, lr=0.05):
 
 
 def _weights(distiller):
-    return copied(distiller.learner.state_dict())
+    return copied(distiller.state_dict())
 
 
 def _close(ours, wanted):
@@ -164,7 +163,7 @@ def test_goes_on_from_a_saved_state(name):
     _run(begun, batches[:5])
     optimizer, ema = copied(begun._optimizer.state_dict()), copied(begun.ema.state_dict())
     rest, resumed = _step(True, name, ema_decay=0.9)
-    rest.learner.load_state_dict(_weights(first))
+    rest.load_state_dict(_weights(first))
     resumed._optimizer.load_state_dict(optimizer)
     resumed.ema.load_state_dict(ema)
     _run(resumed, batches[5:], 5)
@@ -195,14 +194,14 @@ def test_out_of_memory_on_the_gpu(monkeypatch):
     distiller, step = _step(False)
     _run(step, [_batch(0)])
     before = _weights(distiller)
-    original = Distiller.step
+    original = Distiller.forward
 
     def greedy(self, images, labels, **named):
         if len(labels) > 4:
             torch.empty(2**46, dtype=torch.uint8, device="cuda")
         return original(self, images, labels, **named)
 
-    monkeypatch.setattr(Distiller, "step", greedy)
+    monkeypatch.setattr(Distiller, "forward", greedy)
     with pytest.raises(torch.OutOfMemoryError):
         step(_batch(1), step=1, lr=0.05, progress=0.0)
     assert step.largest_part_that_fits(_batch(1), None, 0.0) == 4

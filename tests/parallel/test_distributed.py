@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast import cli
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import create_model
 from ijckd_fast.parallel import SyncBatchNorm, started, synchronise_batch_norm, world_size
@@ -55,13 +54,14 @@ def _gradients(head: str, folder: str) -> None:
     distiller = Distiller(student, teacher, objective, head=head).train().to(torch.float64)
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64)
     with started("cpu") as processes:
+        step = distiller
         if processes.group is not None:
-            distiller.learner.synchronise(processes.group)
-            distiller.trained = DistributedDataParallel(distiller.learner)
+            distiller.synchronise(processes.group)
+            step = DistributedDataParallel(distiller)
         share = slice(processes.rank * 12 // processes.world, (processes.rank + 1) * 12 // processes.world)
-        distiller.step(images[share], (torch.arange(12) % 3)[share], progress=0.0).loss.backward()
-        found = {name: p.grad for name, p in distiller.learner.named_parameters()}
-        found |= {name: b for name, b in distiller.learner.named_buffers() if b.is_floating_point()}
+        step(images[share], (torch.arange(12) % 3)[share], progress=0.0).loss.backward()
+        found = {name: p.grad for name, p in distiller.named_parameters()}
+        found |= {name: b for name, b in distiller.named_buffers() if b.is_floating_point()}
         torch.save(found, f"{folder}/gradients{processes.rank}of{processes.world}.pt")
 
 

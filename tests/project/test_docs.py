@@ -62,7 +62,7 @@ def test_own_model(tmp_path, monkeypatch, capsys):
     assert re.match(r"0 \d+\.\d+ \{'ce': .*, 'sr': .*, 'fm': .*\}\n$", capsys.readouterr().out)
     exec(after, names)
     assert re.match(r"top-1 \d+\.\d\d %, agreement", capsys.readouterr().out)
-    names["distiller"].learner.load_state_dict(torch.load("learner.pt"))
+    names["distiller"].load_state_dict(torch.load("learner.pt"))
     assert not {"head.weight", "head.bias"} & torch.load("student.pt").keys()
 
     exec(renormalised, names)

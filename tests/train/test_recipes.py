@@ -93,7 +93,7 @@ def test_a_pair_builds_learns_and_deploys_what_the_docs_say(name, monkeypatch):
     row = {"preset": name, **cost_row(dataclasses.replace(config, image_size=published), distiller)}
     assert table_line(row) in DOCS.splitlines()
     classes = CLASSES[name.partition("_")[0]]
-    channels_s, channels_t = distiller.learner.student.channels, distiller.teacher.channels
+    channels_s, channels_t = distiller.student.channels, distiller.teacher.channels
     half = channels_t // 2
     connector = channels_s * half + 9 * half**2 + half * channels_t + 2 * (half + half + channels_t)
     assert row["connector_params"] == connector == CONNECTORS.get(name, connector)
@@ -101,12 +101,12 @@ def test_a_pair_builds_learns_and_deploys_what_the_docs_say(name, monkeypatch):
 
     images, labels = torch.randn(2, 3, size, size), torch.randint(classes, (2,))
     teacher_before = [value.clone() for value in distiller.teacher.state_dict().values()]
-    learned = dict(distiller.learner.named_parameters())
+    learned = dict(distiller.named_parameters())
     before = {key: value.detach().clone() for key, value in learned.items()}
     optimizer = torch.optim.SGD(learned.values(), config.lr, config.momentum, weight_decay=config.weight_decay)
     distiller.train()
     for step in range(2):
-        out = distiller.step(images, labels, progress=step)
+        out = distiller(images, labels, progress=step)
         optimizer.zero_grad()
         out.loss.backward()
         assert set(out.parts) == {"ce", "sr", "fm"}

@@ -1,4 +1,4 @@
-"""One training step: what it computes with every option, that a bad one changes nothing, and that none waits for the device."""
+"""One training step: what it computes with every option, a bad one changes nothing, and none waits for the device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tiny_run import differing
 from torch import nn
 
 from ijckd_fast.data import Batch
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import get_objective
+from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.nets import Tapped, create_model
 from ijckd_fast.train import Meter, TrainStep, build_optimizer
 from ijckd_fast.train.step import out_of_memory
@@ -46,7 +45,7 @@ def _optimizer(distiller, name="sgd", **changes):
     settings = {
         "lr": 0.05, "momentum": 0.9, "nesterov": False, "betas": (0.9, 0.99), "weight_decay": 1e-2, "decay_norms": True,
     }  # fmt: skip
-    return build_optimizer(distiller.learner, name=name, **{**settings, **changes})
+    return build_optimizer(distiller, name=name, **{**settings, **changes})
 
 
 def _step_of(distiller, name="sgd", *, settings=None, **options):
@@ -69,7 +68,7 @@ def _run(step, batches, pooled_t=None, lr=0.05):
 
 
 def _weights(distiller):
-    return {name: tensor.clone() for name, tensor in distiller.learner.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
 
 
 def _same(ours, wanted, **tolerance):
@@ -84,14 +83,14 @@ def _same(ours, wanted, **tolerance):
 def test_without_options_it_is_a_step_written_by_hand(objective):
     ours, theirs = _distiller(objective), _distiller(objective)
     step = _step_of(ours)
-    optimizer = torch.optim.SGD(theirs.learner.parameters(), 0.05, 0.9, weight_decay=1e-2, fused=False)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.05, 0.9, weight_decay=1e-2, fused=False)
     for i in range(3):
         batch = _batch(i)
         (figures,) = _run(step, [batch])
         optimizer.zero_grad()
-        out = theirs.step(batch.images, batch.labels, progress=0)
+        out = theirs(batch.images, batch.labels, progress=0)
         out.loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in theirs.learner.parameters()]).norm()
+        norm = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
         optimizer.step()
         assert bool(figures["ok"])
         assert not bool(figures["overflow"])
@@ -131,9 +130,9 @@ def test_statistics_in_parts_are_those_of_each_part():
     batch = _batch()
     _run(_step_of(distiller, accumulate=2), [batch])
     for rows in (slice(0, 4), slice(4, 8)):
-        alone.step(batch.images[rows], batch.labels[rows], progress=0)
-    buffers = dict(alone.learner.named_buffers())
-    _same(dict(distiller.learner.named_buffers()), buffers)
+        alone(batch.images[rows], batch.labels[rows], progress=0)
+    buffers = dict(alone.named_buffers())
+    _same(dict(distiller.named_buffers()), buffers)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -147,11 +146,11 @@ def test_clipping_scales_the_gradient_and_reports_it_unscaled(optimizer):
         step = _step_of(clipped, optimizer, settings={"weight_decay": 0.0}, clip=most)
         (seen,) = _run(step, [_batch()])
         assert float(seen["grad_norm"]) == pytest.approx(norm)
-        applied = torch.cat([p.grad.flatten() for p in clipped.learner.parameters()]).norm()
+        applied = torch.cat([p.grad.flatten() for p in clipped.parameters()]).norm()
         assert float(applied) == pytest.approx(min(norm, most), rel=1e-4)
         if optimizer == "sgd":
             after, moved = _weights(free), _weights(clipped)
-            for name, _ in free.learner.named_parameters():
+            for name, _ in free.named_parameters():
                 wanted = (after[name] - before[name]) * min(1, most / norm)
                 torch.testing.assert_close(moved[name] - before[name], wanted, rtol=1e-3, atol=1e-6)
 
@@ -161,7 +160,7 @@ def test_clipping_scales_the_gradient_and_reports_it_unscaled(optimizer):
 def test_adamw_and_lamb_are_the_libraries_own(name, decay_norms):
     ours, theirs = _distiller(), _distiller()
     step = _step_of(ours, name, settings={"decay_norms": decay_norms, "weight_decay": 0.1})
-    parameters = list(theirs.learner.parameters())
+    parameters = list(theirs.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1]},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.1 if decay_norms else 0.0},
@@ -176,7 +175,7 @@ def test_adamw_and_lamb_are_the_libraries_own(name, decay_norms):
         batch = _batch(i)
         _run(step, [batch], lr=0.02)
         reference.zero_grad()
-        theirs.step(batch.images, batch.labels, progress=0).loss.backward()
+        theirs(batch.images, batch.labels, progress=0).loss.backward()
         reference.step()
     _same(_weights(ours), _weights(theirs), rtol=1e-4, atol=1e-5)
 
@@ -189,16 +188,30 @@ def test_norms_and_biases_can_be_spared_weight_decay(name):
         distiller = _distiller()
         before = _weights(distiller)
         optimizer = _optimizer(distiller, name, decay_norms=decay_norms, weight_decay=0.5)
-        for parameter in distiller.learner.parameters():
+        for parameter in distiller.parameters():
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         after = _weights(distiller)
-        moved[decay_norms] = {
-            n for n, p in distiller.learner.named_parameters() if not torch.equal(after[n], before[n])
-        }
-    parameters = dict(distiller.learner.named_parameters())
+        moved[decay_norms] = {n for n, p in distiller.named_parameters() if not torch.equal(after[n], before[n])}
+    parameters = dict(distiller.named_parameters())
     assert moved[False] == {n for n, p in parameters.items() if p.dim() > 1}
     assert moved[True] - moved[False] == {n for n, p in parameters.items() if p.dim() == 1 and bool(p.any())}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_buffers_keep_their_dtype(dtype):
+    """And move as those of a step without a guard: statistics in float32 would lose digits, or not go with their net."""
+    ours, theirs = (_distiller("ijckd-pooled").to(dtype) for _ in range(2))
+    step = _step_of(ours)
+    batch = _batch()
+    batch = batch._replace(images=batch.images.to(dtype))
+    _run(step, [batch])
+    theirs(batch.images, batch.labels)
+    buffers = dict(theirs.named_buffers())
+    assert {b.dtype for b in buffers.values()} == {dtype, torch.int64}
+    for name, buffer in ours.named_buffers():
+        assert buffer.dtype == buffers[name].dtype
+        assert torch.equal(buffer, buffers[name])
 
 
 # --- a bad step
@@ -206,7 +219,7 @@ def test_norms_and_biases_can_be_spared_weight_decay(name):
 
 def _state(step, distiller):
     states = step._optimizer.state_dict()["state"].values()
-    return copy.deepcopy({"learner": distiller.learner.state_dict(), "optimizer": [dict(state) for state in states]})
+    return copy.deepcopy({"learner": distiller.state_dict(), "optimizer": [dict(state) for state in states]})
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -244,7 +257,7 @@ def test_the_average_takes_in_a_skipped_steps_unchanged_weights():
     bad = _batch()
     bad.images.fill_(float("nan"))
     step(bad, step=1, lr=0.05, progress=0)
-    live, decay = distiller.learner.state_dict(), 3 / 12
+    live, decay = distiller.state_dict(), 3 / 12
     for name, tensor in step.ema.state_dict().items():
         torch.testing.assert_close(tensor, average[name] * decay + live[name] * (1 - decay))
 
@@ -342,7 +355,7 @@ def test_no_comparison_of_stages_waits_for_the_device(head):
 
 def _memory_for(monkeypatch, images, error=None):
     """A step of more images than these runs out of memory, with half of the nets done."""
-    original, seen = Distiller.step, []
+    original, seen = Distiller.forward, []
 
     def step(self, batch, labels, **named):
         seen.append(len(labels))
@@ -351,14 +364,20 @@ def _memory_for(monkeypatch, images, error=None):
             raise error or torch.OutOfMemoryError("CUDA out of memory")
         return out
 
-    monkeypatch.setattr(Distiller, "step", step)
+    monkeypatch.setattr(Distiller, "forward", step)
     return seen
 
 
 @pytest.mark.parametrize(
     ("accumulate", "room", "tried", "fits"),
-    [(1, 9, [16, 8], 8), (1, 3, [16, 8, 4, 2], 2), (2, 4, [8, 4, 4], 4), (1, 1, [16, 8, 4, 2, 1], 1), (1, 0, [16, 8, 4, 2, 1], 0)],
-)  # fmt: skip
+    [
+        (1, 9, [16, 8], 8),
+        (1, 3, [16, 8, 4, 2], 2),
+        (2, 4, [8, 4, 4], 4),
+        (1, 1, [16, 8, 4, 2, 1], 1),
+        (1, 0, [16, 8, 4, 2, 1], 0),
+    ],
+)
 def test_the_largest_part_that_fits(monkeypatch, accumulate, room, tried, fits):
     distiller = _distiller("ijckd-pooled", norm=False, connector="linear")
     step = _step_of(distiller, accumulate=accumulate)
@@ -370,7 +389,7 @@ def test_the_largest_part_that_fits(monkeypatch, accumulate, room, tried, fits):
     assert step.largest_part_that_fits(batch, pooled_t, 0.0) == fits
     assert seen == tried
     assert differing(before, _state(step, distiller)) == []
-    assert all(p.grad is None for p in distiller.learner.parameters())
+    assert all(p.grad is None for p in distiller.parameters())
 
 
 def test_running_out_of_memory_leaves_the_statistics_alone(monkeypatch):

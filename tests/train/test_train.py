@@ -24,8 +24,7 @@ from torch import nn
 
 from ijckd_fast import files
 from ijckd_fast.data import Batch
-from ijckd_fast.distill.distiller import Distiller
-from ijckd_fast.distill.objectives import PRESETS, get_objective
+from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.nets import create_model, fingerprint
@@ -147,19 +146,19 @@ def test_guard_makes_a_bad_step_do_nothing(bad, optimizer_name):
 def test_guard_restores_the_connectors_statistics(data, teacher):
     settings = resolve(config(data, data, **distilled(teacher)))
     distiller = build_distiller(settings, 3, torch.device("cpu")).train()
-    optimizer = _optimizer(distiller.learner, weight_decay=0)
-    guard = FiniteGuard(distiller.learner, optimizer, torch.device("cpu"))
-    before = {k: v.clone() for k, v in distiller.learner.state_dict().items() if "num_batches" not in k}
+    optimizer = _optimizer(distiller, weight_decay=0)
+    guard = FiniteGuard(distiller, optimizer, torch.device("cpu"))
+    before = {k: v.clone() for k, v in distiller.state_dict().items() if "num_batches" not in k}
     labels = torch.arange(8) % 3
     for value, ok in ((float("nan"), False), (1.0, True)):
         guard.before_forward()
-        out = distiller.step(torch.randn(8, 3, 16, 16) * value, labels, progress=0)
+        out = distiller(torch.randn(8, 3, 16, 16) * value, labels, progress=0)
         out.loss.backward()
         judged, _ = guard.judge(out.loss)
         assert bool(judged) is ok
         guard.update(judged)
         optimizer.zero_grad()
-        after = {k: v for k, v in distiller.learner.state_dict().items() if k in before}
+        after = {k: v for k, v in distiller.state_dict().items() if k in before}
         moved = differing(before, after)
         assert moved == [] if not ok else ".connector.running_mean" in moved
 
@@ -260,9 +259,8 @@ def test_every_objective_trains_and_freezes_the_teacher(data, teacher, tmp_path,
     assert checkpoint.load(tmp_path / "last.pt")["inputs"]["teacher"] == before
     row = run_folder.read_log(tmp_path)[0]
     weights = get_objective(objective)
-    parts = {name for name in ("ce", "sr", "fm", "kl", "at", "hint") if getattr(weights, name)}
-    terms = {"ce", "sr", "fm", "kl", "dkd", "at", "hint"}
-    assert parts | ({"dkd"} if objective == "dkd" else set()) == terms & set(row)
+    parts = {name for name in PARTS if getattr(weights, name, 0)}
+    assert parts | ({"dkd"} if objective == "dkd" else set()) == set(PARTS) & set(row)
     if objective != "dkd":  # its warm-up factor is not part of the figure
         assert row["loss"] == pytest.approx(sum(getattr(weights, name) * row[name] for name in parts), rel=1e-5)
 
@@ -277,7 +275,7 @@ def test_compiled_nets_hand_over_their_stages(data, teacher, tmp_path, monkeypat
         settings = resolve(config(data, tmp_path, **changes))
         distiller, by_hand = (build_distiller(settings, 3, torch.device("cpu")).train() for _ in range(2))
         prepare(settings, distiller, Processes())
-        out, wanted = (each.step(images, labels, progress=0) for each in (distiller, by_hand))
+        out, wanted = (each(images, labels, progress=0) for each in (distiller, by_hand))
         torch.testing.assert_close(out.parts, wanted.parts)
     assert "at" in out.parts
 
@@ -287,7 +285,7 @@ def test_first_weights_and_batches_are_the_seeds(data, teacher, tmp_path):
 
     def first(seed, **changes):
         settings = resolve(config(data, tmp_path, seed=seed, **changes))
-        return build_distiller(settings, 3, torch.device("cpu")).learner.student.net.state_dict()
+        return build_distiller(settings, 3, torch.device("cpu")).student.net.state_dict()
 
     assert differing(first(1), first(1, **distilled(teacher))) == []
     assert differing(first(1), first(2)) != []
@@ -338,13 +336,13 @@ def test_steps_never_wait_for_the_device(data, teacher, tmp_path, objective):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_steps_never_wait_for_a_gpu(data, teacher, tmp_path, monkeypatch):
-    step = Distiller.step
+    step = Distiller.forward
 
     def watched(self, *arguments, **named):
         torch.cuda.set_sync_debug_mode("error")
         return step(self, *arguments, **named)
 
-    monkeypatch.setattr(Distiller, "step", watched)
+    monkeypatch.setattr(Distiller, "forward", watched)
     read = Meter.take
 
     def logging(self):
@@ -364,14 +362,14 @@ def test_steps_never_wait_for_a_gpu(data, teacher, tmp_path, monkeypatch):
 
 def _spoil(monkeypatch, steps):
     """The losses of the steps with these numbers (from 1) are NaN."""
-    original, calls = Distiller.step, []
+    original, calls = Distiller.forward, []
 
     def step(self, *arguments, **named):
         calls.append(1)
         out = original(self, *arguments, **named)
         return out._replace(loss=out.loss * float("nan")) if len(calls) in steps else out
 
-    monkeypatch.setattr(Distiller, "step", step)
+    monkeypatch.setattr(Distiller, "forward", step)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(data, tmp_path, monkeypatch):
@@ -422,7 +420,7 @@ def _save_calls(monkeypatch):
     ids=["whole", "in parts", "nothing fits"],
 )
 def test_out_of_memory_saves_and_says_what_fits(data, tmp_path, monkeypatch, room, accumulate, wanted):
-    original, steps = Distiller.step, []
+    original, steps = Distiller.forward, []
 
     def step(self, images, labels, **named):
         steps.append(len(labels))
@@ -432,7 +430,7 @@ def test_out_of_memory_saves_and_says_what_fits(data, tmp_path, monkeypatch, roo
 
     settings = config(data, tmp_path / "run", max_steps=8, accumulate=accumulate)
     with monkeypatch.context() as small:
-        small.setattr(Distiller, "step", step)
+        small.setattr(Distiller, "forward", step)
         with pytest.raises(UserError, match=f"out of memory at step 5 .*{wanted}"):
             train(settings)
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 5
@@ -597,7 +595,7 @@ def test_an_earlier_run_brings_its_name_and_weights(data, tmp_path, role):
         )
         assert getattr(resolved, role) == "resnet8x0.5"
         distiller = build_distiller(resolved, 3, torch.device("cpu"))
-        net = distiller.teacher if role == "teacher" else distiller.learner.student
+        net = distiller.teacher if role == "teacher" else distiller.student
         earlier = checkpoint.load(tmp_path / "earlier" / "last.pt")["learner"]
         assert all(torch.equal(value, earlier[f"student.{name}"]) for name, value in net.state_dict().items())
 
@@ -783,7 +781,7 @@ def test_every_field_of_the_objective_can_be_set(data, teacher, tmp_path):
     distiller = build_distiller(resolved, 3, torch.device("cpu"))
     assert {name: getattr(distiller.objective, name) for name in changes} == changes
     assert [stage.path for stage, _ in distiller.stage_pairs] == ["layer1", "layer2", "layer3"]
-    assert distiller.learner.regressor.weight.shape == (16, 8)  # channels of layer2
+    assert distiller.regressor.weight.shape == (16, 8)  # channels of layer2
 
 
 def test_goes_on_from_the_checkpoint_that_is_named(data, tmp_path):

@@ -13,7 +13,7 @@ from tiny_run import config, distilled
 from torch import nn
 
 from ijckd_fast.data import build_index
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate
 from ijckd_fast.head import ops
@@ -33,13 +33,13 @@ train = functools.partial(loud_train, console=Console(quiet=True))
 
 def _watch_steps(monkeypatch, look):
     """Calls look(distiller, images, labels, progress) at the beginning of every step."""
-    original = Distiller.step
+    original = Distiller.forward
 
     def step(self, images, labels, **named):
         look(self, images, labels, named["progress"])
         return original(self, images, labels, **named)
 
-    monkeypatch.setattr(Distiller, "step", step)
+    monkeypatch.setattr(Distiller, "forward", step)
 
 
 def test_the_averaged_weights_are_evaluated(data, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_the_averaged_weights_are_evaluated(data, tmp_path, monkeypatch):
     logits, results, cpu = {}, {}, torch.device("cpu")
     for which in ("learner", "live"):
         distiller = build_distiller(settings, 3, cpu).eval()
-        distiller.learner.load_state_dict(state[which])
+        distiller.load_state_dict(state[which])
         with build_val_loader(settings, build_indexes(settings)[1], cpu) as loader:
             logits[which] = torch.cat([distiller.predict(images) for images, *_ in loader])
             results[which] = evaluate(distiller.predict, loader, device=cpu)
@@ -110,7 +110,7 @@ def test_memory_layout_inside_the_step(data, teacher, tmp_path, monkeypatch, cha
 
     def look(distiller, images, _labels, _progress):
         found = {"images": _layouts([images])}
-        for name, net in (("student", distiller.learner.student), ("teacher", distiller.teacher)):
+        for name, net in (("student", distiller.student), ("teacher", distiller.teacher)):
             found[name] = _layouts(part.weight for part in net.modules() if isinstance(part, nn.Conv2d))
         steps.append(found)
 

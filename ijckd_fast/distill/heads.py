@@ -1,0 +1,17 @@
+"""Which implementation of the ops computes the losses: --head."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+HEADS = ("fused", "reference")
+
+
+def ops_of(head: str) -> ModuleType:
+    """'fused': the C++/CUDA ops; 'reference': plain PyTorch. Both have connector_match and classifier_loss.
+
+    Imported here and not above, so that help and settings can be read where the ops are not built.
+    """
+    from ijckd_fast.head import ops, reference
+
+    return ops if head == "fused" else reference

@@ -1,0 +1,73 @@
+"""Decoupled knowledge distillation (DKD), Zhao et al. 2022."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ijckd_fast.distill.terms.term import NOTHING, Needs, Seen, Temperature, Term, Value, weight
+from ijckd_fast.setting import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dkd(Temperature, Term):
+    """warm-up (alpha TCKD + beta NCKD), see `dkd_rows`, nats, mean over B, of the student's own classifier.
+
+    Its part in the log is without the warm-up's factor, min(1, progress / dkd_warmup).
+    """
+
+    parts = ("dkd",)
+
+    dkd_alpha: float = weight("DKD's target-class term")
+    dkd_beta: float = weight("DKD's other-classes term")
+    dkd_warmup: float = setting(20.0, "epochs in which both DKD weights rise from 0", least=0, finite=True)
+
+    @property
+    def needs(self) -> Needs:
+        if self.dkd_alpha == 0 and self.dkd_beta == 0:
+            return NOTHING
+        return Needs.OWN_LOGITS | Needs.LOGITS_T | (Needs.PROGRESS if self.dkd_warmup > 0 else NOTHING)
+
+    def factor(self, progress: float | Tensor | None) -> float | Tensor:
+        """The warm-up's: 0 at the start, 1 from dkd_warmup epochs on; progress in epochs (a tensor [] gives one)."""
+        if self.dkd_warmup == 0:
+            return 1.0
+        assert progress is not None
+        done = progress / self.dkd_warmup
+        return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+
+    def value(self, seen: Seen) -> Value:
+        logits, logits_t = seen.logits, seen.logits_t
+        assert logits is not None
+        assert logits_t is not None
+        weights = self.dkd_alpha, self.dkd_beta, self.temperature
+        dkd = seen.mixed(lambda y: dkd_rows(logits, logits_t, y, *weights))
+        return Value(self.factor(seen.progress) * dkd, {"dkd": dkd.detach()})
+
+
+def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
+    """T^2 (alpha TCKD + beta NCKD) of every row.
+
+    logits, logits_t  [B, K]; only logits gets a gradient
+    labels            [B] int64
+    returns           [B] nats. TCKD is the KL between (p_y, 1 - p_y) of teacher and student, NCKD the KL between their
+                      distributions over the K - 1 other classes, all at temperature T.
+    """
+    column = labels[:, None]
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(x / temperature, 1)  # [B, K]
+        # The lowest number, not -inf: the class then has weight exactly 0 and no 0 * inf arises.
+        others = (x / temperature).scatter(1, column, torch.finfo(x.dtype).min)  # [B, K]
+        # log(1 - p_y) as a sum over the other classes: 1 - p_y itself is lost to rounding for a confident row.
+        log_rest = others.logsumexp(1, keepdim=True) - (x / temperature).logsumexp(1, keepdim=True)
+        return torch.cat([log_p.gather(1, column), log_rest], 1), F.log_softmax(others, 1)  # [B, 2], [B, K]
+
+    target_s, others_s = split(logits)
+    target_t, others_t = split(logits_t)
+    tckd = F.kl_div(target_s, target_t, reduction="none", log_target=True).sum(1)
+    nckd = F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1)
+    return temperature**2 * (alpha * tckd + beta * nckd)

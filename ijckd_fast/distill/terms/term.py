@@ -1,0 +1,197 @@
+"""What a loss term is: its settings, what it needs, its value."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijckd_fast.setting import setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ijckd_fast.distill.connectors import Connector
+    from ijckd_fast.head.ops import FrozenClassifier
+    from ijckd_fast.nets import CachedTeacher, Stage, Tapped
+
+
+class Needs(enum.Flag):
+    """What a term reads, so what a training step must make for it; which parts are built and trained follows.
+
+    OWN_LOGITS    logits of the student's own classifier [B, K]; trains it
+    CONNECTED     z [B, Ct], the student's connected and pooled features; trains the connector
+    CLASSIFIER    z through the teacher's frozen classifier, for a loss
+    ANSWER        z through the teacher's frozen classifier, without a loss
+    MAP_T         the teacher's map [B, Ct, H, W], for the connector's op to match
+    POOLED_T      the teacher's pooled features [B, Ct]
+    MATCH_POOLED  the same, for the connector's op to match
+    LOGITS_T      the teacher's own logits [B, K]
+    STAGES        maps of stages of both nets
+    PROGRESS      how many epochs are done
+    """
+
+    OWN_LOGITS = enum.auto()
+    CONNECTED = enum.auto()
+    CLASSIFIER = enum.auto()
+    ANSWER = enum.auto()
+    MAP_T = enum.auto()
+    POOLED_T = enum.auto()
+    MATCH_POOLED = enum.auto()
+    LOGITS_T = enum.auto()
+    STAGES = enum.auto()
+    PROGRESS = enum.auto()
+
+
+NOTHING = Needs(0)
+TEACHER_FEATURES = (
+    Needs.MAP_T | Needs.POOLED_T | Needs.LOGITS_T | Needs.STAGES
+)  # for these the teacher's backbone is run
+
+
+class Nets(NamedTuple):
+    """What a term's own modules are built for. pairs: stages (student's, teacher's) that terms compare, by number."""
+
+    student: Tapped
+    teacher: Tapped | CachedTeacher | None
+    pairs: Mapping[int, tuple[Stage, Stage]]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a training step has made of a batch when the terms are computed. None: no term of the objective needs it.
+
+    labels           [B] int64 in [0, K)
+    labels_b, mix    [B] int64, [B] in [0, 1]: images mixed of two, of which `labels` weighs mix and labels_b 1 - mix
+    label_smoothing  of the hard-label cross-entropy, in [0, 1)
+    progress         epochs done so far, fractions included; a number or a tensor []
+    head             'fused': the C++/CUDA ops; 'reference': plain PyTorch
+    logits           [B, K] of the student's own classifier, float32 (float64); takes a gradient
+    z                [B, Ct] connected and pooled features, float32 (float64); takes a gradient
+    unprojected      [B, Cin] in z's place where the loss has the connector's projection in its own op; takes a gradient
+    fm               [] distance of the connected features to the teacher's, by the connector's op; takes a gradient
+    pooled_t         [B, Ct]
+    logits_t         [B, K] float32 (float64)
+    stages           (map_s [B, Cs, H, W], map_t [B, Ct, H, W]) of equal size by the stage's number, 1 that of the
+                     largest maps
+    connector        the student's; classifier: the teacher's; frozen: what is kept of that from step to step
+    modules          what the terms built, by name, among the distiller's other parts
+    """
+
+    labels: Tensor
+    labels_b: Tensor | None
+    mix: Tensor | None
+    label_smoothing: float
+    progress: float | Tensor | None
+    head: str
+    logits: Tensor | None
+    z: Tensor | None
+    unprojected: Tensor | None
+    fm: Tensor | None
+    pooled_t: Tensor | None
+    logits_t: Tensor | None
+    stages: Mapping[int, tuple[Tensor, Tensor]]
+    connector: Connector | None
+    classifier: nn.Linear | None
+    frozen: FrozenClassifier
+    modules: Mapping[str, nn.Module | None]
+
+    def mixed(self, per_image: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean over the batch of a loss that takes labels [B] and gives [B]; of mixed images it is mixed likewise."""
+        rows = per_image(self.labels)  # [B]
+        if self.labels_b is not None and self.mix is not None:
+            rows = self.mix * rows + (1 - self.mix) * per_image(self.labels_b)
+        return rows.mean()
+
+
+class Value(NamedTuple):
+    """What a term gives.
+
+    loss     [] weighted, with its gradient
+    parts    unweighted values by the log's names, each [], detached
+    correct  [] int64: how many images the teacher's classifier puts in class `labels`; None where it was not asked
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    correct: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A loss term. Its dataclass fields are its settings, declared by `ijckd_fast.setting.setting`.
+
+    A subclass is a row of TERMS in `terms/__init__.py`. The options of the command line, the keys of config.yaml, the
+    fields of `Objective`, the checks and the names in the log follow from it. A setting that several terms have stands
+    in one class that they inherit. Every weight multiplies a mean, so that its meaning does not depend on the sizes of
+    batch and maps.
+
+    parts              names of its unweighted values in the log, in their order
+    takes_unprojected  whether its value can do with `seen.unprojected` instead of z
+    """
+
+    parts: ClassVar[tuple[str, ...]]
+    takes_unprojected: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, settings: Any) -> Self:
+        """The term with its settings, taken from an object that has them (and others) as attributes."""
+        return cls(**{f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)})
+
+    @property
+    def needs(self) -> Needs:
+        """What its value is computed from; NOTHING: the term is off."""
+        raise NotImplementedError
+
+    def fault(self) -> str | None:
+        """What is wrong with its settings together, and what to do; bounds and choices are checked already."""
+        return None
+
+    def stages(self, common: int, nets: str) -> Iterable[int]:
+        """Numbers of the stages it compares, of the `common` ones that both nets have, 1 that of the largest maps.
+
+        raises  UserError where there is no such stage; nets: both nets with their stages, in words
+        """
+        return ()
+
+    def build(self, nets: Nets) -> Mapping[str, nn.Module]:
+        """Modules it trains, by their names among the distiller's parts."""
+        return {}
+
+    def value(self, seen: Seen) -> Value | None:
+        """Its part of the loss of a batch; None where another term's op has it. Nothing waits for the device."""
+        raise NotImplementedError
+
+
+Classifier = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """The temperature, shared by the terms that soften logits."""
+
+    temperature: float = setting(4.0, "temperature T of the KL and DKD terms", above=0, finite=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceHead:
+    """Which classifier answers after training."""
+
+    infer_head: Classifier = setting("student", "classifier the trained student answers through")
+
+
+def weight(help: str, **about: Any) -> Any:
+    """A setting that multiplies a term: a finite number >= 0, off by default."""
+    return setting(0.0, f"weight of {help}", least=0, finite=True, **about)
+
+
+def kl_rows(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(logits_t / T) || softmax(logits / T)) of every row: [B, K], [B, K] -> [B], nats, no factor T^2."""
+    log_p = F.log_softmax(logits / temperature, 1)
+    log_p_t = F.log_softmax(logits_t / temperature, 1)
+    return F.kl_div(log_p, log_p_t, reduction="none", log_target=True).sum(1)

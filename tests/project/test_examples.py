@@ -1,0 +1,30 @@
+"""Every file of examples/ runs, and its loss falls, where the library that it is for is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+NEEDS = {"accelerate_loop": "accelerate", "lightning_module": "lightning", "timm_task": "timm.task"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_and_learns(path, tmp_path, monkeypatch, capsys):
+    if path.stem in NEEDS:
+        pytest.importorskip(NEEDS[path.stem])
+    monkeypatch.chdir(tmp_path)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    losses = module.main(steps=8)
+    assert len(losses) == 8
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_every_need_is_an_example_s():
+    assert set(NEEDS) <= {path.stem for path in EXAMPLES}

@@ -146,10 +146,9 @@ _ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PRESETS: dict[str, Objective] = {name: Objective(name, **row) for name, row in _ROWS.items()}
 
-FROM_CACHE = (
-    tuple(  # presets that need no more of the teacher than a cache holds: its pooled features and its classifier
-        name for name, objective in PRESETS.items() if objective.needs_teacher and not objective.needs & _MAPS_T
-    )
+# Presets that need no more of the teacher than a cache holds: its pooled features and its classifier.
+FROM_CACHE = tuple(
+    name for name, objective in PRESETS.items() if objective.needs_teacher and not objective.needs & _MAPS_T
 )
 
 

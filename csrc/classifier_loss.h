@@ -1,8 +1,9 @@
 #pragma once
-// classifier_loss without torch: pointers, sizes, a stream; loops in cpu/classifier_loss.cpp, kernels in cuda/classifier_loss.cu.
+// classifier_loss without torch: pointers, sizes, a stream; loops in cpu/classifier_loss.cpp, kernels in
+// cuda/classifier_loss.cu.
 //
-// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the products'), A its accumulator (dtype.h) and z's type.
-// Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
+// Names: B samples, K classes, Ct teacher channels. T is `dtype` (the products'), A its accumulator (dtype.h) and z's
+// type. Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
 
 #include <cstdint>
 
@@ -19,8 +20,8 @@ struct LossWeights {
   double label_smoothing;
 };
 
-// Per row: cross-entropy, logit match, temperature KL, top-1, and in place of the logits the gradient of the row's own weighted
-// loss: 1/B, the mean's share, would push small probabilities below float16's range.
+// Per row: cross-entropy, logit match, temperature KL, top-1, and in place of the logits the gradient of the row's own
+// weighted loss: 1/B, the mean's share, would push small probabilities below float16's range.
 struct RowLoss {
   DType dtype;
   void* logits;             // [B, K] T  in: z W^T without bias; out: the gradient if `grad`

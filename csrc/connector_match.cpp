@@ -1,5 +1,5 @@
-// Host side of connector_match: checks, allocation, library GEMMs around the passes of connector_match.h. A batch may be empty,
-// as in torch: passes over its images are left out, and what sums over them is 0.
+// Host side of connector_match: checks, allocation, library GEMMs around the passes of connector_match.h. A batch may
+// be empty, as in torch: passes over its images are left out, and what sums over them is 0.
 #include "connector_match.h"
 
 #include <algorithm>
@@ -43,8 +43,8 @@ struct Projected {
 };
 
 #ifdef IJCKD_CUDA
-// Up to this depth of the product stage 1's tiles, whose statistics save a pass over y, outweigh the library's faster GEMM on a
-// Hopper GPU: by arithmetic, not yet measured. On earlier GPUs both use the same instructions.
+// Up to this depth of the product stage 1's tiles, whose statistics save a pass over y, outweigh the library's faster
+// GEMM on a Hopper GPU: by arithmetic, not yet measured. On earlier GPUs both use the same instructions.
 constexpr int64_t kTileDepth = 320;
 
 bool aligned(const OptTensor& t) { return !t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0; }
@@ -113,9 +113,10 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
     out.y = torch::stable::view(times_weight(rows, weight), {B, P, Ct});
     if (statistics && B > 0) {
       make_parts();
-      launched(channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
-                             launch.stream),
-               "connector_match's channel statistics");
+      launched(
+          channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
+                        launch.stream),
+          "connector_match's channel statistics");
     }
   }
   if (statistics) {
@@ -126,8 +127,8 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
       torch::stable::zero_(out.var);
       return out;
     }
-    launched(combine_stats({acc, data(part_mean), data(part_m2), out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct,
-                            rows_per_part},
+    launched(combine_stats({acc, data(part_mean), data(part_m2), out.mean.mutable_data_ptr(),
+                            out.var.mutable_data_ptr(), N, Ct, rows_per_part},
                            launch.stream),
              "connector_match's channel statistics");
   }
@@ -139,22 +140,25 @@ struct Applied {
 };
 
 // Everything that Z, a map [B, P, Ct] made of u, meets.
-void check_match(const Tensor& u, int64_t Ct, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t) {
+void check_match(const Tensor& u, int64_t Ct, const AffineTensors& a, const OptTensor& map_t,
+                 const OptTensor& pooled_t) {
   const int64_t B = u.size(0), P = u.size(1);
   check(!(map_t && pooled_t), kOp, ": give map_t or pooled_t, not both");
   check_shape(map_t, {B, P, Ct}, kOp, "map_t", "the teacher's map of Z's size, as rows [B, P, Ct]");
   check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct]");
-  for (const auto& [p, arg] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "bn_weight"}, {&a.beta, "bias"}}) {
+  for (const auto& [p, arg] :
+       {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "bn_weight"}, {&a.beta, "bias"}}) {
     check_shape(*p, {Ct}, kOp, arg, "[Ct]");
     check_device(*p, kOp, arg);
   }
   check_device(map_t, kOp, "map_t");
   check_device(pooled_t, kOp, "pooled_t");
-  check(!map_t || map_t->scalar_type() == u.scalar_type(), kOp, ": map_t must have u's dtype ", name(u.scalar_type()), ", got ",
-        map_t ? name(map_t->scalar_type()) : "");
+  check(!map_t || map_t->scalar_type() == u.scalar_type(), kOp, ": map_t must have u's dtype ", name(u.scalar_type()),
+        ", got ", map_t ? name(map_t->scalar_type()) : "");
 }
 
-Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t, bool relu,
+              double eps) {
   const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
   const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2);
   check_match(y, Ct, a, map_t, pooled_t);
@@ -166,10 +170,10 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   Launch launch(y);
   const auto out_ptr = [](const OptTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
   if (B > 0)
-    launched(match_forward(
-                 {t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(), out.count.mutable_data_ptr(),
-                  out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res), out_ptr(res_yhat), B, P, Ct, relu},
-                 launch.stream),
+    launched(match_forward({t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(),
+                            out.count.mutable_data_ptr(), out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res),
+                            out_ptr(res_yhat), B, P, Ct, relu},
+                           launch.stream),
              "connector_match's forward pass");
   const auto to_fm = [&](const Tensor& x, int64_t n, double scale) {
     launched(column_sum({acc, x.const_data_ptr(), out.fm.mutable_data_ptr(), n, 1, scale}, launch.stream),
@@ -179,17 +183,17 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
     out.res = empty(y, {Ct}, acc);
     out.res_yhat = empty(y, {Ct}, acc);
     const Tensor per_channel = empty(y, {Ct}, acc);
-    launched(match_sums({acc, data(square), data(res), data(res_yhat), per_channel.mutable_data_ptr(), out.res.mutable_data_ptr(),
-                         out.res_yhat.mutable_data_ptr(), B, Ct},
+    launched(match_sums({acc, data(square), data(res), data(res_yhat), per_channel.mutable_data_ptr(),
+                         out.res.mutable_data_ptr(), out.res_yhat.mutable_data_ptr(), B, Ct},
                         launch.stream),
              "connector_match's sums");
     to_fm(per_channel, Ct, 1 / (double(B) * double(P) * double(Ct)));
   } else if (pooled_t) {
     const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
     if (B > 0)
-      launched(feature_diff(
-                   {acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(), rows.mutable_data_ptr(), B, Ct},
-                   launch.stream),
+      launched(feature_diff({acc, out.z.const_data_ptr(), target_z.const_data_ptr(), d.mutable_data_ptr(),
+                             rows.mutable_data_ptr(), B, Ct},
+                            launch.stream),
                "connector_match's pooled match");
     to_fm(rows, B, 1 / (double(B) * double(Ct)));
   } else {
@@ -198,7 +202,8 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   return out;
 }
 
-// A linear connector on vectors: its gradients need none of what the others keep for backward. ops.py:_is_linear is the same.
+// A linear connector on vectors: its gradients need none of what the others keep for backward. connector.py:_is_linear
+// is the same.
 bool is_linear(const Tensor& u, const OptTensor& bn_weight, const OptTensor& map_t, bool relu) {
   return u.size(1) == 1 && !bn_weight && !map_t && !relu;
 }
@@ -230,7 +235,8 @@ std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& poo
                           launch.stream),
              "connector_match's projection");
     if (target)
-      launched(column_sum({DType::f32, data(squares), fm.mutable_data_ptr(), squares->size(0), 1, 1 / (double(B) * double(Ct))},
+      launched(column_sum({DType::f32, data(squares), fm.mutable_data_ptr(), squares->size(0), 1,
+                           1 / (double(B) * double(Ct))},
                           launch.stream),
                "connector_match's feature loss");
     return {z, fm};
@@ -244,7 +250,8 @@ std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& poo
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
     const Tensor& u, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
+    const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu,
+    double eps) {
   check_projection(u, weight, kOp, "weight");
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   if (is_linear(u, bn_weight, map_t, relu)) {
@@ -256,8 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   }
   const bool batch_stats = bn_weight && !mean;
   const Projected p = project(u, weight, batch_stats);
-  const AffineTensors a =
-      affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean, batch_stats ? OptTensor(p.var) : var, acc);
+  const AffineTensors a = affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean,
+                                 batch_stats ? OptTensor(p.var) : var, acc);
   const Applied o = apply(p.y, a, map_t, pooled_t, relu, eps);
   return {o.z, o.fm, p.mean, p.var, p.y, o.count, o.yhat, o.res, o.res_yhat};
 }
@@ -267,20 +274,18 @@ std::tuple<Tensor, Tensor, Tensor> connector_project(const Tensor& u, const Tens
   return {p.y, p.mean, p.var};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(const Tensor& y, const OptTensor& bias,
-                                                                           const OptTensor& bn_weight, const OptTensor& bn_bias,
-                                                                           const OptTensor& mean, const OptTensor& var,
-                                                                           const OptTensor& map_t, const OptTensor& pooled_t,
-                                                                           bool relu, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(
+    const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+    const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
   const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, accumulator(dtype(y, kOp, "y")));
   const Applied o = apply(torch::stable::contiguous(y), a, map_t, pooled_t, relu, eps);
   return {o.z, o.fm, o.count, o.yhat, o.res, o.res_yhat};
 }
 
-std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z, const OptTensor& grad_fm, const Tensor& z,
-                                                           const OptTensor& pooled_t, const Tensor& count, const Tensor& yhat,
-                                                           const Tensor& res, const Tensor& res_yhat, int64_t positions,
-                                                           bool match_map) {
+std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z, const OptTensor& grad_fm,
+                                                           const Tensor& z, const OptTensor& pooled_t,
+                                                           const Tensor& count, const Tensor& yhat, const Tensor& res,
+                                                           const Tensor& res_yhat, int64_t positions, bool match_map) {
   const DType acc = dtype(z, kOp, "z");
   const int64_t B = z.size(0), Ct = z.size(1);
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
@@ -291,8 +296,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z,
   Launch launch(z);
   launched(channel_grads({acc, g_in.const_data_ptr(), nullptr, data(fm_in), z.const_data_ptr(), data(target),
                           count.const_data_ptr(), yhat.const_data_ptr(), match_map ? res.const_data_ptr() : nullptr,
-                          match_map ? res_yhat.const_data_ptr() : nullptr, g.mutable_data_ptr(), d_gamma.mutable_data_ptr(),
-                          d_beta.mutable_data_ptr(), B, positions, Ct},
+                          match_map ? res_yhat.const_data_ptr() : nullptr, g.mutable_data_ptr(),
+                          d_gamma.mutable_data_ptr(), d_beta.mutable_data_ptr(), B, positions, Ct},
                          launch.stream),
            "connector_match's channel gradients");
   return {g, d_gamma, d_beta};
@@ -321,11 +326,13 @@ std::tuple<Tensor, Tensor> product_grads(const Tensor& dy, const Tensor& u, cons
   return {du, dweight};
 }
 
-std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const OptTensor& grad_fm, const OptTensor& d_gamma,
-                                                 const OptTensor& d_beta, double n_stats, const Tensor& u, const Tensor& weight,
-                                                 const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight,
+std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const OptTensor& grad_fm,
+                                                 const OptTensor& d_gamma, const OptTensor& d_beta, double n_stats,
+                                                 const Tensor& u, const Tensor& weight, const Tensor& y,
+                                                 const OptTensor& bias, const OptTensor& bn_weight,
                                                  const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
-                                                 const OptTensor& map_t, bool relu, double eps, bool need_du, bool need_dweight) {
+                                                 const OptTensor& map_t, bool relu, double eps, bool need_du,
+                                                 bool need_dweight) {
   const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
   const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2), N = B * P;
   const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, acc);
@@ -333,15 +340,16 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
   const Tensor g = as(grad_z, acc), dy = empty(y, {N, Ct}, t);
   Launch launch(y);
   if (B > 0)
-    launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), data(fm), data(d_gamma),
-                             data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
+    launched(match_backward({t, y.const_data_ptr(), data(target), a.pointers(eps), g.const_data_ptr(), data(fm),
+                             data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
                             launch.stream),
              "connector_match's backward pass");
   return product_grads(dy, u, weight, need_du, need_dweight);
 }
 
-std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale, const OptTensor& grad_fm,
-                                                          const OptTensor& z, const OptTensor& pooled_t, const Tensor& u,
+std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale,
+                                                          const OptTensor& grad_fm, const OptTensor& z,
+                                                          const OptTensor& pooled_t, const Tensor& u,
                                                           const Tensor& weight, bool need_du, bool need_dweight,
                                                           bool need_dbias) {
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
@@ -354,7 +362,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
   if (linear_stage({u, weight, {}}, {g, z, target})) {
     const int64_t Cs = u.size(2);
     const Tensor rows = torch::stable::contiguous(u), w = torch::stable::contiguous(weight);
-    const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t), dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
+    const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
+                 dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
                  dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
     launched(linear_grad_tiles({.dtype = t,
                                 .grad_z = g.const_data_ptr<float>(),
@@ -377,8 +386,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
 #endif
   Tensor dz = empty(u, {B, Ct}, acc), sums = empty(u, {Ct}, acc);
   if (B > 0)
-    launched(channel_grads({acc, g.const_data_ptr(), data(factor), data(fm), data(z), data(target), nullptr, nullptr, nullptr,
-                            nullptr, dz.mutable_data_ptr(), nullptr, sums.mutable_data_ptr(), B, 1, Ct},
+    launched(channel_grads({acc, g.const_data_ptr(), data(factor), data(fm), data(z), data(target), nullptr, nullptr,
+                            nullptr, nullptr, dz.mutable_data_ptr(), nullptr, sums.mutable_data_ptr(), B, 1, Ct},
                            launch.stream),
              "connector_match's channel gradients");
   else
@@ -391,15 +400,15 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
 
 void check_projection(const Tensor& u, const Tensor& weight, const char* op, const char* weight_arg) {
   check(u.dim() == 3, op, ": u must be rows [B, P, Cs], got ", shape(u));
-  check(weight.dim() == 2 && weight.size(1) == u.size(2), op, ": ", weight_arg, " must be [Ct, Cs] with Cs = ", u.size(2),
-        " like u, got ", shape(weight));
+  check(weight.dim() == 2 && weight.size(1) == u.size(2), op, ": ", weight_arg,
+        " must be [Ct, Cs] with Cs = ", u.size(2), " like u, got ", shape(weight));
   check(on_device(u), op, ": u must be on ", kDevice);
   check_device(weight, op, weight_arg);
   dtype(u, op, "u");
-  check(weight.scalar_type() == u.scalar_type(), op, ": ", weight_arg, " must have u's dtype ", name(u.scalar_type()), ", got ",
-        name(weight.scalar_type()));
-  check(u.size(1) > 0 && weight.size(0) > 0, op, ": positions and channels must not be empty, got u ", shape(u), " and ",
-        weight_arg, " ", shape(weight));
+  check(weight.scalar_type() == u.scalar_type(), op, ": ", weight_arg, " must have u's dtype ", name(u.scalar_type()),
+        ", got ", name(weight.scalar_type()));
+  check(u.size(1) > 0 && weight.size(0) > 0, op, ": positions and channels must not be empty, got u ", shape(u),
+        " and ", weight_arg, " ", shape(weight));
 }
 
 Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
@@ -407,8 +416,8 @@ Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
 #ifdef IJCKD_CUDA
 // Every tensor of teacher channels is read in pieces of 16 bytes.
 int linear_stage(const Projection& p, std::initializer_list<OptTensor> others) {
-  const bool whole =
-      p.u.size(0) > 0 && p.weight.size(0) % 8 == 0 && aligned(p.bias) && std::all_of(others.begin(), others.end(), aligned);
+  const bool whole = p.u.size(0) > 0 && p.weight.size(0) % 8 == 0 && aligned(p.bias) &&
+                     std::all_of(others.begin(), others.end(), aligned);
   return whole ? readable_stage(torch::stable::contiguous(p.u), torch::stable::contiguous(p.weight)) : 0;
 }
 #endif

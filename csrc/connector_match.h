@@ -1,7 +1,7 @@
 #pragma once
 // connector_match without torch: pointers, sizes, a stream. Implemented twice with the same signatures, by loops in
-// cpu/connector_match.cpp and by kernels in cuda/connector_match.cu; the host side (connector_match.cpp) is compiled against
-// each.
+// cpu/connector_match.cpp and by kernels in cuda/connector_match.cu; the host side (connector_match.cpp) is compiled
+// against each.
 //
 // Names: B images, P positions (H*W), N = B*P, Ct teacher channels. T is `dtype`; A its accumulator (dtype.h).
 // Every function returns 0, or a CUDA error code. The stream is a cudaStream_t; the CPU ignores it.
@@ -27,16 +27,18 @@ template <typename A>
 IJCKD_HD Channel<A> channel(const Affine& f, int64_t c) {
   const A *mean = static_cast<const A*>(f.mean), *var = static_cast<const A*>(f.var);
   const A *gamma = static_cast<const A*>(f.gamma), *beta = static_cast<const A*>(f.beta);
-  return {mean ? mean[c] : A(0), var ? A(1) / A(sqrt(var[c] + A(f.eps))) : A(1), gamma ? gamma[c] : A(1), beta ? beta[c] : A(0)};
+  return {mean ? mean[c] : A(0), var ? A(1) / A(sqrt(var[c] + A(f.eps))) : A(1), gamma ? gamma[c] : A(1),
+          beta ? beta[c] : A(0)};
 }
 
-// Batch statistics are made in two steps. First y's rows are cut into parts of `rows_per_part` neighbouring rows, the last part
-// with what is left (at least one row); for part i and channel c over the rows r in [i * rows_per_part, min(N, (i + 1) *
-// rows_per_part)):
+// Batch statistics are made in two steps. First y's rows are cut into parts of `rows_per_part` neighbouring rows, the
+// last part with what is left (at least one row); for part i and channel c over the rows r in [i * rows_per_part,
+// min(N, (i + 1) * rows_per_part)):
 //   part_mean[i, c] = mean of y[r, c],   part_m2[i, c] = sum of (y[r, c] - part_mean[i, c])^2,   both summed in A.
-// Then combine_stats makes mean and variance of all rows from them. Whoever writes y may fill the parts on the way instead of
-// channel_stats, with a rows_per_part of its own, from the values it stores as T (so that the statistics are of the map that
-// match_forward reads); combine_stats takes any. A sum of squares minus the square of a sum is no substitute: it cancels.
+// Then combine_stats makes mean and variance of all rows from them. What writes y may fill the parts on the way
+// instead of channel_stats, with a rows_per_part of its own, from the values it stores as T (so that the statistics are
+// of the map that match_forward reads); combine_stats takes any. A sum of squares minus the square of a sum is no
+// substitute: it cancels.
 constexpr int64_t kStatRows = 128;  // channel_stats' rows_per_part
 
 IJCKD_HD int64_t stat_parts(int64_t N, int64_t rows_per_part) { return (N + rows_per_part - 1) / rows_per_part; }
@@ -91,8 +93,8 @@ struct MatchSums {
 };
 int match_sums(const MatchSums& s, void* stream);
 
-// g = grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with pooled match) goes to grad_out; then, with c = 2 grad_fm / (B P Ct),
-// d_beta[ch] = sum_b g count / P + c res[ch];  d_gamma[ch] = sum_b g yhat / P + c res_yhat[ch].
+// g = grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with pooled match) goes to grad_out; then, with c = 2 grad_fm / (B P
+// Ct), d_beta[ch] = sum_b g count / P + c res[ch];  d_gamma[ch] = sum_b g yhat / P + c res_yhat[ch].
 struct ChannelGrads {
   DType dtype;
   const void* grad_z;    // [B, Ct] A

@@ -1,6 +1,7 @@
 #pragma once
-// Rows of classifier_loss that could not be served as asked, counted where they are found: to raise an error the host would have
-// to wait for the device. Loops in cpu/counts.cpp, kernels in cuda/counts.cu. Every function returns 0, or a CUDA error code.
+// Rows of classifier_loss that could not be served as asked, counted where they are found: to raise an error the host
+// would have to wait for the device. Loops in cpu/counts.cpp, kernels in cuda/counts.cu. Every function returns 0, or a
+// CUDA error code.
 
 #include <cstdint>
 
@@ -12,11 +13,11 @@ enum {
   kCounts
 };
 
-// The current device's counters [kCounts]: 0 when the library is loaded, never freed, raised by atomicAdd of integers, so that
-// equal calls count alike. Null on the CPU, which checks labels first and never saturates.
+// The current device's counters [kCounts]: 0 when the library is loaded, never freed, raised by atomicAdd of integers,
+// so that equal calls count alike. Null on the CPU, which checks labels first and never saturates.
 int device_counts(int64_t** counts);
 
-// out [kCounts] = counts, which begin anew at 0.
+// out [kCounts] = counts, which begin again at 0.
 struct TakeCounts {
   int64_t* counts;
   int64_t* out;

@@ -1,9 +1,9 @@
 #pragma once
-// What the host side of every op needs: checks whose text names op, argument, wanted and found; dtypes; the current stream;
-// library GEMMs. Knows no op.
+// What the host side of every op needs: checks whose text names op, argument, expected and found; dtypes; the current
+// stream; library GEMMs. Knows no op.
 //
-// Each host file is compiled twice: into _C for the CPU, and with IJCKD_CUDA defined into _C_cuda. Only torch's stable ABI is
-// used (target 2.10), so that one wheel serves every torch >= 2.10.
+// Each host file is compiled twice: into _C for the CPU, and with IJCKD_CUDA defined into _C_cuda. Only torch's stable
+// ABI is used (target 2.10), so that one wheel serves every torch >= 2.10.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -78,7 +78,8 @@ inline DType dtype(ScalarType t, const char* op, const char* arg) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      fail(op, ": ", arg, " must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got ", name(t));
+      fail(op, ": ", arg, " must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got ",
+           name(t));
   }
 }
 
@@ -100,8 +101,8 @@ inline ScalarType scalar(DType t) {
 
 // `t` in dtype `to`, contiguous; itself where it already is.
 inline Tensor as(const Tensor& t, DType to) {
-  const ScalarType wanted = scalar(to);
-  return torch::stable::contiguous(t.scalar_type() == wanted ? t : torch::stable::to(t, wanted));
+  const ScalarType type = scalar(to);
+  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
 inline OptTensor as(const OptTensor& t, DType to) { return t ? OptTensor(as(*t, to)) : OptTensor(); }
@@ -113,7 +114,9 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
 }
 
 // a [M, K] times b [N, K] transposed: [M, N]. The library's GEMM, so every dtype and shape works.
-inline Tensor matmul_nt(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1)); }
+inline Tensor matmul_nt(const Tensor& a, const Tensor& b) {
+  return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+}
 
 #ifdef IJCKD_CUDA
 constexpr const char* kDevice = "cuda";
@@ -123,7 +126,8 @@ inline bool on_device(const Tensor& t) { return t.is_cuda(); }
 // The dtype in which products of operands of dtype t are taken.
 inline DType product_type(DType t) { return t; }
 
-// libtorch_cuda's C shim is looked up at run time, so that this library compiles, links and loads beside a CPU-only torch too.
+// libtorch_cuda's C shim is looked up at run time, so that this library compiles, links and loads beside a CPU-only
+// torch too.
 class Launch {
  public:
   explicit Launch(const Tensor& t) : guard_(t.get_device_index()) {
@@ -132,7 +136,8 @@ class Launch {
       void* lib = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
       return lib ? reinterpret_cast<Fn>(dlsym(lib, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    check(current_stream != nullptr, "ijckd_fast: this torch has no CUDA; install a CUDA build of torch to use tensors on a GPU");
+    check(current_stream != nullptr,
+          "ijckd_fast: this torch has no CUDA; install a CUDA build of torch to use tensors on a GPU");
     check(current_stream(t.get_device_index(), &stream) == 0, "ijckd_fast: torch gave no current CUDA stream");
   }
 
@@ -146,7 +151,8 @@ constexpr const char* kDevice = "cpu";
 
 inline bool on_device(const Tensor& t) { return t.is_cpu(); }
 
-// Whether the processor has the AVX-512 that oneDNN, torch's library for convolutions and bfloat16, is at its best with.
+// Whether the processor has the AVX-512 that oneDNN, torch's library for convolutions and bfloat16, is at its best
+// with.
 inline bool has_avx512() {
 #ifdef __x86_64__
   static const bool has =
@@ -157,9 +163,9 @@ inline bool has_avx512() {
 #endif
 }
 
-// The dtype in which products of operands of dtype t are taken: float32 for bfloat16 on an x86-64 processor where torch has no
-// oneDNN for it, but a plain loop many times slower than a product of floats. The results change by less than bfloat16's
-// rounding.
+// The dtype in which products of operands of dtype t are taken: float32 for bfloat16 on an x86-64 processor where torch
+// has no oneDNN for it, but a plain loop many times slower than a product of floats. The results change by less than
+// bfloat16's rounding.
 inline DType product_type(DType t) {
 #ifdef __x86_64__
   if (t == DType::bf16 && !has_avx512()) return DType::f32;
@@ -187,13 +193,13 @@ inline void check_device(const OptTensor& t, const char* op, const char* arg) {
   check(!t || on_device(*t), op, ": ", arg, " must be on ", kDevice, " like the first argument");
 }
 
-inline void check_shape(const OptTensor& t, std::initializer_list<int64_t> wanted, const char* op, const char* arg,
+inline void check_shape(const OptTensor& t, std::initializer_list<int64_t> expected, const char* op, const char* arg,
                         const char* symbols) {
   if (!t) return;
-  bool same = t->dim() == static_cast<int64_t>(wanted.size());
+  bool same = t->dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
   std::ostringstream w;
-  for (const int64_t n : wanted) {
+  for (const int64_t n : expected) {
     w << (i ? ", " : "") << n;
     same = same && t->size(i) == n;
     ++i;

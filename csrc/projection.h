@@ -18,8 +18,8 @@ void check_projection(const Tensor& u, const Tensor& weight, const char* op, con
 Tensor projected(const Projection& p);
 
 #ifdef IJCKD_CUDA
-// The stage whose tiles (cuda/linear_tiles.h) serve the projection; 0: the library's GEMM. The other tensors it reads have Ct
-// columns.
+// The stage whose tiles (cuda/linear_tiles.h) serve the projection; 0: the library's GEMM. The other tensors it reads
+// have Ct columns.
 int linear_stage(const Projection& p, std::initializer_list<OptTensor> others);
 #endif
 

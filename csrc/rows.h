@@ -1,6 +1,7 @@
 #pragma once
 // Passes over rows and columns that both ops need, without torch; loops in cpu/rows.cpp, kernels in cuda/rows.cu.
-// A is `dtype`, an accumulator type (dtype.h). Every function returns 0, or a CUDA error code; the CPU ignores the stream.
+// A is `dtype`, an accumulator type (dtype.h). Every function returns 0, or a CUDA error code; the CPU ignores the
+// stream.
 
 #include <cstdint>
 

@@ -11,7 +11,8 @@
 namespace ijckd {
 namespace {
 
-constexpr int64_t kScratch = 4;  // rows of scratch that one sample needs: logits, gradient, exponentials, logits - logits_t
+constexpr int64_t kScratch =
+    4;  // rows of scratch that one sample needs: logits, gradient, exponentials, logits - logits_t
 
 // x[k] = e^(scale (l[k] - top)); returns the sum over k.
 template <typename A>
@@ -53,11 +54,12 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   if (w.ce != 0) {
     const A eps = A(w.label_smoothing), q = A(1) - eps, share = r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1);
     const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
-    // Relative to the largest logit, whose own exponential, 1, is left out: lse - top = log1p(others) keeps the digits of a
-    // confident sample. An infinite logit would hide itself that way.
+    // Relative to the largest logit, whose own exponential, 1, is left out: lse - top = log1p(others) keeps the digits
+    // of a confident sample. An infinite logit would hide itself that way.
     for (int64_t k = 0; k < K; ++k) g[k] = exponential(l[k] - top);
     g[best] = 0;
-    const A others = valid && std::abs(top) < std::numeric_limits<A>::infinity() ? total(g) : std::numeric_limits<A>::quiet_NaN();
+    const A others =
+        valid && std::abs(top) < std::numeric_limits<A>::infinity() ? total(g) : std::numeric_limits<A>::quiet_NaN();
     const A sum = A(1) + others, scale = A(w.ce) / sum, uniform = A(w.ce) * eps / A(K);
     ce = others;
     if (valid) {
@@ -110,7 +112,9 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
 
 IJCKD_CLONES void sample_f32(const RowLoss& r, int64_t b, float* scratch) { sample<float, float>(r, b, scratch); }
 IJCKD_CLONES void sample_f64(const RowLoss& r, int64_t b, double* scratch) { sample<double, double>(r, b, scratch); }
-IJCKD_CLONES void sample_bf16(const RowLoss& r, int64_t b, float* scratch) { sample<c10::BFloat16, float>(r, b, scratch); }
+IJCKD_CLONES void sample_bf16(const RowLoss& r, int64_t b, float* scratch) {
+  sample<c10::BFloat16, float>(r, b, scratch);
+}
 
 template <typename A, typename Sample>
 void every_sample(const RowLoss& r, const Sample& one) {
@@ -176,7 +180,9 @@ int loss_sum(const LossSum& s, void*) {
 
 int feature_grad(const FeatureGrad& f, void*) {
   const auto run = [&](auto part) { parallel_for(f.B * f.Ct, 1 << 14, [&](int64_t i, int64_t n) { part(f, i, n); }); };
-  by_dtype(f.dtype, [&] { run(add_feature_grad_f32); }, [&] { run(add_feature_grad_f64); }, [&] { run(add_feature_grad_bf16); });
+  by_dtype(
+      f.dtype, [&] { run(add_feature_grad_f32); }, [&] { run(add_feature_grad_f64); },
+      [&] { run(add_feature_grad_bf16); });
   return 0;
 }
 

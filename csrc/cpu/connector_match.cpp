@@ -1,4 +1,5 @@
-// CPU loops of connector_match. Channels are the contiguous dimension, so every inner loop runs over channels and vectorises.
+// CPU loops of connector_match. Channels are the contiguous dimension, so every inner loop runs over channels and
+// vectorises.
 #include "connector_match.h"
 
 #include <algorithm>
@@ -56,12 +57,13 @@ struct Channels {
 // Pooled of some channels, likewise.
 template <typename A>
 struct PooledChannels {
-  A out[kChannelTile] = {}, count[kChannelTile] = {}, yhat[kChannelTile] = {}, square[kChannelTile] = {}, res[kChannelTile] = {},
-    res_yhat[kChannelTile] = {};
+  A out[kChannelTile] = {}, count[kChannelTile] = {}, yhat[kChannelTile] = {}, square[kChannelTile] = {},
+    res[kChannelTile] = {}, res_yhat[kChannelTile] = {};
 
   IJCKD_INLINE Pooled<A> get(int64_t i) const { return {out[i], count[i], yhat[i], square[i], res[i], res_yhat[i]}; }
   IJCKD_INLINE void set(int64_t i, const Pooled<A>& p) {
-    out[i] = p.out, count[i] = p.count, yhat[i] = p.yhat, square[i] = p.square, res[i] = p.res, res_yhat[i] = p.res_yhat;
+    out[i] = p.out, count[i] = p.count, yhat[i] = p.yhat, square[i] = p.square, res[i] = p.res,
+    res_yhat[i] = p.res_yhat;
   }
 };
 
@@ -131,7 +133,8 @@ IJCKD_INLINE void grad_tile(const MatchBackward& m, int64_t b, int64_t c0, int64
     for (int64_t i = 0; i < n; ++i) {
       const A target = matched ? load(map_t, row + i) : A(0);
       store(dy, row + i,
-            position_grad(ch[i], load(y, row + i), relu, terms.g_pos[i], terms.c_fm, target, terms.shift[i], terms.slope[i]));
+            position_grad(ch[i], load(y, row + i), relu, terms.g_pos[i], terms.c_fm, target, terms.shift[i],
+                          terms.slope[i]));
     }
   }
 }
@@ -227,9 +230,11 @@ int channel_grads(const ChannelGrads& g, void*) {
     const A *grad_z = static_cast<const A*>(g.grad_z), *count = static_cast<const A*>(g.count);
     const A *z = static_cast<const A*>(g.z), *pooled_t = static_cast<const A*>(g.pooled_t);
     const A *yhat = static_cast<const A*>(g.yhat), *res = static_cast<const A*>(g.res);
-    const A *res_yhat = static_cast<const A*>(g.res_yhat), grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
+    const A *res_yhat = static_cast<const A*>(g.res_yhat),
+            grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
     const A scale = g.scale ? *static_cast<const A*>(g.scale) : A(1);
-    A *grad_out = static_cast<A*>(g.grad_out), *d_gamma = static_cast<A*>(g.d_gamma), *d_beta = static_cast<A*>(g.d_beta);
+    A *grad_out = static_cast<A*>(g.grad_out), *d_gamma = static_cast<A*>(g.d_gamma),
+      *d_beta = static_cast<A*>(g.d_beta);
     const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
     const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
     for (int64_t c = 0; c < g.Ct; ++c) {

@@ -7,7 +7,8 @@
 
 namespace ijckd {
 
-// out [M, N] = a [M, L] b [L, N], all of one dtype. Autocast leaves this overload alone, so float32 stays float32 under it.
+// out [M, N] = a [M, L] b [L, N], all of one dtype. Autocast leaves this overload alone, so float32 stays float32 under
+// it.
 inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};

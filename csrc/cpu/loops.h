@@ -41,11 +41,12 @@ void by_dtype(DType t, const F32& f32, const F64& f64, const BF16& bf16) {
   });
 }
 
-// Rows of n elements in a task that is worth waking another thread for: some 10 us where an element takes a nanosecond or two.
+// Rows of n elements in a task that is worth waking another thread for: some 10 us where an element takes a nanosecond
+// or two.
 inline int64_t row_grain(int64_t n, int64_t elements) { return elements / (n > 0 ? n : 1) + 1; }
 
-// One task per `grain` items. Results never depend on the number of threads: what is summed across items is summed in index
-// order.
+// One task per `grain` items. Results never depend on the number of threads: what is summed across items is summed in
+// index order.
 template <typename F>
 void parallel_for(int64_t n, int64_t grain, const F& body) {
   torch::stable::parallel_for(0, n, grain, body);

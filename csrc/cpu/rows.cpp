@@ -15,11 +15,14 @@ IJCKD_INLINE void diff_rows(const FeatureDiff& f, int64_t first, int64_t last) {
     const A *z = static_cast<const A*>(f.z) + b * f.Ct, *pooled_t = static_cast<const A*>(f.pooled_t) + b * f.Ct;
     A* d = static_cast<A*>(f.d) + b * f.Ct;
     for (int64_t i = 0; i < f.Ct; ++i) d[i] = z[i] - pooled_t[i];
-    static_cast<A*>(f.square_rows)[b] = lane_sum<A>(f.Ct, [&](int64_t i) __attribute__((always_inline)) { return d[i] * d[i]; });
+    static_cast<A*>(f.square_rows)[b] =
+        lane_sum<A>(f.Ct, [&](int64_t i) __attribute__((always_inline)) { return d[i] * d[i]; });
   }
 }
 IJCKD_CLONES void diff_rows_f32(const FeatureDiff& f, int64_t first, int64_t last) { diff_rows<float>(f, first, last); }
-IJCKD_CLONES void diff_rows_f64(const FeatureDiff& f, int64_t first, int64_t last) { diff_rows<double>(f, first, last); }
+IJCKD_CLONES void diff_rows_f64(const FeatureDiff& f, int64_t first, int64_t last) {
+  diff_rows<double>(f, first, last);
+}
 
 }  // namespace
 

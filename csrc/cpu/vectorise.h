@@ -1,10 +1,10 @@
 #pragma once
-// What makes the CPU loops fast without -ffast-math: function clones per instruction set, an exponential that the compiler can
-// vectorise, and sums in lanes.
+// What makes the CPU loops fast without -ffast-math: function clones per instruction set, an exponential that the
+// compiler can vectorise, and sums in lanes.
 //
-// The library is compiled for any x86-64; a function marked IJCKD_CLONES is compiled again for AVX2 and AVX-512 and the loader
-// takes the best that the processor has. What such a function calls must be IJCKD_INLINE, or it would not be cloned with it.
-// Other architectures vectorise with what their baseline has (NEON on aarch64).
+// The library is compiled for any x86-64; a function marked IJCKD_CLONES is compiled again for AVX2 and AVX-512 and the
+// loader takes the best that the processor has. What such a function calls must be IJCKD_INLINE, or it would not be
+// cloned with it. Other architectures vectorise with what their baseline has (NEON on aarch64).
 
 #include <torch/headeronly/util/BFloat16.h>
 
@@ -13,7 +13,8 @@
 #include <cstdint>
 
 #define IJCKD_INLINE __attribute__((always_inline)) inline
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12  // older: no levels
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    __GNUC__ >= 12  // older: no levels
 #define IJCKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define IJCKD_CLONES
@@ -32,11 +33,11 @@ IJCKD_INLINE void store(c10::BFloat16* p, int64_t i, float v) {
   p[i].x = uint16_t(v != v ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);  // to the nearest, ties to even
 }
 
-// e^x to 2 units in the last place, any x: 0 below -104, infinity above 88.7, NaN for NaN. x = n ln 2 + r with |r| <= ln 2 / 2;
-// 2^n in two factors, so that results near the ends of the range neither overflow nor vanish early.
+// e^x to 2 units in the last place, any x: 0 below -104, infinity above 88.7, NaN for NaN. x = n ln 2 + r with |r| <=
+// ln 2 / 2; 2^n in two factors, so that results near the ends of the range neither overflow nor vanish early.
 IJCKD_INLINE float exponential(float x) {
   const float low = x < -104.0f ? -104.0f : x, v = low > 89.0f ? 89.0f : low;  // NaN passes both
-  constexpr float kRound = 12582912.0f;                                        // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = v * 1.44269504f + kRound, n = shifted - kRound;
   const float r = (v - n * 0.693359375f) - n * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -51,8 +52,8 @@ IJCKD_INLINE float exponential(float x) {
 }
 IJCKD_INLINE double exponential(double x) { return std::exp(x); }
 
-// Sum and maximum over n items, item(i) given; in 32 lanes, always the same ones, so that the order never depends on the
-// instruction set's width.
+// Sum and maximum over n items, item(i) given; in 32 lanes, always the same ones, so that the order never depends on
+// the instruction set's width.
 constexpr int64_t kLanes = 32;
 
 template <typename A, typename Item>

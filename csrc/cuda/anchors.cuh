@@ -1,6 +1,6 @@
 #pragma once
-// What both makers of classifier_tiles.h:Anchors have in common: anchor_rows, a row at a time, and linear_tiles, a tile at a
-// time.
+// What both makers of classifier_tiles.h:Anchors have in common: anchor_rows, a row at a time, and linear_tiles, a tile
+// at a time.
 
 #include "counts.h"
 #include "cuda/classifier_tiles.h"
@@ -31,8 +31,8 @@ struct RowDots {
 
   // Two neighbouring channels, from c, of row `row`: stores what becomes of them.
   template <typename T>
-  __device__ __forceinline__ void meet(const Anchors& p, const RowLabels& labels, float2 z, const float* pooled_t, int64_t row,
-                                       int64_t c, int64_t B, int64_t Ct) {
+  __device__ __forceinline__ void meet(const Anchors& p, const RowLabels& labels, float2 z, const float* pooled_t,
+                                       int64_t row, int64_t c, int64_t B, int64_t Ct) {
     const auto weight_pair = [&](int64_t k) { return load_pair(static_cast<const T*>(p.weight) + k * Ct + c); };
     const int64_t at = row * Ct + c;
     T* z_t = static_cast<T*>(p.z_t) + at;
@@ -53,7 +53,8 @@ struct RowDots {
   }
 
   // These are the row's part `part`.
-  __device__ __forceinline__ void store(const Anchors& p, const RowLabels& labels, int part, int64_t row, int64_t B) const {
+  __device__ __forceinline__ void store(const Anchors& p, const RowLabels& labels, int part, int64_t row,
+                                        int64_t B) const {
     const int64_t at = part * B + row;
     if (p.rows.fm) p.rows.fm[at] = square;
     if (!p.rows.anchor) return;

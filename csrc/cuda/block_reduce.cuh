@@ -20,15 +20,16 @@ __device__ __forceinline__ A shuffle_xor(const A& v, int mask) {
   return out;
 }
 
-// op over the values of the kThreads threads of a block, given to every thread: a binary tree within each warp, then the warps in
-// their order through `slots` (kThreads / 32), so equal inputs give equal bits. Every thread calls; ends with a barrier before
-// `slots` may be written again.
+// op over the values of the kThreads threads of a block, given to every thread: a binary tree within each warp, then
+// the warps in their order through `slots` (kThreads / 32), so equal inputs give equal bits. Every thread calls; ends
+// with a barrier before `slots` may be written again.
 template <int kThreads, typename A, typename Op>
 __device__ A block_reduce(A v, A* slots, Op op) {
   static_assert(kThreads % 32 == 0);
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) v = op(v, shuffle_xor(v, mask));
-  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = v;  // where one lane's result may differ (NaN) the first one's counts
+  // Where one lane's result may differ (NaN) the first one's counts.
+  if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = v;
   __syncthreads();
   A out = slots[0];
 #pragma unroll

@@ -57,8 +57,9 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 }  // namespace
 
 int row_loss(const RowLoss& r, void* stream) {
-  return dispatch(r.dtype,
-                  [&](auto t, auto a) { return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r); });
+  return dispatch(r.dtype, [&](auto t, auto a) {
+    return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r);
+  });
 }
 
 int loss_sum(const LossSum& s, void* stream) {

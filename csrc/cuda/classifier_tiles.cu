@@ -1,5 +1,5 @@
-// Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next launch, in
-// tile order, so equal inputs give equal bits.
+// Kernels of classifier_tiles.h. Blocks never wait for one another: what is summed over tiles is summed by the next
+// launch, in tile order, so equal inputs give equal bits.
 #include "anchors.cuh"
 #include "block_reduce.cuh"
 #include "hopper_tile.cuh"
@@ -37,8 +37,8 @@ struct LossSums {
 
 // Of all threads of the block: the means, their weighted sum, the hits. A part without weight must be 0.
 template <int kThreads>
-__device__ void store_losses(const Losses& losses, LossSums sums, const LossWeights& weights, int64_t B, int64_t K, int64_t Ct,
-                             double* slots) {
+__device__ void store_losses(const Losses& losses, LossSums sums, const LossWeights& weights, int64_t B, int64_t K,
+                             int64_t Ct, double* slots) {
   const double terms[kParts] = {1, double(K), double(Ct), 1};  // of a row's part
   const double weight[kParts] = {weights.ce, weights.sr, weights.fm, weights.kl};
   double loss = 0;
@@ -59,8 +59,8 @@ __device__ float row_total(const float* parts, int n, int64_t B, int64_t b) {
   return sum;
 }
 
-// NaN where it is not finite: an infinite anchor would hide itself, every other exponential 0 and the loss that of a perfect
-// sample.
+// NaN where it is not finite: an infinite anchor would hide itself, every other exponential 0 and the loss that of a
+// perfect sample.
 __device__ float row_anchor(const RowParts& rows, int64_t B, int64_t b) {
   const float anchor = row_total(rows.anchor, rows.parts, B, b);
   return fabsf(anchor) < INFINITY ? anchor : NAN;
@@ -79,7 +79,8 @@ struct Top {
   }
 };
 
-// What a row has gathered in one tile: summed over the 4 lanes that share the row, then, through shared memory, over warps.
+// What a row has gathered in one tile: summed over the 4 lanes that share the row, then, through shared memory, over
+// warps.
 struct RowSums {
   float others = 0, logits = 0;
   Top top;
@@ -98,10 +99,11 @@ __device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, 
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), tile_at<B::kByColumn>(from, m0, n0));
 
-  __syncthreads();                                     // the last stage has been read: its memory now holds the rows' sums
-  RowSums* rows = reinterpret_cast<RowSums*>(shared);  // [kM, kWarpsN]
+  __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
+  RowSums* rows = reinterpret_cast<RowSums*>(shared);                            // [kM, kWarpsN]
   float* anchors = reinterpret_cast<float*>(rows + Shape::kM * Shape::kWarpsN);  // [kM]
-  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) anchors[m] = m0 + m < p.B ? row_anchor(p.rows, p.B, m0 + m) : 0;
+  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads)
+    anchors[m] = m0 + m < p.B ? row_anchor(p.rows, p.B, m0 + m) : 0;
   __syncthreads();
   const float* bias = p.bias ? p.bias + p.first_class : nullptr;
 #pragma unroll
@@ -135,7 +137,8 @@ __device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, 
           row.others += e[n];
         }
         const int64_t b = m0 + tile_row<Shape>(i, half);
-        if (p.e && b < p.B && k < p.stride_e) store_pair(static_cast<bf16*>(p.e) + b * p.stride_e + k, float2{e[0], e[1]});
+        if (p.e && b < p.B && k < p.stride_e)
+          store_pair(static_cast<bf16*>(p.e) + b * p.stride_e + k, float2{e[0], e[1]});
       }
     }
 #pragma unroll
@@ -171,7 +174,8 @@ __device__ void gram_tile(const LogitsExp& p, const Operands<bf16, Shape>& from,
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, steps = ceil_div(p.Ct, kDepth), lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByColumn>(acc, shared, 3 * steps, [&](const auto& stage, int step) {
-    const int product = step / steps, depth = step % steps * kDepth;  // low high, high low, high high: the small ones first
+    // low high, high low, high high: the small ones first
+    const int product = step / steps, depth = step % steps * kDepth;
     copy_a<Shape>(stage, from.a, m0 + (product == 0 ? int(p.B) : 0), depth);
     copy_b<Shape, B::kByColumn>(stage, from.b, n0 + (product == 1 ? int(p.Ct) : 0), depth);
   });
@@ -189,7 +193,8 @@ __device__ void gram_tile(const LogitsExp& p, const Operands<bf16, Shape>& from,
         const int c = n0 + tile_column<Shape>(j);
         if (b >= p.B || c >= p.Ct) continue;
         const int64_t at = b * p.Ct + c;
-        const float2 gd{acc[i][j][2 * half], acc[i][j][2 * half + 1]}, z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
+        const float2 gd{acc[i][j][2 * half], acc[i][j][2 * half + 1]};
+        const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
         square += gd.x * (z.x - t.x) + gd.y * (z.y - t.y);
         store_pair(p.gram_d + at, gd);
       }
@@ -205,7 +210,8 @@ __device__ void gram_tile(const LogitsExp& p, const Operands<bf16, Shape>& from,
   }
 }
 
-// Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from memory.
+// Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from
+// memory.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     logits_exp_tile_kernel(const LogitsExp p, const __grid_constant__ Operands<bf16, Shape> logits,
@@ -252,7 +258,8 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
     if (w.ce != 0) {
       const float anchor = row_anchor(p.rows, p.B, b);
       float row = log1pf(row_others(p, b, anchor)), logits = 0;
-      if (saturated(top, anchor)) {  // of each tile only its largest logit: off by less than log K, of more than kSaturation
+      // Of each tile only its largest logit: off by less than log K, of more than kSaturation.
+      if (saturated(top, anchor)) {
         float sum = 0;
         for (int t = 0; t < p.sums.class_tiles; ++t) sum += expf(p.sums.best[t * p.B + b] - top.value);
         row = top.value - anchor + logf(sum);
@@ -292,8 +299,8 @@ __device__ RowScale row_scale(const GradRows& p, int64_t b) {
 template <typename Shape>
 constexpr int kExactFloats = Shape::kThreads / 32 * (Shape::kN + 2);
 
-// dz of row b, columns [n0, n0 + kN), += ce / B sum of p_k w_k, with logits computed anew: a warp takes every kWarps-th class and
-// keeps its softmax relative to the largest logit it has met. Every thread of the block calls.
+// dz of row b, columns [n0, n0 + kN), += ce / B sum of p_k w_k, with logits computed again: a warp takes every
+// kWarps-th class and keeps its softmax relative to the largest logit it has met. Every thread of the block calls.
 template <typename Shape>
 __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
   constexpr int kWarps = Shape::kThreads / 32, kColumns = Shape::kN / 32;
@@ -321,7 +328,7 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
     }
   }
   float* of_warp = shared + warp * (Shape::kN + 2);
-  __syncthreads();  // whoever read `shared` is done
+  __syncthreads();  // every reader of `shared` is done
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) of_warp[lane + 32 * j] = acc[j];
   if (lane == 0) of_warp[Shape::kN] = top, of_warp[Shape::kN + 1] = sum;
@@ -339,8 +346,8 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
   }
 }
 
-// With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that leave room
-// for one large block to a multiprocessor only.
+// With the last classes block 0 takes the losses, the others a tile of dz each. The columns' sums take registers that
+// leave room for one large block to a multiprocessor only.
 template <typename Shape, bool kSums>
 __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
     grad_rows_tile_kernel(const GradRows p, const __grid_constant__ Operands<bf16, Shape> from) {
@@ -366,9 +373,11 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
   RowScale* rows = reinterpret_cast<RowScale*>(stages + kExactFloats<Shape> * sizeof(float));  // [kM]
   float* columns = reinterpret_cast<float*>(rows + Shape::kM);                                 // [kN]
   if (p.last)
-    for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) rows[m] = m0 + m < p.B ? row_scale(p, m0 + m) : RowScale{};
+    for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads)
+      rows[m] = m0 + m < p.B ? row_scale(p, m0 + m) : RowScale{};
   if constexpr (kSums)
-    if (threadIdx.x < Shape::kWarpsN * 32 && threadIdx.x % 32 < 4)  // every row of `sums` is the same: the first will do
+    // Every row of `sums` is the same: the first will do.
+    if (threadIdx.x < Shape::kWarpsN * 32 && threadIdx.x % 32 < 4)
 #pragma unroll
       for (int j = 0; j < Shape::kBlocksN; ++j) {
         const int n = tile_column<Shape>(j);
@@ -395,7 +404,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
       const int m = tile_row<Shape>(i, half), b = m0 + m;
       if (b >= p.B) continue;
       const RowScale scale = p.last ? rows[m] : RowScale{};
-      const auto class_row = [&](int64_t k) { return weight + (k >= 0 && k < p.K ? k : 0) * p.Ct; };  // else the scale is NaN
+      // Of a label outside [0, K) any row: the scale is NaN.
+      const auto class_row = [&](int64_t k) { return weight + (k >= 0 && k < p.K ? k : 0) * p.Ct; };
       const bf16* w_a = p.last ? class_row(p.labels[b]) : nullptr;
       const bf16* w_b = p.last && p.labels_b ? class_row(p.labels_b[b]) : nullptr;
 #pragma unroll
@@ -449,9 +459,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   if (blockIdx.x == gridDim.x - 1) return mean_rows<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
-  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM, n0 = blockIdx.x / tiles_m * Shape::kN;
+  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = blockIdx.x % tiles_m * Shape::kM,
+            n0 = blockIdx.x / tiles_m * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth), tile_at<B::kByDepth>(from, m0, n0));
+  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth),
+                               tile_at<B::kByDepth>(from, m0, n0));
   const float share = 1 / float(p.B), c = float(2 * p.weights.fm / (double(p.B) * double(p.Ct)));
   for_pairs<Shape>(acc, m0, n0, p.B, p.Ct, [&](int64_t b, int n, float2 product) {
     const int64_t at = b * p.Ct + n;
@@ -480,13 +492,15 @@ int logits_exp(const LogitsExp& l, void* stream) {
     using Shape = decltype(shape);
     Operands<bf16, Shape> logits{}, gram{};
     const bf16* weight = static_cast<const bf16*>(l.weight) + l.first_class * l.Ct;
-    int error = make_operands<B::kByColumn>(&logits, matrix<bf16>(l.z_t, l.B, l.Ct), matrix<bf16>(weight, l.classes, l.Ct));
+    int error =
+        make_operands<B::kByColumn>(&logits, matrix<bf16>(l.z_t, l.B, l.Ct), matrix<bf16>(weight, l.classes, l.Ct));
     if (!error && l.gram)
-      error = make_operands<B::kByColumn>(&gram, matrix<bf16>(l.d_split, 2 * l.B, l.Ct), matrix<bf16>(l.gram, 2 * l.Ct, l.Ct));
+      error = make_operands<B::kByColumn>(&gram, matrix<bf16>(l.d_split, 2 * l.B, l.Ct),
+                                          matrix<bf16>(l.gram, 2 * l.Ct, l.Ct));
     if (error) return error;
     const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM), Shape::kThreads,
-                          stream, l, logits, gram);
+    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM),
+                          Shape::kThreads, stream, l, logits, gram);
   });
 }
 
@@ -498,8 +512,8 @@ int grad_rows(const GradRows& g, void* stream) {
     Operands<bf16, Shape> from{};
     if (g.grad) {
       const bf16* weight = static_cast<const bf16*>(g.weight) + g.first_class * g.Ct;
-      if (const int error =
-              make_operands<B::kByDepth>(&from, matrix<bf16>(g.e, g.B, g.stride_e), matrix<bf16>(weight, g.classes, g.Ct)))
+      if (const int error = make_operands<B::kByDepth>(&from, matrix<bf16>(g.e, g.B, g.stride_e),
+                                                       matrix<bf16>(weight, g.classes, g.Ct)))
         return error;
     }
     const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(g.Ct, Shape::kN) : 0) + (g.last ? 1 : 0);
@@ -524,14 +538,16 @@ int start_times_classifier(const TimesClassifier& t, void* stream) {
               make_operands<B::kByDepth>(&from, matrix<T>(t.gradient, t.B, t.stride), matrix<T>(t.weight, t.K, t.Ct)))
         return error;
     const int blocks = 1 + (t.grad ? ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, t, from);
+    return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream,
+                          t, from);
   });
 }
 
 }  // namespace
 
 int times_classifier(const TimesClassifier& t, void* stream) {
-  return t.dtype == DType::bf16 ? start_times_classifier<__nv_bfloat16>(t, stream) : start_times_classifier<__half>(t, stream);
+  return t.dtype == DType::bf16 ? start_times_classifier<__nv_bfloat16>(t, stream)
+                                : start_times_classifier<__half>(t, stream);
 }
 
 }  // namespace ijckd

@@ -1,25 +1,25 @@
 #pragma once
-// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu and logit_rows.cu, in the
-// order of use.
+// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu and logit_rows.cu,
+// in the order of use.
 //
-// Two ways, both begun by anchor_rows, or by linear_tiles.h:linear_tiles where z is made too. The anchored one, for bfloat16:
-// then logits_exp and grad_rows for every chunk of classes. Where the loss needs what only whole rows of logits can give
-// (temperature KL, a teacher's logits) or float16's range is too small for exponentials that are not yet probabilities: of the
-// first step the rounding alone, then logit_rows and times_classifier.
+// Two ways, both begun by anchor_rows, or by linear_tiles.h:linear_tiles where z is made too. The anchored one, for
+// bfloat16: then logits_exp and grad_rows for every chunk of classes. Where the loss needs what only whole rows of
+// logits can give (temperature KL, a teacher's logits) or float16's range is too small for exponentials that are not
+// yet probabilities: of the first step the rounding alone, then logit_rows and times_classifier.
 //
-// Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said otherwise
-// arrays are float. Every function returns 0 or a CUDA error code.
+// Names: B samples, K classes, Ct teacher channels (a multiple of 8; rows of 16-byte aligned arrays). Unless said
+// otherwise arrays are float. Every function returns 0 or a CUDA error code.
 //
-// Anchored softmax. The label's logit l_a is a dot product, known before any GEMM, so exponentials are taken relative to it and
-// no tile of classes needs another:
+// Anchored softmax. The label's logit l_a is a dot product, known before any GEMM, so exponentials are taken relative
+// to it and no tile of classes needs another:
 //   e_k = exp(l_k - l_a) for k != a, else 0;   s = sum of e_k;   cross-entropy = log1p(s);
 //   dCE/dz = (sum of e_k w_k - s w_a) / (1 + s).
-// The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the anchor. A row whose largest
-// logit lies more than kSaturation nats above the label's is saturated: it is counted, its loss is taken from the largest logits
-// of the tiles, and its gradient from logits computed anew, which is slow.
+// The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the anchor. A row whose
+// largest logit lies more than kSaturation nats above the label's is saturated: it is counted, its loss is taken from
+// the largest logits of the tiles, and its gradient from logits computed again, which is slow.
 //
-// Logit match. With G = W^T W, |W d|^2 = d^T G d and its gradient is 2 G d, at a cost that does not grow with K. d and G are each
-// split into two bfloat16 numbers, high + low, and three products of four are summed in float.
+// Logit match. With G = W^T W, |W d|^2 = d^T G d and its gradient is 2 G d, at a cost that does not grow with K. d and
+// G are each split into two bfloat16 numbers, high + low, and three products of four are summed in float.
 
 #include <cstdint>
 
@@ -69,7 +69,8 @@ struct Losses {
   int64_t* top1;  // []  out
 };
 
-// Per tile of classes (of G's columns) and row, written by logits_exp and summed in tile order by grad_rows: [tiles, B] each.
+// Per tile of classes (of G's columns) and row, written by logits_exp and summed in tile order by grad_rows: [tiles, B]
+// each.
 struct TileSums {
   float* others;    // sum of e_k
   float* logits;    // sum of l_k; null without label smoothing
@@ -91,7 +92,7 @@ struct LogitsExp {
   const float* bias;   // [K], or null
   RowParts rows;
   const int64_t* labels;
-  void* e;              // [B, stride_e] bfloat16  out, or null: not wanted; columns past the classes are 0
+  void* e;              // [B, stride_e] bfloat16  out, or null: not needed; columns past the classes are 0
   int64_t stride_e;     // classes rounded up to a multiple of 8
   TileSums sums;        // out
   int first_tile;       // of these classes among all tiles
@@ -131,15 +132,15 @@ struct GradRows {
 };
 int grad_rows(const GradRows& g, void* stream);
 
-// Whole rows of logits, in float, and classifier_loss.h:row_loss of them with the gradient kept apart in T. One launch, whose
-// blocks wait for one another between the two.
+// Whole rows of logits, in float, and classifier_loss.h:row_loss of them with the gradient kept apart in T. One launch,
+// whose blocks wait for one another between the two.
 struct LogitRows {
   int stage;           // 1 or 2
   DType dtype;         // T: bfloat16 or float16
   const void* stack;   // [B, Ct] T: z; with rows.delta [2, B, Ct]: d too
   const void* weight;  // [K, Ct] T
-  RowLoss rows;        // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
-  void* gradient;      // [B, stride] T  out, with rows.grad; columns past K are 0
+  RowLoss rows;    // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
+  void* gradient;  // [B, stride] T  out, with rows.grad; columns past K are 0
   int64_t Ct, stride;  // stride: K rounded up to a multiple of 8
 };
 int logit_rows(const LogitRows& l, void* stream);

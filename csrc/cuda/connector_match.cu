@@ -1,7 +1,7 @@
 // Kernels of connector_match around the library's GEMMs: any shape, any dtype; the GPU's oracle for faster ones.
-// Maps are [N, Ct] with channels contiguous, so a warp's 32 threads take neighbouring channels and every access is coalesced:
-// two channels each of a half type, where Ct and the pointers allow it, else one. What matters is bytes under way: every pass
-// over a map loads several rows per thread before it uses the first.
+// Maps are [N, Ct] with channels contiguous, so a warp's 32 threads take neighbouring channels and every access is
+// coalesced: two channels each of a half type, where Ct and the pointers allow it, else one. What matters is bytes
+// under way: every pass over a map loads several rows per thread before it uses the first.
 #include <type_traits>
 
 #include "connector_match.h"
@@ -24,8 +24,8 @@ int by_width(bool pairs, const F& run) {
   return run(std::integral_constant<int, 1>{});
 }
 
-// One part of V channels per thread column; blocks go through the channels of a part, then to the next part. A thread keeps its
-// rows in registers, so that the second pass, over the distances from the mean, reads nothing.
+// One part of V channels per thread column; blocks go through the channels of a part, then to the next part. A thread
+// keeps its rows in registers, so that the second pass, over the distances from the mean, reads nothing.
 template <typename T, typename A, int V>
 __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStats s) {
   constexpr int kRows = kStatRows / kStatLanes;  // of a thread
@@ -63,8 +63,8 @@ __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStat
   }
 }
 
-// A block per kColumns channels. With all parts at hand, Chan's formula for two of them becomes: the mean of the means, then the
-// sum of m2 and of the means' squared distances from it; nothing cancels, and lanes work side by side.
+// A block per kColumns channels. With all parts at hand, Chan's formula for two of them becomes: the mean of the means,
+// then the sum of m2 and of the means' squared distances from it; nothing cancels, and lanes work side by side.
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats s) {
   __shared__ A slots[1][kSumLanes][kColumns];
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats
   };
   const auto load = [&](int64_t i) { return Part{part_mean[i * s.Ct + c], part_m2[i * s.Ct + c]}; };
   A mean[1] = {0}, m2[1] = {0};
-  for_lane<kSumLanes, 8>(inside ? parts : 0, load, [&](int64_t i, const Part& part) { mean[0] += rows(i) * part.mean; });
+  for_lane<kSumLanes, 8>(inside ? parts : 0, load,
+                         [&](int64_t i, const Part& part) { mean[0] += rows(i) * part.mean; });
   sum_lanes(mean, slots);
   mean[0] /= A(s.N);
   for_lane<kSumLanes, 8>(inside ? parts : 0, load, [&](int64_t i, const Part& part) {
@@ -92,8 +93,8 @@ __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats
   static_cast<A*>(s.var)[c] = m2[0] / A(s.N);
 }
 
-// The image and the first channel of a thread that owns V channels of one image; b >= B for threads past the end. In one
-// dimension: a grid's second one ends at 65,535.
+// The image and the first channel of a thread that owns V channels of one image; b >= B for threads past the end. In
+// one dimension: a grid's second one ends at 65,535.
 struct Place {
   int64_t b, c;
 };
@@ -126,8 +127,8 @@ struct Batch {
   }
 };
 
-// Calls use(p, y, target) for every position p, in index order. The next batch is on its way while one is used: the compiler
-// would otherwise load each position just before its use, and wait for every one.
+// Calls use(p, y, target) for every position p, in index order. The next batch is on its way while one is used: the
+// compiler would otherwise load each position just before its use, and wait for every one.
 template <typename T, typename A, int V, bool kMatched, typename F>
 __device__ __forceinline__ void for_positions(const T* y, const T* map_t, int64_t Ct, int P, const F& use) {
   Batch<T, V, kMatched> now{}, next{};
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
   if (c < s.Ct && threadIdx.y == 0) static_cast<A*>(out)[c] = total;
 }
 
-// A block per kColumns channels, its lanes through the images. grad_fm is read from device memory: no host synchronisation.
+// A block per kColumns channels, its lanes through the images. grad_fm is read from device memory: no host
+// synchronisation.
 template <typename A, bool kPooled>
 __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads g) {
   __shared__ A slots[2][kSumLanes][kColumns];
@@ -232,7 +234,8 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   if (!inside || threadIdx.y != 0) return;
   const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
   static_cast<A*>(g.d_beta)[c] = sums[0] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
-  if (yhat) static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
+  if (yhat)
+    static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
 }
 
 // A thread per image and V channels, positions in a loop: dL/dy, row_math.h:position_grad.
@@ -257,7 +260,8 @@ __global__ void __launch_bounds__(kThreads) match_backward_kernel(MatchBackward 
   }
   for_positions<T, A, V, kMatched>(y, map_t, m.Ct, int(m.P), [&](int p, const A(&y_p)[V], const A(&target)[V]) {
     A d[V];
-    for (int v = 0; v < V; ++v) d[v] = position_grad(ch[v], y_p[v], m.relu, g_pos[v], c_fm, target[v], shift[v], slope[v]);
+    for (int v = 0; v < V; ++v)
+      d[v] = position_grad(ch[v], y_p[v], m.relu, g_pos[v], c_fm, target[v], shift[v], slope[v]);
     store_together(dy, p * m.Ct, d);
   });
 }
@@ -271,7 +275,8 @@ int channel_stats(const ChannelStats& s, void* stream) {
     return by_width<T>(s.Ct % 2 == 0 && aligned(2 * sizeof(T), {s.y}), [&](auto width) {
       constexpr int V = decltype(width)::value;
       const int64_t blocks = stat_parts(s.N, kStatRows) * ceil_div(s.Ct, kColumns * V);
-      return launch(channel_stats_kernel<T, A, V>, static_cast<unsigned>(blocks), dim3(kColumns, kStatLanes), stream, s);
+      return launch(channel_stats_kernel<T, A, V>, static_cast<unsigned>(blocks), dim3(kColumns, kStatLanes), stream,
+                    s);
     });
   });
 }
@@ -298,7 +303,8 @@ int match_forward(const MatchForward& m, void* stream) {
 
 int match_sums(const MatchSums& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
-    return launch(match_sums_kernel<decltype(a)>, dim3(ceil_div(s.Ct, kColumns), 3), dim3(kColumns, kSumLanes), stream, s);
+    return launch(match_sums_kernel<decltype(a)>, dim3(ceil_div(s.Ct, kColumns), 3), dim3(kColumns, kSumLanes), stream,
+                  s);
   });
 }
 

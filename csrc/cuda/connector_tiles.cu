@@ -6,9 +6,9 @@
 namespace ijckd {
 namespace {
 
-// Sum over a tile's rows of value(i, j, half, n), accumulators of which column tile_column(j) + n is meant, for every column:
-// over the thread's rows, the lanes that share its columns, then, through `warps` [kWarpsM, kN], the warps. Every thread of the
-// block calls; afterwards warps[0] holds the sums for all of them.
+// Sum over a tile's rows of value(i, j, half, n), accumulators of which column tile_column(j) + n is meant, for every
+// column: over the thread's rows, the lanes that share its columns, then, through `warps` [kWarpsM, kN], the warps.
+// Every thread of the block calls; afterwards warps[0] holds the sums for all of them.
 template <typename Shape, typename Value>
 __device__ __forceinline__ void column_sums(float* warps, const Value& value) {
 #pragma unroll
@@ -38,13 +38,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const int tiles_n = ceil_div(p.Ct, Shape::kN), part = blockIdx.x / tiles_n;
   const int m0 = part * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth),
+                                tile_at<B::kByColumn>(from, m0, n0));
 
   for_pairs<Shape>(acc, m0, n0, p.N, p.Ct,
                    [&](int64_t row, int c, float2 v) { store_pair(static_cast<T*>(p.y) + row * p.Ct + c, v); });
   if (!p.mean) return;
 
-  __syncthreads();                                  // the last stage has been read: its memory now holds the columns' sums
+  __syncthreads();  // the last stage has been read: its memory now holds the columns' sums
   float* warps = reinterpret_cast<float*>(stages);  // [kWarpsM, kN]
   const int left = int(p.N) - m0, rows = left < Shape::kM ? left : Shape::kM;
   const auto stored = [&](int i, int j, int half, int n) {
@@ -59,7 +60,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 #pragma unroll
     for (int n = 0; n < 2; ++n) mean[j][n] = warps[tile_column<Shape>(j) + n] / float(rows);
   const auto channel_of = [&](int n) { return int64_t(part) * p.Ct + n0 + n; };
-  for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) p.mean[channel_of(n)] = warps[n] / float(rows);
+  for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads)
+    p.mean[channel_of(n)] = warps[n] / float(rows);
   __syncthreads();  // everyone has read the sums
   column_sums<Shape>(warps, [&](int i, int j, int half, int n) {
     const float d = stored(i, j, half, n) - mean[j][n];
@@ -73,7 +75,8 @@ int start_project(const ProjectTiles& p, void* stream) {
   return with_tile(p.stage, p.N, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<T, Shape> from{};
-    if (const int error = make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.N, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
+    if (const int error =
+            make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.N, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
       return error;
     const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
     return launch_sharing(Shape::kSharedBytes, project_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, p, from);

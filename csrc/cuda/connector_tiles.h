@@ -7,8 +7,8 @@
 
 namespace ijckd {
 
-// y = u W^T, with the statistics of each channel over every part of the rows as connector_match.h:ChannelStats wants them, so
-// that BatchNorm's statistics cost no pass over y. They are those of y as stored.
+// y = u W^T, with the statistics of each channel over every part of the rows as connector_match.h:ChannelStats wants
+// them, so that BatchNorm's statistics cost no pass over y. They are those of y as stored.
 struct ProjectTiles {
   int stage;           // 1 or 2: stage.h
   DType dtype;         // T: bfloat16 or float16

@@ -5,8 +5,8 @@
 namespace ijckd {
 namespace {
 
-// A variable of the library, not memory from an allocator: every device has it, zeroed, before any stream can want it, so its
-// first use may be in the capture of a graph.
+// A variable of the library, not memory from an allocator: every device has it, zeroed, before any stream can want it,
+// so its first use may be in the capture of a graph.
 __device__ unsigned long long counters[kCounts];
 
 __global__ void take_counts_kernel(TakeCounts t) {

@@ -30,7 +30,8 @@ int dispatch(DType t, const F& body) {
   return body(__half{}, float{});
 }
 
-// The error as a launcher returns it. The caller gets it from here: torch must not find it again after a launch of its own.
+// The error as a launcher returns it. The caller gets it from here: torch must not find it again after a launch of its
+// own.
 inline int returned(cudaError_t error) {
   cudaGetLastError();
   return static_cast<int>(error);
@@ -42,24 +43,29 @@ cudaError_t allow_shared(Kernel kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-// Every kernel starts here or below, through plain functions of the runtime, so that tests/emulator can put its own in place.
+// Every kernel starts here or below, through plain functions of the runtime, so that tests/emulator can put its own in
+// place.
 template <typename... Params, typename... Args>
-int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
+int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
+                   const Args&... args) {
   cudaError_t error = allow_shared(kernel, shared_bytes);
-  const cudaLaunchConfig_t config{grid, block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream), nullptr, 0};
+  const cudaLaunchConfig_t config{grid,    block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
+                                  nullptr, 0};
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
   return returned(error);
 }
 
-// Of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time. Each of them must do what the
-// missing ones would have done.
+// Of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time. Each of them must do
+// what the missing ones would have done.
 template <typename... Params, typename... Args>
-int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int threads, void* stream, const Args&... args) {
+int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int threads, void* stream,
+                    const Args&... args) {
   int device, multiprocessors, on_each;
   cudaError_t error = allow_shared(kernel, shared_bytes);
   if (error == cudaSuccess) error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, threads, shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, threads, shared_bytes);
   if (error != cudaSuccess) return returned(error);
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
@@ -102,15 +108,19 @@ __device__ __forceinline__ float2 load_pair(const float* p) { return *reinterpre
 __device__ __forceinline__ float2 load_pair(const __nv_bfloat16* p) {
   return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p));
 }
-__device__ __forceinline__ float2 load_pair(const __half* p) { return __half22float2(*reinterpret_cast<const __half2*>(p)); }
+__device__ __forceinline__ float2 load_pair(const __half* p) {
+  return __half22float2(*reinterpret_cast<const __half2*>(p));
+}
 __device__ __forceinline__ void store_pair(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
 __device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
   *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
 }
-__device__ __forceinline__ void store_pair(__half* p, float2 v) { *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y); }
+__device__ __forceinline__ void store_pair(__half* p, float2 v) {
+  *reinterpret_cast<__half2*>(p) = __floats2half2_rn(v.x, v.y);
+}
 
-// V neighbouring elements as one access moves them, V = 2 for half types only; the address must be a multiple of their size.
-// Two halves stay one word until they are used: taken apart sooner, they would be waited for sooner.
+// V neighbouring elements as one access moves them, V = 2 for half types only; the address must be a multiple of their
+// size. Two halves stay one word until they are used: taken apart sooner, they would be waited for sooner.
 template <typename T, int V>
 struct Together {
   static_assert(V == 1, "more than one element only of half types, two");
@@ -154,11 +164,12 @@ inline bool aligned(size_t bytes, std::initializer_list<const void*> pointers) {
   return true;
 }
 
-// A block whose threads stand in lanes (threadIdx.y) of kColumns columns (threadIdx.x): one warp's width of coalesced loads.
+// A block whose threads stand in lanes (threadIdx.y) of kColumns columns (threadIdx.x): one warp's width of coalesced
+// loads.
 constexpr int kColumns = 32;
 
-// Adds each of V values up over the kLanes lanes, per column, and gives every thread its column's sums; a binary tree, so equal
-// inputs give equal bits. Ends with a barrier before `slots` may be written again.
+// Adds each of V values up over the kLanes lanes, per column, and gives every thread its column's sums; a binary tree,
+// so equal inputs give equal bits. Ends with a barrier before `slots` may be written again.
 template <int kLanes, int V, typename A>
 __device__ void sum_lanes(A (&v)[V], A (&slots)[V][kLanes][kColumns]) {
   static_assert((kLanes & (kLanes - 1)) == 0, "the tree halves the lanes");
@@ -192,7 +203,8 @@ __device__ __forceinline__ void for_lane(int64_t rows, const Load& load, const U
 template <int kLanes, typename A>
 __device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, A (&slots)[1][kLanes][kColumns]) {
   A s[1] = {0};
-  for_lane<kLanes, 8>(c < cols ? rows : 0, [&](int64_t r) { return x[r * cols + c]; }, [&](int64_t, A v) { s[0] += v; });
+  for_lane<kLanes, 8>(
+      c < cols ? rows : 0, [&](int64_t r) { return x[r * cols + c]; }, [&](int64_t, A v) { s[0] += v; });
   sum_lanes(s, slots);
   return s[0];
 }

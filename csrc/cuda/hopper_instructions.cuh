@@ -1,8 +1,8 @@
 #pragma once
-// instructions.cuh's continuation for sm_90a alone: copies of whole tiles (TMA), the barriers they report to, and products of a
-// whole warpgroup (4 warps, the first of which is a multiple of 4) whose operands stay in shared memory (wgmma).
-// tests/emulator/include has a header of the same name with the same functions in plain C++; tests/gpu/test_instructions.py
-// compares the two on a GPU.
+// instructions.cuh's continuation for sm_90a alone: copies of whole tiles (TMA), the barriers they report to, and
+// products of a whole warpgroup (4 warps, the first of which is a multiple of 4) whose operands stay in shared memory
+// (wgmma). tests/emulator/include has a header of the same name with the same functions in plain C++;
+// tests/gpu/test_instructions.py compares the two on a GPU.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -22,43 +22,51 @@
 
 namespace ijckd {
 
-// A barrier in shared memory, 8-byte aligned. Its phases are numbered from 0; one ends when `arrivals` threads have arrived and
-// as many bytes have landed as they have announced. One thread calls; barrier_init_fence and __syncthreads must follow before any
-// use.
+// A barrier in shared memory, 8-byte aligned. Its phases are numbered from 0; one ends when `arrivals` threads have
+// arrived and as many bytes have landed as they have announced. One thread calls; barrier_init_fence and __syncthreads
+// must follow before any use.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
   IJCKD_ASM("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
 // Shows the calling thread's new barriers to copies.
-__device__ __forceinline__ void barrier_init_fence() { IJCKD_ASM("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+__device__ __forceinline__ void barrier_init_fence() {
+  IJCKD_ASM("fence.mbarrier_init.release.cluster;" :: : "memory");
+}
 
 // Arrives, and announces `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
-  IJCKD_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  IJCKD_ASM("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+            "r"(bytes) : "memory");
 }
 
-// Waits for the end of the phase under way, or returns at once if that is no longer the one whose number has this parity.
+// Waits for the end of the phase under way, or returns at once if that is no longer the one whose number has this
+// parity.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
   uint32_t done = 0;
   while (!done)
-    IJCKD_ASM("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(
-                  done) : "r"(shared_address(barrier)),
-              "r"(parity) : "memory");
+    IJCKD_ASM(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n" : "=r"(done) : "r"(
+            shared_address(barrier)),
+        "r"(parity) : "memory");
 }
 
-// Starts the copy of map's box whose first element is (row, column) to shared memory, where it has rows of 128 bytes and
-// begins at a multiple of 1024 bytes: the 16-byte chunk c of row r lands at chunk c ^ (r % 8). What lies outside the array is 0.
-// One thread calls; the bytes are reported to `barrier`.
+// Starts the copy of map's box whose first element is (row, column) to shared memory, where it has rows of 128 bytes
+// and begins at a multiple of 1024 bytes: the 16-byte chunk c of row r lands at chunk c ^ (r % 8). What lies outside
+// the array is 0. One thread calls; the bytes are reported to `barrier`.
 __device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row) {
-  IJCKD_ASM("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
-                shared_address(to)),
-            "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
+  IJCKD_ASM(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];\n" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
 
-// Names an operand of multiply_add_64xNx16 in tiles that load_tile has filled, p its first element. Rows r of the output and
-// steps k of the contraction lie at
+// Names an operand of multiply_add_64xNx16 in tiles that load_tile has filled, p its first element. Rows r of the
+// output and steps k of the contraction lie at
 //   rows of the output (64 steps to 128 bytes):        r / 8 * stride_bytes + r % 8 * 128 + 2 k
-//   rows of the contraction (64 columns to 128 bytes): r / 64 * leading_bytes + r % 64 * 2 + k / 8 * stride_bytes + k % 8 * 128
+//   rows of the contraction (64 columns to 128 bytes):
+//     r / 64 * leading_bytes + r % 64 * 2 + k / 8 * stride_bytes + k % 8 * 128
 // before the chunks are swizzled. Offsets are multiples of 16; leading_bytes is not used in the first case.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes) {
   const auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3FFFF) >> 4); };
@@ -71,8 +79,8 @@ __device__ __forceinline__ void warpgroup_fence() { IJCKD_ASM("wgmma.fence.sync.
 // Closes the warpgroup's group of products started since the last call.
 __device__ __forceinline__ void warpgroup_commit() { IJCKD_ASM("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 
-// Waits until at most kPending of the warpgroup's latest groups are under way: the others have read their operands, and with
-// none left the calling thread may use its accumulators.
+// Waits until at most kPending of the warpgroup's latest groups are under way: the others have read their operands, and
+// with none left the calling thread may use its accumulators.
 template <int kPending>
 __device__ __forceinline__ void warpgroup_wait() {
   IJCKD_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -83,21 +91,22 @@ __device__ __forceinline__ void warpgroup_wait() {
   "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                        \
   " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   " %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, %34;\n}\n"
-#define IJCKD_WGMMA_128(type)                                                                                        \
-  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                                         \
-  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                       \
-  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
-  " %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, %66;\n}\n"
+#define IJCKD_WGMMA_128(type)                                                                                          \
+  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                                           \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                         \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
+  " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "    \
+  " %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, " \
+  "%66;\n}\n"
 #define IJCKD_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define IJCKD_SUMS_8(j)                                                                                         \
   IJCKD_SUMS(j), IJCKD_SUMS(j + 1), IJCKD_SUMS(j + 2), IJCKD_SUMS(j + 3), IJCKD_SUMS(j + 4), IJCKD_SUMS(j + 5), \
       IJCKD_SUMS(j + 6), IJCKD_SUMS(j + 7)
 
-// d [64, 8 kBlocks] += a [64, 16] b [16, 8 kBlocks], a and b of type T by their descriptors, d in float: d[j] holds of the 16
-// rows of the calling warp and the columns from 8 j what multiply_add_16x8x16's d holds. a has rows of the output; b too, or,
-// with kByDepth, rows of the contraction. Starts only: no access to d until warpgroup_wait. The 128 threads of a warpgroup call
-// it together.
+// d [64, 8 kBlocks] += a [64, 16] b [16, 8 kBlocks], a and b of type T by their descriptors, d in float: d[j] holds of
+// the 16 rows of the calling warp and the columns from 8 j what multiply_add_16x8x16's d holds. a has rows of the
+// output; b too, or, with kByDepth, rows of the contraction. Starts only: no access to d until warpgroup_wait. The 128
+// threads of a warpgroup call it together.
 template <typename T, bool kByDepth, int kBlocks>
 __device__ __forceinline__ void multiply_add_64xNx16(float (&d)[kBlocks][4], uint64_t a, uint64_t b) {
   static_assert(kBlocks == 8 || kBlocks == 16);

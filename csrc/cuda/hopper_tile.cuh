@@ -1,7 +1,7 @@
 #pragma once
-// tile.cuh's tiles as a Hopper GPU makes them best (stage 2, sm_90a): the tensor memory accelerator fills the stages, warpgroups
-// multiply from shared memory. Sizes, the swizzle, what a thread holds of the output and how kernels are written are the same,
-// so that one kernel serves both.
+// tile.cuh's tiles as a Hopper GPU makes them best (stage 2, sm_90a): the tensor memory accelerator fills the stages,
+// warpgroups multiply from shared memory. Sizes, the swizzle, what a thread holds of the output and how kernels are
+// written are the same, so that one kernel serves both.
 
 #include <cuda_runtime.h>
 
@@ -51,14 +51,15 @@ inline auto tensor_map_encoder() {
   static void* const encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const auto error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? function : nullptr;
   }();
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(encode);
 }
 
-// The operand of a kernel whose tiles copy `tile_rows` rows at a time: the driver's description of the array and of that box.
-// Returns 0 or an error code.
+// The operand of a kernel whose tiles copy `tile_rows` rows at a time: the driver's description of the array and of
+// that box. Returns 0 or an error code.
 template <typename T>
 int make_operand(CUtensorMap* to, const Matrix<T>& from, int tile_rows) {
   const auto encode = tensor_map_encoder();
@@ -124,14 +125,15 @@ __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, 
   };
 }
 
-// acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread. Every thread
-// of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before `shared` is used anew. A
-// kernel that calls again, with nothing else in `shared` since, says how many steps there were before: its barriers go on.
+// acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread.
+// Every thread of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before
+// `shared` is used again. A kernel that calls again, with nothing else in `shared` since, says how many steps there
+// were before: its barriers go on.
 template <typename Shape, B kLayout, typename T, typename Copy>
-__device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
-                                                                     const Copy& copy, int before = 0) {
+__device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
+                                                                     int steps, const Copy& copy, int before = 0) {
   constexpr int kStages = Shape::kStages, kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
-  uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);                          // [kStages]
+  uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);  // [kStages]
   if (before == 0) {
     if (threadIdx.x == 0) {
       for (int s = 0; s < kStages; ++s) barrier_init(landed + s, 1);
@@ -165,7 +167,7 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
     }
     warpgroup_commit();
     warpgroup_wait<1>();  // the step before has been read by this warpgroup,
-    __syncthreads();      // and by the others: while this one's products are made its stage is filled anew
+    __syncthreads();      // and by the others: while this one's products are made its stage is filled again
     start(step + kStages - 1);
   }
   warpgroup_wait<0>();

@@ -9,8 +9,8 @@ namespace {
 
 // What becomes of a tile of z where classifier_loss follows. `rows` [kM, kWarpsN].
 template <typename T, typename Shape>
-__device__ __forceinline__ void store_anchors(const LinearTiles& p, const typename Shape::Accumulators& acc, RowDots* rows,
-                                              int m0, int n0) {
+__device__ __forceinline__ void store_anchors(const LinearTiles& p, const typename Shape::Accumulators& acc,
+                                              RowDots* rows, int m0, int n0) {
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i)
 #pragma unroll
@@ -52,9 +52,11 @@ template <typename T, typename Shape, bool kAnchors>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     linear_tile_kernel(const LinearTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
+  const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM,
+            n0 = blockIdx.x % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
+  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth),
+                                tile_at<B::kByColumn>(from, m0, n0));
   if constexpr (kAnchors) {
     __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
     return store_anchors<T, Shape>(p, acc, reinterpret_cast<RowDots*>(stages), m0, n0);
@@ -80,8 +82,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
 // --------------------------------------------------------------------------------------------------------------------
 // linear_grad_tiles
 
-// Small tiles whatever the sizes, of many threads: those share a window of dz, whose loads are in registers while the tile before
-// it is multiplied.
+// Small tiles whatever the sizes, of many threads: those share a window of dz, whose loads are in registers while the
+// tile before it is multiplied.
 using GradTile = Tile<64, 64, 32, 16, 3>;
 static_assert(GradTile::kM == kDepth && GradTile::kN == kDepth, "a window of dz is one panel either way");
 
@@ -94,9 +96,9 @@ __device__ __forceinline__ uint32_t pair_bits(float x, float y) {
   return bits;
 }
 
-// What dz's rows [row, row + 64), columns [col, col + 64) are made of: every thread of the block holds kChunk neighbours, those
-// of chunk threadIdx.x % 8, in each of kRows rows. Nothing is computed before it is asked for, so that nobody waits for the loads
-// sooner. What lies outside dz is 0.
+// What dz's rows [row, row + 64), columns [col, col + 64) are made of: every thread of the block holds kChunk
+// neighbours, those of chunk threadIdx.x % 8, in each of kRows rows. Nothing is computed before it is asked for, so
+// that no thread waits for the loads sooner. What lies outside dz is 0.
 template <bool kPooled>
 struct Window {
   static constexpr int kRows = kDepth * kDepth / (GradTile::kThreads * kChunk), kMatched = kPooled ? kRows : 1;
@@ -148,8 +150,8 @@ struct Window {
 
 // One tile of out [rows, Cs] = a b, where a [rows, depth] is dz as it lies (A::kByRow) or transposed and b [depth, Cs].
 template <A kLayout, bool kPooled, typename T>
-__device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared, int tile, const void* b_data, void* out,
-                                             int64_t rows, int64_t depth) {
+__device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared, int tile, const void* b_data,
+                                             void* out, int64_t rows, int64_t depth) {
   using Shape = GradTile;
   const Matrix<T> b = matrix<T>(b_data, depth, p.Cs);
   const int tiles_n = ceil_div(p.Cs, Shape::kN), m0 = tile / tiles_n * Shape::kM, n0 = tile % tiles_n * Shape::kN;
@@ -214,7 +216,8 @@ int start_linear(const LinearTiles& p, void* stream) {
   return with_tile(p.stage, p.B, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<T, Shape> from{};
-    if (const int error = make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.B, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
+    if (const int error =
+            make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.B, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
       return error;
     const int blocks = ceil_div(p.B, Shape::kM) * ceil_div(p.Ct, Shape::kN);
     const auto start = [&](auto kernel) {
@@ -245,7 +248,8 @@ int linear_grad_tiles(const LinearGradTiles& p, void* stream) {
   const int dweight_tiles = p.dweight ? ceil_div(p.Ct, GradTile::kM) * tiles_n : 0;
   const int blocks = du_tiles + dweight_tiles + (p.dbias ? ceil_div(p.Ct, kDepth) : 0);
   const auto start = [&](auto kernel) {
-    return launch_sharing(GradTile::kSharedBytes, kernel, blocks, GradTile::kThreads, stream, p, du_tiles, dweight_tiles);
+    return launch_sharing(GradTile::kSharedBytes, kernel, blocks, GradTile::kThreads, stream, p, du_tiles,
+                          dweight_tiles);
   };
   const auto start_as = [&](auto t) {
     using T = decltype(t);

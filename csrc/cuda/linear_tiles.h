@@ -1,9 +1,10 @@
 #pragma once
-// A linear connector on vectors on tensor cores (sm_80 and newer), without torch: the projection with its bias, and all its
-// gradients, in one launch each. Both are short, so that the launches around a library's products would take longer than they.
+// A linear connector on vectors on tensor cores (sm_80 and newer), without torch: the projection with its bias, and all
+// its gradients, in one launch each. Both are short, so that the launches around a library's products would take longer
+// than they.
 //
-// Names: B images, Cs student and Ct teacher channels, both multiples of 8. Every array is aligned to 16 bytes. Each function
-// returns 0 or a CUDA error code.
+// Names: B images, Cs student and Ct teacher channels, both multiples of 8. Every array is aligned to 16 bytes. Each
+// function returns 0 or a CUDA error code.
 
 #include <cstdint>
 
@@ -23,7 +24,7 @@ struct LinearTiles {
   float* z;               // [B, Ct]  out
   float* squares;         // [linear_blocks(stage, B, Ct)]  out, with pooled_t: parts of the sum of (z - pooled_t)^2
   float* fm;              // []  out, without pooled_t: 0
-  Anchors anchors;        // out, in linear_parts(stage, B, Ct) parts; then squares and fm are not. z_t null: not wanted
+  Anchors anchors;        // out, in linear_parts(stage, B, Ct) parts; then squares and fm are not. z_t null: not needed
   int64_t B, Cs, Ct;
 };
 int linear_tiles(const LinearTiles& p, void* stream);
@@ -32,7 +33,7 @@ int64_t linear_blocks(int stage, int64_t B, int64_t Ct);
 int64_t linear_parts(int stage, int64_t B, int64_t Ct);
 
 // With dz = scale grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with a match), rounded to T for the products only:
-// du = dz W,  dweight = dz^T u,  dbias = dz's sum over the images. At least one of the three is wanted.
+// du = dz W,  dweight = dz^T u,  dbias = dz's sum over the images. At least one of the three is needed.
 struct LinearGradTiles {
   DType dtype;            // T
   const float* grad_z;    // [B, Ct]

@@ -8,14 +8,15 @@
 namespace ijckd {
 namespace {
 
-// Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together, each takes
-// rows of its own. One with nothing to multiply helps with the rows.
+// Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
+// each takes rows of its own. One with nothing to multiply helps with the rows.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   const int64_t rows = p.rows.B, K = p.rows.K, stacked = p.rows.delta ? 2 * rows : rows;
-  const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN), steps = ceil_div(p.Ct, kDepth);
+  const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),
+            steps = ceil_div(p.Ct, kDepth);
   float* logits = static_cast<float*>(p.rows.logits);
   for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x, before += steps) {
     const int m0 = tile % tiles_m * Shape::kM, n0 = tile / tiles_m * Shape::kN;
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   }
   cooperative_groups::this_grid().sync();
 
-  const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages), reinterpret_cast<RowExponentials<float>*>(stages),
-                              reinterpret_cast<float*>(stages)};
+  const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages),
+                              reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages)};
   for (int64_t b = blockIdx.x; b < rows; b += gridDim.x)
     row_loss_by_block<Shape::kThreads, float>(p.rows, b, static_cast<T*>(p.gradient), p.stride, slots);
 }
@@ -46,11 +47,12 @@ int start(const LogitRows& l, void* stream) {
   return with_tile(l.stage, stacked, K, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<T, Shape> from{};
-    if (const int error = make_operands<B::kByColumn>(&from, matrix<T>(l.stack, stacked, l.Ct), matrix<T>(l.weight, K, l.Ct)))
+    if (const int error =
+            make_operands<B::kByColumn>(&from, matrix<T>(l.stack, stacked, l.Ct), matrix<T>(l.weight, K, l.Ct)))
       return error;
     const int64_t tiles = int64_t(ceil_div(stacked, Shape::kM)) * ceil_div(K, Shape::kN);
-    return launch_resident(Shape::kSharedBytes, logit_rows_tile_kernel<T, Shape>, tiles > rows ? tiles : rows, Shape::kThreads,
-                           stream, l, from);
+    return launch_resident(Shape::kSharedBytes, logit_rows_tile_kernel<T, Shape>, tiles > rows ? tiles : rows,
+                           Shape::kThreads, stream, l, from);
   });
 }
 

@@ -43,7 +43,8 @@ struct RowExponentials {
   }
 };
 
-// Shared memory for a block's sums, an element per warp. They are in use one after another, and may be one piece of memory.
+// Shared memory for a block's sums, an element per warp. They are in use one after another, and may be one piece of
+// memory.
 template <typename A>
 struct RowSlots {
   RowTops<A>* tops;
@@ -51,9 +52,9 @@ struct RowSlots {
   A* kl;
 };
 
-// Three passes over the row, which stays in L2: largest logits and the logit match; exponentials; KL and the gradient, which may
-// take the logits' place. Sums in A, in fixed order: deterministic. A label outside [0, K) gives a NaN loss and is counted. The
-// gradient's row, of type G, is 0 between K and `stride`. Ends with a barrier.
+// Three passes over the row, which stays in L2: largest logits and the logit match; exponentials; KL and the gradient,
+// which may take the logits' place. Sums in A, in fixed order: deterministic. A label outside [0, K) gives a NaN loss
+// and is counted. The gradient's row, of type G, is 0 between K and `stride`. Ends with a barrier.
 template <int kThreads, typename T, typename A, typename G>
 __device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int64_t stride, const RowSlots<A>& slots) {
   const int64_t K = r.K;
@@ -83,7 +84,8 @@ __device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int6
   const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
   const A smoothing = A(w.label_smoothing);
   const Target<A> q{label_a, label_b, r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1), smoothing, smoothing / A(K)};
-  const A l_a = valid ? logit(label_a) : A(0), l_b = valid ? logit(label_b) : A(0);  // before a gradient takes their place
+  // Before a gradient takes their place.
+  const A l_a = valid ? logit(label_a) : A(0), l_b = valid ? logit(label_b) : A(0);
 
   RowExponentials<A> sums{};
   if (w.ce != 0 || w.kl != 0)
@@ -96,8 +98,8 @@ __device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int6
       sums.t += exp((l - diff(k, l) - tops.value_t) / temp);
     }
   sums = block_reduce<kThreads>(sums, slots.exponentials, Sum{});
-  // The largest logit's own exponential is left out, so that a confident sample keeps its digits; an infinite one would hide
-  // itself.
+  // The largest logit's own exponential is left out, so that a confident sample keeps its digits; an infinite one would
+  // hide itself.
   if (!valid || !(fabs(tops.value) < A(INFINITY))) sums.others = NAN;
 
   A kl = 0;

@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kSumThreads) array_sum_kernel(const A* x,  // 
 int feature_diff(const FeatureDiff& f, void* stream) {
   return dispatch(f.dtype, [&](auto, auto a) {
     using A = decltype(a);
-    return launch(feature_diff_kernel<A>, f.B, kThreads, stream, static_cast<const A*>(f.z), static_cast<const A*>(f.pooled_t),
-                  static_cast<A*>(f.d), static_cast<A*>(f.square_rows), f.Ct);
+    return launch(feature_diff_kernel<A>, f.B, kThreads, stream, static_cast<const A*>(f.z),
+                  static_cast<const A*>(f.pooled_t), static_cast<A*>(f.d), static_cast<A*>(f.square_rows), f.Ct);
   });
 }
 
@@ -81,8 +81,8 @@ int column_sum(const ColumnSum& s, void* stream) {
     const A* x = static_cast<const A*>(s.x);
     A* out = static_cast<A*>(s.out);
     if (s.cols == 1) return launch(array_sum_kernel<A>, 1, kSumThreads, stream, x, out, s.rows, A(s.scale));
-    return launch(column_sum_kernel<A>, ceil_div(s.cols, kColumns), dim3(kColumns, kLanes), stream, x, out, s.rows, s.cols,
-                  A(s.scale));
+    return launch(column_sum_kernel<A>, ceil_div(s.cols, kColumns), dim3(kColumns, kLanes), stream, x, out, s.rows,
+                  s.cols, A(s.scale));
   });
 }
 

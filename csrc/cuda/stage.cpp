@@ -24,4 +24,6 @@ int stage() {
 
 }  // namespace ijckd
 
-STABLE_TORCH_LIBRARY_IMPL(ijckd, CompositeExplicitAutograd, m) { m.impl("limit_stage", TORCH_BOX(&ijckd::limit_stage)); }
+STABLE_TORCH_LIBRARY_IMPL(ijckd, CompositeExplicitAutograd, m) {
+  m.impl("limit_stage", TORCH_BOX(&ijckd::limit_stage));
+}

@@ -1,7 +1,7 @@
 #pragma once
-// Which kernels may run: 0 library GEMMs and plain kernels, any GPU and shape; 1 tensor-core tiles too (sm_80 and newer); 2 those
-// with Hopper's own instructions in the place of stage 1's (sm_90 alone). What may run and what serves a call are two things: the
-// second is the host side's to say, by size and type.
+// Which kernels may run: 0 library GEMMs and plain kernels, any GPU and shape; 1 tensor-core tiles too (sm_80 and
+// newer); 2 those with Hopper's own instructions instead of stage 1's (sm_90 alone). What may run and what serves
+// a call are two things: the second is the host side's to say, by size and type.
 
 #include <cstdint>
 

@@ -1,10 +1,11 @@
 #pragma once
-// One block's tile of a matrix product on tensor cores: a [M, L] times b over a ring of shared-memory stages, half-type operands,
-// float accumulators in registers. Here the tiles of stage 1 (sm_80 and newer), which threads fill and warps multiply;
-// hopper_tile.cuh has the others, of the same sizes and use.
+// One block's tile of a matrix product on tensor cores: a [M, L] times b over a ring of shared-memory stages, half-type
+// operands, float accumulators in registers. Here the tiles of stage 1 (sm_80 and newer), which threads fill and warps
+// multiply; hopper_tile.cuh has the others, of the same sizes and use.
 //
-// A stage holds kDepth steps of the contraction. Rows of 64 elements (128 bytes) lie in panels; the 16-byte chunk c of row r is
-// kept at chunk c ^ (r % 8), so that the 8 rows of a matrix that ldmatrix reads at a time fall on 8 different groups of banks.
+// A stage holds kDepth steps of the contraction. Rows of 64 elements (128 bytes) lie in panels; the 16-byte chunk c of
+// row r is kept at chunk c ^ (r % 8), so that the 8 rows of a matrix that ldmatrix reads at a time fall on 8 different
+// groups of banks.
 
 #include <type_traits>
 
@@ -18,8 +19,8 @@ constexpr int kChunk = 8;   // elements that one asynchronous copy moves
 // Where chunk `chunk` of row `row` lies in a panel, in elements.
 __host__ __device__ constexpr int swizzled(int row, int chunk) { return row * kDepth + ((chunk ^ (row % 8)) * kChunk); }
 
-// Rows in global memory, `stride` elements apart. cols and stride are multiples of kChunk and data is aligned to 16 bytes;
-// whatever lies outside [0, rows) x [0, cols) counts as 0.
+// Rows in global memory, `stride` elements apart. cols and stride are multiples of kChunk and data is aligned to 16
+// bytes; whatever lies outside [0, rows) x [0, cols) counts as 0.
 template <typename T>
 struct Matrix {
   const T* data;
@@ -27,12 +28,12 @@ struct Matrix {
   int64_t stride;
 };
 
-// How b lies in its stage: as rows of the output's columns (b [N, L], one panel), or as rows of the contraction (b [L, N], a
-// panel per 64 columns).
+// How b lies in its stage: as rows of the output's columns (b [N, L], one panel), or as rows of the contraction (b [L,
+// N], a panel per 64 columns).
 enum class B { kByColumn, kByDepth };
 
-// How a does: as rows of the output's rows (a [M, L], one panel), or as rows of the contraction (a [L, M], a panel per 64 of
-// them).
+// How a does: as rows of the output's rows (a [M, L], one panel), or as rows of the contraction (a [L, M], a panel per
+// 64 of them).
 enum class A { kByRow, kByDepth };
 
 // What a copy functor of `multiply` fills.
@@ -117,13 +118,15 @@ struct Nothing {
   __device__ void operator()(const Args&...) const {}
 };
 
-// acc += a b over `steps` stages. `copy(Stage, step)` starts the copies of one stage; `also(fragments of b)` sees every 16 steps
-// of the contraction as they pass; `finish(stage of a)` may store there what `copy` has only begun to load, and comes after
-// products that run meanwhile. Every thread of the block calls; a barrier must follow before `shared` is used anew.
+// acc += a b over `steps` stages. `copy(Stage, step)` starts the copies of one stage; `also(fragments of b)` sees every
+// 16 steps of the contraction as they pass; `finish(stage of a)` may store there what `copy` has only begun to load,
+// and comes after products that run meanwhile. Every thread of the block calls; a barrier must follow before `shared`
+// is used again.
 template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy, typename Also = Nothing,
           typename Finish = Nothing>
-__device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared, int steps,
-                                                                      const Copy& copy, const Also& also = {},
+__device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
+                                                                      int steps, const Copy& copy,
+                                                                      const Also& also = {},
                                                                       const Finish& finish = {}) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kBlocksM * 16, warp_n = warp % Shape::kWarpsN * Shape::kBlocksN * 8;
@@ -180,7 +183,8 @@ __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename S
   }
 }
 
-// Row and column in the tile of accumulator pair (i, j, half): values [2 half] and [2 half + 1], at `column` and the next.
+// Row and column in the tile of accumulator pair (i, j, half): values [2 half] and [2 half + 1], at `column` and the
+// next.
 template <typename Shape>
 __device__ __forceinline__ int tile_row(int i, int half) {
   return threadIdx.x / 32 / Shape::kWarpsN * Shape::kBlocksM * 16 + i * 16 + threadIdx.x % 32 / 4 + half * 8;
@@ -192,8 +196,8 @@ __device__ __forceinline__ int tile_column(int j) {
 
 // Calls use(row, column, pair) for every accumulator pair of the tile at m0, n0 that lies in [0, rows) x [0, cols).
 template <typename Shape, typename Use>
-__device__ __forceinline__ void for_pairs(const typename Shape::Accumulators& acc, int m0, int n0, int64_t rows, int64_t cols,
-                                          const Use& use) {
+__device__ __forceinline__ void for_pairs(const typename Shape::Accumulators& acc, int m0, int n0, int64_t rows,
+                                          int64_t cols, const Use& use) {
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i)
 #pragma unroll

@@ -272,7 +272,8 @@ __global__ void sound_copy(const float* in, float* out) {
   __shared__ __align__(16) float slots[3][kThreads];
   const int block = blockIdx.x * kThreads, t = threadIdx.x;
   for (int turn = 0; turn < 3; ++turn) {
-    if (t < kCopies) copy_async16(&slots[turn][4 * t], in + block + (turn == 2 ? 4 * t : 0), turn == 0 ? 8 : turn == 1 ? 0 : 16);
+    if (t < kCopies)
+      copy_async16(&slots[turn][4 * t], in + block + (turn == 2 ? 4 * t : 0), turn == 0 ? 8 : turn == 1 ? 0 : 16);
     copy_async_commit();
   }
   copy_async_wait<1>();
@@ -390,7 +391,8 @@ __global__ void __launch_bounds__(kThreads) sound_intrinsics(const __grid_consta
   __syncthreads();
   const float2 v = reinterpret_cast<const float2*>(raw)[(kThreads - 1 - t) / 2];
   float x = t % 2 ? v.x : v.y;
-  const float2 b = __bfloat1622float2(__floats2bfloat162_rn(0.5f, -2.0f)), h = __half22float2(__floats2half2_rn(0.5f, -2.0f));
+  const float2 b = __bfloat1622float2(__floats2bfloat162_rn(0.5f, -2.0f)),
+               h = __half22float2(__floats2half2_rn(0.5f, -2.0f));
   const uint4 bits = *reinterpret_cast<const uint4*>(slots);
   x += b.x * h.y + exp2f(0.0f) + log1pf(0.0f) + fminf(0.0f, 1.0f) + (__uint_as_float(bits.y) != slots[0].y) +
        (__float_as_uint(slots[0].z) != bits.z);

@@ -1,5 +1,6 @@
-// out = a b in tiles, as Hopper's tensor-core kernels do it: a ring of stages that one thread fills by tile copies, barriers that
-// tell when they have landed, multiplications by whole warpgroups; once sound, then with one fault each. See broken.h.
+// out = a b in tiles, as Hopper's tensor-core kernels do it: a ring of stages that one thread fills by tile copies,
+// barriers that tell when they have landed, multiplications by whole warpgroups; once sound, then with one fault each.
+// See broken.h.
 #include "broken.h"
 #include "cuda/device.cuh"
 #include "hopper_instructions.cuh"
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(kHopperThreads)
     if (kFault == Fault::expects_first_only) barrier_expect(barrier, kOperandBytes);
   };
   const auto refill = [&](int step) {
-    if (threadIdx.x == 0 && (step + kRing - 1 < steps || kFault == Fault::prefetch_past_the_end)) start(step + kRing - 1);
+    if (threadIdx.x == 0 && (step + kRing - 1 < steps || kFault == Fault::prefetch_past_the_end))
+      start(step + kRing - 1);
   };
   if (threadIdx.x == 0)
     for (int s = 0; s < kRing - 1 && s < steps; ++s) start(s);
@@ -199,7 +201,8 @@ __global__ void __launch_bounds__(kHopperThreads)
     if (kFault != Fault::one_warp_waits || warp % 4 == 0) warpgroup_wait<kFault == Fault::wait_one_too_few ? 2 : 1>();
     if (kFault != Fault::no_barrier_before_refill) __syncthreads();
     if (kFault != Fault::refill_before_wait) refill(step);
-    if (kFault == Fault::loads_beside_refill && step > 0) loaded += stages[(step - 1) % kRing * kStageBytes + threadIdx.x];
+    if (kFault == Fault::loads_beside_refill && step > 0)
+      loaded += stages[(step - 1) % kRing * kStageBytes + threadIdx.x];
   }
   if (kFault == Fault::loads_stage_without_wait && threadIdx.x == 0) start(steps);
   if (kFault != Fault::no_final_wait && kFault != Fault::results_before_wait) warpgroup_wait<0>();
@@ -241,7 +244,8 @@ __global__ void __launch_bounds__(kHopperThreads)
 
 // Of rows [rows, cols], in boxes of [box_rows, 64].
 template <typename T>
-int encode(CUtensorMap& map, const void* data, int rows, int cols, int stride, int box_rows, int box_cols, unsigned driver) {
+int encode(CUtensorMap& map, const void* data, int rows, int cols, int stride, int box_rows, int box_cols,
+           unsigned driver) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
   cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, driver, cudaEnableDefault, &found);
@@ -267,13 +271,14 @@ int run(const void* a, const void* b, float* out, int M, int N, int K) {
   if (kFault == Fault::map_of_high_box) box_rows = 257;
   const unsigned driver = kFault == Fault::old_driver ? 11080 : 12000;
   if (const int error = encode<T>(maps.a, a, rows, cols, stride, box_rows, box_cols, driver)) return error;
-  if (const int error =
-          kTransposed ? encode<T>(maps.b, b, K, N, N, kDepth, 64, driver) : encode<T>(maps.b, b, N, K, K, kTile, kDepth, driver))
+  if (const int error = kTransposed ? encode<T>(maps.b, b, K, N, N, kDepth, 64, driver)
+                                    : encode<T>(maps.b, b, N, K, K, kTile, kDepth, driver))
     return error;
   if (kFault == Fault::map_not_encoded) maps.b = {};
   const dim3 grid(ijckd::ceil_div(N, kTile), ijckd::ceil_div(M, kTile));
   const int threads = kFault == Fault::seven_warps ? 224 : kHopperThreads;
-  return ijckd::launch_sharing(kRingBytes, hopper_product<T, kTransposed, kFault>, grid, threads, nullptr, maps, out, M, N, K);
+  return ijckd::launch_sharing(kRingBytes, hopper_product<T, kTransposed, kFault>, grid, threads, nullptr, maps, out, M,
+                               N, K);
 }
 
 template <Fault kFault, bool kTransposed = false>

@@ -52,7 +52,8 @@ __device__ void load_tile(T* tile, const T* from, int row0, int col0, int rows, 
 #pragma unroll
   for (int i = threadIdx.x; i < kTile * kTile / kChunk; i += kTileThreads) {
     const int r = i / (kTile / kChunk), c = i % (kTile / kChunk), row = row0 + r, col = col0 + c * kChunk;
-    const bool inside = (kFault == Fault::rows_unchecked || row < rows) && (kFault == Fault::columns_unchecked || col < cols);
+    const bool inside =
+        (kFault == Fault::rows_unchecked || row < rows) && (kFault == Fault::columns_unchecked || col < cols);
     copy_async16(tile + swizzle<kFault>(r, c), inside ? from + int64_t(row) * cols + col : from, inside ? 16 : 0);
   }
 }
@@ -123,7 +124,8 @@ __global__ void __launch_bounds__(kTileThreads) tile_product(const T* a, const T
       for (int h = 0; h < 2; ++h) {
         const int row = m0 + m1 + 16 * i + lane / 4 + 8 * h, col = n0 + n1 + 8 * j + lane % 4 * 2;
         if (row < M && col < N)
-          *reinterpret_cast<float2*>(out + int64_t(row) * N + col) = make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
+          *reinterpret_cast<float2*>(out + int64_t(row) * N + col) =
+              make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]);
       }
 }
 

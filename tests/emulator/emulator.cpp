@@ -65,13 +65,15 @@ constexpr bool kSeesPlainAccesses = true;
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kResident = 3;  // blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns
+constexpr int kResident =
+    3;  // blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kStackStride = kStack + 13 * 64;  // at equal distances of a power of two all would share a cache's few sets
-constexpr size_t kSharedLimit = 48 << 10;          // of shared memory for a kernel that asked for no more, as on every GPU
-constexpr size_t kLargeSharedLimit = 227 << 10;    // for one that did, on the largest GPUs
-constexpr size_t kGuard = 256;                     // bytes between shared arrays, owned by nobody
-constexpr size_t kDistance = 1 << 20;              // at least, between the call's arrays
+constexpr size_t kStackStride =
+    kStack + 13 * 64;                      // at equal distances of a power of two all would share a cache's few sets
+constexpr size_t kSharedLimit = 48 << 10;  // of shared memory for a kernel that asked for no more, as on every GPU
+constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the largest GPUs
+constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
+constexpr size_t kDistance = 1 << 20;            // at least, between the call's arrays
 constexpr size_t kDynamicAlign = 1024;
 constexpr size_t kDynamicOffset = kDynamicAlign;  // in the arena; static arrays lie behind it
 constexpr size_t kStaticOffset = kDynamicOffset + kLargeSharedLimit + 4096;
@@ -91,8 +93,8 @@ enum class Kind { load, store, atomic };
 
 // Who touched one element last.
 struct Touch {
-  // Of shared memory a block's number, through all launches from 1; of global memory that of its visit: two that only the grid's
-  // barrier orders are another's, as those of two launches are. 0 is nobody.
+  // Of shared memory a block's number, through all launches from 1; of global memory that of its visit: two that only
+  // the grid's barrier orders are another's, as those of two launches are. 0 is nobody.
   uint32_t block = 0, epoch = 0, warp_epoch = 0;
   uint16_t thread = 0;     // or kMany, or kWarpOf + warp: several threads of that warp
   bool in_flight = false;  // a store by a copy that has not landed
@@ -351,7 +353,9 @@ template <typename... Parts>
   for (;;) leave();
 }
 
-std::ostream& operator<<(std::ostream& s, const Meeting& meeting) { return s << meeting.what << " in " << where(meeting.place); }
+std::ostream& operator<<(std::ostream& s, const Meeting& meeting) {
+  return s << meeting.what << " in " << where(meeting.place);
+}
 
 Warp& own_warp() { return m.warps[m.running / kWarp]; }
 Warpgroup& own_warpgroup() { return m.warpgroups[m.running / kWarp / kWarpgroup]; }
@@ -364,8 +368,10 @@ void thread_main() {
   ++own_warp().returned;
   if (m.barrier.arrived) violate("synccheck", "returned while others wait at ", m.barrier);
   if (m.grid_barrier.arrived) violate("synccheck", "returned while others wait at ", m.grid_barrier);
-  if (own_warp().meeting.arrived) violate("synccheck", "returned while others of its warp wait at ", own_warp().meeting);
-  if (!t.copies.empty()) violate("synccheck", "returned before the copy it started in ", where(t.copies[0].place), " had landed");
+  if (own_warp().meeting.arrived)
+    violate("synccheck", "returned while others of its warp wait at ", own_warp().meeting);
+  if (!t.copies.empty())
+    violate("synccheck", "returned before the copy it started in ", where(t.copies[0].place), " had landed");
   if (own_warp().issued > own_warp().waited)
     violate("synccheck", "returned before it had waited for the multiplication in ",
             where(own_warpgroup().multiplies[own_warp().waited].place));
@@ -377,7 +383,9 @@ template <typename Act>
 void meet_warp(const char* what, int argument, Place place, const Lane& lane, const Act& act) {
   Warp& w = own_warp();
   Meeting& meeting = w.meeting;
-  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", what, " in ", where(place), ", ", why...); };
+  const auto lacks = [&](const auto&... why) {
+    violate("synccheck", "is at ", what, " in ", where(place), ", ", why...);
+  };
   if (w.size < kWarp) lacks("but its warp has ", w.size, " threads");
   if (w.returned) lacks("but ", w.returned, " threads of its warp have returned");
   if (w.at_barrier) lacks("others of its warp are at ", m.barrier.arrived ? m.barrier : m.grid_barrier);
@@ -435,7 +443,8 @@ void start_block(uint64_t index) {
     t.copies.clear();
     t.groups = 0;
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack), kStack);  // of frames that were left without returning
+    __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack),
+                                  kStack);  // of frames that were left without returning
 #endif
     // what emulator_switch pops: six registers, then the address to return to; aligned as after a call
     void** top = reinterpret_cast<void**>(t.stack + kStack) - 1;
@@ -474,7 +483,8 @@ std::string deadlock() {
     std::ostringstream s;
     s << t.what << " in " << where(t.place);
     if (t.barrier)
-      s << " (phase " << t.barrier->phase << " lacks " << t.barrier->pending << " arrivals and " << t.barrier->bytes << " bytes)";
+      s << " (phase " << t.barrier->phase << " lacks " << t.barrier->pending << " arrivals and " << t.barrier->bytes
+        << " bytes)";
     ++waits[s.str()];
   }
   std::string text = "synccheck: all threads of " + block_name() + " wait";
@@ -540,12 +550,13 @@ bool run_block() {
   }
   for (const TileCopy& c : m.tiles)
     if (!c.landed || c.barrier->seen_by_one <= c.phase)
-      throw std::runtime_error("synccheck: " + block_name() + " ended before anyone had waited for the copy started in " +
-                               where(c.place));
+      throw std::runtime_error("synccheck: " + block_name() +
+                               " ended before anyone had waited for the copy started in " + where(c.place));
   return true;
 }
 
-// The blocks of a cooperative launch, each as far as it gets, until all have ended. All come to the grid's barrier or none.
+// The blocks of a cooperative launch, each as far as it gets, until all have ended. All come to the grid's barrier or
+// none.
 void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
   const auto change_over = [](uint64_t i) { std::swap(static_cast<Block&>(m), m.resident[i]); };
   for (const uint64_t i : order) {
@@ -569,7 +580,8 @@ void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
     }
     if (ended == order.size()) return;
     if (ended)
-      throw std::runtime_error("synccheck: " + waiting.str() + ", which " + std::to_string(ended) + " blocks ended without");
+      throw std::runtime_error("synccheck: " + waiting.str() + ", which " + std::to_string(ended) +
+                               " blocks ended without");
     m.first_visit = m.visits + 1;
     for (const uint64_t i : order) {
       change_over(i);
@@ -592,7 +604,8 @@ Region* find(uintptr_t address, size_t bytes) {
 
 // Whether nothing orders what `t` did before what the running thread does now.
 bool races(const Touch& t, const Touch& now, bool shared) {
-  if (t.block != now.block) return !shared && t.block >= m.first_visit;  // else before the grid's barrier, or an earlier launch's
+  if (t.block != now.block)
+    return !shared && t.block >= m.first_visit;  // else before the grid's barrier, or an earlier launch's
   if (t.thread == now.thread || t.epoch != now.epoch) return false;
   const int warp = t.thread == kMany ? -1 : t.thread & kWarpOf ? t.thread & ~kWarpOf : t.thread / kWarp;
   return warp != now.thread / kWarp || t.warp_epoch == now.warp_epoch;
@@ -629,10 +642,12 @@ Touch touch_now(bool shared) {
   return {shared ? m.block_number : m.visit, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false};
 }
 
-bool has_seen(int thread, const TileCopy& c) { return std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase; }
+bool has_seen(int thread, const TileCopy& c) {
+  return std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase;
+}
 
-// The running thread is about to change bytes that multiplications may still read: each of the warpgroup's warps must have waited
-// for them, and told by a barrier, unless it is the thread's own.
+// The running thread is about to change bytes that multiplications may still read: each of the warpgroup's warps must
+// have waited for them, and told by a barrier, unless it is the thread's own.
 template <typename At>
 void check_reads(const Granule& granule, size_t offset, const char* does, At place) {
   for (int g = 0; g < kWarpgroups; ++g) {
@@ -642,13 +657,14 @@ void check_reads(const Granule& granule, size_t offset, const char* does, At pla
       if ((&w == &own_warp() ? w.waited : w.waited_sync) >= granule.read[g]) continue;
       violate("racecheck", does, " byte ", offset, " of dynamic shared memory, which the multiplication in ",
               where(m.warpgroups[g].multiplies[granule.read[g] - 1].place), " reads; warp ", i,
-              w.waited < granule.read[g] ? " has not waited for that" : " has waited for that with no barrier between", ", in ",
-              where(place));
+              w.waited < granule.read[g] ? " has not waited for that" : " has waited for that with no barrier between",
+              ", in ", where(place));
     }
   }
 }
 
-// Whether the running thread may touch these bytes of dynamic shared memory after what the asynchronous proxy did there.
+// Whether the running thread may touch these bytes of dynamic shared memory after what the asynchronous proxy did
+// there.
 template <typename At>
 void check_granules(size_t offset, size_t bytes, bool store, const char* does, At place) {
   for (size_t i = offset / kCopy; i <= (offset + bytes - 1) / kCopy; ++i) {
@@ -657,15 +673,15 @@ void check_granules(size_t offset, size_t bytes, bool store, const char* does, A
       const TileCopy& c = m.tiles[granule.copy - 1];
       if (!c.landed || !has_seen(m.running, c))
         violate("racecheck", does, " byte ", i * kCopy, " of dynamic shared memory, into which the copy started by ",
-                name(c.thread), " in ", where(c.place), c.landed ? " has landed without its waiting for that" : " is under way",
-                ", in ", where(place));
+                name(c.thread), " in ", where(c.place),
+                c.landed ? " has landed without its waiting for that" : " is under way", ", in ", where(place));
     }
     if (store) check_reads(granule, i * kCopy, does, place);
   }
 }
 
-// One load or store of `bytes` bytes at `address`, made at `place`: a Place or the code behind the access. Gives the region, if
-// any is watched there.
+// One load or store of `bytes` bytes at `address`, made at `place`: a Place or the code behind the access. Gives the
+// region, if any is watched there.
 template <typename At>
 Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   const bool store = kind != Kind::load;
@@ -676,11 +692,13 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
     std::ostringstream near;
     const auto measure = [&](const Region& a) {
       if (address + 4096 > a.begin && address < a.end + 4096)
-        near << ", at byte " << static_cast<ptrdiff_t>(address - a.begin) << " of the " << a.end - a.begin << " of " << a.name;
+        near << ", at byte " << static_cast<ptrdiff_t>(address - a.begin) << " of the " << a.end - a.begin << " of "
+             << a.name;
     };
     for (const Region& a : in_arena(address) ? m.shared : m.arrays) measure(a);
     if (in_arena(address) && m.dynamic.end > m.dynamic.begin) measure(m.dynamic);
-    violate("memcheck", store ? "stores " : "loads ", bytes, " bytes outside every array", near.str(), ", in ", where(place));
+    violate("memcheck", store ? "stores " : "loads ", bytes, " bytes outside every array", near.str(), ", in ",
+            where(place));
   }
   if (store && r->access == Access::in) violate("memcheck", "stores to the input ", r->name, ", in ", where(place));
   if (r->cells.empty()) return r;
@@ -698,26 +716,29 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   for (size_t i = first; i <= last; ++i) {
     Cell& c = r->cells[i];
     if (c.store.in_flight && c.store.block == now.block)
-      violate("racecheck", does, " element ", i, " of ", r->name, ", into which a copy started by ", name(c.store.thread), " in ",
-              where(copy_into(r->begin + i * r->element, c.store)), " is under way, in ", where(place));
+      violate("racecheck", does, " element ", i, " of ", r->name, ", into which a copy started by ",
+              name(c.store.thread), " in ", where(copy_into(r->begin + i * r->element, c.store)), " is under way, in ",
+              where(place));
     const bool two_atomics = now.atomic && c.store.atomic;
     const bool after_store = races(c.store, now, r->shared) && !two_atomics;
     if (after_store || (store && races(c.load, now, r->shared)))
-      violate("racecheck", does, " element ", i, " of ", r->name, ", which ", who(after_store ? c.store : c.load, r->shared),
-              after_store ? " stored to" : " loaded", " with no barrier between, in ", where(place));
+      violate("racecheck", does, " element ", i, " of ", r->name, ", which ",
+              who(after_store ? c.store : c.load, r->shared), after_store ? " stored to" : " loaded",
+              " with no barrier between, in ", where(place));
     const bool copied = dynamic && m.granules_used && m.granules[i * kDynamicElement / kCopy].copy;
     const bool unwritten = !copied && (r->shared ? c.store.block != now.block : c.store.block == 0);
     if (kSeesPlainAccesses && kind != Kind::store && unwritten && r->access == Access::out)
       violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
-    const bool after_own = c.store.block == now.block && c.store.epoch == now.epoch && c.store.warp_epoch == now.warp_epoch &&
-                           c.store.thread == now.thread && !c.store.atomic;
+    const bool after_own = c.store.block == now.block && c.store.epoch == now.epoch &&
+                           c.store.warp_epoch == now.warp_epoch && c.store.thread == now.thread && !c.store.atomic;
     if (!store)
       add_load(c.load, now, r->shared);
     else if (now.atomic && after_own)
       continue;  // others' atomics race with that store still
     else if (!two_atomics || !races(c.store, now, r->shared))
       c.store = now;
-    else if (c.store.block == now.block)  // else the earlier block's is kept: it races with whatever either may race with
+    else if (c.store.block ==
+             now.block)  // else the earlier block's is kept: it races with whatever either may race with
       c.store.thread = kMany;
   }
   return r;
@@ -782,7 +803,8 @@ Mbarrier& find_barrier(uint64_t* p, const char* what, Place place) {
   if (found == m.barriers.end())
     violate("initcheck", "is at ", what, " for a barrier that nobody has initialised, in ", where(place));
   check_barrier(p, Kind::atomic, place);
-  if (*p != kBarrierBits) violate("memcheck", "is at ", what, " for a barrier that has been overwritten, in ", where(place));
+  if (*p != kBarrierBits)
+    violate("memcheck", "is at ", what, " for a barrier that has been overwritten, in ", where(place));
   return found->second;
 }
 
@@ -796,7 +818,8 @@ void complete(Mbarrier& b, Place place) {
     if (t.barrier == &b) t.state = Thread::ready, t.barrier = nullptr;
 }
 
-// Calls use(row of the box, first column inside the array, columns, their address) for the rows that the array has a part of.
+// Calls use(row of the box, first column inside the array, columns, their address) for the rows that the array has a
+// part of.
 template <typename Use>
 void for_rows_inside(const TileCopy& c, const Use& use) {
   const int64_t columns = static_cast<int64_t>(c.map.columns), rows = static_cast<int64_t>(c.map.rows);
@@ -808,13 +831,15 @@ void for_rows_inside(const TileCopy& c, const Use& use) {
 }
 
 void check_source(const TileCopy& c) {
-  for_rows_inside(c, [&](int64_t, int64_t, int64_t columns, const char* from) { check(from, columns * 2, Kind::load, c.place); });
+  for_rows_inside(
+      c, [&](int64_t, int64_t, int64_t columns, const char* from) { check(from, columns * 2, Kind::load, c.place); });
 }
 
 void land(TileCopy& c) {
   check_source(c);
   if (c.barrier->phase != c.phase)
-    violate("synccheck", "started a copy that lands when its barrier's phase has been completed without it, in ", where(c.place));
+    violate("synccheck", "started a copy that lands when its barrier's phase has been completed without it, in ",
+            where(c.place));
   memset(c.to, 0, c.map.box_rows * kTileRow);
   for_rows_inside(c, [&](int64_t r, int64_t column, int64_t columns, const char* from) {
     char row[kTileRow] = {};
@@ -830,11 +855,12 @@ void land(TileCopy& c) {
 // The threads of four warps issue this instruction together.
 void check_warpgroup(const char* what, Place place) {
   const int first = m.running / kWarp / kWarpgroup * kWarpgroup, warps = static_cast<int>(m.warps.size()) - first;
-  if (warps < kWarpgroup) violate("synccheck", "is at ", what, " in ", where(place), ", but its warpgroup has ", warps, " warps");
+  if (warps < kWarpgroup)
+    violate("synccheck", "is at ", what, " in ", where(place), ", but its warpgroup has ", warps, " warps");
 }
 
-// Calls use(row, first, address in shared memory) for the 16 bytes that hold elements (row, first .. first + 7) of an operand
-// [rows, 16], or [16, rows] transposed, in whose rows of 128 bytes they are neighbours.
+// Calls use(row, first, address in shared memory) for the 16 bytes that hold elements (row, first .. first + 7) of an
+// operand [rows, 16], or [16, rows] transposed, in whose rows of 128 bytes they are neighbours.
 template <typename Use>
 void for_chunks(uint64_t descriptor, int rows, bool transposed, const Use& use) {
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3FFF) << 4; };
@@ -857,12 +883,14 @@ void check_operand(Multiply& x, uint64_t descriptor, int rows, bool transposed) 
             " of dynamic shared memory, ", why..., ", in ", where(x.place));
   };
   if (descriptor >> 62 != 1 || descriptor >> 46 & 0xFFFF || descriptor >> 30 & 3 || descriptor >> 14 & 3)
-    violate("memcheck", "multiplies by a matrix descriptor of another layout than the 128-byte swizzle, in ", where(x.place));
+    violate("memcheck", "multiplies by a matrix descriptor of another layout than the 128-byte swizzle, in ",
+            where(x.place));
   const int group = m.running / kWarp / kWarpgroup;
   const uint32_t number = static_cast<uint32_t>(own_warpgroup().multiplies.size());
   const size_t bytes = m.dynamic.end - m.dynamic.begin;
   for_chunks(descriptor, rows, transposed, [&](int, int, uint32_t address) {
-    if (address < kDynamicOffset || address + kCopy > kDynamicOffset + bytes) wrong("memcheck", address, "which has ", bytes);
+    if (address < kDynamicOffset || address + kCopy > kDynamicOffset + bytes)
+      wrong("memcheck", address, "which has ", bytes);
     Granule& granule = m.granules[(address - kDynamicOffset) / kCopy];
     const Cell* cells = &m.dynamic.cells[(address - kDynamicOffset) / kDynamicElement];
     for (size_t i = 0; m.generic_stores && i < kCopy / kDynamicElement; ++i)
@@ -872,7 +900,8 @@ void check_operand(Multiply& x, uint64_t descriptor, int rows, bool transposed) 
     if (!granule.copy) wrong("initcheck", address, "which nobody has copied to");
     const TileCopy& c = m.tiles[granule.copy - 1];
     if (!c.landed) wrong("racecheck", address, "into which the copy started in ", where(c.place), " is under way");
-    if (std::find(x.copies.rbegin(), x.copies.rend(), granule.copy - 1) == x.copies.rend()) x.copies.push_back(granule.copy - 1);
+    if (std::find(x.copies.rbegin(), x.copies.rend(), granule.copy - 1) == x.copies.rend())
+      x.copies.push_back(granule.copy - 1);
     granule.read[group] = number;
   });
 }
@@ -904,7 +933,8 @@ Accumulators& take_registers(Warp& w, int blocks, Place place) {
   for (int l = 0; l < kWarp; ++l) {
     to.d[l] = w.lanes[l].sum;
     for (int j = 0; j < blocks; ++j)
-      for (int i = 0; i < 4; ++i) to.sum[(l / 4 + i / 2 * 8) * 8 * blocks + 8 * j + 2 * (l % 4) + i % 2] = to.d[l][4 * j + i];
+      for (int i = 0; i < 4; ++i)
+        to.sum[(l / 4 + i / 2 * 8) * 8 * blocks + 8 * j + 2 * (l % 4) + i % 2] = to.d[l][4 * j + i];
     for (int i = 0; i < 4 * blocks; ++i) memcpy(to.d[l] + i, &kTaken, sizeof kTaken);
   }
   return to;
@@ -964,8 +994,9 @@ uint32_t committed(int warpgroup) {
 }
 
 CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes,
-                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps, CUtensorMapInterleave interleave,
-                      CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+                      const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
+                      CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                      CUtensorMapFloatOOBfill fill) {
   const bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (!half || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
     return CUDA_ERROR_NOT_SUPPORTED;  // here, not by CUDA
@@ -977,7 +1008,8 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
   good = good && box[0] * 2 % 16 == 0 && (swizzle != CU_TENSOR_MAP_SWIZZLE_128B || box[0] * 2 <= kTileRow);
   if (!good || promotion < CU_TENSOR_MAP_L2_PROMOTION_NONE || promotion > CU_TENSOR_MAP_L2_PROMOTION_L2_256B)
     return CUDA_ERROR_INVALID_VALUE;
-  const TiledMap tiled{kMapMagic, static_cast<const char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1], swizzle};
+  const TiledMap tiled{kMapMagic, static_cast<const char*>(base), sizes[0], sizes[1], strides[0], box[0], box[1],
+                       swizzle};
   memset(map, 0, sizeof *map);
   memcpy(map, &tiled, sizeof tiled);
   return CUDA_SUCCESS;
@@ -1038,7 +1070,9 @@ dim3 grid_dim() { return m.grid; }
 
 // The running thread comes to its block's barrier or to the grid's; while it waits there nobody may wait at the other.
 static void arrive(Meeting& b, const Meeting& other, const char* what, Place place) {
-  const auto lacks = [&](const auto&... why) { violate("synccheck", "is at ", what, " in ", where(place), ", ", why...); };
+  const auto lacks = [&](const auto&... why) {
+    violate("synccheck", "is at ", what, " in ", where(place), ", ", why...);
+  };
   if (m.returned) lacks("but ", m.returned, " threads of the block have returned");
   if (other.arrived) lacks("others are at ", other);
   if (own_warp().meeting.arrived) lacks("others of its warp are at ", own_warp().meeting);
@@ -1059,7 +1093,8 @@ void barrier(Place place) {
 
 void grid_barrier(Place place) {
   constexpr const char* kWhat = "the grid's barrier";
-  if (!m.cooperative) violate("synccheck", "is at ", kWhat, " in ", where(place), ", but the launch is not cooperative");
+  if (!m.cooperative)
+    violate("synccheck", "is at ", kWhat, " in ", where(place), ", but the launch is not cooperative");
   arrive(m.grid_barrier, m.barrier, kWhat, place);
   wait(kWhat, place);
 }
@@ -1109,7 +1144,8 @@ void load_matrix_x4(uint32_t* r, const void* row, bool transposed, Place place) 
       m.counts.bank_conflicts += *std::max_element(users, users + 8) - 1;
       for (int l = 0; l < kWarp; ++l) {
         const int g = l / 4, t = 2 * (l % 4);
-        const uint32_t low = transposed ? matrix[t][g] : matrix[g][t], high = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
+        const uint32_t low = transposed ? matrix[t][g] : matrix[g][t],
+                       high = transposed ? matrix[t + 1][g] : matrix[g][t + 1];
         w.lanes[l].fragments[i] = low | high << 16;
       }
     }
@@ -1180,7 +1216,8 @@ void copy_async_wait(int pending) {
 void barrier_init(uint64_t* barrier, int arrivals, Place place) {
   const auto refuse = [&](const auto&... why) { violate("memcheck", why..., ", in ", where(place)); };
   if (!in_arena(reinterpret_cast<uintptr_t>(barrier))) refuse("initialises a barrier outside shared memory");
-  if (reinterpret_cast<uintptr_t>(barrier) % sizeof *barrier) refuse("initialises a barrier that is not 8-byte aligned");
+  if (reinterpret_cast<uintptr_t>(barrier) % sizeof *barrier)
+    refuse("initialises a barrier that is not 8-byte aligned");
   if (arrivals < 1 || arrivals > kMostArrivals) refuse("initialises a barrier for ", arrivals, " arrivals");
   if (m.barriers.count(reinterpret_cast<uintptr_t>(barrier))) refuse("initialises a barrier again");
   check_barrier(barrier, Kind::store, place);
@@ -1197,8 +1234,10 @@ void barrier_init_fence() {
 
 void barrier_expect(uint64_t* barrier, int bytes, Place place) {
   Mbarrier& b = find_barrier(barrier, "barrier_expect", place);
-  if (bytes < 0 || b.bytes + bytes > kMostBytes) violate("memcheck", "expects ", bytes, " more bytes, in ", where(place));
-  if (b.pending == 0) violate("synccheck", "arrives at a barrier once more than it was initialised for, in ", where(place));
+  if (bytes < 0 || b.bytes + bytes > kMostBytes)
+    violate("memcheck", "expects ", bytes, " more bytes, in ", where(place));
+  if (b.pending == 0)
+    violate("synccheck", "arrives at a barrier once more than it was initialised for, in ", where(place));
   --b.pending;
   b.bytes += bytes;
   complete(b, place);
@@ -1219,7 +1258,8 @@ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, 
   const auto refuse = [&](const auto&... why) { violate("memcheck", why..., ", in ", where(place)); };
   Mbarrier& b = find_barrier(barrier, "load_tile", place);
   if (!b.fenced)
-    violate("racecheck", "copies a tile for a barrier with no barrier_init_fence since its barrier_init, in ", where(place));
+    violate("racecheck", "copies a tile for a barrier with no barrier_init_fence since its barrier_init, in ",
+            where(place));
   TileCopy copy{static_cast<char*>(to), {}, column, row, &b, b.phase, m.running, place, false};
   memcpy(&copy.map, &map, sizeof copy.map);
   if (reinterpret_cast<uintptr_t>(&map) % 64) refuse("copies a tile by a map that is not 64-byte aligned");
@@ -1227,7 +1267,8 @@ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, 
   if (copy.map.swizzle != CU_TENSOR_MAP_SWIZZLE_128B || copy.map.box_columns * 2 != kTileRow)
     refuse("copies a tile by a map whose box has no rows of 128 bytes with the 128-byte swizzle");
   const uintptr_t address = reinterpret_cast<uintptr_t>(to);
-  const size_t bytes = copy.map.box_rows * kTileRow, size = m.dynamic.end - m.dynamic.begin, offset = address - m.dynamic.begin;
+  const size_t bytes = copy.map.box_rows * kTileRow, size = m.dynamic.end - m.dynamic.begin,
+               offset = address - m.dynamic.begin;
   if (address < m.dynamic.begin || offset + bytes > size)
     refuse("copies a tile of ", bytes, " bytes to byte ", static_cast<ptrdiff_t>(offset), " of the ", size,
            " of dynamic shared memory");
@@ -1246,9 +1287,10 @@ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, 
       const Cell& c = m.dynamic.cells[i];
       const bool stored = c.store.block == now.block;
       if (stored || races(c.load, now, true))
-        violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ", who(stored ? c.store : c.load, true),
-                stored ? " stored to with no fence towards the asynchronous proxy" : " loaded with no barrier between", ", in ",
-                where(place));
+        violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ",
+                who(stored ? c.store : c.load, true),
+                stored ? " stored to with no fence towards the asynchronous proxy" : " loaded with no barrier between",
+                ", in ", where(place));
     }
   check_source(copy);
   m.tiles.push_back(copy);
@@ -1268,8 +1310,8 @@ uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, P
   for (const int bytes : {static_cast<int>(address), leading_bytes, stride_bytes})
     if (bytes < 0 || bytes % kCopy || bytes >= static_cast<int>(kDescribed))
       violate("memcheck", "describes a matrix by address or offset ", bytes, ", in ", where(place));
-  return address >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
-         uint64_t(1) << 62;
+  return address >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
 void warpgroup_fence(Place place) {
@@ -1300,7 +1342,8 @@ void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half typ
       ++m.counts.warpgroup_multiply_add;
     }
     Multiply& x = g.multiplies[w.issued++];
-    if (x.a != a || x.b != b || x.blocks != blocks || x.transposed != transposed || x.type != type || x.place.line != place.line)
+    if (x.a != a || x.b != b || x.blocks != blocks || x.transposed != transposed || x.type != type ||
+        x.place.line != place.line)
       wrong(", with other operands or elsewhere than others of its warpgroup, in ", where(x.place));
     const int warp = m.running / kWarp;
     for (const uint32_t i : x.copies)
@@ -1459,19 +1502,27 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
-#define EMULATOR_ACCESS(n)                                                                                                    \
-  void __tsan_read##n(void* p) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }           \
-  void __tsan_write##n(void* p) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }         \
-  void __tsan_unaligned_read##n(void* p) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }
+#define EMULATOR_ACCESS(n)                                                                                            \
+  void __tsan_read##n(void* p) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }   \
+  void __tsan_write##n(void* p) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##n(void* p) {                                                                            \
+    emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0));                                  \
+  }                                                                                                                   \
+  void __tsan_unaligned_write##n(void* p) {                                                                           \
+    emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0));                                 \
+  }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)
 EMULATOR_ACCESS(4)
 EMULATOR_ACCESS(8)
 EMULATOR_ACCESS(16)
 #undef EMULATOR_ACCESS
-void __tsan_read_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) {
+  emulator::check_access(p, n, emulator::Kind::load, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t n) {
+  emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0));
+}
 
 #ifndef __SANITIZE_ADDRESS__  // which brings its own
 // What -fsanitize=alignment calls for an address that its type does not allow.
@@ -1521,7 +1572,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   }
 }
 
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads, size_t shared_bytes) {
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
+                                                          size_t shared_bytes) {
   const auto asked = emulator::m.dynamic_limits.find(kernel);
   const size_t limit = asked == emulator::m.dynamic_limits.end() ? emulator::kSharedLimit : asked->second;
   *blocks = threads <= emulator::kMaxThreads && shared_bytes <= limit;

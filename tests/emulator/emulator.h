@@ -1,37 +1,45 @@
 #pragma once
 // Runs CUDA kernels on the CPU from their own source and watches every memory access they make.
 //
-// Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers and
-// warp-wide instructions only; blocks run one after another, those of a cooperative launch from one of the grid's barriers to the
-// next. The kernels are compiled with -fsanitize=thread but linked without
-// its library: the calls that the compiler puts before each load and store arrive in emulator.cpp, which checks them as
-// compute-sanitizer would on a GPU:
-//   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays; a store
-//   to
+// Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers
+// and warp-wide instructions only; blocks run one after another, those of a cooperative launch from one of the grid's
+// barriers to the next. The kernels are compiled with -fsanitize=thread but linked without its library: the calls that
+// the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on
+// a GPU:
+//   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays;
+//   a store to
 //              an array that the call only reads; an address not aligned to what is read or written there
-//   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier between
-//              (within a warp __syncwarp is one; an atomic operation is a store, but no two of them conflict); an element of
-//              shared memory into which an asynchronous copy is under way
+//   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier
+//   between
+//              (within a warp __syncwarp is one; an atomic operation is a store, but no two of them conflict); an
+//              element of shared memory into which an asynchronous copy is under way
 //   initcheck  a load of a shared or output element that nobody has stored to
-//   synccheck  threads of a block at different barriers, lanes of a warp at different warp-wide instructions, either at one that
+//   synccheck  threads of a block at different barriers, lanes of a warp at different warp-wide instructions, either at
+//   one that
 //              others have left by returning; a thread that returns with copies under way
 // Shared memory is filled with NaN before every block. The first violation ends the launch with a std::runtime_error.
 //
 // Of Hopper's instructions (hopper_instructions.cuh) it checks besides:
-//   memcheck   a tile copied to an address not aligned to 1024 bytes, to outside dynamic shared memory or over a barrier, by a
-//              map that the driver has not encoded, or from outside the call's arrays; an operand outside dynamic shared memory
-//   racecheck  a barrier used without its initialisation's fence; a multiplication of bytes whose copy each of its threads has
-//              not itself waited for; a copy or store into bytes that a multiplication may still read: each of its warps must
-//              have waited, with a __syncthreads after that for other warps; a copy over, or a multiplication of, bytes that
-//              threads have stored: there is no fence for that; registers touched while a multiplication adds to them
+//   memcheck   a tile copied to an address not aligned to 1024 bytes, to outside dynamic shared memory or over a
+//   barrier, by a
+//              map that the driver has not encoded, or from outside the call's arrays; an operand outside dynamic
+//              shared memory
+//   racecheck  a barrier used without its initialisation's fence; a multiplication of bytes whose copy each of its
+//   threads has
+//              not itself waited for; a copy or store into bytes that a multiplication may still read: each of its
+//              warps must have waited, with a __syncthreads after that for other warps; a copy over, or a
+//              multiplication of, bytes that threads have stored: there is no fence for that; registers touched while a
+//              multiplication adds to them
 //   initcheck  a barrier not initialised, a multiplication of bytes never copied
-//   synccheck  warps of a warpgroup that issue other multiplications; a group without a fence before it; more bytes or arrivals
-//              than a barrier expects; a block whose threads all wait, which names what for; a thread that returns without
-//              having waited for its multiplications, a block that ends with tile copies nobody has waited for
-// That one thread's wait on a barrier orders what others did is known of a __syncthreads only, not of an mbarrier's arrivals.
+//   synccheck  warps of a warpgroup that issue other multiplications; a group without a fence before it; more bytes or
+//   arrivals
+//              than a barrier expects; a block whose threads all wait, which names what for; a thread that returns
+//              without having waited for its multiplications, a block that ends with tile copies nobody has waited for
+// That one thread's wait on a barrier orders what others did is known of a __syncthreads only, not of an mbarrier's
+// arrivals.
 //
-// What it cannot see: memory fences other than those, whether a map is a __grid_constant__ parameter, register pressure, the
-// GPU's own exp and log, in which order tensor cores add, speed.
+// What it cannot see: memory fences other than those, whether a map is a __grid_constant__ parameter, register
+// pressure, the GPU's own exp and log, in which order tensor cores add, speed.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
@@ -48,14 +56,15 @@ enum class Schedule { forward, reverse, greedy, greedy_reverse, random };
 
 void set_schedule(Schedule schedule, unsigned seed);
 
-// When an asynchronous copy's bytes move: as late as they may, in the wait for it, or as early, at its start. A tile copy's late
-// is when no thread of the block can run without it; a multiplication by a warpgroup runs in the wait for it, or at its commit.
+// When an asynchronous copy's bytes move: as late as they may, in the wait for it, or as early, at its start. A tile
+// copy's late is when no thread of the block can run without it; a multiplication by a warpgroup runs in the wait for
+// it, or at its commit.
 enum class Async { lazy, eager };
 
 void set_async(Async async);
 
-// The current device for what the host asks of it: 0 is of capability 9.0, what the emulated instructions need, 1 of 8.6; there
-// is no other.
+// The current device for what the host asks of it: 0 is of capability 9.0, what the emulated instructions need, 1
+// of 8.6; there is no other.
 void set_device(int device);
 
 // What the host leaves behind on its thread: CUDA's codes.
@@ -76,9 +85,9 @@ struct Counts {
 const Counts& counts();
 void clear_counts();
 
-// The arrays that one call of a launcher may touch: copies of the caller's, far from one another, so that what lies before or
-// after one is never another; outputs go back at the end. While none is named (the whole-op tests, where torch owns the memory),
-// accesses to global memory are checked for nothing.
+// The arrays that one call of a launcher may touch: copies of the caller's, far from one another, so that what lies
+// before or after one is never another; outputs go back at the end. While none is named (the whole-op tests, where
+// torch owns the memory), accesses to global memory are checked for nothing.
 enum class Access { in, out, inout };
 class Arrays {
  public:
@@ -110,8 +119,8 @@ dim3 grid_dim();
 void barrier(Place place);
 void grid_barrier(Place place);
 
-// Runs `body(started)` as every thread of `kernel`; `started` holds the kernel's parameters. What the CUDA runtime refuses is
-// refused with its error code.
+// Runs `body(started)` as every thread of `kernel`; `started` holds the kernel's parameters. What the CUDA runtime
+// refuses is refused with its error code.
 cudaError_t remembered(cudaError_t error);  // it, which cudaGetLastError then gives too
 cudaError_t find_symbol();                  // as the runtime would, which may have to load code first
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* started,
@@ -142,7 +151,8 @@ void copy_async16(void* to, const void* from, int bytes, Place place);
 void copy_async_commit();
 void copy_async_wait(int pending);
 
-// What hopper_instructions.cuh does; those whose names begin with warpgroup or multiply are for whole warps of a warpgroup.
+// What hopper_instructions.cuh does; those whose names begin with warpgroup or multiply are for whole warps of a
+// warpgroup.
 void barrier_init(uint64_t* barrier, int arrivals, Place place);
 void barrier_init_fence();
 void barrier_expect(uint64_t* barrier, int bytes, Place place);

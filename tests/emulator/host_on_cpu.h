@@ -1,7 +1,7 @@
 #pragma once
-// Included before each host file of csrc when it is compiled as for the GPU (IJCKD_CUDA) and yet shall take CPU tensors, whose
-// memory the emulated kernels can reach: the CPU's dispatch key, no device guard, no stream. Torch's own headers come first, so
-// that the names below mean only what csrc says.
+// Included before each host file of csrc when it is compiled as for the GPU (IJCKD_CUDA) and yet shall take CPU
+// tensors, whose memory the emulated kernels can reach: the CPU's dispatch key, no device guard, no stream. Torch's own
+// headers come first, so that the names below mean only what csrc says.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// The launchers of csrc/cuda for Python: keyword arguments are the structs' members, arrays are numpy's (bfloat16 as its bits).
-// Each call tells the emulator which arrays the kernels may read and write.
+// The launchers of csrc/cuda for Python: keyword arguments are the structs' members, arrays are numpy's (bfloat16 as
+// its bits). Each call tells the emulator which arrays the kernels may read and write.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -30,7 +30,8 @@ class Call {
 
   DType dtype() {
     const std::string name = take("dtype").cast<std::string>();
-    for (const auto& [t, n] : {std::pair{DType::f32, "f32"}, {DType::f64, "f64"}, {DType::bf16, "bf16"}, {DType::f16, "f16"}})
+    for (const auto& [t, n] :
+         {std::pair{DType::f32, "f32"}, {DType::f64, "f64"}, {DType::bf16, "bf16"}, {DType::f16, "f16"}})
       if (name == n) return t;
     throw py::value_error("dtype must be f32, f64, bf16 or f16, got " + name);
   }
@@ -82,7 +83,9 @@ class Call {
             int(integer("class_tiles")),
             int(integer("gram_tiles"))};
   }
-  LossWeights weights() { return {real("ce"), real("sr"), real("fm"), real("kl"), real("temperature"), real("label_smoothing")}; }
+  LossWeights weights() {
+    return {real("ce"), real("sr"), real("fm"), real("kl"), real("temperature"), real("label_smoothing")};
+  }
 
   // What a launcher returned, as torch's caller would see it.
   void launched(int code) {
@@ -116,13 +119,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
   };
   def("feature_diff", [](Call& c) {
     return feature_diff(
-        {c.dtype(), c.in("z"), c.in("pooled_t"), c.out("d"), c.out("square_rows"), c.integer("B"), c.integer("Ct")}, nullptr);
+        {c.dtype(), c.in("z"), c.in("pooled_t"), c.out("d"), c.out("square_rows"), c.integer("B"), c.integer("Ct")},
+        nullptr);
   });
   def("column_sum", [](Call& c) {
-    return column_sum({c.dtype(), c.in("x"), c.out("out"), c.integer("rows"), c.integer("cols"), c.real("scale")}, nullptr);
+    return column_sum({c.dtype(), c.in("x"), c.out("out"), c.integer("rows"), c.integer("cols"), c.real("scale")},
+                      nullptr);
   });
   def("channel_stats", [](Call& c) {
-    return channel_stats({c.dtype(), c.in("y"), c.out("part_mean"), c.out("part_m2"), c.integer("N"), c.integer("Ct")}, nullptr);
+    return channel_stats({c.dtype(), c.in("y"), c.out("part_mean"), c.out("part_m2"), c.integer("N"), c.integer("Ct")},
+                         nullptr);
   });
   def("combine_stats", [](Call& c) {
     return combine_stats({c.dtype(), c.in("part_mean"), c.in("part_m2"), c.out("mean"), c.out("var"), c.integer("N"),
@@ -141,41 +147,42 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       nullptr);
   });
   def("channel_grads", [](Call& c) {
-    return channel_grads({c.dtype(), c.in("grad_z"), c.in("scale"), c.in("grad_fm"), c.in("z"), c.in("pooled_t"), c.in("count"),
-                          c.in("yhat"), c.in("res"), c.in("res_yhat"), c.out("grad_out"), c.out("d_gamma"), c.out("d_beta"),
-                          c.integer("B"), c.integer("P"), c.integer("Ct")},
+    return channel_grads({c.dtype(), c.in("grad_z"), c.in("scale"), c.in("grad_fm"), c.in("z"), c.in("pooled_t"),
+                          c.in("count"), c.in("yhat"), c.in("res"), c.in("res_yhat"), c.out("grad_out"),
+                          c.out("d_gamma"), c.out("d_beta"), c.integer("B"), c.integer("P"), c.integer("Ct")},
                          nullptr);
   });
   def("match_backward", [](Call& c) {
-    return match_backward(
-        {c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.in("grad_z"), c.in("grad_fm"), c.in("d_gamma"), c.in("d_beta"),
-         c.out("dy"), c.integer("B"), c.integer("P"), c.integer("Ct"), c.real("n_stats"), c.flag("relu")},
-        nullptr);
+    return match_backward({c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.in("grad_z"), c.in("grad_fm"),
+                           c.in("d_gamma"), c.in("d_beta"), c.out("dy"), c.integer("B"), c.integer("P"),
+                           c.integer("Ct"), c.real("n_stats"), c.flag("relu")},
+                          nullptr);
   });
   def("row_loss", [](Call& c) {
     return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
-                     static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")), c.in("mix"),
-                     c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")), c.inout<int64_t>("counts"), c.integer("B"),
-                     c.integer("K"), c.weights(), c.flag("grad")},
+                     static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")),
+                     c.in("mix"), c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")),
+                     c.inout<int64_t>("counts"), c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
                     nullptr);
   });
   def("take_counts",
       [](Call& c) { return take_counts({c.inout<int64_t>("counts"), static_cast<int64_t*>(c.out("out"))}, nullptr); });
   def("loss_sum", [](Call& c) {
-    return loss_sum({c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
-                     static_cast<int64_t*>(c.out("top1")), c.integer("B"), c.integer("K"), c.integer("Ct"), c.weights()},
-                    nullptr);
+    return loss_sum(
+        {c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
+         static_cast<int64_t*>(c.out("top1")), c.integer("B"), c.integer("K"), c.integer("Ct"), c.weights()},
+        nullptr);
   });
   def("anchor_rows", [](Call& c) {
-    return anchor_rows({c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.anchors(), c.integer("B"), c.integer("Ct")},
-                       nullptr);
+    return anchor_rows(
+        {c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.anchors(), c.integer("B"), c.integer("Ct")}, nullptr);
   });
   def("logits_exp", [](Call& c) {
     return logits_exp(
         {int(c.integer("stage")), c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.row_parts(emulator::Access::in),
-         c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out), int(c.integer("first_tile")),
-         c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("gram_d"), c.integer("B"),
-         c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
+         c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out),
+         int(c.integer("first_tile")), c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"),
+         c.out<float>("gram_d"), c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
         nullptr);
   });
   def("grad_rows", [](Call& c) {
@@ -210,21 +217,23 @@ PYBIND11_MODULE(emulated_kernels, module) {
                      nullptr);
   });
   def("project_tiles", [](Call& c) {
-    return project_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.out("y"), c.out<float>("mean"),
-                          c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+    return project_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.out("y"),
+                          c.out<float>("mean"), c.out<float>("m2"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
                          nullptr);
   });
   def("linear_tiles", [](Call& c) {
-    return linear_tiles({int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.in<float>("bias"),
-                         c.in<float>("pooled_t"), c.out<float>("z"), c.out<float>("squares"), c.out<float>("fm"),
-                         c.flag("anchored") ? c.anchors() : Anchors{}, c.integer("B"), c.integer("Cs"), c.integer("Ct")},
-                        nullptr);
+    return linear_tiles(
+        {int(c.integer("stage")), c.dtype(), c.in("u"), c.in("weight"), c.in<float>("bias"), c.in<float>("pooled_t"),
+         c.out<float>("z"), c.out<float>("squares"), c.out<float>("fm"), c.flag("anchored") ? c.anchors() : Anchors{},
+         c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        nullptr);
   });
   def("linear_grad_tiles", [](Call& c) {
-    return linear_grad_tiles({c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"), c.in<float>("z"),
-                              c.in<float>("pooled_t"), c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"),
-                              c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
-                             nullptr);
+    return linear_grad_tiles(
+        {c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"), c.in<float>("z"),
+         c.in<float>("pooled_t"), c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"), c.out<float>("dbias"),
+         c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        nullptr);
   });
   def("logit_rows", [](Call& c) {
     LogitRows l;
@@ -272,9 +281,9 @@ PYBIND11_MODULE(emulated_kernels, module) {
   module.def("linear_blocks", &linear_blocks);
   module.def("linear_parts", &linear_parts);
   def("feature_grad", [](Call& c) {
-    return feature_grad(
-        {c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"), c.integer("batch"), c.real("fm")},
-        nullptr);
+    return feature_grad({c.dtype(), c.in("dz_w"), c.in("d"), c.out("dz"), c.integer("B"), c.integer("Ct"),
+                         c.integer("batch"), c.real("fm")},
+                        nullptr);
   });
 }
 

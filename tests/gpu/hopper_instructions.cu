@@ -1,5 +1,5 @@
-// Kernels for test_instructions.py around the functions of csrc/cuda/hopper_instructions.cuh, one warpgroup each. Every launcher
-// waits and returns 0, or a CUDA error code.
+// Kernels for test_instructions.py around the functions of csrc/cuda/hopper_instructions.cuh, one warpgroup each. Every
+// launcher waits and returns 0, or a CUDA error code.
 #include "device.cuh"
 #include "hopper_tile.cuh"
 
@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kWarpgroup = 128;
 
-// out = the box of 16 rows of 64 elements at (row, column), as it lies in shared memory. The barrier's second phase is waited for
-// with the first one long over.
+// out = the box of 16 rows of 64 elements at (row, column), as it lies in shared memory. The barrier's second phase is
+// waited for with the first one long over.
 __global__ void load_tile_kernel(const __grid_constant__ CUtensorMap map, int row, int column,
                                  uint16_t* out) {  // [2, 16, 64]
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -83,10 +83,11 @@ int multiply_whole(const T* a, const T* b, float* d) {
   constexpr int kN = 8 * kBlocks;
   CUtensorMap from_a, from_b;
   int error = make_operand(&from_a, Matrix<T>{a, 64, 64, 64}, 64);
-  if (!error) error = make_operand(&from_b, kByDepth ? Matrix<T>{b, 64, kN, kN} : Matrix<T>{b, kN, 64, 64}, kByDepth ? 64 : kN);
+  if (!error)
+    error = make_operand(&from_b, kByDepth ? Matrix<T>{b, 64, kN, kN} : Matrix<T>{b, kN, 64, 64}, kByDepth ? 64 : kN);
   if (error) return error;
-  return finished(launch_sharing((64 + kN) * 128 + 8, warpgroup_multiply_kernel<T, kByDepth, kBlocks>, 1, kWarpgroup, nullptr,
-                                 from_a, from_b, d));
+  return finished(launch_sharing((64 + kN) * 128 + 8, warpgroup_multiply_kernel<T, kByDepth, kBlocks>, 1, kWarpgroup,
+                                 nullptr, from_a, from_b, d));
 }
 
 template <typename T>
@@ -104,7 +105,8 @@ extern "C" {
 int load_box(const __half* x, int rows, int columns, int row, int column, uint16_t* out) {
   CUtensorMap map;
   const int error = make_operand(&map, Matrix<__half>{x, rows, columns, columns}, 16);
-  return error ? error : finished(launch_sharing(2048 + 8, load_tile_kernel, 1, kWarpgroup, nullptr, map, row, column, out));
+  return error ? error
+               : finished(launch_sharing(2048 + 8, load_tile_kernel, 1, kWarpgroup, nullptr, map, row, column, out));
 }
 int warpgroup_multiply_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int by_depth, int columns) {
   return multiply_any(a, b, d, by_depth != 0, columns);

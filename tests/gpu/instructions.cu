@@ -1,5 +1,5 @@
-// One kernel of one warp per function of csrc/cuda/instructions.cuh, for test_instructions.py. Every launcher waits and returns
-// 0, or a CUDA error code.
+// One kernel of one warp per function of csrc/cuda/instructions.cuh, for test_instructions.py. Every launcher waits and
+// returns 0, or a CUDA error code.
 #include "device.cuh"
 #include "instructions.cuh"
 
@@ -15,7 +15,8 @@ __global__ void shuffle_xor_kernel(const T* x, T* out) {
   for (int mask = 0; mask < kLanes; ++mask) out[mask * kLanes + threadIdx.x] = shuffle_xor(v, mask);
 }
 
-// Each lane copies two times 16 bytes of which bytes[copy, lane] are wanted, as two groups, and reads the other half-warp's.
+// Each lane copies two times 16 bytes of which bytes[copy, lane] are wanted, as two groups, and reads the other
+// half-warp's.
 __global__ void copy_async_kernel(const uint4* x,    // [2, 32]
                                   const int* bytes,  // [2, 32]
                                   uint4* out) {      // [2, 32]
@@ -86,10 +87,16 @@ extern "C" {
 int shuffle_xor_float(const float* x, float* out) { return run(shuffle_xor_kernel<float>, x, out); }
 int shuffle_xor_int(const int* x, int* out) { return run(shuffle_xor_kernel<int>, x, out); }
 int copy_async(const uint4* x, const int* bytes, uint4* out) { return run(copy_async_kernel, x, bytes, out); }
-int load_matrix(const uint4* rows, const int* order, uint32_t* out) { return run(load_matrix_kernel<false>, rows, order, out); }
+int load_matrix(const uint4* rows, const int* order, uint32_t* out) {
+  return run(load_matrix_kernel<false>, rows, order, out);
+}
 int load_matrix_transposed(const uint4* rows, const int* order, uint32_t* out) {
   return run(load_matrix_kernel<true>, rows, order, out);
 }
-int multiply_add_bf16(const uint16_t* a, const uint16_t* b, float* d) { return run(multiply_add_kernel<__nv_bfloat16>, a, b, d); }
-int multiply_add_f16(const uint16_t* a, const uint16_t* b, float* d) { return run(multiply_add_kernel<__half>, a, b, d); }
+int multiply_add_bf16(const uint16_t* a, const uint16_t* b, float* d) {
+  return run(multiply_add_kernel<__nv_bfloat16>, a, b, d);
+}
+int multiply_add_f16(const uint16_t* a, const uint16_t* b, float* d) {
+  return run(multiply_add_kernel<__half>, a, b, d);
+}
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Stands in for the toolkit's cuda_runtime.h when g++ compiles csrc/cuda/*.cu for the CPU: the real types, and in place of the
-// language extensions and the launch those of the emulator. `__shared__` declarations are rewritten by build.py.
+// Stands in for the toolkit's cuda_runtime.h when g++ compiles csrc/cuda/*.cu for the CPU: the real types, and in place
+// of the language extensions and the launch those of the emulator. `__shared__` declarations are rewritten by build.py.
 #include <cuda_runtime_api.h>
 #include <vector_functions.h>
 
@@ -55,7 +55,8 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int val
 
 template <typename T>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T* kernel, int threads, size_t shared_bytes) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, reinterpret_cast<const void*>(kernel), threads,
+                                                       shared_bytes);
 }
 
 // Defined in emulator.cpp, where the compiler adds no checks of its own.
@@ -77,5 +78,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     std::tuple<Params...> params;
   } started{kernel, {std::forward<Args>(args)...}};
   const auto thread = [](void* s) { std::apply(static_cast<Started*>(s)->kernel, static_cast<Started*>(s)->params); };
-  return emulator::remembered(emulator::launch(*config, reinterpret_cast<const void*>(kernel), thread, &started, sizeof started));
+  return emulator::remembered(
+      emulator::launch(*config, reinterpret_cast<const void*>(kernel), thread, &started, sizeof started));
 }

@@ -13,10 +13,16 @@ namespace ijckd {
 
 #define EMULATED_PLACE emulator::Place place = {__builtin_FILE(), __builtin_LINE()}
 
-inline void barrier_init(uint64_t* barrier, int arrivals, EMULATED_PLACE) { emulator::barrier_init(barrier, arrivals, place); }
+inline void barrier_init(uint64_t* barrier, int arrivals, EMULATED_PLACE) {
+  emulator::barrier_init(barrier, arrivals, place);
+}
 inline void barrier_init_fence() { emulator::barrier_init_fence(); }
-inline void barrier_expect(uint64_t* barrier, int bytes, EMULATED_PLACE) { emulator::barrier_expect(barrier, bytes, place); }
-inline void barrier_wait(uint64_t* barrier, uint32_t parity, EMULATED_PLACE) { emulator::barrier_wait(barrier, parity, place); }
+inline void barrier_expect(uint64_t* barrier, int bytes, EMULATED_PLACE) {
+  emulator::barrier_expect(barrier, bytes, place);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity, EMULATED_PLACE) {
+  emulator::barrier_wait(barrier, parity, place);
+}
 
 inline void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, EMULATED_PLACE) {
   emulator::load_tile(to, map, barrier, column, row, place);

@@ -39,7 +39,9 @@ inline void copy_async_wait() {
   emulator::copy_async_wait(kPending);
 }
 
-inline void load_matrix_x4(uint32_t (&r)[4], const void* row, EMULATED_PLACE) { emulator::load_matrix_x4(r, row, false, place); }
+inline void load_matrix_x4(uint32_t (&r)[4], const void* row, EMULATED_PLACE) {
+  emulator::load_matrix_x4(r, row, false, place);
+}
 inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row, EMULATED_PLACE) {
   emulator::load_matrix_x4(r, row, true, place);
 }

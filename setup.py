@@ -1,7 +1,8 @@
-"""Builds csrc/ with CMake: the CPU library always, the CUDA one where nvcc is found. Of torch only the headers are used.
+"""Builds csrc/ with CMake: the CPU library always, the CUDA one where nvcc is found. Of torch only the headers are
+used.
 
-Environment: TORCH_DIR (folder of the installed torch), IJCKD_CUDA=auto|on|off, IJCKD_ARCHS (CMake's CUDA architectures),
-CUDA_HOME, MAX_JOBS.
+Environment: TORCH_DIR (folder of the installed torch), IJCKD_CUDA=auto|on|off, IJCKD_ARCHS (CMake's CUDA
+architectures), CUDA_HOME, MAX_JOBS.
 """
 
 import importlib.util

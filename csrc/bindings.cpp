@@ -1,54 +1,52 @@
-// The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in _C and for
-// CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/ops.py. All ops but take_counts are functional.
+// The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in
+// _C and for CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/. All ops but take_counts are
+// functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ijckd, m) {
-  // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling. What backward alone reads is
-  // empty of a linear connector: y, count, yhat with one position, no BatchNorm, no ReLU and no map_t.
+  // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling. What backward alone
+  // reads is empty of a linear connector: y, count, yhat with one position, no BatchNorm, no ReLU and no map_t.
   m.def(
-      "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
-      "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
+      "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
+      "Tensor? var, Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
       "(Tensor z, Tensor fm, Tensor mean, Tensor var, Tensor y, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
   // The same in two steps, with the all-reduce of SyncBN between them.
   m.def("connector_project(Tensor u, Tensor weight) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
-      "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, "
-      "Tensor? pooled_t, bool relu, float eps) -> (Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
+      "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
+      "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
+      "(Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
   // Backward, in two steps for the same reason: the channel sums, then everything that needs them. grad_fm with a match.
   m.def(
       "connector_channel_grads(Tensor grad_z, Tensor? grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, "
       "Tensor res, Tensor res_yhat, int positions, bool match_map) -> (Tensor grad_z, Tensor d_gamma, Tensor d_beta)");
   m.def(
-      "connector_input_grads(Tensor grad_z, Tensor? grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, Tensor "
-      "weight, "
-      "Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, bool relu, float "
-      "eps, "
-      "bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
+      "connector_input_grads(Tensor grad_z, Tensor? grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, "
+      "Tensor weight, Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
+      "Tensor? map_t, bool relu, float eps, bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
   // All of backward for a linear connector; grad_fm and z with pooled_t. grad_z is what it says times scale [].
   m.def(
-      "connector_linear_grads(Tensor grad_z, Tensor? scale, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, Tensor "
-      "weight, "
-      "bool need_du, bool need_dweight, bool need_dbias) -> (Tensor du, Tensor dweight, Tensor dbias)");
+      "connector_linear_grads(Tensor grad_z, Tensor? scale, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, "
+      "Tensor weight, bool need_du, bool need_dweight, bool need_dbias) -> "
+      "(Tensor du, Tensor dweight, Tensor dbias)");
 
-  // Classifier logits and every loss on them; dz is dloss/dz, made in the forward pass. The matrix products are in `dtype`, or in
-  // the weight's own without it.
+  // Classifier logits and every loss on them. `tensors` and `numbers` are the loss, in the order of loss_terms.h and of
+  // ijckd_fast/head/classifier.py:LossTerms. dz is dloss/dz, made in the forward pass if `grad`. The matrix products
+  // are in `dtype`, or in the weight's own without it.
   m.def(
-      "classifier_loss(Tensor z, Tensor weight, Tensor? bias, Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, "
-      "Tensor? logits_t, float label_smoothing, float ce, float sr, float fm, float kl, float temperature, bool grad, "
-      "ScalarType? dtype, Tensor? gram) -> "
+      "classifier_loss(Tensor z, Tensor?[] tensors, float[] numbers, bool grad, ScalarType? dtype) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
 
   // The same of z = u projection^T + projection_bias, u [B, 1, Cs]: a linear connector on vectors.
   m.def(
-      "projected_classifier_loss(Tensor u, Tensor projection, Tensor? projection_bias, Tensor weight, Tensor? bias, "
-      "Tensor labels, Tensor? labels_b, Tensor? mix, Tensor? pooled_t, Tensor? logits_t, float label_smoothing, float ce, "
-      "float sr, float fm, float kl, float temperature, bool grad, ScalarType? dtype, Tensor? gram) -> "
-      "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
+      "projected_classifier_loss(Tensor u, Tensor projection, Tensor? projection_bias, Tensor?[] tensors, float[] "
+      "numbers, "
+      "bool grad, ScalarType? dtype) -> (Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
   m.def("limit_stage(int most) -> int");
-  // The counters of counts.h on the device of `like`, [2] int64, which begin anew at 0. Zeros on the CPU.
+  // The counters of counts.h on the device of `like`, [2] int64, which begin again at 0. Zeros on the CPU.
   m.def("take_counts(Tensor like) -> Tensor");
 }

@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ijckd_fast.head.ops import (
+    from ijckd_fast.head import (
         FrozenClassifier,
         classifier_gram,
         classifier_loss,
@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     # On first use only: `ijckd-fast --help` need not wait for torch, and `ijckd-fast doctor` can speak of a missing library.
-    if name == "HAS_CUDA_LIBRARY":
-        from ijckd_fast.head.libraries import load_libraries
-
-        return load_libraries()
     if name in __all__:
-        from ijckd_fast.head import ops
+        from ijckd_fast import head
 
-        return getattr(ops, name)
+        return getattr(head, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the data loaders against
-torchvision's, and the index of a data folder: `scripts/benchmark.py op --help`, and likewise step, loader and index.
+"""Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the
+data loaders against torchvision's, and the index of a data folder: `scripts/benchmark.py op --help`, and likewise step,
+loader and index.
 
-Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's, else the workload
-is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits every contender alike.
-Needs torch and the compiled libraries only; the machine it runs on need not have the package's other dependencies.
+Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's,
+else the workload is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits
+every contender alike. Needs torch and the compiled libraries only; the machine it runs on need not have the package's
+other dependencies.
 """
 
 from __future__ import annotations
@@ -35,25 +37,28 @@ import loader_benchmark  # noqa: E402
 import records  # noqa: E402
 import step_benchmark  # noqa: E402
 
+from ijckd_fast import head as ops  # noqa: E402
 from ijckd_fast.errors import UserError  # noqa: E402
-from ijckd_fast.head import ops, reference  # noqa: E402
+from ijckd_fast.head import reference  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16 gradients vanish without a loss scale, which is why every float16 trainer has one
 LOSS_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.0, torch.float16: 4096.0}
 
-# of a result's largest value, in units of the type's rounding: eager can be lucky in a mean over a thousand rows, down to no error
+# of a result's largest value, in units of the type's rounding: eager can be lucky in a mean over a thousand rows, down
+# to no error
 ERROR_FLOOR = {torch.float32: 16.0, torch.bfloat16: 1 / 64, torch.float16: 1 / 64}
 
 Step = Callable[[], list[Tensor]]
 
 
 class Workload(NamedTuple):
-    """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the maps, 0 for vectors.
+    """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the
+    maps, 0 for vectors.
 
-    Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU and match the map.
-    kl: the logits are matched by KL at temperature 4, not by their squares. cpu_B: the batch on a CPU, where B itself would take
-    minutes or not fit; its rows are called NAME-B<cpu_B>.
+    Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU
+    and match the map. kl: the logits are matched by KL at temperature 4, not by their squares. cpu_B: the batch on a
+    CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>.
     """
 
     B: int
@@ -283,7 +288,9 @@ def result_names(w: Workload, t: dict[str, Tensor], mode: str) -> list[str]:
 
 
 def make_step(loss_of: Callable[..., Any], t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
-    """One training step of the head: forward under autocast (mode 'forward': without gradients) and, with 'both', backward."""
+    """One training step of the head: forward under autocast (mode 'forward': without gradients) and, with 'both',
+    backward.
+    """
     device = t["pooled_t"].device.type
     leaves = [v for v in t.values() if v.requires_grad]
 
@@ -412,8 +419,9 @@ def check(
 ) -> None:
     """flash-attention's rule: an error of at most `slack` times eager's, both against float64; NaN never passes.
 
-    Errors are the largest over a result's elements. But rounding can switch a ReLU on or off where its input is near 0, which moves
-    one element of a gradient by as much as its value: gradients behind a ReLU are compared by their norms, and to 1e-3.
+    Errors are the largest over a result's elements. But rounding can switch a ReLU on or off where its input is near 0,
+    which moves one element of a gradient by as much as its value: gradients behind a ReLU are compared by their norms,
+    and to 1e-3.
     """
     for name, ours, theirs, exact in zip(names, results, eager, oracle, strict=True):
         behind_relu = w.side > 0 and name.startswith("gradient")
@@ -458,8 +466,8 @@ class Timer:
 def peak_mb(step: Step, device: str) -> float | None:
     """Megabytes (1e6) that one warm step needs on top of its inputs, its results included.
 
-    On a GPU by torch's allocator. On a CPU the process' peak resident memory over its resident memory before, the least of three
-    steps, with freed memory given back to the kernel first; None where Linux' /proc does not offer it.
+    On a GPU by torch's allocator. On a CPU the process' peak resident memory over its resident memory before, the least
+    of three steps, with freed memory given back to the kernel first; None where Linux' /proc does not offer it.
     """
     gc.collect()
     if device == "cuda":
@@ -521,7 +529,9 @@ class Measured(NamedTuple):
 def measure(
     name: str, w: Workload, dtype: torch.dtype, device: str, mode: str, baselines: list[str], repeats: int, timer: Timer
 ) -> dict[str, Measured]:
-    """Checks, then times, every contender on one workload. WrongResult if ours is wrong; a baseline that fails is left out, and said so."""
+    """Checks, then times, every contender on one workload. WrongResult if ours is wrong; a baseline that fails is left
+    out, and said so.
+    """
     torch._dynamo.reset()  # one compilation per workload; without it torch would count the ninth as one too many
     t = make_tensors(w, dtype, device)
     names = result_names(w, t, mode)
@@ -572,7 +582,9 @@ def measure(
 def make_rows(
     name: str, w: Workload, dtype: str, mode: str, measured: dict[str, Measured], where: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """One row per baseline, with every column of the CSV; in a row whose baseline runs in a CUDA graph, ours does too."""
+    """One row per baseline, with every column of the CSV; in a row whose baseline runs in a CUDA graph, ours does
+    too.
+    """
     rows = []
     for baseline, theirs in measured.items():
         if baseline.startswith("ours"):
@@ -675,13 +687,14 @@ def parser() -> argparse.ArgumentParser:
     op = commands.add_parser(
         "op",
         help="connector_match and classifier_loss",
-        description="Times one step of the fused head (milliseconds, MB = 1e6 bytes) against each baseline and prints a table; the "
-        'last line is one JSON object {"rows": [...]} with ratio = baseline_ms / ours_ms.',
+        description="Times one step of the fused head (milliseconds, MB = 1e6 bytes) against each baseline and prints a "
+        'table; the last line is one JSON object {"rows": [...]} with ratio = baseline_ms / ours_ms.',
         epilog="workloads:\n"
         + "\n".join(f"  {k:12} {w.sizes}: {w.losses}" + _cpu_note(w) for k, w in WORKLOADS.items())
         + "\nbaselines:\n"
         + "\n".join(f"  {k:20}  {text}" for k, text in BASELINES.items())
-        + "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm pooled match, map map match",
+        + "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm pooled match, "
+        "map map match",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     op.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Checks the compiled ops on this machine's GPU, then times them and the whole training step: scripts/gpu_check.sh [--out DIR] [--wheels DIR]
+# Checks the compiled ops on this machine's GPU, then times them and the whole training step:
+#
+#   scripts/gpu_check.sh [--out DIR] [--wheels DIR]
 #
 #   --out DIR      where the log, the table of steps and the benchmark's rows go (default runs/gpu_check)
-#   --wheels DIR   a folder of wheels for what is missing here (Liger-Kernel, jsonargparse, ...), installed into a temporary folder, no network
+#   --wheels DIR   a folder of wheels for what is missing here (Liger-Kernel, jsonargparse, ...), installed into a
+#                  temporary folder, no network
 #
-# Needs the checkout with the two built libraries (ijckd_fast/head/_C.so, _C_cuda.so) and a Python with torch, pytest and hypothesis;
-# PYTHON chooses it (default: .venv's, else python3). Every step has its own time limit and its own process, so that one that
-# hangs or corrupts the GPU's memory spoils no other; the whole takes under 9 minutes. The exit status is 1 if any step failed.
-# Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv, DIR/step.csv and DIR/loader.csv, never to results/: copy
-# the good ones there.
+# Needs the checkout with the two built libraries (ijckd_fast/head/_C.so, _C_cuda.so) and a Python with torch, pytest
+# and hypothesis; PYTHON chooses it (default: .venv's, else python3). Every step has its own time limit and its own
+# process, so that one that hangs or corrupts the GPU's memory spoils no other; the whole takes under 9 minutes. The
+# exit status is 1 if any step failed. Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv,
+# DIR/step.csv and DIR/loader.csv, never to results/: copy the good ones there.
 set -uo pipefail
 
 fail() {
@@ -97,7 +100,7 @@ fi
 step environment 90 "$python" - <<'PYTHON'
 import os, platform, subprocess
 import torch
-from ijckd_fast.libraries import kernels_for, load_libraries
+from ijckd_fast.head import kernels_for, load_libraries
 
 print("Python", platform.python_version(), "torch", torch.__version__, "cores", len(os.sched_getaffinity(0)))
 for package in ("triton", "torchvision", "timm", "liger_kernel", "cut_cross_entropy", "jsonargparse", "rich"):
@@ -107,18 +110,23 @@ for package in ("triton", "torchvision", "timm", "liger_kernel", "cut_cross_entr
         print(package, "absent:", error)
 cuda = load_libraries()
 if torch.cuda.is_available():
-    subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu", "--format=csv"])
+    query = "name,driver_version,memory.total,clocks.sm,temperature.gpu"
+    subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"])
     major, minor = torch.cuda.get_device_capability()
     x = torch.ones(3, device="cuda")
     assert cuda, "ijckd_fast/head/_C_cuda.so is missing: build it where nvcc is, or carry it here"
     print(kernels_for((major, minor)))
-    print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}; the sum of three ones is {x.sum().item():g}")
+    print(f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}; "
+          f"the sum of three ones is {x.sum().item():g}")
 else:
     print("no GPU; CUDA library", "loads" if cuda else "not built")
 PYTHON
 if can_import rich; then
     # a report, not a check: training needs more than the ops do
-    step doctor 60 "$python" -c 'from rich.console import Console; from ijckd_fast.doctor import doctor; doctor(Console(width=140))'
+    step doctor 60 "$python" -c '
+from rich.console import Console
+from ijckd_fast.commands.doctor import doctor
+doctor(Console(width=140))'
 fi
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
@@ -146,8 +154,8 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     fi
     if can_import "nvidia.dali, torchvision, pyarrow, rich"; then
         tests "DALI on the GPU" 60 tests/data/test_data.py -k "a_gpu_gets"
-        step loader 100 "$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24 --repeats 3 \
-            --threads 8 15 --contenders dali dali-hybrid dali-gpu --save "$out/loader.csv"
+        step loader 100 "$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24 \
+            --repeats 3 --threads 8 15 --contenders dali dali-hybrid dali-gpu --save "$out/loader.csv"
     else
         record loader "skipped" 0 "DALI or torchvision is not here; --wheels can bring them"
     fi
@@ -160,13 +168,15 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
     else
         record "compute-sanitizer" "skipped" 0 "compute-sanitizer is not installed"
     fi
-    reserve=120 # for the ops, which also get what the steps leave; torch.compile, a minute for two nets, is for one pair only
+    # for the ops, which also get what the steps leave; torch.compile, a minute for two nets, is for one pair only
+    reserve=120
     if can_import "torchvision, pyarrow, rich, yaml, PIL"; then
         backend=synthetic
         if can_import nvidia.dali; then backend=dali; fi
-        training=("$python" scripts/benchmark.py step --device cuda --batch 256 --images 400 --data-backend $backend --repeats 2
-            --turn-seconds 1.5 --save "$out/step.csv")
-        step "step r34-r18" 130 "${training[@]}" --pair r34-r18 --contenders ours ours-graph eager-autocast eager-compile
+        training=("$python" scripts/benchmark.py step --device cuda --batch 256 --images 400 --data-backend $backend
+            --repeats 2 --turn-seconds 1.5 --save "$out/step.csv")
+        step "step r34-r18" 130 "${training[@]}" --pair r34-r18 \
+            --contenders ours ours-graph eager-autocast eager-compile
         step "step r50-mv1" 80 "${training[@]}" --pair r50-mv1 --contenders ours ours-graph eager-autocast
     else
         record step "skipped" 0 "torchvision or another package of the trainer is not here; --wheels can bring them"
@@ -178,13 +188,13 @@ else
     device=cpu
     echo "gpu_check: torch finds no GPU here: running the CPU half"
     export OMP_NUM_THREADS=1 # two spinning threads make small tests ten times slower
-    tests "ops on the CPU" 180 tests/head/test_ops.py
+    tests "ops on the CPU" 180 tests/head/test_{connector_match,classifier_loss,projected_classifier_loss,ops}.py
     # the GPU's tests on CPU tensors: proves the tests, not the kernels
     IJCKD_GPU_TESTS_ON=cpu tests "GPU tests on CPU" 120 tests/gpu
     unset OMP_NUM_THREADS
     reserve=0
-    step benchmark 120 "$python" scripts/benchmark.py op --device cpu --workloads C512x1000 M1 --baselines eager --repeats 5 \
-        --save "$out/op.csv" --plot "$out/op.png"
+    step benchmark 120 "$python" scripts/benchmark.py op --device cpu --workloads C512x1000 M1 --baselines eager \
+        --repeats 5 --save "$out/op.csv" --plot "$out/op.png"
 fi
 
 echo
@@ -196,11 +206,14 @@ import csv, sys
 with open(sys.argv[1]) as file:
     for row in csv.DictReader(file):
         peaks = " / ".join(f"{float(row[k]):.0f}" if row[k] else "-" for k in ("ours_peak_mb", "baseline_peak_mb"))
-        print(f"{row['workload']:10} {row['dtype']:9} {row['mode']:26} {row['baseline']:20} ours {float(row['ours_ms']):9.4f} ms "
-              f"baseline {float(row['baseline_ms']):9.4f} ms ratio {float(row['ratio']):6.2f} MB {peaks}")
+        print(f"{row['workload']:10} {row['dtype']:9} {row['mode']:26} {row['baseline']:20} "
+              f"ours {float(row['ours_ms']):9.4f} ms baseline {float(row['baseline_ms']):9.4f} ms "
+              f"ratio {float(row['ratio']):6.2f} MB {peaks}")
 PYTHON
     echo
 done
 awk -F, '{ printf "%-22s %-14s %8s  %s\n", $1, $2, $3, $4 }' "$steps"
-echo "gpu_check on $device: $([ "$failures" -eq 0 ] && echo "all steps ok" || echo "$failures step$([ "$failures" -eq 1 ] || echo s) FAILED"), $SECONDS s; log and rows in $out"
+verdict="all steps ok"
+[ "$failures" -eq 0 ] || verdict="$failures step$([ "$failures" -eq 1 ] || echo s) FAILED"
+echo "gpu_check on $device: $verdict, $SECONDS s; log and rows in $out"
 [ "$failures" -eq 0 ]

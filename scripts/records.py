@@ -68,7 +68,9 @@ def add_save(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def check(path: pathlib.Path | None, columns: Sequence[str]) -> None:
-    """UserError if rows of these columns could not be appended to `path`: before an hour is spent on them. None: nothing to save."""
+    """UserError if rows of these columns could not be appended to `path`: before an hour is spent on them. None:
+    nothing to save.
+    """
     from ijckd_fast.errors import UserError
 
     if path is None:
@@ -92,7 +94,9 @@ def parse_args(parser: argparse.ArgumentParser, columns: Sequence[str]) -> argpa
 
 
 def append(path: pathlib.Path | None, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends rows, under a header if the file is new; every row has these columns and no other. None: nothing to save."""
+    """Appends rows, under a header if the file is new; every row has these columns and no other. None: nothing to
+    save.
+    """
     if path is None:
         return
     new = not path.exists()

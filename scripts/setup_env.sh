@@ -1,5 +1,5 @@
-# Sourced by scripts/demo and scripts/test, from the repository's root: makes .venv with everything the repository needs and
-# builds the extension, or returns at once when .venv is current. PYTHON chooses the interpreter.
+# Sourced by scripts/demo and scripts/test, from the repository's root: makes .venv with everything the repository needs
+# and builds the extension, or returns at once when .venv is current. PYTHON chooses the interpreter.
 # A stamp in .venv holds the hash of what was installed from; a changed file, or an interrupted set-up, runs it again.
 
 fail() {
@@ -14,7 +14,8 @@ find_python() {
             command -v "$candidate"
             return
         fi
-        if [ -n "${PYTHON:-}" ]; then fail "PYTHON=$PYTHON does not run or is older than Python 3.10: name another, or unset it"; fi
+        [ -z "${PYTHON:-}" ] ||
+            fail "PYTHON=$PYTHON does not run or is older than Python 3.10: name another, or unset it"
     done
     fail "no Python 3.10 or newer found: install one, or set PYTHON to its path"
 }

@@ -16,10 +16,11 @@ namespace ijckd {
 namespace {
 
 constexpr int64_t kWhole = 1 << 20;  // logits up to which whole rows are held: 4 MiB of float32
-// Logits in the rows that are held where only whole rows will do: 16 MiB of float32, and as much for W d. W is read twice for
-// each so many rows, so beyond 131,072 classes it is more memory rather than fewer rows.
+// Logits in the rows that are held where only whole rows will do: 16 MiB of float32, and as much for W d. W is read
+// twice for each so many rows, so beyond 131,072 classes it is more memory rather than fewer rows.
 constexpr int64_t kRowLogits = 1 << 22, kLeastRows = 32;
-constexpr int64_t kChunk = 1 << 19;  // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
+constexpr int64_t kChunk =
+    1 << 19;  // logits in a chunk: 2 MiB of float32 stay in the last-level cache between the two GEMMs
 constexpr int64_t kConvWeights = 1 << 20;  // elements of W in a chunk's convolution, which makes a copy of them
 constexpr int64_t kLeastClasses = 256;     // below this the library's GEMM loses more than the cache gives
 constexpr int64_t kLeastWeight = 1 << 18;  // elements of W from which G = W^T W saves more than its lookup costs
@@ -43,8 +44,8 @@ struct Row {
 
 // One row's part of one chunk: logits [n] (without bias) become exponentials, 0 at the label; x [n] is scratch.
 template <typename T, typename A>
-IJCKD_INLINE void chunk_row_body(T* logits, const A* bias, A* x, int64_t first_class, int64_t n, int64_t label, bool smoothing,
-                                 Row<A>& row) {
+IJCKD_INLINE void chunk_row_body(T* logits, const A* bias, A* x, int64_t first_class, int64_t n, int64_t label,
+                                 bool smoothing, Row<A>& row) {
   if (bias)
     for (int64_t k = 0; k < n; ++k) x[k] = load(logits, k) + bias[k];
   else
@@ -75,12 +76,12 @@ IJCKD_CLONES void chunk_row(float* logits, const float* bias, float* x, int64_t 
                             bool smoothing, Row<float>& row) {
   chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
 }
-IJCKD_CLONES void chunk_row(c10::BFloat16* logits, const float* bias, float* x, int64_t first_class, int64_t n, int64_t label,
-                            bool smoothing, Row<float>& row) {
+IJCKD_CLONES void chunk_row(c10::BFloat16* logits, const float* bias, float* x, int64_t first_class, int64_t n,
+                            int64_t label, bool smoothing, Row<float>& row) {
   chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
 }
-IJCKD_CLONES void chunk_row(double* logits, const double* bias, double* x, int64_t first_class, int64_t n, int64_t label,
-                            bool smoothing, Row<double>& row) {
+IJCKD_CLONES void chunk_row(double* logits, const double* bias, double* x, int64_t first_class, int64_t n,
+                            int64_t label, bool smoothing, Row<double>& row) {
   chunk_row_body(logits, bias, x, first_class, n, label, smoothing, row);
 }
 
@@ -131,23 +132,25 @@ void add_column_sums(const T* w, A* columns, int64_t n, int64_t Ct) {
 template <typename T, typename A>
 class Chunks {
  public:
-  explicit Chunks(const ChunkedLoss& loss)
+  explicit Chunks(const LossRows& loss)
       : c(loss),
         t(loss.dtype),
         acc(accumulator(t)),
         B(loss.z.size(0)),
-        K(loss.weight.size(0)),
+        K(loss.terms.weight.size(0)),
         Ct(loss.z.size(1)),
         z(as(loss.z, t)),
         by_conv(by_convolution(z)),
-        stored(dtype(loss.weight, "classifier_loss", "weight")),
+        stored(dtype(loss.terms.weight, "classifier_loss", "weight")),
         by_pieces(stored != t || loss.rounding != t),
-        match(loss.weights.sr != 0),
-        w(loss.weight.const_data_ptr()),
+        match(loss.terms.weights.sr != 0),
+        w(loss.terms.weight.const_data_ptr()),
         dz(static_cast<A*>(loss.dz.mutable_data_ptr())),
-        bias(static_cast<const A*>(data(loss.bias))),
-        mix(static_cast<const A*>(loss.mix)),
-        smoothing(A(loss.weights.label_smoothing)),
+        bias(static_cast<const A*>(data(loss.terms.bias))),
+        mix(static_cast<const A*>(data(loss.terms.mix))),
+        labels(labels_of(loss.terms.labels)),
+        labels_b(labels_of(loss.terms.labels_b)),
+        smoothing(A(loss.terms.weights.label_smoothing)),
         rows(B) {}
 
   void run() {
@@ -160,7 +163,8 @@ class Chunks {
     const Tensor logits = empty(z, {by_conv ? 0 : B * size}, t);
     if (match) hashes.resize((K + kHashedRows - 1) / kHashedRows);
     {
-      const Tensor converted = empty(z, {by_pieces ? size : 0, Ct}, t), product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
+      const Tensor converted = empty(z, {by_pieces ? size : 0, Ct}, t),
+                   product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
       if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
       for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), converted, logits, product);
     }
@@ -183,9 +187,10 @@ class Chunks {
     return scratch.data();
   }
 
-  // Rows [k, k + n) of W in T, and their hashes on the way: what is read from memory here lies in a cache for the GEMMs.
+  // Rows [k, k + n) of W in T, and their hashes on the way: what is read from memory here lies in a cache for the
+  // GEMMs.
   Tensor weight_rows(int64_t k, int64_t n, const Tensor& converted) {
-    const Tensor rows = by_pieces ? rows_of(converted, 0, n) : rows_of(c.weight, k, n);
+    const Tensor rows = by_pieces ? rows_of(converted, 0, n) : rows_of(c.terms.weight, k, n);
     if (!by_pieces && !match) return rows;
     const T* data = static_cast<const T*>(rows.const_data_ptr());
     parallel_for((n + kHashedRows - 1) / kHashedRows, 1, [&](int64_t first, int64_t last) {
@@ -207,8 +212,8 @@ class Chunks {
       };
       for (int64_t b = first; b < last; ++b) {
         Row<A>& row = rows[b];
-        row.anchor = row.label_logit = logit(b, c.labels[b]);
-        row.label_b_logit = c.labels_b ? logit(b, c.labels_b[b]) : row.label_logit;
+        row.anchor = row.label_logit = logit(b, labels[b]);
+        row.label_b_logit = labels_b ? logit(b, labels_b[b]) : row.label_logit;
         // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
         if (!(row.anchor < std::numeric_limits<A>::infinity())) row.others = std::numeric_limits<A>::quiet_NaN();
         if (c.grad) std::fill_n(dz + b * Ct, Ct, A(0));
@@ -230,7 +235,7 @@ class Chunks {
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<A> x(n);
       for (int64_t b = first; b < last; ++b)
-        chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, c.labels[b], smoothing != 0, rows[b]);
+        chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, labels[b], smoothing != 0, rows[b]);
     });
     if (!c.grad) return;
     Tensor dz_w = product;
@@ -258,13 +263,13 @@ class Chunks {
   }
 
   void finish() {
-    const LossWeights& weights = c.weights;
+    const LossWeights& weights = c.terms.weights;
     const A ce_weight = A(weights.ce) / A(B), q = A(1) - smoothing;
     const A c_sr = A(2 * weights.sr / (double(B) * double(K))), c_fm = A(2 * weights.fm / (double(B) * double(Ct)));
     const A* d = static_cast<const A*>(data(c.d));
     OptTensor matched;
     if (match) {
-      const Tensor g = gram(c.weight, t, c.rounding, hashes);
+      const Tensor g = gram(c.terms.weight, t, c.rounding, hashes);
       matched = empty(z, {B, Ct}, acc);
       if (by_convolution(*c.d))
         times_gram(g, *matched);
@@ -272,19 +277,20 @@ class Chunks {
         matmul_out(*c.d, g, *matched);
     }
     const A* gd = static_cast<const A*>(data(matched));  // [B, Ct] G d
-    A* parts = static_cast<A*>(c.part_rows);
+    A* parts = static_cast<A*>(c.part_rows.mutable_data_ptr());
+    int64_t* hits = c.top1_rows.mutable_data_ptr<int64_t>();
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<T> scratch;
       for (int64_t b = first; b < last; ++b) {
         const Row<A>& row = rows[b];
-        const int64_t a = c.labels[b];
-        const A share = c.labels_b ? mix[b] : A(1), sum = row.others + row.label_term;
-        c.top1_rows[b] = row.best_class == a;
+        const int64_t a = labels[b];
+        const A share = labels_b ? mix[b] : A(1), sum = row.others + row.label_term;
+        hits[b] = row.best_class == a;
 
         A ce = 0;
         if (weights.ce != 0) {
           ce = row.anchor == row.label_logit ? std::log1p(row.others) : row.anchor - row.label_logit + std::log(sum);
-          if (c.labels_b) ce += q * (A(1) - share) * (row.label_logit - row.label_b_logit);
+          if (labels_b) ce += q * (A(1) - share) * (row.label_logit - row.label_b_logit);
           if (smoothing != 0) ce += smoothing * (row.label_logit - row.logits / A(K));
         }
         parts[kPartCe * B + b] = ce;
@@ -298,7 +304,7 @@ class Chunks {
         if (weights.ce != 0) {
           // p_a - q_a = (1 - share of a in the target) - s / sum: a confident sample's gradient keeps its digits
           add(out, ce_weight / sum, ce_weight * ((A(1) - q * share) - row.others / sum), weight_row(a, scratch), Ct);
-          if (c.labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), weight_row(c.labels_b[b], scratch), Ct);
+          if (labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), weight_row(labels_b[b], scratch), Ct);
           if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), columns.data(), Ct);
         } else {
           std::fill_n(out, Ct, A(0));
@@ -309,7 +315,7 @@ class Chunks {
     });
   }
 
-  const ChunkedLoss& c;
+  const LossRows& c;
   const DType t, acc;
   const int64_t B, K, Ct;
   const Tensor z;        // [B, Ct] T
@@ -317,10 +323,12 @@ class Chunks {
   const DType stored;    // of W
   const bool by_pieces;  // W must be converted
   const bool match;
-  const void* w;  // [K, Ct]
-  A* dz;          // [B, Ct]: the exponentials' part until finish
-  const A* bias;  // [K] or null
-  const A* mix;   // [B] or null
+  const void* w;            // [K, Ct]
+  A* dz;                    // [B, Ct]: the exponentials' part until finish
+  const A* bias;            // [K] or null
+  const A* mix;             // [B] or null
+  const int64_t* labels;    // [B], in [0, K)
+  const int64_t* labels_b;  // [B], or null
   const A smoothing;
   std::vector<Row<A>> rows;  // [B]
   std::vector<A> columns;    // [Ct] column sums of W, for label smoothing
@@ -332,12 +340,13 @@ class Chunks {
 bool in_class_chunks(const LossWeights& weights, bool pooled_t, DType t, int64_t B, int64_t K, int64_t Ct) {
   if (weights.kl != 0) return false;  // its gradient needs both softmaxes whole
   if (weights.sr == 0) return B * K > kWhole;
-  // G d takes Ct / K of the time of W d; where G is float32 and W bfloat16, 4.4 times that (measured with AVX-512 BF16).
+  // G d takes Ct / K of the time of W d; where G is float32 and W bfloat16, 4.4 times that (measured with AVX-512
+  // BF16).
   const bool gram_pays = t == DType::bf16 ? 6 * Ct <= K : 3 * Ct <= 2 * K;
   return pooled_t && K * Ct >= kLeastWeight && gram_pays;
 }
 
-void chunked_loss(const ChunkedLoss& c) {
+void chunked_loss(const LossRows& c) {
   dispatch(c.dtype, [&](auto element, auto a) { Chunks<decltype(element), decltype(a)>(c).run(); });
 }
 

@@ -117,7 +117,7 @@ def _gpu() -> Finding:
                 f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
             )
             raise RuntimeError(f"none usable; {built}")
-        from ijckd_fast.head.libraries import kernels_for
+        from ijckd_fast.head import kernels_for
 
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(len(cards))})

@@ -12,6 +12,7 @@ def ops_of(head: str) -> ModuleType:
 
     Imported here and not above, so that help and settings can be read where the ops are not built.
     """
-    from ijckd_fast.head import ops, reference
+    from ijckd_fast import head as ops
+    from ijckd_fast.head import reference
 
     return ops if head == "fused" else reference

@@ -20,8 +20,8 @@ def load_libraries() -> bool:
     cpu, cuda = HERE / "_C.so", HERE / "_C_cuda.so"
     if not cpu.exists():
         raise ImportError(
-            f"ijckd_fast: the compiled library {cpu.name} is not in {HERE}: run {REBUILD}, with torch >= 2.10 and a C++20 "
-            "compiler installed"
+            f"ijckd_fast: the compiled library {cpu.name} is not in {HERE}: run {REBUILD}, with torch >= 2.10 and a "
+            "C++20 compiler installed"
         )
     for library in (cpu, cuda):
         if library.exists():
@@ -30,7 +30,7 @@ def load_libraries() -> bool:
             except OSError as error:
                 raise ImportError(
                     f"ijckd_fast: {library.name} is there but torch {torch.__version__} cannot load it ({error}): "
-                    f"build it anew with {REBUILD}, with torch >= 2.10"
+                    f"build it again with {REBUILD}, with torch >= 2.10"
                 ) from None
     return cuda.exists()
 

@@ -1,4 +1,4 @@
-"""The oracle: the fused ops in plain PyTorch, same names and signatures as `ijckd_fast.ops`, never tuned.
+"""The oracle: the fused ops in plain PyTorch, same names and signatures as `ijckd_fast.head`, never tuned.
 
 Selected by a test or by `--head reference`; never a silent fallback. Imports nothing of ours.
 """
@@ -31,7 +31,7 @@ def connector_match(
     pooled_t: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contract: `ijckd_fast.ops.connector_match`. Method: Z = g(F_s), z = GAP(Z), D(Z or z, F_t or h_t)."""
+    """Contract: `ijckd_fast.head.connector_match`. Method: Z = g(F_s), z = GAP(Z), D(Z or z, F_t or h_t)."""
     acc = torch.float64 if u.dtype == torch.float64 else torch.float32
     x = u[:, :, None, None] if u.dim() == 2 else u  # [B, Cs, H, W]
     y = F.conv2d(x, weight.reshape(weight.shape[0], weight.shape[1], 1, 1)).to(acc)  # [B, Ct, H, W]
@@ -93,9 +93,10 @@ def classifier_loss(
     temperature: float = 4.0,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract: `ijckd_fast.ops.classifier_loss`. Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL.
+    """Contract: `ijckd_fast.head.classifier_loss`.
 
-    `gram` is a short cut, and not taken here.
+    Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL. `gram` is a short cut, not taken
+    here.
     """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
@@ -134,6 +135,6 @@ def projected_classifier_loss(
     labels: Tensor,
     **terms: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contract: `ijckd_fast.ops.projected_classifier_loss`; terms: classifier_loss's keywords."""
+    """Contract: `ijckd_fast.head.projected_classifier_loss`; terms: classifier_loss's keywords."""
     z, _ = connector_match(u, projection, projection_bias, relu=False)  # [B, Ct]
     return classifier_loss(z, weight, bias, labels, **terms)

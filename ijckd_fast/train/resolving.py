@@ -12,7 +12,7 @@ import torch
 from ijckd_fast.data import Augment
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
-from ijckd_fast.head.libraries import REBUILD, load_libraries
+from ijckd_fast.head import REBUILD, load_libraries
 from ijckd_fast.nets import is_model_name
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.parallel.processes import Processes

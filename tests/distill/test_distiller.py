@@ -14,7 +14,7 @@ from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
 from ijckd_fast.distill.terms.attention import attention_distance
 from ijckd_fast.distill.terms.dkd import Dkd, dkd_rows
 from ijckd_fast.errors import UserError
-from ijckd_fast.head import ops, reference
+from ijckd_fast.head import reference
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model
 
 HEADS = ("fused", "reference")
@@ -293,7 +293,7 @@ def test_a_step_calls_each_op_of_its_head_once(name, head, monkeypatch):
     calls = record_calls(monkeypatch)
     distiller = Distiller(*pair(torch.float32), get_objective(name), head=head).train()
     distiller(*batch(torch.float32), progress=0)
-    module = "ops" if head == "fused" else "reference"
+    module = "head" if head == "fused" else "reference"
     expected = [(module, "connector_match"), (module, "classifier_loss")] if "connector" in TABLE[name] else []
     assert calls == expected + ([(module, "connector_match")] if "hint" in TABLE[name] else [])
 
@@ -310,12 +310,12 @@ def test_a_connector_on_vectors_and_the_loss_are_one_op(name, sr, connector, hea
         assert {module for module, _ in calls} == {"reference"}
         assert ("reference", "projected_classifier_loss") not in calls
     elif sr or name == "ijckd-pooled":
-        assert calls == [("ops", "projected_classifier_loss")]
+        assert calls == [("head", "projected_classifier_loss")]
     else:
-        assert calls == [("ops", "connector_match")]
+        assert calls == [("head", "connector_match")]
     calls.clear()
     distiller.eval().student_side(batch(torch.float32)[0])
-    assert calls == [("ops" if head == "fused" else "reference", "connector_match")]
+    assert calls == [("head" if head == "fused" else "reference", "connector_match")]
 
 
 # ------------------------------------------------------------------------------------------------ the teacher is frozen

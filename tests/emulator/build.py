@@ -1,5 +1,6 @@
-"""Compiles csrc/cuda/*.cu with g++ against the emulator (emulator.h): as a Python module of the launchers, and with the GPU's host
-code in a `_C.so` whose ops take CPU tensors. Built files lie in build/emulator under a hash of all that went in.
+"""Compiles csrc/cuda/*.cu with g++ against the emulator (emulator.h): as a Python module of the launchers, and with the
+GPU's host code in a `_C.so` whose ops take CPU tensors. Built files lie in build/emulator under a hash of all that went
+in.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ CSRC = ROOT / "csrc"
 REPLACED = {p.name for p in (HERE / "include").iterdir()}  # headers of which the emulator has its own
 UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 
-# No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit pattern, so
-# that a forgotten initialisation shows.
+# No sanitizer's runtime is linked: the compiler's calls before each access go to emulator.cpp. Locals start as a bit
+# pattern, so that a forgotten initialisation shows.
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
 SMALL = "-DIJCKD_SMALL_SIZES"  # large tiles, and several chunks of classes, at sizes that a CPU can emulate
 KERNEL_FLAGS += [SMALL]

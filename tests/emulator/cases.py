@@ -1,8 +1,8 @@
 """Every kernel at sizes that hurt, against numpy in float64. A case is a function of the module of launchers; it raises
 AssertionError where an output differs from the oracle, and returns its outputs for comparison between schedules.
 
-Outputs go in full of NaN (integers: of -7), so what a kernel leaves out shows; the emulator watches every address itself.
-Needs neither torch nor pytest: mutate.py starts it hundreds of times.
+Outputs go in full of NaN (integers: of -7), so what a kernel leaves out shows; the emulator watches every address
+itself. Needs neither torch nor pytest: mutate.py starts it hundreds of times.
 """
 
 from __future__ import annotations
@@ -248,7 +248,9 @@ def match_sums(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
 def channel_grads(
     kernels: ModuleType, t: DType, B: int, P: int, Ct: int, match: str | None, linear: bool = False
 ) -> list[Array]:
-    """linear: without what is 1 and what is not wanted where there is neither ReLU nor BatchNorm, and with a factor of grad_z."""
+    """linear: without what is 1 and what is not wanted where there is neither ReLU nor BatchNorm, and with a factor of
+    grad_z.
+    """
     data = Data(t, f"channel_grads {B} {P} {Ct}")
     names = ("grad_z", "z", "pooled_t", "count", "yhat")
     stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
@@ -308,7 +310,8 @@ def match_backward(
         maps[odd] = at_odd_address(maps[odd])
     kernels.match_backward(
         dtype=t.name, **maps, **arrays, grad_z=grad_z, grad_fm=np.asarray(grad_fm),
-        d_gamma=d_gamma if stats else None, d_beta=d_beta if stats else None, B=B, P=P, Ct=Ct, n_stats=n_stats, relu=relu,
+        d_gamma=d_gamma if stats else None, d_beta=d_beta if stats else None, B=B, P=P, Ct=Ct, n_stats=n_stats,
+        relu=relu,
     )  # fmt: skip
     h = (y64 - mean) * inv_std
     pre = gamma * h + beta

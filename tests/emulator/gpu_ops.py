@@ -1,16 +1,19 @@
-"""Run by test_emulated_ops.py beside test_ops.py, on emulated CUDA kernels: what the CPU's ops refuse and the GPU's take."""
+"""Run by test_emulated_ops.py on emulated CUDA kernels, with the tables of op_cases.py: what the CPU's ops refuse and
+the GPU's take.
+"""
 
 import ctypes
 import pathlib
 
 import pytest
 import torch
-from test_ops import assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
+from op_cases import assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ijckd_fast
-from ijckd_fast.head import ops, reference
+from ijckd_fast import head
+from ijckd_fast.head import reference
 
 
 def wide(x):
@@ -24,7 +27,7 @@ def connector_results(leaves, keywords):
         {k: wide(v) for k, v in leaves.items()},
         {k: wide(v) for k, v in keywords.items()},
     )
-    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (ops, reference))
+    fused, eager = (run_connector(m.connector_match, leaves, keywords) for m in (head, reference))
     return zip(fused, eager, oracle, strict=True)
 
 
@@ -41,7 +44,7 @@ def test_classifier_loss_float16_no_worse_than_eager():
     for seed in range(8):
         z, weight, bias, *rest = loss_inputs(64, 96, 203, torch.float16, seed=seed)
         oracle = run_loss(reference.classifier_loss, *map(wide, (z, weight, bias, *rest)))
-        fused = run_loss(ops.classifier_loss, z, weight, bias, *rest)
+        fused = run_loss(head.classifier_loss, z, weight, bias, *rest)
         eager = run_loss(reference.classifier_loss, z, weight, bias.half(), *rest)
         for i, got in enumerate((fused, eager)):
             errors[i] += torch.stack([(got[j].double() - oracle[j]).abs().max() ** 2 for j in (0, 1, 3)])
@@ -69,7 +72,7 @@ def test_classifier_loss_float16_keeps_small_probabilities(confidence, weights):
     matched = "sr" in weights or "kl" in weights
     teacher = {"pooled_t": z + 0.3 * torch.randn(B, Ct, generator=g)} if matched else {}
     gradients = []
-    for op, scale, to in ((reference, 1, torch.double), (reference, 65536, torch.float), (ops, 1, torch.float)):
+    for op, scale, to in ((reference, 1, torch.double), (reference, 65536, torch.float), (head, 1, torch.float)):
         leaf = z.to(to, copy=True).requires_grad_()
         named = {k: v.to(to) for k, v in teacher.items()}
         w = weight.double() if to == torch.double else weight
@@ -85,27 +88,27 @@ def test_label_out_of_range_makes_its_row_nan(label):
     z, weight, bias, labels, *_ = loss_inputs(B=5, K=9)
     labels[2] = label
     z.requires_grad_()
-    ops.take_bad_rows("cpu")
-    loss, _, top1 = ops.classifier_loss(z, weight, bias, labels)
+    head.take_bad_rows("cpu")
+    loss, _, top1 = head.classifier_loss(z, weight, bias, labels)
     loss.backward()
     assert loss.isnan()
     assert z.grad.isnan().all(1).tolist() == [False, False, True, False, False]
     assert z.grad[[0, 1, 3, 4]].isfinite().all()
     assert top1 == (torch.nn.functional.linear(z, weight, bias).argmax(1) == labels).sum()
-    assert ops.take_bad_rows("cpu") == (1, 0)
-    assert ops.take_bad_rows("cpu") == (0, 0)
+    assert head.take_bad_rows("cpu") == (1, 0)
+    assert head.take_bad_rows("cpu") == (0, 0)
 
 
 def test_bad_labels_out_of_range_are_counted_once_a_row():
     """Whatever is wrong with the row, over all calls since the last look, and where only top-1 needs the label."""
     z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs(B=5, K=9)
-    ops.take_bad_rows("cpu")
+    head.take_bad_rows("cpu")
     labels[1:3], labels_b[2:4] = 9, -1
-    ops.classifier_loss(z, weight, bias, labels, labels_b=labels_b, mix=mix)
-    assert ops.take_bad_rows("cpu") == (3, 0)
+    head.classifier_loss(z, weight, bias, labels, labels_b=labels_b, mix=mix)
+    assert head.take_bad_rows("cpu") == (3, 0)
     for _ in range(2):
-        ops.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, ce=0.0, sr=1.0)
-    assert ops.take_bad_rows("cpu") == (4, 0)
+        head.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, ce=0.0, sr=1.0)
+    assert head.take_bad_rows("cpu") == (4, 0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -159,8 +162,8 @@ def test_tiles_no_worse_than_eager(case, B, Ct, K, stage):
     oracle = loss_and_grad(
         reference, *map(wide, (z, weight, bias, labels)), **{k: wide(v) for k, v in keywords.items()}
     )
-    gram = ops.classifier_gram(weight) if stage else None
-    fused = loss_and_grad(ops, z, weight, bias, labels, gram=gram, **keywords)
+    gram = head.classifier_gram(weight) if stage else None
+    fused = loss_and_grad(head, z, weight, bias, labels, gram=gram, **keywords)
     eager = loss_and_grad(reference, z, weight, None if bias is None else bias.bfloat16(), labels, **keywords)
     for name, f, e, o in zip(("loss", "parts", "dz"), fused, eager, oracle, strict=False):
         units = 2**-8 if name == "dz" else 2**-11
@@ -171,11 +174,11 @@ def test_tiles_no_worse_than_eager(case, B, Ct, K, stage):
 
 def test_each_stage_has_kernels_of_its_own():
     z, weight, bias, labels, keywords = tiled_inputs(6, 64, 90, sr=1.0)
-    gram = ops.classifier_gram(weight)
+    gram = head.classifier_gram(weight)
     results = {}
     for most in (0, 1, 2):
         before = torch.ops.ijckd.limit_stage(most)
-        results[most] = loss_and_grad(ops, z, weight, bias, labels, gram=gram, **keywords)
+        results[most] = loss_and_grad(head, z, weight, bias, labels, gram=gram, **keywords)
         torch.ops.ijckd.limit_stage(before)
     assert not torch.equal(results[0][2], results[1][2])
     torch.testing.assert_close(results[0][2], results[1][2], rtol=0.02, atol=2e-4)
@@ -188,10 +191,10 @@ def test_each_stage_has_kernels_of_its_own():
 
 def test_tiles_without_gradient_give_the_same_loss():
     z, weight, bias, labels, keywords = tiled_inputs(6, 64, 1000, sr=1.0, fm=1.0, label_smoothing=0.1)
-    gram = ops.classifier_gram(weight)
-    loss, parts, _, top1 = loss_and_grad(ops, z, weight, bias, labels, gram=gram, **keywords)
+    gram = head.classifier_gram(weight)
+    loss, parts, _, top1 = loss_and_grad(head, z, weight, bias, labels, gram=gram, **keywords)
     with torch.no_grad():
-        again = ops.classifier_loss(z, weight, bias, labels, gram=gram, **keywords)
+        again = head.classifier_loss(z, weight, bias, labels, gram=gram, **keywords)
     assert torch.equal(again[0], loss)
     assert torch.equal(again[1], parts)
     assert torch.equal(again[2], top1)
@@ -201,7 +204,7 @@ def test_tiles_without_gradient_give_the_same_loss():
 def test_tiles_make_the_row_of_a_label_out_of_range_nan(label):
     z, weight, bias, labels, keywords = tiled_inputs(5, 24, 90)
     labels[2] = label
-    loss, _, dz, _ = loss_and_grad(ops, z, weight, bias, labels, **keywords)
+    loss, _, dz, _ = loss_and_grad(head, z, weight, bias, labels, **keywords)
     assert loss.isnan()
     assert dz.isnan().all(1).tolist() == [False, False, True, False, False]
     assert dz[[0, 1, 3, 4]].isfinite().all()
@@ -212,16 +215,18 @@ def test_tiles_make_the_row_of_a_label_out_of_range_nan(label):
 def test_tiles_never_make_a_broken_logit_a_finite_loss(value, where):
     z, weight, bias, labels, keywords = tiled_inputs(5, 24, 90)
     bias[labels[1] if where == "label" else next(k for k in range(90) if k not in labels)] = value
-    loss, *_ = loss_and_grad(ops, z, weight, bias, labels, **keywords)
+    loss, *_ = loss_and_grad(head, z, weight, bias, labels, **keywords)
     assert loss.isfinite() == (value == -float("inf") and where == "other")
 
 
 def test_tiles_of_a_row_far_from_its_label():
-    """More than float's exponent between the label's logit and the largest: counted as saturated, the loss is their distance."""
+    """More than float's exponent between the label's logit and the largest: counted as saturated, the loss is their
+    distance.
+    """
     z, weight, bias, labels, keywords = tiled_inputs(5, 24, 90)
     bias[7] += 500
     labels[labels == 7] = 8
-    loss, _, dz, top1 = loss_and_grad(ops, z, weight, bias, labels, **keywords)
+    loss, _, dz, top1 = loss_and_grad(head, z, weight, bias, labels, **keywords)
     oracle = loss_and_grad(
         reference, *map(wide, (z, weight, bias, labels)), **{k: wide(v) for k, v in keywords.items()}
     )
@@ -235,7 +240,7 @@ def test_gram_of_another_size_is_refused():
     with pytest.raises(
         RuntimeError, match=r"gram must be what classifier_gram makes of this weight, \[2, Ct, Ct\] = \[2, 24, 24\]"
     ):
-        ops.classifier_loss(z, weight, bias, labels, gram=ops.classifier_gram(weight[:, :16]), **keywords)
+        head.classifier_loss(z, weight, bias, labels, gram=head.classifier_gram(weight[:, :16]), **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -265,7 +270,7 @@ def test_linear_connector_in_tiles_no_worse_than_eager(shape, Ct, match, norm, d
 def test_a_linear_connector_in_tiles_does_not_round_its_result(match):
     leaves, keywords = connector_inputs((9, 24), 40, norm="bias", match=match, relu=False, dtype=torch.bfloat16)
     exact = wide(leaves["u"]) @ wide(leaves["weight"]).T + wide(leaves["bias"])
-    z, *_ = run_connector(ops.connector_match, leaves, keywords)
+    z, *_ = run_connector(head.connector_match, leaves, keywords)
     torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-5)
 
 
@@ -282,7 +287,7 @@ def test_a_linear_connector_of_tensors_at_odd_addresses(apart):
     for name in (None, apart):
         mine = {k: (odd(v) if k == name else v.detach().clone()).requires_grad_() for k, v in leaves.items()}
         pooled_t = odd(keywords["pooled_t"]) if name == "pooled_t" else keywords["pooled_t"]
-        z, fm = ops.connector_match(*mine.values(), relu=False, pooled_t=pooled_t)
+        z, fm = head.connector_match(*mine.values(), relu=False, pooled_t=pooled_t)
         outputs = torch.autograd.grad(
             (z, fm), list(mine.values()), (odd(head) if name == "head" else head, fm.new_ones(()))
         )
@@ -311,8 +316,8 @@ def projected(module, leaves, weight, bias, labels, keywords, **more):
 def in_two(leaves, weight, bias, labels, keywords, **more):
     """projected() by the two ops."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    z, _ = ops.connector_match(*leaves, relu=False)
-    loss, parts, top1 = ops.classifier_loss(z, weight, bias, labels, **keywords, **more)
+    z, _ = head.connector_match(*leaves, relu=False)
+    loss, parts, top1 = head.classifier_loss(z, weight, bias, labels, **keywords, **more)
     (1.7 * loss).backward()
     return [loss.detach(), parts, *[x.grad for x in leaves], top1]
 
@@ -322,7 +327,7 @@ def in_two(leaves, weight, bias, labels, keywords, **more):
 def test_projected_tiles_equal_those_of_the_two_ops(case, B, Cs, Ct, K, stage):
     """Nearly: the label's logit is summed in another order."""
     leaves, (weight, bias, labels, keywords) = projected_inputs(B, Cs, Ct, K, case)
-    gram = ops.classifier_gram(weight) if stage else None
+    gram = head.classifier_gram(weight) if stage else None
     fused, apart = (f(leaves, weight, bias, labels, keywords, gram=gram) for f in (_fused, in_two))
     for f, a in zip(fused, apart, strict=True):
         assert f.dtype == a.dtype
@@ -331,7 +336,7 @@ def test_projected_tiles_equal_those_of_the_two_ops(case, B, Cs, Ct, K, stage):
 
 
 def _fused(*args, **more):
-    return projected(ops, *args, **more)
+    return projected(head, *args, **more)
 
 
 @pytest.mark.parametrize("case", ["ce", "all", "kl"])
@@ -342,7 +347,7 @@ def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
     leaves, (weight, bias, labels, keywords) = projected_inputs(B, Cs, Ct, K, case, dtype)
     exact = {k: wide(v) for k, v in keywords.items()}
     oracle = projected(reference, list(map(wide, leaves)), *map(wide, (weight, bias, labels)), exact)
-    fused = projected(ops, leaves, weight, bias, labels, keywords)
+    fused = projected(head, leaves, weight, bias, labels, keywords)
     eager = projected(reference, leaves, weight, bias.to(dtype), labels, keywords)
     for f, e, o in zip(fused[:-1], eager, oracle, strict=False):
         assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps * o.abs().max().item() + 1e-6)
@@ -355,7 +360,7 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
     than of memory and views."""
     dtype = torch.float16 if way == "float16" else torch.bfloat16
     leaves, (weight, bias, labels, keywords) = projected_inputs(17, 40, 72, 203, "all", dtype)
-    gram = ops.classifier_gram(weight) if way == "anchored" else None
+    gram = head.classifier_gram(weight) if way == "anchored" else None
     if way == "kl":
         keywords["kl"] = 0.9
     leaves = [x.requires_grad_(gradients) for x in leaves]
@@ -370,7 +375,7 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
 
     before = count()
     with Recorded():
-        loss, *_ = ops.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
+        loss, *_ = head.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
         if gradients:
             torch.autograd.grad(loss, leaves, torch.full((), 2.0))
     assert count() - before == 3 + gradients
@@ -402,7 +407,7 @@ def test_whole_rows_of_logits_no_worse_than_eager(terms, teacher, dtype, stage):
     oracle = loss_and_grad(
         reference, *map(wide, (z, weight, bias, labels)), **{k: wide(v) for k, v in keywords.items()}
     )
-    fused = loss_and_grad(ops, z, weight, bias, labels, **keywords)
+    fused = loss_and_grad(head, z, weight, bias, labels, **keywords)
     eager = loss_and_grad(reference, z, weight, bias.to(dtype), labels, **keywords)
     for name, f, e, o in zip(("loss", "parts", "dz"), fused, eager, oracle, strict=False):
         floor = 1e-5 * (name != "dz") + 1e-7 + torch.finfo(dtype).eps * o.abs().max().item()
@@ -415,7 +420,7 @@ def test_a_float16_loss_and_a_kl_loss_are_in_tiles_too():
         results = []
         for most in (0, 1, 2):
             before = torch.ops.ijckd.limit_stage(most)
-            results.append(loss_and_grad(ops, z, weight.to(dtype), bias, labels, **keywords))
+            results.append(loss_and_grad(head, z, weight.to(dtype), bias, labels, **keywords))
             torch.ops.ijckd.limit_stage(before)
         assert not torch.equal(results[0][2], results[1][2])
         torch.testing.assert_close(results[0][2], results[1][2], rtol=0.02, atol=2e-4)

@@ -1,13 +1,14 @@
-"""Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a change that no
-case notices is a hole in the tests, unless it changes nothing that can be seen.
+"""Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a
+change that no case notices is a hole in the tests, unless it changes nothing that can be seen.
 
     python tests/emulator/mutate.py              all mutants, two at a time (about two hours)
-    python tests/emulator/mutate.py --missing    those without a row: after a change to the kernels, or where an earlier run was ended
+    python tests/emulator/mutate.py --missing    those without a row: after a change to the kernels, or after a run that
+                                                 was ended
     python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases
     python tests/emulator/mutate.py --only STR   those of which file or code holds STR; goes with the others
 
-mutants.csv has one row per mutant that has been judged: what was changed and what noticed. It is brought up to date as the run goes on.
-`explanation` is written by hand for survivors, and kept.
+mutants.csv has one row per mutant that has been judged: what was changed and what noticed. It is brought up to date as
+the run goes on. `explanation` is written by hand for survivors, and kept.
 """
 
 from __future__ import annotations
@@ -75,12 +76,13 @@ def mutable_files() -> dict[str, tuple[str, ...]]:
 FILES = mutable_files()
 
 SWAPS = {
-    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " && ": " || ", " || ": " && ",
-    " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " % ": " / ", " += ": " -= ", " *= ": " /= ", " /= ": " *= ",
-    " ? ": " && false ? ", "-INFINITY": "INFINITY", "NAN": "0", "(!": "(", "threadIdx.x": "(threadIdx.x + 1)",
-    "threadIdx.y": "(threadIdx.y + 1)", "blockIdx.x": "(blockIdx.x + 1)", " << ": " >> ", " >> ": " << ", " & ": " | ",
-    "__syncthreads();": ";", "__syncwarp();": ";", "copy_async_commit();": ";",
-    "load_matrix_x4(": "load_matrix_x4_transposed(", "load_matrix_x4_transposed(": "load_matrix_x4(",
+    " < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != ", " != ": " == ", " && ": " || ",
+    " || ": " && ", " + ": " - ", " - ": " + ", " * ": " / ", " / ": " * ", " % ": " / ", " += ": " -= ",
+    " *= ": " /= ", " /= ": " *= ", " ? ": " && false ? ", "-INFINITY": "INFINITY", "NAN": "0", "(!": "(",
+    "threadIdx.x": "(threadIdx.x + 1)", "threadIdx.y": "(threadIdx.y + 1)", "blockIdx.x": "(blockIdx.x + 1)",
+    " << ": " >> ", " >> ": " << ", " & ": " | ", "__syncthreads();": ";", "__syncwarp();": ";",
+    "copy_async_commit();": ";", "load_matrix_x4(": "load_matrix_x4_transposed(",
+    "load_matrix_x4_transposed(": "load_matrix_x4(",
 }  # fmt: skip
 PATTERN = re.compile("|".join(map(re.escape, sorted(SWAPS, key=len, reverse=True))))
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")  # shifted by one
@@ -325,7 +327,8 @@ def main() -> None:
         after[mutant.key] = dict(zip(COLUMNS, map(str, values), strict=True))
         if verdict == SURVIVED and not explanation:
             print(
-                f"survived: {mutant.file}:{mutant.line}: {mutant.code} : {mutant.was.strip()} -> {mutant.became.strip()}"
+                f"survived: {mutant.file}:{mutant.line}: {mutant.code} : "
+                f"{mutant.was.strip()} -> {mutant.became.strip()}"
             )
         if done % ROWS_AT_ONCE == 0:
             write_table([after[m.key] for m in mutants if m.key in after])

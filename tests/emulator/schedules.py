@@ -8,8 +8,8 @@ from types import ModuleType
 Order = tuple[str, str]  # of emulator.h's Schedule and Async
 
 FIRST: Order = ("forward", "lazy")
-# Enough where there are copies: one warp as far as it gets before the next one starts, from either end, is what a pipeline's
-# missing barriers show under, and it is the slow kernels that copy.
+# Enough where there are copies: one warp as far as it gets before the next one starts, from either end, is what a
+# pipeline's missing barriers show under, and it is the slow kernels that copy.
 WITH_COPIES: list[Order] = [
     (schedule, when) for when in ("lazy", "eager") for schedule in ("forward", "greedy", "greedy_reverse")
 ]

@@ -1,4 +1,6 @@
-"""The kernels' cases notice a broken kernel: a fixed sample of mutate.py's changes now, all of them in the committed table."""
+"""The kernels' cases notice a broken kernel: a fixed sample of mutate.py's changes now, all of them in the committed
+table.
+"""
 
 import pytest
 from emulator import build, mutate
@@ -25,8 +27,8 @@ def test_every_mutant_has_been_judged():
 
 @pytest.mark.slow
 def test_sample_of_mutants_is_noticed():
-    """Of every file a barrier or a wait for copies removed, and another of the changes that the table says are noticed; by the cases
-    of the unit that noticed it then.
+    """Of every file a barrier or a wait for copies removed, and another of the changes that the table says are noticed;
+    by the cases of the unit that noticed it then.
     """
     silent = {mutate.SURVIVED, mutate.NOT_COMPILED, mutate.TIMED_OUT}
     unit_of = {kernel: unit for unit, kernels in mutate.UNIT_KERNELS.items() for kernel in kernels}

@@ -46,7 +46,9 @@ def _anchored(
 
 
 def _refused(call: Callable[[], None]) -> list[Array]:
-    """A call whose operand lies at an odd address, of which the driver makes no tensor map: the launcher's own error, and no launch."""
+    """A call whose operand lies at an odd address, of which the driver makes no tensor map: the launcher's own error,
+    and no launch.
+    """
     text = ""
     try:
         call()
@@ -84,11 +86,11 @@ def anchor_rows(
     z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
     anchor, logit_b, fm_rows, counts = data.out(B), data.out(B), data.out(B), np.array([3, 5])
     kernels.anchor_rows(
-        dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, classifier=weight, classifier_bias=b if bias else None,
-        labels=labels, labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
-        d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
-        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None, row_parts=1,
-        counts=counts if anchors else None, B=B, K=K, Ct=Ct,
+        dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, classifier=weight,
+        classifier_bias=b if bias else None, labels=labels, labels_b=labels_b if two_labels else None, z_t=z_t,
+        d_t=d_t if teacher == "rounded" else None, d_split=d_split if teacher == "split" else None,
+        anchor=anchor if anchors else None, logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None,
+        row_parts=1, counts=counts if anchors else None, B=B, K=K, Ct=Ct,
     )  # fmt: skip
     np.testing.assert_array_equal(t.decode(z_t), t.decode(t.encode(z)))
     if anchors:
@@ -177,8 +179,8 @@ def logits_exp(
     call = functools.partial(
         kernels.logits_exp,
         stage=stage, z_t=cases.at_odd_address(z_t) if odd == "z_t" else z_t, 
-        weight=cases.at_odd_address(weight) if odd == "weight" else weight, bias=b if bias else None, anchor=in_parts, logit_b=None,
-        fm_rows=None, row_parts=parts, labels=labels, e=e if store else None,
+        weight=cases.at_odd_address(weight) if odd == "weight" else weight, bias=b if bias else None, anchor=in_parts,
+        logit_b=None, fm_rows=None, row_parts=parts, labels=labels, e=e if store else None,
         stride_e=stride_e, others=others, logits=sums if smoothing else None, best=best, best_class=best_class,
         square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
         gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
@@ -320,14 +322,15 @@ def grad_rows(
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
         stage=stage, e=e if grad else None, weight=weight, stride_e=stride_e, first_class=first_class, classes=classes,
-        first=first, last=last, grad=grad, dz=dz if grad else None, weight_sums_in=sums_in if smoothing and not first else None,
-        weight_sums_out=sums_out if smoothing and grad and not last else None, others=others, logits=logits if smoothing else None,
-        best=best, best_class=best_class, square=square if gram else None, class_tiles=class_tiles,
-        gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None, anchor=anchor,
-        logit_b=logit_b, fm_rows=fm_rows if pooled else None, row_parts=row_parts, labels=labels,
-        labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z, pooled_t=pooled_t if pooled else None,
-        gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1, counts=counts, B=B, K=K, Ct=Ct,
-        **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
+        first=first, last=last, grad=grad, dz=dz if grad else None,
+        weight_sums_in=sums_in if smoothing and not first else None,
+        weight_sums_out=sums_out if smoothing and grad and not last else None, others=others,
+        logits=logits if smoothing else None, best=best, best_class=best_class, square=square if gram else None,
+        class_tiles=class_tiles, gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None,
+        anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, row_parts=row_parts, labels=labels,
+        labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z,
+        pooled_t=pooled_t if pooled else None, gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1,
+        counts=counts, B=B, K=K, Ct=Ct, **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
     )  # fmt: skip
     fm_weight, sr_weight = w["fm"] if pooled else 0, w["sr"] if gram else 0
     product = e64 @ weight64[first_class : first_class + classes] if w["ce"] else np.zeros((B, Ct))
@@ -424,9 +427,9 @@ def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage:
     logits, gradient, labels = data.out(2 * B, K), t.encode(np.full((B, stride), np.nan)), data.labels(B, K)
     parts, top1, counts = data.out(4, B), np.full(B, -7), np.zeros(2, np.int64)
     call = functools.partial(
-        kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None, bias=None,
-        labels=labels, labels_b=None, mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True, gradient=gradient,
-        B=B, K=K, Ct=Ct, stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
+        kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None,
+        bias=None, labels=labels, labels_b=None, mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True,
+        gradient=gradient, B=B, K=K, Ct=Ct, stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
     )  # fmt: skip
     if odd:
         return _refused(call)
@@ -473,9 +476,10 @@ def times_classifier(
     if odd:
         operands[odd] = cases.at_odd_address(operands[odd])
     call = functools.partial(
-        kernels.times_classifier, stage=stage, dtype=t.name, grad=grad, **operands, z=z, pooled_t=pooled_t if pooled else None,
-        dz=dz if grad else None, part_rows=rows, anchor=None, logit_b=None, fm_rows=fm_rows if pooled else None,
-        row_parts=row_parts, top1_rows=top1_rows, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
+        kernels.times_classifier, stage=stage, dtype=t.name, grad=grad, **operands, z=z,
+        pooled_t=pooled_t if pooled else None, dz=dz if grad else None, part_rows=rows, anchor=None, logit_b=None,
+        fm_rows=fm_rows if pooled else None, row_parts=row_parts, top1_rows=top1_rows, loss=loss, parts=parts,
+        top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
     )  # fmt: skip
     if odd:
         return _refused(call)
@@ -545,7 +549,9 @@ def linear_tiles(
     stage: int = 1,
     edit: str = "",
 ) -> list[Array]:
-    """anchored: with what anchor_rows makes, of a classifier of 40 classes; of that without anchors the rounding alone."""
+    """anchored: with what anchor_rows makes, of a classifier of 40 classes; of that without anchors the rounding
+    alone.
+    """
     data = Data(t, f"linear_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
     (b, b64), (pooled_t, pooled64) = data.normal_acc(Ct), data.normal_acc(B, Ct)
@@ -566,9 +572,9 @@ def linear_tiles(
             "fm_rows": fm_rows if pooled else None, "row_parts": parts, "counts": counts, "K": K,
         }  # fmt: skip
     kernels.linear_tiles(
-        stage=stage, dtype=t.name, u=u, weight=weight, bias=b if bias else None, pooled_t=pooled_t if pooled else None, z=z,
-        squares=squares if pooled and not anchored else None, fm=None if pooled or anchored else fm, anchored=anchored,
-        **options, B=B, Cs=Cs, Ct=Ct,
+        stage=stage, dtype=t.name, u=u, weight=weight, bias=b if bias else None, pooled_t=pooled_t if pooled else None,
+        z=z, squares=squares if pooled and not anchored else None, fm=None if pooled or anchored else fm,
+        anchored=anchored, **options, B=B, Cs=Cs, Ct=Ct,
     )  # fmt: skip
     close("z", z, want, t, scale=4)
     if anchored:

@@ -1,4 +1,5 @@
-"""Every kernel once on small, odd shapes, for compute-sanitizer: `compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py`.
+"""Every kernel once on small, odd shapes, for compute-sanitizer:
+`compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py`.
 
 With PYTORCH_NO_CUDA_MEMORY_CACHING=1 every tensor is its own allocation, so that a step outside of it is seen.
 """
@@ -9,11 +10,11 @@ import sys
 import torch
 
 HERE = pathlib.Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parents[1] / "head"), str(HERE.parents[2])]
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[2])]
 
-import test_ops as tables  # noqa: E402
+import op_cases as tables  # noqa: E402
 
-from ijckd_fast.head import ops  # noqa: E402
+from ijckd_fast import head  # noqa: E402
 
 
 def main(device: str) -> None:
@@ -32,25 +33,25 @@ def main(device: str) -> None:
             leaves, keywords = tables.connector_inputs(shape, 67, norm=norm, match=match, dtype=dtype)
             leaves, keywords = ({k: moved(v) for k, v in d.items()} for d in (leaves, keywords))
             with torch.device(device):
-                tables.run_connector(ops.connector_match, leaves, keywords)
+                tables.run_connector(head.connector_match, leaves, keywords)
             runs += 1
         for sizes in ((3, 9, 1), (5, 7, 1031)):
             args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
-            tables.run_loss(ops.classifier_loss, *args)
+            tables.run_loss(head.classifier_loss, *args)
             runs += 1
     # channels that are multiples of 8: tensor-core tiles, small and large, anchored and with whole rows of logits
     for dtype in (torch.bfloat16, torch.float16) if device == "cuda" else (torch.bfloat16,):
         leaves, keywords = tables.connector_inputs((3, 24, 5, 3), 72, norm="train", match="map", dtype=dtype)
         leaves, keywords = ({k: moved(v) for k, v in d.items()} for d in (leaves, keywords))
         with torch.device(device):
-            tables.run_connector(ops.connector_match, leaves, keywords)
+            tables.run_connector(head.connector_match, leaves, keywords)
         for sizes, kl in (((5, 24, 203), 0.9), ((5, 24, 203), 0.0), ((130, 72, 8069), 0.0)):
             args = [moved(x) for x in tables.loss_inputs(*sizes, dtype)]
-            tables.run_loss(ops.classifier_loss, *args, kl=kl, gram=ops.classifier_gram(args[1]))
+            tables.run_loss(head.classifier_loss, *args, kl=kl, gram=head.classifier_gram(args[1]))
             runs += 1
         for sizes in ((5, 8, 24, 203), (130, 24, 136, 1031)):
             leaves, args = ([moved(x) for x in xs] for xs in tables.projected_inputs(*sizes, dtype))
-            tables.run_projected(ops, leaves, *args, kl=0.0, gram=ops.classifier_gram(args[0]))
+            tables.run_projected(head, leaves, *args, kl=0.0, gram=head.classifier_gram(args[0]))
             runs += 1
         runs += 1
     if device == "cuda":

@@ -1,5 +1,6 @@
-"""Each function of csrc/cuda/instructions.cuh and hopper_instructions.cuh on a GPU, against torch on the CPU. nvcc compiles
-instructions.cu and hopper_instructions.cu when the tests start; without a GPU they only show that those compile.
+"""Each function of csrc/cuda/instructions.cuh and hopper_instructions.cuh on a GPU, against torch on the CPU. nvcc
+compiles instructions.cu and hopper_instructions.cu when the tests start; without a GPU they only show that those
+compile.
 """
 
 import ctypes
@@ -8,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from test_build import nvcc
+from toolkit import nvcc
 
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"

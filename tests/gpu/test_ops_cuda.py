@@ -1,7 +1,8 @@
-"""The tables of test_ops.py on a GPU, in every dtype, and what only a GPU can show; skipped where there is none.
+"""The tables of op_cases.py on a GPU, in every dtype, and what only a GPU can show; skipped where there is none.
 
-IJCKD_GPU_TESTS_ON=cpu runs what can run on a CPU there, which keeps these tests themselves in order (scripts/gpu_check.sh does so
-on a machine without a GPU). Oracle: reference.py in float64 on the CPU. Only torch, pytest, hypothesis and the libraries are needed.
+IJCKD_GPU_TESTS_ON=cpu runs what can run on a CPU there, which keeps these tests themselves in order
+(scripts/gpu_check.sh does so on a machine without a GPU). Oracle: reference.py in float64 on the CPU. Only torch,
+pytest, hypothesis and the libraries are needed.
 """
 
 import itertools
@@ -9,12 +10,13 @@ import os
 import subprocess
 import sys
 
+import op_cases as tables
 import pytest
-import test_ops as tables
 import torch
 from torch import Tensor
 
-from ijckd_fast.head import ops, reference
+from ijckd_fast import head
+from ijckd_fast.head import reference
 
 DEVICE = os.environ.get("IJCKD_GPU_TESTS_ON", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
@@ -80,7 +82,8 @@ def run_loss(op, args, changed):
 
 
 def assert_rule(fused, eager, oracle, dtype, least=0.0, half_units=0.25):
-    """At most twice eager's error, with a floor in units of the type's rounding, since eager can be lucky in results of few elements.
+    """At most twice eager's error, with a floor in units of the type's rounding, since eager can be lucky in results of
+    few elements.
 
     The floor is relative to the result's largest value or `least`, the size of what was summed to make it.
     """
@@ -100,7 +103,7 @@ def assert_rule(fused, eager, oracle, dtype, least=0.0, half_units=0.25):
 def test_connector_match_float64(shape, norm, match, relu):
     leaves, keywords = tables.connector_inputs(shape, 65, norm=norm, match=match, relu=relu)
     tables.assert_equal_to(
-        run_connector(ops.connector_match, leaves, keywords),
+        run_connector(head.connector_match, leaves, keywords),
         tables.run_connector(reference.connector_match, leaves, keywords),
         1e-10,
     )
@@ -117,9 +120,10 @@ def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu
         shape, Ct, norm=norm, match=match, relu=relu, dtype=dtype, channels_last=channels_last
     )
     oracle = tables.run_connector(reference.connector_match, doubled(leaves), doubled(keywords))
-    fused = run_connector(ops.connector_match, leaves, keywords)
+    fused = run_connector(head.connector_match, leaves, keywords)
     eager = run_connector(reference.connector_match, leaves, keywords)
-    # least: sums of terms of that size, which cancel; half_units: rounding flips a ReLU near 0, here another one than in eager
+    # least: sums of terms of that size, which cancel; half_units: rounding flips a ReLU near 0, here another one than
+    # in eager
     assert_rule(fused, eager, oracle, dtype, least=2.0, half_units=1.0 if relu else 0.25)
 
 
@@ -140,7 +144,7 @@ def loss_case(case, teacher, sizes, dtype=F64):
 def test_classifier_loss_float64(case, teacher, sizes):
     args, changed = loss_case(case, teacher, sizes)
     wanted = tables.run_loss(reference.classifier_loss, *args, **changed)
-    tables.assert_equal_to(run_loss(ops.classifier_loss, args, changed), wanted, 1e-10)
+    tables.assert_equal_to(run_loss(head.classifier_loss, args, changed), wanted, 1e-10)
 
 
 @pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
@@ -149,7 +153,7 @@ def test_classifier_loss_float64(case, teacher, sizes):
 def test_classifier_loss_no_worse_than_eager(dtype, case, teacher, sizes, stage):
     args, changed = loss_case(case, teacher, sizes, dtype)
     oracle = tables.run_loss(reference.classifier_loss, *doubled(args), **doubled(changed))
-    fused = run_loss(ops.classifier_loss, args, changed)
+    fused = run_loss(head.classifier_loss, args, changed)
     z, weight, bias, *rest = args
     # F.linear wants one dtype; under autocast it rounds the bias too
     eager = run_loss(reference.classifier_loss, (z, weight, bias.to(dtype), *rest), changed)
@@ -188,7 +192,7 @@ def test_classifier_loss_bfloat16_with_gram_no_worse_than_eager(case, sizes):
         return [x.cpu() for x in (loss.detach(), parts, z.grad)], top1.item()
 
     oracle, hits = run(reference.classifier_loss, *doubled((z, weight, bias, labels)), **doubled(terms))
-    fused, fused_hits = run(ops.classifier_loss, z, weight, bias, labels, gram=ops.classifier_gram(weight), **terms)
+    fused, fused_hits = run(head.classifier_loss, z, weight, bias, labels, gram=head.classifier_gram(weight), **terms)
     eager, _ = run(reference.classifier_loss, z, weight, bias.bfloat16(), labels, **terms)
     assert_rule(fused[:2], eager[:2], oracle[:2], torch.bfloat16)
     assert_rule(fused[2:], eager[2:], oracle[2:], torch.bfloat16)
@@ -207,9 +211,9 @@ def test_projected_classifier_loss_no_worse_than_eager(sizes, kl, dtype, stage):
     leaves, (weight, *args) = moved(([u, projection / Cs**0.5, bias], args))
     weight = weight / Ct**0.5
     # where the logit match comes from G; else from W itself
-    gram = ops.classifier_gram(weight) if dtype == torch.bfloat16 and 3 * Ct < K and kl == 0 else None
+    gram = head.classifier_gram(weight) if dtype == torch.bfloat16 and 3 * Ct < K and kl == 0 else None
     oracle = tables.run_projected(reference, doubled(leaves), *doubled((weight, *args)), kl=kl)
-    fused = tables.run_projected(ops, leaves, weight, *args, kl=kl, gram=gram)
+    fused = tables.run_projected(head, leaves, weight, *args, kl=kl, gram=gram)
     classifier_bias, *rest = args
     eager = tables.run_projected(reference, leaves, weight, classifier_bias.to(dtype), *rest, kl=kl)
     fused, eager, oracle = ([x.cpu() for x in results] for results in (fused, eager, oracle))
@@ -223,10 +227,10 @@ def test_label_out_of_range_is_nan_on_a_gpu():
         pytest.skip("the CPU refuses it")
     z, weight, bias, labels, *_ = moved(tables.loss_inputs())
     labels[2] = 9
-    ops.take_bad_rows(DEVICE)
-    assert ops.classifier_loss(z, weight, bias, labels)[0].isnan()
-    assert ops.take_bad_rows(DEVICE) == (1, 0)
-    assert ops.take_bad_rows(DEVICE) == (0, 0)
+    head.take_bad_rows(DEVICE)
+    assert head.classifier_loss(z, weight, bias, labels)[0].isnan()
+    assert head.take_bad_rows(DEVICE) == (1, 0)
+    assert head.take_bad_rows(DEVICE) == (0, 0)
 
 
 @gpu_only
@@ -236,29 +240,29 @@ def test_tensors_elsewhere_are_refused():
     for name in inputs:
         there = {k: v if k == name else moved(v) for k, v in inputs.items()}
         with pytest.raises(RuntimeError, match=f"{name} must be on cuda"):
-            ops.classifier_loss(moved(z), **there)
+            head.classifier_loss(moved(z), **there)
     u, weight = torch.randn(3, 6, 2, 2), torch.randn(5, 6)
     with pytest.raises(RuntimeError, match="weight must be on cuda"):
-        ops.connector_match(moved(u), weight)
+        head.connector_match(moved(u), weight)
     with pytest.raises(RuntimeError, match="map_t must be on cuda"):
-        ops.connector_match(moved(u), moved(weight), map_t=torch.zeros(3, 5, 2, 2))
+        head.connector_match(moved(u), moved(weight), map_t=torch.zeros(3, 5, 2, 2))
 
 
 @gpu_only
 def test_label_out_of_range_is_counted_in_a_graph():
     """Also where the first call of all is the captured one; every replay counts again."""
     script = (
-        "import torch; from ijckd_fast import ops\n"
+        "import torch; from ijckd_fast import head\n"
         "z, weight = torch.randn(5, 8, device='cuda'), torch.randn(9, 8, device='cuda')\n"
         "labels = torch.tensor([0, 9, 2, -1, 8], device='cuda')\n"
         "torch.mm(z, weight.T)  # the library's own preparations\n"
         "graph = torch.cuda.CUDAGraph()\n"
         "with torch.cuda.graph(graph):\n"
-        "    ops.classifier_loss(z, weight, None, labels)\n"
-        "assert ops.take_bad_rows('cuda') == (0, 0)\n"
+        "    head.classifier_loss(z, weight, None, labels)\n"
+        "assert head.take_bad_rows('cuda') == (0, 0)\n"
         "for _ in range(3):\n"
         "    graph.replay()\n"
-        "assert ops.take_bad_rows('cuda') == (6, 0)\n"
+        "assert head.take_bad_rows('cuda') == (6, 0)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -277,7 +281,7 @@ def test_gradcheck_connector_match(norm, match, relu):
     def op(*tensors):
         named = dict(zip(leaves, tensors, strict=True))
         frozen = {k: v.clone() if k.startswith("running") else v for k, v in keywords.items()}
-        return ops.connector_match(named.pop("u"), named.pop("weight"), **named, **frozen)
+        return head.connector_match(named.pop("u"), named.pop("weight"), **named, **frozen)
 
     assert torch.autograd.gradcheck(op, tuple(leaves.values()))
 
@@ -288,7 +292,7 @@ def test_gradcheck_classifier_loss(teacher):
     z, weight, bias, labels, *rest = args
 
     def op(z):
-        return ops.classifier_loss(z, weight, bias, labels, **tables.loss_keywords(*rest, **changed))[0]
+        return head.classifier_loss(z, weight, bias, labels, **tables.loss_keywords(*rest, **changed))[0]
 
     assert torch.autograd.gradcheck(op, z.requires_grad_())
 
@@ -303,7 +307,8 @@ def test_opcheck(op, args):
 
 
 def head_inputs(dtype, kl=0.9, on="maps"):
-    """The whole head, connector with map match (on vectors: a linear one) and classifier with every loss, at sizes of several blocks.
+    """The whole head, connector with map match (on vectors: a linear one) and classifier with every loss, at sizes of
+    several blocks.
 
     In bfloat16 with kl 0 the classifier's kernels are the anchored ones, with it those that keep whole rows of logits.
     """
@@ -316,7 +321,7 @@ def head_inputs(dtype, kl=0.9, on="maps"):
     terms = tables.loss_keywords(labels_b, mix, pooled_t, kl=kl)
     leaves, keywords, classifier, terms = moved((leaves, keywords, (weight, bias, labels), terms))
     if dtype == torch.bfloat16:
-        terms["gram"] = ops.classifier_gram(classifier[0])
+        terms["gram"] = head.classifier_gram(classifier[0])
     return leaves, keywords, classifier, terms
 
 
@@ -332,10 +337,10 @@ def run_head(leaves, keywords, classifier, terms):
     """Loss, its parts, top-1, the gradient of every leaf, and, of maps, z and the map match."""
     named = dict(leaves)
     if leaves["u"].dim() == 2:
-        loss, parts, top1 = ops.projected_classifier_loss(*named.values(), *classifier, **terms)
+        loss, parts, top1 = head.projected_classifier_loss(*named.values(), *classifier, **terms)
         return [loss.detach(), parts, top1, *torch.autograd.grad(loss, list(leaves.values()))]
-    z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
-    loss, parts, top1 = ops.classifier_loss(z, *classifier, **terms)
+    z, fm = head.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
+    loss, parts, top1 = head.classifier_loss(z, *classifier, **terms)
     gradients = torch.autograd.grad(loss + fm, list(leaves.values()))
     return [loss.detach(), parts, top1, *gradients, z.detach(), fm.detach()]
 
@@ -405,9 +410,9 @@ def test_compiled_whole(dtype, kl, on):
     def head(*tensors):
         named = dict(zip(leaves, tensors, strict=True))
         if on == "vectors":
-            return ops.projected_classifier_loss(*tensors, *classifier, **terms)[0]
-        z, fm = ops.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
-        return ops.classifier_loss(z, *classifier, **terms)[0] + fm
+            return head.projected_classifier_loss(*tensors, *classifier, **terms)[0]
+        z, fm = head.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
+        return head.classifier_loss(z, *classifier, **terms)[0] + fm
 
     plain, compiled = head(*leaves.values()), torch.compile(head, fullgraph=True)(*leaves.values())
     torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=0)

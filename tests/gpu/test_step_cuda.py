@@ -33,7 +33,8 @@ def _step(cuda_graph, name="sgd", objective="ijckd", **options):
     teacher = create_model("resnet8", 10, image_size=32)
     distiller = Distiller(student, teacher, get_objective(objective)).to(memory_format=torch.channels_last).to("cuda")
     optimizer = build_optimizer(
-        distiller, name=name, lr=0.05, momentum=0.9, nesterov=False, betas=(0.9, 0.99), weight_decay=1e-2, decay_norms=False,
+        distiller, name=name, lr=0.05, momentum=0.9, nesterov=False, betas=(0.9, 0.99), weight_decay=1e-2,
+        decay_norms=False,
     )  # fmt: skip
     device = torch.device("cuda", torch.cuda.current_device())
     return distiller, TrainStep(distiller.train(), optimizer, device, cuda_graph=cuda_graph, **options)
@@ -82,7 +83,9 @@ def _assert_graph_is_eager(batches, objective="ijckd", **options):
 @pytest.mark.parametrize("mixup", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_graph_steps_as_the_step_does(name, mixup):
-    """Ten batches, each with a learning rate of its own, with the moving average and clipping; no warning of AdamW's."""
+    """Ten batches, each with a learning rate of its own, with the moving average and clipping; no warning of
+    AdamW's.
+    """
     batches = [_batch(seed, mixup=mixup) for seed in range(STEPS)]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*capturable")

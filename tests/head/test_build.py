@@ -1,4 +1,6 @@
-"""What the build must leave behind: both libraries where nvcc is, one wheel for every Python. test_sass.py looks into the kernels."""
+"""What the build must leave behind: both libraries where nvcc is, one wheel for every Python. test_sass.py looks into
+the kernels.
+"""
 
 import os
 import pathlib
@@ -8,15 +10,11 @@ import sys
 import zipfile
 
 import pytest
+from toolkit import nvcc
 
 import ijckd_fast
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-def nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    return next((f"{h}/bin/nvcc" for h in homes if h and pathlib.Path(h, "bin/nvcc").exists()), shutil.which("nvcc"))
 
 
 def test_cuda_library_is_built_where_nvcc_is():
@@ -50,4 +48,6 @@ def test_wheel_serves_every_python(tmp_path):
     assert "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "ijckd_fast/head/_C.so" in names
+    assert "ijckd_fast/py.typed" in names
+    assert "ijckd_fast/head/__init__.pyi" in names
     assert any(n.startswith("ijckd_fast/configs/") and n.endswith(".yaml") for n in names)

@@ -1,21 +1,21 @@
 """The CPU's fast paths: chunks of classes, blocks of rows, the matched logits through W^T W; and what they promise.
 
-Sizes are chosen for csrc/cpu/class_chunks.cpp: whole rows up to 2^20 logits, 2^19 logits in a chunk, 2^22 in a block of rows, and
-W^T W from 2^18 weights.
+Sizes are chosen for csrc/cpu/class_chunks.cpp: whole rows up to 2^20 logits, 2^19 logits in a chunk, 2^22 in a block of
+rows, and W^T W from 2^18 weights.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 import torch
-from test_ops import assert_equal_to, assert_no_worse_than_eager, loss_inputs, run_loss
+from op_cases import assert_equal_to, assert_no_worse_than_eager, loss_inputs, run_loss
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ijckd_fast.head import ops, reference
+from ijckd_fast import head
+from ijckd_fast.head import reference
 
 F64 = torch.float64
 CHUNKED = {"kl": 0.0}  # the temperature KL needs whole rows
@@ -27,7 +27,7 @@ def both(args, **changed) -> tuple[list[Tensor], list[Tensor]]:
     args = list(args)
     for i, name in ((4, "labels_b"), (5, "mix")):
         args[i] = changed.pop(name, args[i])
-    return run_loss(ops.classifier_loss, *args, **changed), run_loss(reference.classifier_loss, *args, **changed)
+    return run_loss(head.classifier_loss, *args, **changed), run_loss(reference.classifier_loss, *args, **changed)
 
 
 @pytest.mark.parametrize("K", [2048, 2049, 2111, 3071, 3072, 3073, 4097])
@@ -60,14 +60,14 @@ def test_many_classes_in_blocks_of_rows():
 def test_without_gradient():
     z, weight, bias, labels, *_, pooled_t = loss_inputs(48, 13, 21841)
     keywords = {"pooled_t": pooled_t, "sr": 1.0, "fm": 0.5}
-    got = ops.classifier_loss(z, weight, bias, labels, **keywords)
+    got = head.classifier_loss(z, weight, bias, labels, **keywords)
     assert_equal_to(got, reference.classifier_loss(z, weight, bias, labels, **keywords))
 
 
 def assert_fused_no_worse_than_eager(args, **changed):
     wide = [t.double() if t.is_floating_point() else t for t in args]
     eager_args = (*args[:2], args[2].to(args[1].dtype), *args[3:])  # F.linear wants one dtype, as under autocast
-    fused = run_loss(ops.classifier_loss, *args, **changed)
+    fused = run_loss(head.classifier_loss, *args, **changed)
     eager, oracle = (run_loss(reference.classifier_loss, *a, **changed) for a in (eager_args, wide))
     for i in (0, 1, 3):
         assert fused[i].isfinite().all()
@@ -103,7 +103,7 @@ def test_confident_samples_keep_their_digits(K, goal):
     z[:, 0] = float(torch.tensor((K - 1) / goal).log())
     z = (z + torch.rand(B, 1, generator=g)).requires_grad_()
     labels = torch.zeros(B, dtype=torch.int64)
-    loss, *_ = ops.classifier_loss(z, weight, None, labels)
+    loss, *_ = head.classifier_loss(z, weight, None, labels)
     loss.backward()
     logits = z.detach().double() @ weight.double().T
     others = (logits[:, 1:] - logits[:, :1]).exp()
@@ -134,7 +134,7 @@ def test_rising_logits_raise_the_anchor_again_and_again():
     K = 21841
     z, weight = torch.ones(64, 1, dtype=torch.float32, requires_grad=True), torch.linspace(-1000, 1000, K)[:, None]
     labels = torch.arange(64) * 300
-    loss, *_ = ops.classifier_loss(z, weight, None, labels)
+    loss, *_ = head.classifier_loss(z, weight, None, labels)
     loss.backward()
     z64 = z.detach().double().requires_grad_()
     wanted, *_ = reference.classifier_loss(z64, weight.double(), None, labels)
@@ -161,7 +161,7 @@ def test_bad_input_gives_nan(bad, where, B, K, changed):
         changed = changed | {"fm": 1.0}
     z.requires_grad_()
     keywords = {"sr": 1.0, "kl": 1.0} | changed
-    loss, *_ = ops.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, **keywords)
+    loss, *_ = head.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, **keywords)
     loss.backward()
     assert not loss.isfinite()
     if where != "pooled_t" or bad != bad:
@@ -174,7 +174,7 @@ def test_exponential_is_accurate_to_two_units_in_the_last_place():
     B = 2**19 + 16
     x = torch.linspace(-87, 88, B)[:, None].requires_grad_()
     weight = torch.tensor([[0.0], [1.0]])
-    ops.classifier_loss(x, weight, None, torch.zeros(B, dtype=torch.int64), ce=float(B))[0].backward()
+    head.classifier_loss(x, weight, None, torch.zeros(B, dtype=torch.int64), ce=float(B))[0].backward()
     error = (x.grad.double() / x.detach().double().sigmoid() - 1).abs()
     assert error.max().item() < 4 * 2**-24 + 2**-24  # e^x, the sum and the quotient
 
@@ -203,14 +203,14 @@ def test_matched_logits_of_many_classifiers_in_turn():
 
 def run_rounded(args, **changed) -> list[Tensor]:
     with torch.autocast("cpu", torch.bfloat16):
-        return run_loss(ops.classifier_loss, *args, **changed)
+        return run_loss(head.classifier_loss, *args, **changed)
 
 
 def forget_matched_logits():
     """Other classifiers take the places of those whose W^T W is kept."""
     for seed in range(10, 14):
         z, weight, bias, labels, *_, pooled_t = loss_inputs(1, 13, 21841, torch.float32, seed)
-        ops.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, sr=1.0)
+        head.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, sr=1.0)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "wider"])
@@ -228,7 +228,7 @@ def test_classifier_is_rounded_as_if_beforehand(way, changed, layout):
     rounded[1] = args[1].bfloat16()
     got = run_rounded(args, **keywords)
     forget_matched_logits()
-    assert_equal_to(got, run_loss(ops.classifier_loss, *rounded, **keywords), 0)
+    assert_equal_to(got, run_loss(head.classifier_loss, *rounded, **keywords), 0)
 
 
 def test_matched_logits_follow_a_classifier_that_is_rounded():
@@ -248,7 +248,7 @@ def test_matched_logits_are_kept_for_any_batch():
     def products(B: int) -> int:
         z, _, _, labels, *_, pooled_t = loss_inputs(B, 24, 21841, torch.float32)
         with profile(activities=[ProfilerActivity.CPU]) as profiled, torch.autocast("cpu", torch.bfloat16):
-            ops.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, sr=1.0)
+            head.classifier_loss(z, weight, bias, labels, pooled_t=pooled_t, sr=1.0)
         return sum(e.name() == "aten::mm" for e in profiled.profiler.kineto_results.events())
 
     _, weight, bias, *_ = loss_inputs(1, 24, 21841, torch.float32)
@@ -283,19 +283,22 @@ def test_memory_does_not_grow_with_the_classes(terms, autocast):
 
 def assert_memory_does_not_grow(args, terms):
     z, weight, bias, labels, pooled_t = args
-    ops.classifier_loss(*args[:4], pooled_t=pooled_t, **terms)  # W^T W is made once
-    ours, eager = peak_bytes(ops.classifier_loss, *args, **terms), peak_bytes(reference.classifier_loss, *args, **terms)
+    head.classifier_loss(*args[:4], pooled_t=pooled_t, **terms)  # W^T W is made once
+    ours, eager = (
+        peak_bytes(head.classifier_loss, *args, **terms),
+        peak_bytes(reference.classifier_loss, *args, **terms),
+    )
     assert 0 < ours < eager / 8
     half = (z, weight[:10000], bias[:10000], labels % 10000, pooled_t)
-    ops.classifier_loss(*half[:4], pooled_t=pooled_t, **terms)
-    assert ours < 1.1 * peak_bytes(ops.classifier_loss, *half, **terms)
+    head.classifier_loss(*half[:4], pooled_t=pooled_t, **terms)
+    assert ours < 1.1 * peak_bytes(head.classifier_loss, *half, **terms)
 
 
 def test_memory_of_whole_rows_does_not_grow_with_the_batch():
     """2^22 logits and as many of W d, in float32, and four rows for each thread."""
     z, weight, bias, labels, *_, pooled_t = loss_inputs(768, 16, 21841, torch.float32)
     args, fewer = (z, weight, bias, labels, pooled_t), (z[:384], weight, bias, labels[:384], pooled_t[:384])
-    ours, half = (peak_bytes(ops.classifier_loss, *a, kl=1.0) for a in (args, fewer))
+    ours, half = (peak_bytes(head.classifier_loss, *a, kl=1.0) for a in (args, fewer))
     assert 2**24 < ours < 2**25 + 2**22
     assert ours < 1.05 * half
     assert ours < peak_bytes(reference.classifier_loss, *fewer, kl=1.0) / 2
@@ -303,22 +306,22 @@ def test_memory_of_whole_rows_does_not_grow_with_the_batch():
 
 def test_same_bits_for_any_thread_count_and_every_time():
     script = (
-        "import torch, test_ops as t; from ijckd_fast import ops\n"
+        "import torch, op_cases as t; from ijckd_fast import head\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
         "  for B, Ct, K, kl in ((96, 24, 21841, 0.0), (71, 24, 65537, 0.9), (33, 520, 1000, 0.0)):\n"
         "    args = t.loss_inputs(B, Ct, K, dtype)\n"
-        "    for _ in range(3): print([x.double().sum().item().hex() for x in t.run_loss(ops.classifier_loss, *args, kl=kl)])\n"
+        "    for _ in range(3):\n"
+        "      out = t.run_loss(head.classifier_loss, *args, kl=kl)\n"
+        "      print([x.double().sum().item().hex() for x in out])\n"
         "args = t.loss_inputs(96, 24, 21841, torch.float32)\n"
         "with torch.autocast('cpu', torch.bfloat16):\n"
-        "  for _ in range(3): print([x.double().sum().item().hex() for x in t.run_loss(ops.classifier_loss, *args, kl=0.0)])"
+        "  for _ in range(3):\n"
+        "    out = t.run_loss(head.classifier_loss, *args, kl=0.0)\n"
+        "    print([x.double().sum().item().hex() for x in out])\n"
     )
     printed = []
     for threads in ("1", "2"):
-        env = dict(
-            os.environ,
-            OMP_NUM_THREADS=threads,
-            PYTHONPATH=f"{pathlib.Path(__file__).parents[2]}:{pathlib.Path(__file__).parent}",
-        )
+        env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(sys.path))
         done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
         printed.append(done.stdout.splitlines())
     assert printed[0] == printed[1]

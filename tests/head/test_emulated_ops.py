@@ -19,24 +19,31 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("source", "least"), [("emulator/gpu_ops.py", 200), ("head/test_ops.py", 200), ("head/test_numerics.py", 3)]
+    ("least", "sources"),
+    [
+        (200, ["emulator/gpu_ops.py"]),
+        (200, [f"head/test_{op}.py" for op in ("connector_match", "classifier_loss", "projected_classifier_loss")]),
+        (3, ["head/test_numerics.py"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_ops_on_emulated_kernels_equal_reference(source, least, tmp_path):
-    """The comparisons with reference.py in `source`, at least so many, with the CUDA kernels behind."""
+def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path):
+    """The comparisons with reference.py in `sources`, at least so many, with the CUDA kernels behind."""
     package = tmp_path / "ijckd_fast"
     shutil.copytree(ROOT / "ijckd_fast", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
     shutil.copy(build.built("ops") / "_C.so", package / "head/_C.so")
     tests = tmp_path / "tests"
     tests.mkdir()
-    for copied in {"conftest.py", "head/test_ops.py", source}:  # gpu_ops.py imports test_ops.py
+    for copied in ("conftest.py", "op_cases.py", *sources):
         shutil.copy(ROOT / "tests" / copied, tests)
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
         "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
         "or one_class or empty_batch or bad_values or hard_cases or linear"
     )
+    names = [pathlib.Path(source).name for source in sources]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, pathlib.Path(source).name],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *names],
         cwd=tests,
         env=dict(os.environ, PYTHONPATH=str(tmp_path), IJCKD_KERNELS="cuda"),
         capture_output=True,

@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU (tests/emulator), each against numpy in float64 under every schedule. test_emulated_ops.py has the
-whole ops on them, test_emulator_faults.py the emulator itself.
+"""The CUDA kernels on the CPU (tests/emulator), each against numpy in float64 under every schedule.
+test_emulated_ops.py has the whole ops on them, test_emulator_faults.py the emulator itself.
 """
 
 import itertools

@@ -17,20 +17,35 @@ def broken():
 FAULTS = {
     "no_barrier": r"(racecheck: .* loads|initcheck: .* loads) element \d+ of shared array 0.* in broken.cu:\d+",
     "no_barrier_before_store": r"racecheck: .* element \d+ of shared array 0, which .* (loaded|stored to) with no",
-    "same_output_twice": r"racecheck: .* stores to element \d+ of out, which thread \(\d+, 0, 0\) stored to with no barrier",
+    "same_output_twice": (
+        r"racecheck: .* stores to element \d+ of out, which thread \(\d+, 0, 0\) stored to with no "
+        r"barrier"
+    ),
     "blocks_share_an_output": "racecheck: .* stores to element .* of out, which another block stored to",
-    "load_past_shared": "memcheck: .* loads 4 bytes outside every array, at byte 256 of the 256 of shared array 0, in broken.cu:",
+    "load_past_shared": (
+        "memcheck: .* loads 4 bytes outside every array, at byte 256 of the 256 of shared array 0, in broken.cu:"
+    ),
     "load_past_input": "memcheck: .* loads 4 bytes outside every array, .*at byte 512 of the 512 of in",
     "store_past_output": "memcheck: .* stores 4 bytes outside every array, .*at byte 512 of the 512 of out",
     "store_to_input": "memcheck: .* stores to the input in",
     "misaligned": r"memcheck: .* uses address .*, which is not aligned to the type there, in broken.cu:\d+",
     "null_pointer": r"memcheck: .* stores 4 bytes outside every array, in broken.cu:\d+",
-    "load_unwritten_shared": "initcheck: thread .0, 0, 0. .* loads element 0 of shared array 0, which nobody has stored to",
+    "load_unwritten_shared": (
+        "initcheck: thread .0, 0, 0. .* loads element 0 of shared array 0, which nobody has stored to"
+    ),
     "load_unwritten_output": "initcheck: .* loads element .* of out, which nobody has stored to",
-    "atomic_past_output": "memcheck: .* stores 4 bytes outside every array, .*at byte 512 of the 512 of out, in broken.cu:",
+    "atomic_past_output": (
+        "memcheck: .* stores 4 bytes outside every array, .*at byte 512 of the 512 of out, in broken.cu:"
+    ),
     "atomic_on_unwritten_output": "initcheck: .* loads element 0 of out, which nobody has stored to, in broken.cu:",
-    "atomic_beside_store": r"racecheck: .* stores to element \d+ of out, which thread \(\d+, 0, 0\) stored to with no barrier",
-    "load_beside_atomic": r"racecheck: .* (loads|stores to) element 0 of shared array 0, which .* with no barrier between",
+    "atomic_beside_store": (
+        r"racecheck: .* stores to element \d+ of out, which thread \(\d+, 0, 0\) stored to with no "
+        r"barrier"
+    ),
+    "load_beside_atomic": (
+        r"racecheck: .* (loads|stores to) element 0 of shared array 0, which .* with no barrier "
+        r"between"
+    ),
     "two_barriers": r"synccheck: .* is at the barrier in broken.cu:\d+, others are at the barrier in broken.cu:\d+",
     "return_before_barrier": r"synccheck: .* (returned while others wait|threads of the block have returned)",
     "too_much_shared": "memcheck: .* more than 48 KiB of static shared memory",
@@ -38,22 +53,42 @@ FAULTS = {
     "too_many_rows": "launch failed: 9",
     "no_blocks": "launch failed: 9",
     "no_syncwarp": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
-    "no_syncwarp_before_store": r"racecheck: .* element \d+ of shared array 0, which .* (loaded|stored to) with no barrier",
+    "no_syncwarp_before_store": (
+        r"racecheck: .* element \d+ of shared array 0, which .* (loaded|stored to) with no "
+        r"barrier"
+    ),
     "syncwarp_in_one_warp": r"racecheck: .* element \d+ of shared array 0, which .* (loaded|stored to) with no barrier",
     "syncwarp_between_warps": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
-    "shuffle_for_syncwarp": r"racecheck: .* loads element \d+ of shared array 0, which thread .* stored to with no barrier",
-    "divergent_shuffle": r"synccheck: .* is at shuffle_xor in broken.cu:\d+, others of its warp are at shuffle_xor in broken.cu:",
+    "shuffle_for_syncwarp": (
+        r"racecheck: .* loads element \d+ of shared array 0, which thread .* stored to with no "
+        r"barrier"
+    ),
+    "divergent_shuffle": (
+        r"synccheck: .* is at shuffle_xor in broken.cu:\d+, others of its warp are at shuffle_xor in "
+        r"broken.cu:"
+    ),
     "shuffle_with_two_masks": "synccheck: .* is at shuffle_xor in .*, others of its warp are at shuffle_xor in",
     "shuffle_mask_too_large": "memcheck: .* shuffles with lane mask 32",
-    "shuffle_after_return": "synccheck: .* (threads of its warp have returned|returned while others of its warp wait at shuffle_xor)",
+    "shuffle_after_return": (
+        "synccheck: .* (threads of its warp have returned|returned while others of its warp wait at shuffle_xor)"
+    ),
     "shuffle_or_barrier": "synccheck: .* others of its warp are at (shuffle_xor|the barrier) in broken.cu",
     "shuffle_in_part_of_a_warp": "synccheck: .* at shuffle_xor in .*, but its warp has 16 threads",
     "load_matrix_from_global": "memcheck: .* loads a matrix row outside shared memory",
     "copy_seen_by_others_without_barrier": r"(racecheck|initcheck): .* loads element \d+ of shared array 0, which",
     "copy_waited_for_by_another": r"racecheck: .* into which a copy started by thread .* in broken.cu:\d+ is under way",
-    "load_under_way": r"racecheck: .* loads element \d+ of shared array 0, into which a copy .* is under way, in broken.cu",
-    "store_under_way": r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under way, in broken.cu",
-    "copy_twice_into_one_place": r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under way",
+    "load_under_way": (
+        r"racecheck: .* loads element \d+ of shared array 0, into which a copy .* is under way, in "
+        r"broken.cu"
+    ),
+    "store_under_way": (
+        r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under way, in "
+        r"broken.cu"
+    ),
+    "copy_twice_into_one_place": (
+        r"racecheck: .* stores to element \d+ of shared array 0, into which a copy .* is under "
+        r"way"
+    ),
     "return_with_copies_under_way": r"synccheck: .* returned before the copy it started in broken.cu:\d+ had landed",
     "copy_to_misaligned": "memcheck: .* copies to an address that is not 16-byte aligned",
     "copy_from_misaligned": "memcheck: .* copies from an address that is not 16-byte aligned",
@@ -71,12 +106,24 @@ FAULTS = {
     "more_than_48_KiB_not_asked_for": "launch failed: 1$",
     "more_than_asked_for": "launch failed: 1$",
     "more_than_there_is": "launch failed: 1$",
-    "no_grid_barrier": "racecheck: .* (loads|stores to) element .* of out, which another block stored to|initcheck: .* of out",
-    "no_grid_barrier_before_store": "racecheck: .* (loads|stores to) element .* of out, which another block (loaded|stored to)",
-    "block_leaves_grid": r"synccheck: block \(0, 0, 0\) waits at the grid's barrier in broken.cu:\d+, which 1 blocks ended without",
+    "no_grid_barrier": (
+        "racecheck: .* (loads|stores to) element .* of out, which another block stored to|initcheck: .* of out"
+    ),
+    "no_grid_barrier_before_store": (
+        "racecheck: .* (loads|stores to) element .* of out, which another block (loaded|stored to)"
+    ),
+    "block_leaves_grid": (
+        r"synccheck: block \(0, 0, 0\) waits at the grid's barrier in broken.cu:\d+, which 1 blocks ended "
+        r"without"
+    ),
     "threads_leave_grid": "synccheck: .* (returned while others wait at|threads of the block have returned)",
-    "grid_or_block_barrier": "synccheck: .* is at the (grid's )?barrier in .*, others are at the (grid's )?barrier in broken.cu",
-    "two_grid_barriers": r"synccheck: .* is at the grid's barrier in broken.cu:\d+, others are at the grid's barrier in broken.cu:",
+    "grid_or_block_barrier": (
+        "synccheck: .* is at the (grid's )?barrier in .*, others are at the (grid's )?barrier in broken.cu"
+    ),
+    "two_grid_barriers": (
+        r"synccheck: .* is at the grid's barrier in broken.cu:\d+, others are at the grid's barrier in "
+        r"broken.cu:"
+    ),
     "grid_barrier_or_shuffle": "synccheck: .* others of its warp are at (shuffle_xor|the grid's barrier) in broken.cu",
     "grid_not_together": "synccheck: .* is at the grid's barrier in broken.cu:.*, but the launch is not cooperative",
     "more_blocks_than_fit": "launch failed: 720$",
@@ -86,11 +133,23 @@ SOUND = ("sound", "sound_shuffle", "sound_syncwarp", "sound_copy", "sound_intrin
 
 # Of a product in tiles.
 TILE_FAULTS = {
-    "no_wait": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is under way",
-    "wait_one_too_few": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is under way",
-    "wait_without_commit": r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy .* is under way",
+    "no_wait": (
+        r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is "
+        r"under way"
+    ),
+    "wait_one_too_few": (
+        r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy started by .* is "
+        r"under way"
+    ),
+    "wait_without_commit": (
+        r"racecheck: .* loads element \d+ of dynamic shared memory, into which a copy .* is under "
+        r"way"
+    ),
     "no_barrier_after_wait": r"(racecheck|initcheck): .* element \d+ of dynamic shared memory, (into )?which",
-    "prefetch_before_barrier": r"racecheck: .* stores to element \d+ of dynamic shared memory, which .* loaded with no barrier",
+    "prefetch_before_barrier": (
+        r"racecheck: .* stores to element \d+ of dynamic shared memory, which .* loaded with no "
+        r"barrier"
+    ),
     "prefetch_past_the_end": r"synccheck: .* returned before the copy it started in broken_tile.cu:\d+ had landed",
     "rows_unchecked": "memcheck: .* copies from outside every array, in broken_tile.cu",
     "columns_unchecked": "memcheck: .* copies from outside every array, in broken_tile.cu",
@@ -105,30 +164,55 @@ TILE_FAULTS = {
 
 # The same by Hopper's instructions.
 HOPPER_FAULTS = {
-    "no_wait": "(race|init)check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)",
-    "wrong_parity": "check: .* multiplies .* (is under way|nobody has copied to)|all threads of .* at barrier_wait in broken_hopper",
-    "one_thread_waits": "check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)",
+    "no_wait": (
+        "(race|init)check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)"
+    ),
+    "wrong_parity": (
+        "check: .* multiplies .* (is under way|nobody has copied to)|all threads of .* at barrier_wait in broken_hopper"
+    ),
+    "one_thread_waits": (
+        "check: .* multiplies .* (is under way|for which thread .* has not waited|nobody has copied to)"
+    ),
     "expects_too_little": "synccheck: .* brings a barrier 16 bytes more than expected, in broken_hopper.cu",
     "expects_too_much": r"synccheck: all threads of .* at barrier_wait in .* \(phase 0 lacks 0 arrivals and 16 bytes\)",
-    "expects_first_only": "check: .* (16384 bytes more than expected|multiplies .* is under way|lands when its barrier's phase has been)",
+    "expects_first_only": (
+        "check: .* (16384 bytes more than expected|multiplies .* is under way|lands when its barrier's phase has been)"
+    ),
     "expects_twice": "synccheck: .* arrives at a barrier once more than it was initialised for, in broken_hopper.cu",
     "one_arrival_too_many": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and 0 bytes\)",
     "never_expects": r"synccheck: all threads of .* \(phase 0 lacks 1 arrivals and -32768 bytes\)",
     "stage_never_filled": "initcheck: .* multiplies byte .* of dynamic shared memory, which nobody has copied to",
     "no_barrier_before_refill": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has (not )?waited for that",
-    "refill_before_wait": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
-    "wait_one_too_few": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
-    "no_barrier_after_init": "(initcheck: .* a barrier that nobody has initialised|racecheck: .* element 0 of shared array 0, which)",
+    "refill_before_wait": (
+        r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in "
+        r"broken_hopper.cu"
+    ),
+    "wait_one_too_few": (
+        r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in "
+        r"broken_hopper.cu"
+    ),
+    "no_barrier_after_init": (
+        "(initcheck: .* a barrier that nobody has initialised|racecheck: .* element 0 of shared array 0, which)"
+    ),
     "no_init": "initcheck: .* for a barrier that nobody has initialised, in broken_hopper.cu",
     "init_again": "memcheck: .* initialises a barrier again",
     "no_init_fence": "racecheck: .* copies a tile for a barrier with no barrier_init_fence since its barrier_init",
-    "init_fence_by_another": "racecheck: .* copies a tile for a barrier with no barrier_init_fence since its barrier_init",
+    "init_fence_by_another": (
+        "racecheck: .* copies a tile for a barrier with no barrier_init_fence since its barrier_init"
+    ),
     "no_fence": "synccheck: .* is at multiply_add_64xNx16 in .* with no warpgroup_fence since its last group",
     "no_commit": r"racecheck: .* copies a tile to byte \d+ of .*; warp \d has not waited for that, in broken_hopper.cu",
     "no_final_wait": "racecheck: .* has not waited for that",
-    "one_warp_waits": r"racecheck: .* copies a tile to byte \d+ of .*; warp [123] has not waited for that, in broken_hopper.cu",
-    "divergent_lane": "synccheck: .* is at multiply_add_64xNx16 in .*, others of its warp are at multiply_add_64xNx16 in",
-    "warp_skips_one": "synccheck: .* multiply_add_64xNx16 in .*, with other operands or elsewhere than others of its warpgroup",
+    "one_warp_waits": (
+        r"racecheck: .* copies a tile to byte \d+ of .*; warp [123] has not waited for that, in "
+        r"broken_hopper.cu"
+    ),
+    "divergent_lane": (
+        "synccheck: .* is at multiply_add_64xNx16 in .*, others of its warp are at multiply_add_64xNx16 in"
+    ),
+    "warp_skips_one": (
+        "synccheck: .* multiply_add_64xNx16 in .*, with other operands or elsewhere than others of its warpgroup"
+    ),
     "warp_commits_sooner": "synccheck: .* commits a group of other multiplications than others of its warpgroup",
     "descriptors_differ_in_warp": "synccheck: .* with other descriptors than others of its warp",
     "descriptors_differ_in_warpgroup": "synccheck: .*, with other operands or elsewhere than others of its warpgroup",
@@ -137,10 +221,16 @@ HOPPER_FAULTS = {
     "past_the_stages": "memcheck: .* multiplies byte 114688 of dynamic shared memory, which has 98304",
     "misaligned_tile": "memcheck: .* copies a tile to an address that is not 1024-byte aligned",
     "tile_past_shared": "memcheck: .* copies a tile of 16384 bytes to byte 82944 of the 98304 of dynamic shared memory",
-    "tile_to_static_shared": "memcheck: .* copies a tile of 16384 bytes to byte .* of the 98304 of dynamic shared memory",
-    "little_aligned_stages": "memcheck: .* copies a tile to dynamic shared memory that is declared aligned to 128 bytes",
+    "tile_to_static_shared": (
+        "memcheck: .* copies a tile of 16384 bytes to byte .* of the 98304 of dynamic shared memory"
+    ),
+    "little_aligned_stages": (
+        "memcheck: .* copies a tile to dynamic shared memory that is declared aligned to 128 bytes"
+    ),
     "tile_over_barrier": "memcheck: .* copies a tile over a barrier",
-    "barrier_overwritten": "(memcheck: .* for a barrier that has been overwritten|racecheck: .* stores to element 1 of shared array 0)",
+    "barrier_overwritten": (
+        "(memcheck: .* for a barrier that has been overwritten|racecheck: .* stores to element 1 of shared array 0)"
+    ),
     "map_not_encoded": "memcheck: .* copies a tile by a map that was not encoded",
     "map_of_narrow_box": "memcheck: .* copies a tile by a map whose box has no rows of 128 bytes",
     "map_of_low_box": r"synccheck: all threads of .* \(phase 0 lacks 0 arrivals and 8192 bytes\)",
@@ -150,18 +240,34 @@ HOPPER_FAULTS = {
     "map_of_odd_stride": "launch failed: 1$",
     "map_of_high_box": "launch failed: 1$",
     "old_driver": "launch failed: 801$",
-    "stores_to_stage": "racecheck: .* multiplies .*, which thread .* stored to with no fence towards the asynchronous proxy",
+    "stores_to_stage": (
+        "racecheck: .* multiplies .*, which thread .* stored to with no fence towards the asynchronous proxy"
+    ),
     "stores_before_copy": "racecheck: .* copies a tile to .*, which thread .* stored to with no fence",
-    "loads_stage_without_wait": r"racecheck: .* loads byte \d+ of .*, into which the copy started by thread \(0, 0, 0\)",
-    "loads_beside_refill": "racecheck: .* (is under way|landed without its waiting for that|loaded with no barrier between)",
+    "loads_stage_without_wait": (
+        r"racecheck: .* loads byte \d+ of .*, into which the copy started by thread \(0, 0, "
+        r"0\)"
+    ),
+    "loads_beside_refill": (
+        "racecheck: .* (is under way|landed without its waiting for that|loaded with no barrier between)"
+    ),
     "registers_touched": "racecheck: .* uses registers otherwise while a multiplication adds to them",
     "results_without_barrier": r"racecheck: .* stores to byte \d+ of .*; warp \d has (not )?waited for that",
-    "results_before_wait": r"racecheck: .* (stores to byte \d+ of .*; warp \d has (not )?waited for that|uses registers otherwise)",
+    "results_before_wait": (
+        r"racecheck: .* (stores to byte \d+ of .*; warp \d has (not )?waited for that|uses registers "
+        r"otherwise)"
+    ),
     "prefetch_past_the_end": "racecheck: .* stores to byte .* into which the copy .* (is under way|has landed without)",
     "copy_at_the_end": "synccheck: block .* ended before anyone had waited for the copy started in broken_hopper.cu",
-    "one_of_two_copies_expected": "synccheck: block .* ended before anyone had waited for the copy started in broken_hopper.cu",
-    "one_of_two_copies_expected_and_waited_for": "synccheck: (.* lands when its barrier's phase has been completed|all threads of)",
-    "multiplication_at_the_end": "synccheck: .* returned before it had waited for the multiplication in broken_hopper.cu",
+    "one_of_two_copies_expected": (
+        "synccheck: block .* ended before anyone had waited for the copy started in broken_hopper.cu"
+    ),
+    "one_of_two_copies_expected_and_waited_for": (
+        "synccheck: (.* lands when its barrier's phase has been completed|all threads of)"
+    ),
+    "multiplication_at_the_end": (
+        "synccheck: .* returned before it had waited for the multiplication in broken_hopper.cu"
+    ),
 }
 HOPPER_WRONG = ("descriptor_step", "wrong_stride", "wrong_transposition", "wrong_leading transposed")
 

@@ -1,4 +1,6 @@
-"""The kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: what happens within a thread, locals, arithmetic."""
+"""The kernels on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer: what happens within a thread, locals,
+arithmetic.
+"""
 
 import os
 import pathlib

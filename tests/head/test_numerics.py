@@ -1,6 +1,8 @@
-"""Hard cases of classifier_loss in every dtype: errors of loss and gradient against float64 of the same inputs, beside eager's own.
+"""Hard cases of classifier_loss in every dtype: errors of loss and gradient against float64 of the same inputs, beside
+eager's own.
 
-Runs on the CPU's ops; test_emulated_ops.py runs it again on the CUDA kernels (IJCKD_KERNELS=cuda). A failure prints the whole table.
+Runs on the CPU's ops; test_emulated_ops.py runs it again on the CUDA kernels (IJCKD_KERNELS=cuda). A failure prints the
+whole table.
 """
 
 import math
@@ -12,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ijckd_fast.head import ops, reference
+from ijckd_fast import head
+from ijckd_fast.head import reference
 
 KERNELS = os.environ.get("IJCKD_KERNELS", "cpu")
 SEEDS = 4  # an error is the root of the mean square over the seeds: of one mean loss it is a matter of luck
@@ -29,8 +32,10 @@ class Case(NamedTuple):
     pooled_t: Tensor | None = None  # [B, Ct]
 
 
-def head(K: int, Ct: int, B: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A classifier with the decaying spectrum of trained ones, and features as after ReLU and pooling: logits up to about 20."""
+def frozen_head(K: int, Ct: int, B: int, dtype: torch.dtype, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A classifier with the decaying spectrum of trained ones, and features as after ReLU and pooling: logits up to
+    about 20.
+    """
 
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
@@ -54,7 +59,7 @@ def confident(dtype, g, B=64, K=1000):
 
 def close_features(dtype, g, B=64, K=1000, Ct=128):
     """z within 0.7 % of pooled_t, as late in training."""
-    weight, features = head(K, Ct, B, dtype, g)
+    weight, features = frozen_head(K, Ct, B, dtype, g)
     d = torch.randn(B, Ct, generator=g, dtype=torch.float64)
     d *= 0.007 * features.norm(dim=1, keepdim=True) / d.norm(dim=1, keepdim=True)
     return Case(features + d, weight, torch.zeros(B, dtype=torch.int64), {"ce": 0, "sr": 1}, features)
@@ -62,7 +67,7 @@ def close_features(dtype, g, B=64, K=1000, Ct=128):
 
 def low_eigenspace(dtype, g, B=64, K=1000, Ct=128):
     """z - pooled_t where W sees it least, which is what training leaves to the end: the lowest eighth of W^T W."""
-    weight, features = head(K, Ct, B, dtype, g)
+    weight, features = frozen_head(K, Ct, B, dtype, g)
     directions = torch.linalg.eigh(weight.T @ weight)[1][:, : Ct // 8]
     d = torch.randn(B, Ct // 8, generator=g, dtype=torch.float64) @ directions.T * 0.1
     return Case(features + d, weight, torch.zeros(B, dtype=torch.int64), {"ce": 0, "sr": 1}, features)
@@ -79,7 +84,7 @@ def large_logits(dtype, g, term, B=64, K=1000, Ct=32):
 
 def many_classes(dtype, g, B=48, K=21841, Ct=32):
     """Probabilities of 1e-5 and far below."""
-    weight, features = head(K, Ct, B, dtype, g)
+    weight, features = frozen_head(K, Ct, B, dtype, g)
     return Case(features, weight, torch.randint(0, K, (B,), generator=g), {"ce": 1, "label_smoothing": 0.1})
 
 
@@ -148,7 +153,7 @@ def errors(build: Callable[..., Case], dtype: torch.dtype) -> list[list[float]]:
             z=case.z.float().double(), pooled_t=None if case.pooled_t is None else case.pooled_t.float().double()
         )
         wanted, gradient = run(reference, case, torch.float64)
-        for i, op in enumerate((ops, reference)):
+        for i, op in enumerate((head, reference)):
             loss, dz = run(op, case, dtype)
             squares[i, 0] += (loss / wanted - 1) ** 2 / seeds
             squares[i, 1] += ((dz - gradient).norm() / gradient.norm()) ** 2 / seeds

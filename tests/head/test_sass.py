@@ -1,5 +1,5 @@
-"""What nvcc made of the CUDA kernels, read from the built library: no local memory, registers within bounds, tensor cores where a
-kernel is meant to use them. No GPU needed.
+"""What nvcc made of the CUDA kernels, read from the built library: no local memory, registers within bounds, tensor
+cores where a kernel is meant to use them. No GPU needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ NEWER_GPUS = "sm_90"  # PTX that GPUs without code of their own compile when the
 
 MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 MORE_REGISTERS = {"grad_rows_tile_kernel": 168}  # kernel: bound, where fewer threads are meant
-# The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are HopperTiles.
+# The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are
+# HopperTiles.
 TILES = {"sm_75": set[str](), "sm_80": {"HMMA"}, "sm_90a": {"HMMA"}}
 HOPPER_TILES = {"sm_75": set[str](), "sm_80": set[str](), "sm_90a": {"HGMMA", "UTMALDG"}}
 
@@ -51,7 +52,9 @@ class Kernel:
 
 
 def innermost_name(symbol: str) -> str:
-    """`kernel` of namespaces::kernel<...>(...): the last of a C++ symbol's names, each of which stands after its length."""
+    """`kernel` of namespaces::kernel<...>(...): the last of a C++ symbol's names, each of which stands after its
+    length.
+    """
     rest, name = re.sub("^_ZN?", "", symbol), symbol
     while length := re.match(r"\d+", rest):
         end = length.end() + int(length[0])

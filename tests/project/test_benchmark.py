@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from ijckd_fast.head import ops
+from ijckd_fast import head as ops
 
 ROOT = pathlib.Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")

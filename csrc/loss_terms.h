@@ -1,0 +1,54 @@
+#pragma once
+// What classifier_loss computes on its features: one description, from the op's arguments down to the passes.
+
+#include <vector>
+
+#include "classifier_loss.h"
+#include "op.h"
+
+namespace ijckd {
+
+// What the loss reads and never trains, and its numbers. ijckd_fast/head/classifier.py:LossTerms is the same in
+// Python.
+struct LossTerms {
+  Tensor weight;       // [K, Ct]
+  OptTensor bias;      // [K]
+  Tensor labels;       // [B] int64
+  OptTensor labels_b;  // [B] int64, with
+  OptTensor mix;       // [B]: share of `labels` in the target
+  OptTensor pooled_t;  // [B, Ct]
+  OptTensor logits_t;  // [B, K], any dtype; read only where pooled_t is not given
+  OptTensor gram;      // [2, Ct, Ct] bfloat16, classifier_gram of this weight; read on a GPU only
+  LossWeights weights;
+
+  // From the two lists of the schema, in the order in which Python packs them.
+  static LossTerms from(const char* op, const std::vector<OptTensor>& tensors, const std::vector<double>& numbers) {
+    check(tensors.size() == 8 && numbers.size() == 6, op, ": the loss must be 8 tensors and 6 numbers, got ",
+          tensors.size(), " and ", numbers.size());
+    check(tensors[0] && tensors[2], op, ": weight and labels must be given");
+    return {*tensors[0], tensors[1], *tensors[2],
+            tensors[3],  tensors[4], tensors[5],
+            tensors[6],  tensors[7], {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]}};
+  }
+
+  bool match() const { return weights.sr != 0 || weights.kl != 0; }  // whether it needs the teacher's logits
+};
+
+inline const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }
+
+// Rows of the batch for the passes around library products, and where their results go. T is the products' type, A its
+// accumulator.
+struct LossRows {
+  DType dtype;      // T
+  DType rounding;   // what the classifier is rounded to before it becomes T: T, or bfloat16 where T is float32
+  Tensor z;         // [B, Ct] A
+  LossTerms terms;  // bias and mix in A, labels contiguous; weight in T, or as classifier_loss.cpp:classifier leaves it
+  OptTensor d;      // [B, Ct] A: z - pooled_t
+  Tensor part_rows;  // [kParts, B] A  out
+  Tensor top1_rows;  // [B]            out
+  Tensor dz;         // [B, Ct] A      out: dloss/dz if `grad`
+  bool grad;
+  int64_t batch;  // samples over which the loss is a mean
+};
+
+}  // namespace ijckd

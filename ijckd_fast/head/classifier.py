@@ -1,0 +1,318 @@
+"""classifier_loss, alone and with a linear connector before it: contracts, shapes for the compiler (fake), gradients
+(autograd).
+
+The C++ is in csrc/classifier_loss.cpp; `reference.py` has the ops in plain PyTorch with the same signatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ijckd_fast.head.connector import linear_grads
+from ijckd_fast.head.dispatch import (
+    accumulator,
+    as_rows,
+    autocast_dtype,
+    check_library,
+    differentiable,
+    ops,
+    own_products,
+    refuse_double_backward,
+)
+
+
+class LossTerms(NamedTuple):
+    """The loss as the ops take it, explained by `classifier_loss`: tensors that it reads and never trains, then its
+    numbers.
+
+    csrc/loss_terms.h:LossTerms is the same, in the same order, in C++.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    labels_b: Tensor | None
+    mix: Tensor | None
+    pooled_t: Tensor | None
+    logits_t: Tensor | None
+    gram: Tensor | None
+    ce: float
+    sr: float
+    fm: float
+    kl: float
+    temperature: float
+    label_smoothing: float
+
+    def packed(self) -> tuple[list[Tensor | None], list[float]]:
+        """(tensors, numbers), the ops' two lists."""
+        fields: list[Any] = list(self)
+        return fields[:_TENSORS], fields[_TENSORS:]
+
+
+_TENSORS = LossTerms._fields.index("ce")  # how many of the fields are tensors
+
+
+def classifier_loss(
+    z: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    labels_b: Tensor | None = None,
+    mix: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pooled_t: Tensor | None = None,
+    logits_t: Tensor | None = None,
+    ce: float = 1.0,
+    sr: float = 0.0,
+    fm: float = 0.0,
+    kl: float = 0.0,
+    temperature: float = 4.0,
+    gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's frozen classifier on the student's features, and every loss on its logits.
+
+    logits = z weight^T + bias; logits_t = pooled_t weight^T + bias, or as given;
+    loss = ce CE(logits, labels) + sr mean (logits - logits_t)^2 over B, K + fm mean (z - pooled_t)^2 over B, Ct
+         + kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), mean over B. All in nats.
+    The gradient is made in the forward pass; where pooled_t is given, logits - logits_t is weight (z - pooled_t), with
+    the difference formed before any rounding.
+
+    z         [B, Ct], float32/bfloat16 (float16 on a GPU), or float64 with a float64 weight; the only tensor that gets
+              a gradient
+    weight    [K, Ct] the teacher's classifier, float64/float32/bfloat16 (float16 on a GPU); frozen: refused if it
+              requires grad
+    bias      [K] or None
+    labels    [B] int64 in [0, K)
+    labels_b  [B] int64, the second labels of mixup or cutmix, with
+    mix       [B] in [0, 1], the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b)
+    label_smoothing  in [0, 1], as torch's cross_entropy
+    pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
+    logits_t  [B, K], any floating dtype
+    temperature  > 0, of the KL term only
+    gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
+              must belong to this weight, which is not looked at. The CPU keeps its own and needs none
+
+    returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 []
+              int64, the number of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts
+              are float32 (float64 for float64)
+    B = 0     as torch: the loss and every weighted part are NaN, the mean of nothing, and the gradient is empty
+    autocast  z, pooled_t and weight are cast to the autocast dtype for the matrix products; differences and losses stay
+              in float32
+    raises    RuntimeError naming argument, expected and found (a label out of range: on the CPU; on a GPU its row's loss
+              is NaN, since looking would make the host wait, and `take_bad_rows` reports it); where anything but z
+              requires grad; on double backward
+    """
+    check_library(z, "classifier_loss")
+    terms = LossTerms(
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
+    )
+    return _loss("classifier_loss", _classifier_loss, (z,), terms, "z is", autocast_dtype(z))
+
+
+def projected_classifier_loss(
+    u: Tensor,
+    projection: Tensor,
+    projection_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    labels_b: Tensor | None = None,
+    mix: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    pooled_t: Tensor | None = None,
+    logits_t: Tensor | None = None,
+    ce: float = 1.0,
+    sr: float = 0.0,
+    fm: float = 0.0,
+    kl: float = 0.0,
+    temperature: float = 4.0,
+    gram: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear connector on vectors and `classifier_loss` on what it makes, in one op.
+
+    z = u projection^T + projection_bias. On a GPU of sm_80 and newer, in half types (csrc/cuda/tiled_loss.cpp):
+    3 launches forward and 1 backward in bfloat16 where the classes fit one chunk, 4 and 1 with KL, float16 or few
+    classes for their channels. Elsewhere what `connector_match` and `classifier_loss` do.
+
+    u                [B, Cs], float64/float32/bfloat16 (float16 on a GPU); gets a gradient
+    projection       [Ct, Cs], dtype of u; gets a gradient
+    projection_bias  [Ct] or None; gets a gradient
+    weight ... gram  as for `classifier_loss`, with u instead of z: float64 goes with float64
+    returns          as `classifier_loss`; z is not kept
+    autocast         u and projection are cast to the autocast dtype; z is float32, and the rest as for
+                     `classifier_loss`
+    raises           RuntimeError as `classifier_loss`, for anything of it that requires grad, and for u and projection
+                     as `connector_match`
+    """
+    op = "projected_classifier_loss"
+    check_library(u, op)
+    if u.dim() != 2:
+        raise RuntimeError(f"{op}: u must be [B, Cs], got {list(u.shape)}")
+    dtype = autocast_dtype(u)
+    if dtype is not None:
+        u, projection = u.to(dtype), projection.to(dtype)
+    terms = LossTerms(
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
+    )
+    inputs = (as_rows(u), projection, projection_bias)
+    return _loss(op, _projected_classifier_loss, inputs, terms, "u and its projection are", dtype)
+
+
+def _loss(
+    name: str,
+    op: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor | None, ...],
+    terms: LossTerms,
+    trained: str,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, parts, top1) of `op`, whose matrix products are taken in `dtype`; the op itself casts, because it knows
+    how much of the classifier it needs at a time.
+    """
+    tensors, numbers = terms.packed()
+    grad = torch.is_grad_enabled()
+    if grad:
+        for i, x in enumerate(tensors):
+            if x is not None and x.requires_grad:  # the op would make no gradient of it
+                raise RuntimeError(
+                    f"{name}: {terms._fields[i]} must not require grad: the classifier and the teacher are frozen "
+                    f"and only {trained} trained; detach it"
+                )
+        grad = any(x is not None and x.requires_grad for x in inputs)
+    with own_products(terms.weight):
+        loss, parts, top1, _ = op(*inputs, tensors, numbers, grad, dtype)
+    return loss, parts, top1
+
+
+def _fake_loss(like, Ct, grad):
+    acc = accumulator(like.dtype)
+    dz = like.new_empty(like.shape[0] if grad else 0, Ct, dtype=acc)
+    return like.new_empty((), dtype=acc), like.new_empty(4, dtype=acc), like.new_empty((), dtype=torch.int64), dz
+
+
+@torch.library.register_fake("ijckd::classifier_loss")
+def _(z, tensors, numbers, grad, dtype):
+    return _fake_loss(z, z.shape[1], grad)
+
+
+@torch.library.register_fake("ijckd::projected_classifier_loss")
+def _(u, projection, projection_bias, tensors, numbers, grad, dtype):
+    return _fake_loss(u, projection.shape[0], grad)
+
+
+def _setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[3])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, grad_loss, *_):
+    refuse_double_backward("classifier_loss")
+    if grad_loss is None:
+        return (None,)
+    (dz,) = ctx.saved_tensors
+    # scaled on the device: asking whether grad_loss is 1 would make the host wait
+    return ((dz * grad_loss).to(ctx.dtype),)
+
+
+_classifier_loss = differentiable(ops.classifier_loss.default, _setup, _backward, trained=1)
+
+
+def _projected_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:3], output[3])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _projected_backward(ctx, grad_loss, *_):
+    refuse_double_backward("projected_classifier_loss")
+    if grad_loss is None:
+        return None, None, None
+    u, projection, projection_bias, dz = ctx.saved_tensors
+    return linear_grads(ctx.needs_input_grad, dz, grad_loss, (None, None, None), u, projection, projection_bias)
+
+
+_projected_classifier_loss = differentiable(
+    ops.projected_classifier_loss.default, _projected_setup, _projected_backward, trained=3
+)
+
+
+@torch.no_grad()
+def classifier_gram(weight: Tensor) -> Tensor:
+    """G = weight^T weight of a frozen classifier, as `classifier_loss` takes it on a GPU: |W d|^2 = d^T G d.
+
+    weight    [K, Ct], any floating dtype; summed in float64, 4096 classes at a time
+    returns   [2, Ct, Ct] bfloat16: G rounded, and what the rounding left out
+    """
+    g = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
+    for rows in weight.detach().split(4096):  # [<= 4096, Ct]
+        g.addmm_(rows.double().T, rows.double())
+    high = g.bfloat16()
+    return torch.stack([high, (g - high.double()).bfloat16()])
+
+
+class FrozenClassifier:
+    """What `classifier_loss` can use of a frozen classifier on a GPU besides its weight; made once, and again when that
+    changes.
+    """
+
+    def __init__(self) -> None:
+        self._made_from: tuple[object, ...] = ()
+        self._prepared: tuple[Tensor, Tensor | None] | None = None
+        self._weight: Tensor | None = None  # kept, so that no other classifier can come to lie at its address
+
+    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
+        """(weight in autocast's dtype, its gram or None) for `classifier_loss`.
+
+        Autocast itself would cast a frozen weight again in every step: it keeps casts only of what is trained.
+
+        weight  [K, Ct], no gradient
+        match   whether the loss has a logit match, for which the gram is made where it can be the cheaper way
+                (bfloat16; 3 Ct < K, or channels so few that its products take less time than a pass over whole rows of
+                logits)
+        """
+        dtype = autocast_dtype(weight) or weight.dtype
+        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
+        if self._prepared is None or made_from != self._made_from:
+            rounded = weight.detach().to(dtype)
+            K, Ct = weight.shape
+            gram_pays = match and dtype == torch.bfloat16 and (3 * Ct < K or Ct <= 1024)
+            self._prepared = rounded, classifier_gram(rounded) if gram_pays else None
+            self._made_from = made_from
+            self._weight = weight.detach()
+        return self._prepared
+
+
+class BadRows(NamedTuple):
+    """How many rows `classifier_loss` could not serve as asked.
+
+    labels     with a label outside [0, K): their loss is NaN
+    saturated  with a logit so far above the label's that the softmax left the range of its format: their loss and
+               gradient are finite, but too small
+    """
+
+    labels: int
+    saturated: int
+
+
+def take_bad_rows(device: torch.device | str | int) -> BadRows:
+    """Rows that `classifier_loss` could not serve on `device` since the last call; the count begins again.
+
+    Waits for the device: call it where the program waits anyway, such as where it logs. On a CPU all are 0: there a
+    label out of range is an error at once, and no softmax saturates.
+    """
+    like = torch.empty(0, device=device)
+    check_library(like, "take_bad_rows")
+    return BadRows(*ops.take_counts(like).tolist())
+
+
+@torch.library.register_fake("ijckd::take_counts")
+def _(like):
+    return like.new_empty(len(BadRows._fields), dtype=torch.int64)

@@ -1,0 +1,152 @@
+"""The tables by which the ops are tested on the CPU, on emulated kernels and on a GPU: inputs, calls, comparisons."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+F64 = torch.float64
+PARTS = ("ce", "sr", "fm", "kl")
+
+
+def assert_no_worse_than_eager(
+    fused: Tensor, eager: Tensor, oracle: Tensor, slack: float = 2.0, floor: float = 1e-6
+) -> None:
+    """flash-attention's rule: at most twice the error that eager PyTorch makes at the same dtype."""
+    error = (fused.double() - oracle).abs().max().item()
+    # of the result itself, where eager hits it by luck
+    rounding = torch.finfo(torch.float32).eps * oracle.abs().max().item()
+    allowed = slack * (eager.double() - oracle).abs().max().item() + floor + rounding
+    assert error <= allowed, f"error {error:.2e} > {allowed:.2e}"
+
+
+def assert_equal_to(fused, oracle, tolerance: float = 1e-11, **more) -> None:
+    for a, b in zip(fused, oracle, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, **more)
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+
+
+def assert_as_bad_as_eager(fused, eager, *, everywhere: bool) -> None:
+    """Not every result finite where eager's are not; `everywhere`: each number for itself."""
+    if everywhere:
+        for f, e in zip(fused, eager, strict=True):
+            assert not (f.isfinite() & ~e.isfinite()).any(), f"{f}, eager has {e}"
+    else:  # infinities: eager's own formula may make NaN of what is infinite, or of a mere 0 behind a ReLU
+        bad_fused, bad_eager = (not all(x.isfinite().all() for x in results) for results in (fused, eager))
+        assert bad_fused or not bad_eager, f"all finite: {fused}, eager has {eager}"
+
+
+def refused(text, call):
+    """Holds where call() raises a RuntimeError whose text has `text` in it."""
+    with pytest.raises(RuntimeError, match=re.escape(text)):
+        call()
+
+
+def connector_inputs(
+    shape=(5, 6, 3, 4), Ct=7, *, norm="train", match="map", relu=True, dtype=F64, channels_last=False, seed=0
+):
+    """(tensors that get a gradient, keywords). norm: train | eval (BatchNorm), bias, none."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*s):
+        return torch.randn(*s, generator=g, dtype=F64).to(dtype)
+
+    u, weight = randn(*shape), randn(Ct, shape[1]) * 0.5
+    if channels_last:
+        u = u.contiguous(memory_format=torch.channels_last)
+    leaves = {"u": u, "weight": weight}
+    stats_dtype = F64 if dtype == F64 else torch.float32
+    keywords = {"relu": relu}
+    if norm in ("train", "eval"):
+        leaves["bn_weight"] = randn(Ct).to(stats_dtype)
+        leaves["bn_bias"] = randn(Ct).to(stats_dtype) * 0.3
+        keywords |= {"training": norm == "train", "running_mean": randn(Ct).to(stats_dtype)}
+        keywords["running_var"] = torch.rand(Ct, generator=g, dtype=F64).to(stats_dtype) + 0.5
+    elif norm == "bias":
+        leaves["bias"] = randn(Ct).to(stats_dtype)
+    if match == "map":
+        keywords["map_t"] = randn(shape[0], Ct, *shape[2:]).relu()
+    elif match == "pooled":
+        keywords["pooled_t"] = randn(shape[0], Ct).to(stats_dtype)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    return leaves, keywords
+
+
+def run_connector(op, leaves, keywords):
+    """[z, fm, running statistics, gradient of every leaf] for a loss that reaches z and fm."""
+    leaves = {k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for k, v in leaves.items()}
+    keywords = {k: v.clone() if k.startswith("running") else v for k, v in keywords.items()}
+    u, weight, bias = leaves["u"], leaves["weight"], leaves.get("bias")
+    bn = {k: leaves[k] for k in ("bn_weight", "bn_bias") if k in leaves}
+    z, fm = op(u, weight, bias, **bn, **keywords)
+    head = torch.linspace(-1, 1, z.numel(), dtype=z.dtype).reshape(z.shape).roll(1, 0)
+    (z * head).sum().add(0.7 * fm).backward()
+    running = [keywords[k] for k in ("running_mean", "running_var") if k in keywords]
+    return [z.detach(), fm.detach(), *running, *[leaf.grad for leaf in leaves.values()]]
+
+
+def loss_inputs(B=5, Ct=6, K=9, dtype=F64, seed=0, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*s):
+        return torch.randn(*s, generator=g, dtype=F64)
+
+    z, weight, bias = randn(B, Ct) * scale, randn(K, Ct) * 0.5, randn(K)
+    labels, labels_b = torch.randint(0, K, (B,), generator=g), torch.randint(0, K, (B,), generator=g)
+    mix = torch.rand(B, generator=g, dtype=F64)
+    pooled_t = z + 0.1 * randn(B, Ct)
+    acc = F64 if dtype == F64 else torch.float32
+    return z.to(acc), weight.to(dtype), bias.to(acc), labels, labels_b, mix.to(acc), pooled_t.to(acc)
+
+
+def loss_keywords(labels_b, mix, pooled_t, **changed):
+    defaults = {"label_smoothing": 0.1, "ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0}
+    return {"labels_b": labels_b, "mix": mix, "pooled_t": pooled_t} | defaults | changed
+
+
+def run_loss(op, z, weight, bias, labels, labels_b, mix, pooled_t, **changed):
+    z = z.detach().clone().requires_grad_()
+    loss, parts, top1 = op(z, weight, bias, labels, **loss_keywords(labels_b, mix, pooled_t, **changed))
+    (2.5 * loss).backward()
+    assert not parts.requires_grad
+    return [loss.detach(), parts, top1, z.grad]
+
+
+ALONE = {p: dict.fromkeys(PARTS, 0.0) | {p: 0.8} for p in PARTS}
+
+
+PLAIN = {"labels_b": None, "mix": None, "label_smoothing": 0.0}
+
+
+LOSS_CASES = {
+    "all": {},
+    **ALONE,
+    "hard labels": PLAIN,
+    "smoothing": {"labels_b": None, "mix": None, "label_smoothing": 0.3},
+    "mixup": {"label_smoothing": 0.0},
+    "ijckd": PLAIN | {"ce": 1.0, "sr": 1.0, "fm": 0.0, "kl": 0.0},
+    "cold": {"temperature": 0.5},
+}
+
+
+def projected_inputs(B=5, Cs=4, Ct=6, K=9, dtype=F64, seed=0):
+    """(what gets a gradient, what loss_inputs gives besides z)"""
+    _, *rest = loss_inputs(B, Ct, K, dtype, seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    u, projection = (torch.randn(*s, generator=g, dtype=F64).to(dtype) for s in ((B, Cs), (Ct, Cs)))
+    bias = torch.randn(Ct, generator=g, dtype=F64).to(F64 if dtype == F64 else torch.float32)
+    return [u, projection, bias], rest
+
+
+def run_projected(module, leaves, weight, bias, labels, labels_b, mix, pooled_t, **changed):
+    """[loss, parts, top1, gradient of every leaf]"""
+    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in leaves]
+    keywords = loss_keywords(labels_b, mix, pooled_t, **changed)
+    loss, parts, top1 = module.projected_classifier_loss(*leaves, weight, bias, labels, **keywords)
+    (2.5 * loss).backward()
+    assert not parts.requires_grad
+    return [loss.detach(), parts, top1, *[x.grad for x in leaves if x is not None]]

@@ -11,14 +11,15 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   m.def(
       "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
       "Tensor? var, Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
-      "(Tensor z, Tensor fm, Tensor mean, Tensor var, Tensor y, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
+      "(Tensor z, Tensor fm, Tensor mean, Tensor var, Tensor y, Tensor count, Tensor yhat, Tensor res, "
+      "Tensor res_yhat)");
   // The same in two steps, with the all-reduce of SyncBN between them.
   m.def("connector_project(Tensor u, Tensor weight) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
       "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
       "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
       "(Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
-  // Backward, in two steps for the same reason: the channel sums, then everything that needs them. grad_fm with a match.
+  // Backward, in two steps for the same reason: the channel sums, then all that needs them. grad_fm with a match.
   m.def(
       "connector_channel_grads(Tensor grad_z, Tensor? grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, "
       "Tensor res, Tensor res_yhat, int positions, bool match_map) -> (Tensor grad_z, Tensor d_gamma, Tensor d_beta)");

@@ -65,11 +65,11 @@ constexpr bool kSeesPlainAccesses = true;
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
-constexpr int kResident =
-    3;  // blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns
+// Blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns.
+constexpr int kResident = 3;
 constexpr size_t kStack = 64 << 10;
-constexpr size_t kStackStride =
-    kStack + 13 * 64;                      // at equal distances of a power of two all would share a cache's few sets
+// At equal distances of a power of two all would share a cache's few sets.
+constexpr size_t kStackStride = kStack + 13 * 64;
 constexpr size_t kSharedLimit = 48 << 10;  // of shared memory for a kernel that asked for no more, as on every GPU
 constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the largest GPUs
 constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
@@ -443,8 +443,8 @@ void start_block(uint64_t index) {
     t.copies.clear();
     t.groups = 0;
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack),
-                                  kStack);  // of frames that were left without returning
+    // Of frames that were left without returning.
+    __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack), kStack);
 #endif
     // what emulator_switch pops: six registers, then the address to return to; aligned as after a call
     void** top = reinterpret_cast<void**>(t.stack + kStack) - 1;
@@ -737,8 +737,8 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
       continue;  // others' atomics race with that store still
     else if (!two_atomics || !races(c.store, now, r->shared))
       c.store = now;
-    else if (c.store.block ==
-             now.block)  // else the earlier block's is kept: it races with whatever either may race with
+    // Another block's earlier one is kept: it races with whatever either may race with.
+    else if (c.store.block == now.block)
       c.store.thread = kMany;
   }
   return r;

@@ -7,34 +7,29 @@
 // the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on
 // a GPU:
 //   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays;
-//   a store to
-//              an array that the call only reads; an address not aligned to what is read or written there
+//              a store to an array that the call only reads; an address not aligned to what is read or written there
 //   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier
-//   between
-//              (within a warp __syncwarp is one; an atomic operation is a store, but no two of them conflict); an
-//              element of shared memory into which an asynchronous copy is under way
+//              between (within a warp __syncwarp is one; an atomic operation is a store, but no two of them conflict);
+//              an element of shared memory into which an asynchronous copy is under way
 //   initcheck  a load of a shared or output element that nobody has stored to
 //   synccheck  threads of a block at different barriers, lanes of a warp at different warp-wide instructions, either at
-//   one that
-//              others have left by returning; a thread that returns with copies under way
+//              one that others have left by returning; a thread that returns with copies under way
 // Shared memory is filled with NaN before every block. The first violation ends the launch with a std::runtime_error.
 //
 // Of Hopper's instructions (hopper_instructions.cuh) it checks besides:
 //   memcheck   a tile copied to an address not aligned to 1024 bytes, to outside dynamic shared memory or over a
-//   barrier, by a
-//              map that the driver has not encoded, or from outside the call's arrays; an operand outside dynamic
-//              shared memory
+//              barrier, by a map that the driver has not encoded, or from outside the call's arrays; an operand outside
+//              dynamic shared memory
 //   racecheck  a barrier used without its initialisation's fence; a multiplication of bytes whose copy each of its
-//   threads has
-//              not itself waited for; a copy or store into bytes that a multiplication may still read: each of its
-//              warps must have waited, with a __syncthreads after that for other warps; a copy over, or a
+//              threads has not itself waited for; a copy or store into bytes that a multiplication may still read: each
+//              of its warps must have waited, with a __syncthreads after that for other warps; a copy over, or a
 //              multiplication of, bytes that threads have stored: there is no fence for that; registers touched while a
 //              multiplication adds to them
 //   initcheck  a barrier not initialised, a multiplication of bytes never copied
 //   synccheck  warps of a warpgroup that issue other multiplications; a group without a fence before it; more bytes or
-//   arrivals
-//              than a barrier expects; a block whose threads all wait, which names what for; a thread that returns
-//              without having waited for its multiplications, a block that ends with tile copies nobody has waited for
+//              arrivals than a barrier expects; a block whose threads all wait, which names what for; a thread that
+//              returns without having waited for its multiplications, a block that ends with tile copies nobody has
+//              waited for
 // That one thread's wait on a barrier orders what others did is known of a __syncthreads only, not of an mbarrier's
 // arrivals.
 //

@@ -15,6 +15,8 @@ import ijckd_fast
 from ijckd_fast import head
 from ijckd_fast.head import reference
 
+head.load_libraries()  # for torch.ops.ijckd.limit_stage
+
 
 def wide(x):
     return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x

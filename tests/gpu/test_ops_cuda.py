@@ -18,6 +18,8 @@ from torch import Tensor
 from ijckd_fast import head
 from ijckd_fast.head import reference
 
+head.load_libraries()  # for torch.ops.ijckd.limit_stage
+
 DEVICE = os.environ.get("IJCKD_GPU_TESTS_ON", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="needs a GPU")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -398,7 +398,7 @@ def _refuse(
 
 
 def _frozen_classifier() -> Any:
-    from ijckd_fast.head.ops import FrozenClassifier
+    from ijckd_fast.head import FrozenClassifier
 
     return FrozenClassifier()
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ijckd_fast import head as ops
 from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
 from ijckd_fast.distill.terms.attention import attention_distance
 from ijckd_fast.distill.terms.dkd import Dkd, dkd_rows

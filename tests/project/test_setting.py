@@ -104,7 +104,7 @@ def test_paths_become_absolute(monkeypatch, tmp_path):
     ("words", "unneeded"),
     [
         (["--help"], ["torch", "numpy"]),
-        (["train", "--help"], ["timm", "torchvision", "nvidia.dali", "pyarrow", "ijckd_fast.head.ops"]),
+        (["train", "--help"], ["timm", "torchvision", "nvidia.dali", "pyarrow", "ijckd_fast.head.classifier"]),
     ],
     ids=["--help", "train --help"],
 )

@@ -17,7 +17,6 @@ from ijckd_fast.data import build_index
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate
-from ijckd_fast import head as ops
 from ijckd_fast.nets import Tapped
 from ijckd_fast.train import (
     build_distiller,

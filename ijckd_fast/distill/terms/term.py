@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ijckd_fast.distill.connectors import Connector
-    from ijckd_fast.head.ops import FrozenClassifier
+    from ijckd_fast.head import FrozenClassifier
     from ijckd_fast.nets import CachedTeacher, Stage, Tapped
 
 

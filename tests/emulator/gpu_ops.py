@@ -276,11 +276,11 @@ def test_a_linear_connector_in_tiles_does_not_round_its_result(match):
     torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("apart", ["u", "weight", "bias", "pooled_t", "head"])
+@pytest.mark.parametrize("apart", ["u", "weight", "bias", "pooled_t", "grad_z"])
 def test_a_linear_connector_of_tensors_at_odd_addresses(apart):
     """Tiles do not take them; what does gives nearly the same."""
     leaves, keywords = connector_inputs((9, 24), 40, norm="bias", match="pooled", relu=False, dtype=torch.bfloat16)
-    head = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
+    grad_z = torch.randn(9, 40, generator=torch.Generator().manual_seed(0))
 
     def odd(x):
         return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view(x.shape)
@@ -291,7 +291,7 @@ def test_a_linear_connector_of_tensors_at_odd_addresses(apart):
         pooled_t = odd(keywords["pooled_t"]) if name == "pooled_t" else keywords["pooled_t"]
         z, fm = head.connector_match(*mine.values(), relu=False, pooled_t=pooled_t)
         outputs = torch.autograd.grad(
-            (z, fm), list(mine.values()), (odd(head) if name == "head" else head, fm.new_ones(()))
+            (z, fm), list(mine.values()), (odd(grad_z) if name == "grad_z" else grad_z, fm.new_ones(()))
         )
         results.append([z.detach(), fm.detach(), *outputs])
     for plain, other in zip(*results, strict=True):

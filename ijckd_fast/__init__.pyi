@@ -1,0 +1,15 @@
+from ijckd_fast.data import DatasetLoader as DatasetLoader, index_dataset as index_dataset
+from ijckd_fast.distill import Distiller as Distiller, get_objective as get_objective
+from ijckd_fast.head import (
+    HAS_CUDA_LIBRARY as HAS_CUDA_LIBRARY,
+    FrozenClassifier as FrozenClassifier,
+    classifier_gram as classifier_gram,
+    classifier_loss as classifier_loss,
+    connector_match as connector_match,
+    projected_classifier_loss as projected_classifier_loss,
+    take_bad_rows as take_bad_rows,
+)
+from ijckd_fast.nets import create_model as create_model
+from ijckd_fast.train import TrainConfig as TrainConfig, TrainStep as TrainStep, load_run as load_run
+
+__version__: str

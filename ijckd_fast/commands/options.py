@@ -75,7 +75,7 @@ def add_settings(parser: ArgumentParser, names: Iterable[str] | None = None, sev
         if TYPES[name] is bool:
             kind = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
         elif name in several:
-            kind["action"] = "append"
+            kind = {"action": "append"}  # of words
         groups[heading].add_argument(option(name), **kind, default=field.default, help=help_of(name))
 
 

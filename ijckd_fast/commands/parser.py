@@ -110,7 +110,8 @@ class CommandParser(ArgumentParser):
             self.choices[name].prog = prog  # the library has put "[options]" into it
 
     def _options(self) -> dict[str, Any]:
-        return {option: action for action in self._actions for option in action.option_strings}
+        """By name; without --sizes+, which the library makes of every list."""
+        return {name: action for action in self._actions for name in action.option_strings if not name.endswith("+")}
 
     def _as_declared(self, words: Sequence[str]) -> list[str]:
         """The words with --data_dir as --data-dir, and 30,60,90 as [30,60,90] where an option takes a list, nowhere else."""

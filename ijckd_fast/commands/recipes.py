@@ -29,7 +29,7 @@ _COLUMNS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Which presets, and what to change of them."""
-    parser.add_argument("presets", type=str, nargs="*", default=[], help="names of presets; default: all")
+    parser.add_argument("presets", type=str, nargs="*", help="names of presets; default: all")
     parser.add_argument("--objective", type=str, help="instead of the presets'")
     parser.add_argument("--connector", type=str, help="instead of the presets'")
 

@@ -31,7 +31,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument(
         "--config",
-        type=str,
         action="append",
         help=f"YAML file, or a preset: {', '.join(preset_names())}; several times: later ones override earlier ones",
     )

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from command_line import complaint
 from rich.console import Console
-from tiny_run import config
+from tiny_run import config, options, settings
 
 from ijckd_fast import cli
 from ijckd_fast.train import checkpoint, run_folder, train
@@ -87,3 +87,60 @@ def test_a_moved_run_and_its_moved_teacher(data, tmp_path, capsys):
     (tmp_path / "T").rename(tmp_path / "T2")
     (tmp_path / "S").rename(tmp_path / "S2")
     assert cli.main(["train", "--resume", str(tmp_path / "S2"), "--teacher", str(tmp_path / "T2")]) == 0
+
+
+def _printed(capsys, *words: str) -> dict:
+    """The settings that the words come to."""
+    assert cli.main(["train", *words, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_options_override_every_preset_and_later_presets_earlier_ones(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 5e-1\nepochs: 7\nmilestones: [1, 2]\n")
+    (tmp_path / "b.yaml").write_text("lr: 0.25\nobjective: ce\n")
+    a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
+    assert _printed(capsys, "--config", a) == {"lr": 0.5, "epochs": 7, "milestones": [1, 2]}
+    both = {"lr": 0.25, "epochs": 7, "milestones": [1, 2], "objective": "ce"}
+    assert _printed(capsys, "--config", a, f"--config={b}") == both
+    for words in (("--lr", "1", "--config", a, "--config", b), ("--config", a, "--lr", "1", "--config", b)):
+        assert _printed(capsys, *words) == {**both, "lr": 1.0}
+
+
+def test_a_batch_size_replaces_the_preset_s_global_batch(capsys):
+    batch = ("batch_size", "global_batch")
+    for words, expected in (
+        ([], (None, 256)),
+        (["--batch-size", "64"], (64, None)),
+        (["--batch_size=64", "--global-batch", "128"], (64, 128)),
+    ):
+        printed = _printed(capsys, "--config", "imagenet_r34_r18", *words)
+        assert tuple(map(printed.get, batch)) == expected
+
+
+def test_print_config_leaves_out_what_is_asked(capsys):
+    words = ["train", "--lr", "0.1", "--epochs", "3", "--clip-grad", "null"]
+    for flags, text in (
+        ("", "lr: 0.1\nepochs: 3\nclip_grad: null\n"),
+        ("=skip_default", "epochs: 3\n"),
+        ("=skip_unset", "lr: 0.1\nepochs: 3\n"),
+        ("=skip_default,skip_unset", "epochs: 3\n"),
+    ):
+        assert cli.main([*words, f"--print-config{flags}"]) == 0
+        assert capsys.readouterr().out == text
+    assert "skip_default and skip_unset, got 'all'" in complaint(capsys, *words, "--print-config=all")
+
+
+def test_a_folder_may_be_called_like_a_list(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {name: value for name, value in settings(data, tmp_path, epochs=1).items() if name != "output_dir"}
+    assert cli.main(["train", *options(values), "--output-dir", "10,20"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["10,20"]
+    assert cli.main(["evaluate", "10,20"]) == 0
+
+
+def test_resume_is_of_one_run(capsys, tmp_path):
+    two = ["--student", "resnet8x0.25", "--student", "resnet8x0.5"]
+    assert "--resume continues one run, got several times --student" in complaint(
+        capsys, "train", "--resume", str(tmp_path), *two
+    )
+    assert "give one of them" in complaint(capsys, "train", "--resume", str(tmp_path), "--overwrite")

@@ -1,4 +1,4 @@
-"""The packaged teacher-student pairs: published settings, nets that fit together and learn, the costs that the docs state."""
+"""The packaged teacher-student pairs: published settings, nets that fit together and learn, costs as the docs state."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The command line, `ijckd-fast COMMAND`: finds a command, runs it, prints its figures, says its mistakes in a sentence.
+"""The command line, `ijckd-fast COMMAND`: finds a command, runs it, prints its figures; a mistake is one sentence.
 
 The commands are in commands/, a file each. What needs torch is imported inside the command that needs it.
 """

@@ -114,7 +114,7 @@ class CommandParser(ArgumentParser):
         return {name: action for action in self._actions for name in action.option_strings if not name.endswith("+")}
 
     def _as_declared(self, words: Sequence[str]) -> list[str]:
-        """The words with --data_dir as --data-dir, and 30,60,90 as [30,60,90] where an option takes a list, nowhere else."""
+        """The words with --data_dir as --data-dir, and 30,60,90 as [30,60,90] where, and only where, a list is due."""
         options, end = self._options(), _end_of_options(words)
         found: list[str] = []
         is_value = False  # of an option that takes a list

@@ -57,11 +57,11 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["trian"], f"unknown command 'trian' of ijckd-fast: expected one of {', '.join(COMMANDS)}; did you mean 'train'"),
+        (["trian"], f"unknown command 'trian' of ijckd-fast: expected one of {', '.join(COMMANDS)}; did you mean 'tra"),
         (["--verbose", "train"], "unknown command '--verbose' of ijckd-fast: expected one of train, "),
         (["study", "lniear"], "unknown command 'lniear' of ijckd-fast study: expected one of finite, linear; did"),
         (["study"], "ijckd-fast study needs the name of a command, one of finite, linear; ijckd-fast study --help"),
-        (["study", "linear", "--size", "3"], "unknown option --size of ijckd-fast study linear; did you mean '--sizes'"),
+        (["study", "linear", "--size", "3"], "unknown option --size of ijckd-fast study linear; did you mean '--size"),
         (["study", "--repeats", "20"], "unknown command '--repeats' of ijckd-fast study"),
         (["train", "--epoch", "3"], "unknown option --epoch of ijckd-fast train; did you mean '--epochs'"),
         (["train", "--learning_rat=1"], "unknown option --learning-rat"),

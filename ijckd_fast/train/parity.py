@@ -22,7 +22,7 @@ from ijckd_fast.train.resolving import augment_of, resolve
 
 
 class FolderParity(NamedTuple):
-    """The folder compared, and a row for each split: `parity.Parity`'s fields, image_size, index (its hash), versions."""
+    """The folder compared; a row for each split: `parity.Parity`'s fields, image_size, index (its hash), versions."""
 
     data_dir: str
     rows: list[dict[str, Any]]

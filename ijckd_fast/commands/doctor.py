@@ -11,12 +11,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from jsonargparse import ArgumentParser
 
-REBUILD = (
-    "`pip install -e .` in the repository"  # libraries.py has it too, but imports torch, which may be what is missing
-)
+from ijckd_fast.commands import Arguments, Outcome
+
+SUMMARY = "What is installed, what works here, and what to do about the rest."
+DESCRIPTION = "Exit code 0 if training can run here."
+
+# libraries.py has it too, but imports torch, which may be what is missing.
+REBUILD = "`pip install -e .` in the repository"
 
 
 class Finding(NamedTuple):
@@ -65,9 +68,16 @@ def examine() -> list[Finding]:
     ]
 
 
-def doctor(console: Console) -> bool:
-    """Prints the examination; returns whether training can run."""
-    findings = examine()
+def add_arguments(parser: ArgumentParser) -> None:
+    """None: it looks at everything."""
+
+
+def run(args: Arguments) -> Outcome:
+    """Prints the examination; exit code 1 if training cannot run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, findings = Console(), examine()
     table = Table("", "", "found")
     for item in findings:
         mark = "[green]ok" if item.ok else "[red]missing" if item.needed else "[yellow]absent"
@@ -78,7 +88,7 @@ def doctor(console: Console) -> bool:
             console.print(f"{item.what}: {item.advice}", highlight=False, markup=False, soft_wrap=True)
     able = all(item.ok for item in findings if item.needed)
     console.print("training can run" if able else "training cannot run: see what is missing above")
-    return able
+    return Outcome(code=0 if able else 1)
 
 
 def _import(module: str, package: str, *, needed: bool, advice: str) -> Finding:
@@ -98,7 +108,7 @@ def _library(name: str, what: str, *, needed: bool, compiler: str, commands: tup
         if not any(shutil.which(command) for command in commands):
             build += f", once {compiler} is installed"
         return Finding(what, False, needed, f"no {path}", build)
-    return _attempt(what, needed, lambda: _load(path), f"it does not fit this torch: {build} anew, with torch >= 2.10")
+    return _attempt(what, needed, lambda: _load(path), f"it does not fit this torch: {build} again, with torch >= 2.10")
 
 
 def _load(path: Path) -> str:
@@ -123,7 +133,10 @@ def _gpu() -> Finding:
         capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(len(cards))})
         return "; ".join([f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}", *map(kernels_for, capabilities)])
 
-    advice = "training runs on the CPU; for a GPU install NVIDIA's driver and a CUDA build of torch (nvidia-smi shows the driver)"
+    advice = (
+        "training runs on the CPU; for a GPU install NVIDIA's driver and a CUDA build of torch (nvidia-smi shows the "
+        "driver)"
+    )
     return _attempt("GPU", False, look, advice)
 
 

@@ -14,16 +14,6 @@ from ijckd_fast.train.config import load_preset, preset_names, preset_path
 
 CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
 
-COLUMNS = {
-    "preset": "preset",
-    "student_params": "student alone: parameters",
-    "student_macs": "MACs",
-    "connector": "connector",
-    "connector_params": "its parameters",
-    "deployed_params": "deployed: parameters",
-    "deployed_macs": "MACs",
-}
-
 
 def pair_names() -> list[str]:
     """Names of the packaged presets that have a teacher."""
@@ -34,14 +24,14 @@ def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
     """The nets of a preset with random weights, on the CPU: nothing is downloaded, no data is needed.
 
     name     of `pair_names`, as `preset_path` takes it
-    changes  settings in the place of the preset's, as in `make_config`
+    changes  settings instead of the preset's, as in `make_config`
     returns  (the settings, resolved; the distiller, in training mode)
     raises   UserError for another name (nearest given) or settings that do not fit
     """
     name = preset_path(name).stem
     if name not in pair_names():
         raise UserError(
-            f"preset '{name}' is no packaged pair of teacher and student: wanted one of {', '.join(pair_names())}"
+            f"preset '{name}' is no packaged pair of teacher and student: expected one of {', '.join(pair_names())}"
         )
     here = {"data_dir": ".", "device": "cpu", "teacher_pretrained": False, "allow_weak_teacher": True}
     config = resolve(make_config({**load_preset(name), **here, **changes}))
@@ -51,9 +41,9 @@ def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
 def cost_row(config: TrainConfig, distiller: Distiller) -> dict[str, Any]:
     """What a pair deploys, beside its student with a classifier of its own and its teacher.
 
-    returns  teacher, student, objective, connector: names; teacher_params, student_params, connector_params (0 where none
-             is deployed), deployed_params: numbers of parameters, BatchNorm's included, before folding; student_macs,
-             deployed_macs: multiply-accumulates per image of image_size in convolutions and linear layers
+    returns  teacher, student, objective, connector: names; teacher_params, student_params, connector_params (0 where
+             none is deployed), deployed_params: numbers of parameters, BatchNorm's included, before folding;
+             student_macs, deployed_macs: multiply-accumulates per image of image_size in convolutions and linear layers
     """
     student, teacher, connector = distiller.student, distiller.teacher, distiller.connector
     assert teacher is not None
@@ -73,15 +63,3 @@ def cost_row(config: TrainConfig, distiller: Distiller) -> dict[str, Any]:
         "deployed_params": params,
         "deployed_macs": total,
     }
-
-
-def table_head() -> str:
-    """Two lines of a Markdown table, to print above those of `table_line`."""
-    align = ("---" if column in ("preset", "connector") else "---:" for column in COLUMNS)
-    return f"| {' | '.join(COLUMNS.values())} |\n|{'|'.join(align)}|"
-
-
-def table_line(row: dict[str, Any]) -> str:
-    """A row of `cost_row`, with its `preset`, as a line of a Markdown table."""
-    cells = (f"{row[c]:,}" if isinstance(row[c], int) else f"`{row[c]}`" for c in COLUMNS)
-    return f"| {' | '.join(cells)} |"

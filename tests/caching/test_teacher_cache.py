@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import row_of
 from processes import Run
 from rich.console import Console
 from tiny_run import SETTINGS, config, differing, options, settings, write_teacher, write_tree
@@ -94,10 +95,6 @@ def _complaint(capsys, words: list[str], code: int = 2) -> str:
     return err
 
 
-def _last_json(text: str) -> dict:
-    return json.loads(text.strip().splitlines()[-1])
-
-
 def _same_weights(a: Path, b: Path) -> list[str]:
     states = [checkpoint.load(each / "last.pt") for each in (a, b)]
     return differing(*({key: state[key] for key in ("learner", "optimizer", "step", "meter")} for state in states))
@@ -140,7 +137,7 @@ def test_the_command_prints_its_figures_and_verifies_what_is_there(made, data, w
     }
     assert cli.main(_words(made, data, weights, "--verify-seed", "7", verify=1000)) == 0
     out = capsys.readouterr().out
-    row = _last_json(out)
+    row = row_of(out)
     assert list(row) == [
         "views", "images", "channels", "bytes", "seconds", "images_per_s", "verified", "max_difference", "path",
     ]  # fmt: skip
@@ -224,7 +221,7 @@ def test_the_backbone_is_never_built(made, data, tmp_path, monkeypatch, capsys):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert f"features from `{made}`" in (tmp_path / "run" / "report.md").read_text()
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
-    row = _last_json(capsys.readouterr().out)
+    row = row_of(capsys.readouterr().out)
     for key in ("top1_percent", "agreement_percent"):
         assert row[key] == summary["last"][key] is not None
     for key in ("params", "macs", "teacher_top1_percent"):
@@ -261,7 +258,7 @@ def test_other_validation_settings_mean_no_agreement(made, data, tmp_path, capsy
     )
     assert "| teacher | resnet8x0.5, features from" in (tmp_path / "run" / "report.md").read_text()
     assert cli.main(["evaluate", str(tmp_path / "run")]) == 0
-    assert _last_json(capsys.readouterr().out)["agreement_percent"] is None
+    assert row_of(capsys.readouterr().out)["agreement_percent"] is None
 
 
 def test_a_killed_training_resumes_to_the_bit_though_the_cache_moves(cache, data, tmp_path):
@@ -323,13 +320,13 @@ def test_evaluate_finds_a_moved_cache_or_the_teacher_itself(cache, data, weights
     for objective in rows:
         for words in (["--teacher-cache", str(moved)], ["--teacher-checkpoint", str(weights)]):
             assert cli.main(["evaluate", str(tmp_path / objective), *words]) == 0
-            row = _last_json(capsys.readouterr().out)
+            row = row_of(capsys.readouterr().out)
             for key in ("top1_percent", "agreement_percent"):
                 assert row[key] == rows[objective][key] is not None
     assert cli.main(["evaluate", str(tmp_path / "srrl")]) == 0
     out = capsys.readouterr().out
     assert f"the teacher cache {cache} is not there: no agreement" in out
-    assert _last_json(out)["agreement_percent"] is None
+    assert row_of(out)["agreement_percent"] is None
 
 
 # --- interruptions, damage, a bad disk ---
@@ -416,7 +413,7 @@ def test_a_view_that_is_not_the_teachers_is_named(cache, data, weights, capsys):
     assert f"view 1 of {index.absolute(20)}: the cached features differ" in out
     assert f"view 1 of {index.absolute(21)}: the cached features differ" in out
     assert "2 of the views computed again differ: the cache is not to be trained from" in out
-    assert _last_json(out)["verified"] == VIEWS * IMAGES - 2
+    assert row_of(out)["verified"] == VIEWS * IMAGES - 2
     with pytest.raises(UserError, match="is not verified"):
         TeacherCache(cache)
     assert cli.main(_words(cache, data, weights, "--overwrite", verify=1000)) == 0
@@ -443,7 +440,7 @@ def test_an_image_that_cannot_be_read_is_marked_and_stood_in_for(rotten, weights
     assert cli.main(_words(folder, root, weights, verify=1000)) == 0
     out = capsys.readouterr().out
     assert f"warning: {path} cannot be read any more" in out
-    assert _last_json(out)["verified"] == VIEWS * (IMAGES - 1)
+    assert row_of(out)["verified"] == VIEWS * (IMAGES - 1)
     cache = TeacherCache(folder)
     assert list(cache.unreadable) == [15]
     about = json.loads((folder / "cache.json").read_text())
@@ -747,7 +744,7 @@ def test_students_one_after_the_other(made, data, tmp_path, capsys):
     assert "student resnet8x0.25 (1 of 2)" in _complaint(capsys, [*words, "--lr", "0.5"])  # a run with other settings
     assert cli.main([*words, "--lr", "0.5", "--overwrite"]) == 0
     assert run_folder.read_config(first)["lr"] == 0.5
-    assert "--resume goes on with one run" in _complaint(capsys, [*words, "--resume", str(first)])
+    assert "--resume continues one run" in _complaint(capsys, [*words, "--resume", str(first)])
     assert "give each --student once" in _complaint(capsys, [*words, "--student", "resnet8x0.25"])
 
 

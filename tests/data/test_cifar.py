@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
@@ -16,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torchvision
+from command_line import rows_of
 from PIL import Image
 
 from ijckd_fast import cli
@@ -384,9 +384,9 @@ def test_command(archive, tmp_path, capsys):
     assert cli.main(words) == 0
     out = capsys.readouterr().out
     assert "200 images of 100 classes, 200 of them written now" in out
-    assert json.loads(out.splitlines()[-1])["val"] == {"images": 100, "classes": 100, "written": 100}
+    assert rows_of(out)[1] == {"split": "val", "images": 100, "classes": 100, "written": 100}
     assert cli.main(words) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["train"]["written"] == 0
+    assert [row["written"] for row in rows_of(capsys.readouterr().out)] == [0, 0]
     assert cli.main(words[:2]) == 2
     assert (
         f"nothing to unpack: fetch the python version of CIFAR-100 or CIFAR-10 from {cifar.PAGE}"

@@ -1,10 +1,10 @@
 import io
-import json
 import os
 import tarfile
 from pathlib import Path
 
 import pytest
+from command_line import rows_of
 from image_tree import photo
 
 from ijckd_fast import cli
@@ -176,6 +176,6 @@ def test_command(archives, tmp_path, capsys):
     assert cli.main(["prepare-imagenet", str(tmp_path / "out"), *options]) == 0
     out = capsys.readouterr().out
     assert "12 images of 3 classes, 12 of them written now" in out
-    assert json.loads(out.splitlines()[-1])["val"] == {"images": 6, "classes": 3, "written": 6}
+    assert rows_of(out)[1] == {"split": "val", "images": 6, "classes": 3, "written": 6}
     assert cli.main(["prepare-imagenet", str(tmp_path / "out")]) == 2
     assert "nothing to unpack" in capsys.readouterr().err

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import row_of, rows_of
 from image_tree import photo, write_split
 from PIL import Image
 from rich.console import Console
@@ -273,7 +273,7 @@ def test_a_data_folder_that_cannot_be_written(data, tmp_path, monkeypatch):
 def bench(capsys, *arguments: str) -> tuple[int, str, list[dict]]:
     code = cli.main(["bench", "loader", "--parity", *arguments])
     out = capsys.readouterr().out
-    return code, out, json.loads(out.strip().splitlines()[-1])["rows"]
+    return code, out, rows_of(out)
 
 
 def test_command_without_a_net(data, capsys):
@@ -307,7 +307,7 @@ def test_command_shows_drift(data, capsys):
 def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", *options(settings(data, tmp_path / "run", epochs=8))]) == 0
     cli.main(["evaluate", str(tmp_path / "run")])
-    top1 = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["top1_percent"]
+    top1 = row_of(capsys.readouterr().out)["top1_percent"]
     code, out, (row,) = bench(capsys, "--model", str(tmp_path / "run"), "--split", "val")
     assert (code, row["images"], row["image_size"]) == (0, 18, 16)
     assert row["pillow_top1_percent"] == pytest.approx(top1)
@@ -342,7 +342,7 @@ def test_command_asks_a_model_with_published_weights(data, capsys, monkeypatch):
 
 def test_mistakes(data, tmp_path, capsys):
     complaint = functools.partial(_complaint, capsys)
-    assert "wanted --parity" in complaint("bench", "loader", "--data-dir", str(data))
+    assert "expected --parity" in complaint("bench", "loader", "--data-dir", str(data))
     assert "Expected a Literal['loader']" in complaint("bench", "laoder", "--parity")
     assert "--images must be at least 1, got 0" in complaint("bench", "loader", "--parity", "--images", "0")
     assert "no --data-dir given" in complaint("bench", "loader", "--parity")

@@ -596,7 +596,7 @@ def test_runs_without_a_connector_are_refused(objective, run, tmp_path, capsys):
     changes |= {"teacher": None, "teacher_checkpoint": None} if objective == "ce" else {}
     checkpoint.save(tmp_path / "last.pt", {**state, "config": {**state["config"], **changes}})
     err = _complaint(capsys, "bound", tmp_path)
-    assert f"last.pt was trained by {objective} without a connector: wanted a run with one (ijckd" in err
+    assert f"last.pt was trained by {objective} without a connector: expected a run with one (ijckd" in err
 
 
 def test_output_that_cannot_be_written(run, tmp_path, capsys):

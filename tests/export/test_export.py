@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from command_line import row_of
 from image_tree import photo
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import write
 from ijckd_fast.nets import count_parameters, create_model, fingerprint
-from ijckd_fast.train import build_val_loader, checkpoint, resolve, train
+from ijckd_fast.train import build_val_loader, checkpoint, load_run, resolve, train
 
 SHAPES = {
     "map": {"objective": "ijckd"},
@@ -72,12 +73,12 @@ def exported(trained):
 
 
 def _export(capsys, *arguments) -> dict:
-    """The last line of the command."""
+    """The figures of the command."""
     capsys.readouterr()
     assert cli.main(["export", *map(str, arguments)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    return json.loads(out.strip().splitlines()[-1])
+    return row_of(out)
 
 
 def _complaint(capsys, *arguments, code: int = 2) -> str:
@@ -90,15 +91,13 @@ def _complaint(capsys, *arguments, code: int = 2) -> str:
 
 
 def _distiller(run: Path) -> Distiller:
-    _, state, settings = cli._begun(str(run), False, {})
-    return cli._trained(run / "last.pt", state, settings)
+    return load_run(run).distiller
 
 
 def _val_images(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """All images [18, 3, S, S] and labels [18] of val/, as the run's evaluation sees them."""
-    _, state, settings = cli._begun(str(run), False, {})
-    index = build_index(settings.data_dir, "val", classes=state["classes"])
-    with build_val_loader(settings, index, torch.device("cpu")) as loader:
+    loaded = load_run(run)
+    with loaded.loader(loaded.index()) as loader:
         batches = list(loader)
     return torch.cat([b.images for b in batches]).contiguous(), torch.cat([b.labels for b in batches])
 

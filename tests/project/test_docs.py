@@ -1,4 +1,4 @@
-"""What docs/ shows is run at tiny size: the Python of own_model.md, and the SLURM script of distributed.md; links lead somewhere."""
+"""What docs/ shows is run at tiny size: own_model.md's Python, distributed.md's SLURM script; links lead somewhere."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_own_model(tmp_path, monkeypatch, capsys):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     images = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
     seen = names["Renormalised"](torch.nn.Identity(), (0.5, 0.4, 0.3), (0.5, 0.2, 0.1))(images)
-    wanted = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.2, 0.1]).view(3, 1, 1)
-    torch.testing.assert_close(seen, wanted, atol=1e-4, rtol=1e-4)
+    expected = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.2, 0.1]).view(3, 1, 1)
+    torch.testing.assert_close(seen, expected, atol=1e-4, rtol=1e-4)
     assert names["inception_like"].has_map
 
     exec(dataset, names)
@@ -79,10 +79,10 @@ def test_own_model(tmp_path, monkeypatch, capsys):
 
 
 def _settings_of_the_loop(line: str, data: Path) -> str:
-    """The line with a tiny run's values in the place of the page's."""
-    wanted = 'data_dir, size, batch_size, epochs, lr, backend, device = "DIR", 224, 128, 90, 0.05, "dali", torch.device("cuda")'
-    assert line == wanted
-    return f'{line.partition(" = ")[0]} = {str(data)!r}, 32, 8, 1, 0.05, "pillow", torch.device("cpu")'
+    """The line with a tiny run's values instead of the page's."""
+    names = "data_dir, size, batch_size, epochs, lr, backend, device"
+    assert line == f'{names} = "DIR", 224, 128, 90, 0.05, "dali", torch.device("cuda")'
+    return f'{names} = {str(data)!r}, 32, 8, 1, 0.05, "pillow", torch.device("cpu")'
 
 
 _SRUN = """#!/bin/bash

@@ -1,0 +1,79 @@
+"""`ijckd-fast evaluate`: what a trained net gets right, how often it agrees with its teacher, what it costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser
+
+from ijckd_fast.commands import Arguments, Outcome
+from ijckd_fast.commands.options import add_run, load
+
+if TYPE_CHECKING:
+    from ijckd_fast.data import Index, Loader
+    from ijckd_fast.evaluate import Evaluation
+    from ijckd_fast.train import LoadedRun
+
+SUMMARY = "Accuracy, agreement and cost of a trained net."
+DESCRIPTION = (
+    "Top-1, top-5, agreement with the teacher, images/s and deployed cost of a run on a val/ folder. The last line "
+    "of standard output is one JSON object."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The run, and what is to be another than it was in training."""
+    weights = ("teacher_checkpoint", "teacher_cache")
+    add_run(parser, "data_dir", "val_labels", *weights, "batch_size", "workers", "data_backend", "device")
+
+
+def run(args: Arguments) -> Outcome:
+    """Evaluates a run on val/; one row."""
+    from ijckd_fast.evaluate import evaluate
+
+    run = load(args)
+    index, distiller, config = run.index(), run.distiller, run.config
+    with run.loader(index) as loader:
+        teacher = _teacher_on(run, index, loader)
+        result = evaluate(distiller.predict, loader, device=run.device, amp_dtype=run.amp_dtype, teacher=teacher)
+    params, macs = distiller.deployed_cost(config.image_size)
+    left_out = f" ({len(index) - result.images} more could not be read)" if result.images < len(index) else ""
+    print(
+        f"{run.path} (step {run.saved.step}): {config.student} by {config.objective} on {result.images} images of "
+        f"{index.root}/val{left_out}"
+    )
+    against = ""
+    if teacher is not None:
+        against = f", agreement with the teacher {result.agreement:.2f} % (its own top-1: {teacher.top1:.2f} %)"
+    print(f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %{against}")
+    print(
+        f"deployed: {params:,} parameters, {macs:,} multiply-accumulates per image; "
+        f"{result.images / result.seconds:,.0f} images/s"
+    )
+    row = {
+        "checkpoint": str(run.path),
+        "step": run.saved.step,
+        **result.row(),
+        "teacher_top1_percent": None if teacher is None else teacher.top1,
+        "params": params,
+        "macs": macs,
+    }
+    return Outcome([row])
+
+
+def _teacher_on(run: LoadedRun, index: Index, loader: Loader) -> Evaluation | None:
+    """The teacher's answers to the same images, from the cache or its own; None without either."""
+    from ijckd_fast.evaluate import evaluate
+    from ijckd_fast.train import augment_of
+
+    if run.teacher_cache is not None:
+        kept = run.teacher_cache.on_val(index, augment_of(run.config), run.config.data_backend)
+        if kept is None:
+            print(
+                "the cache has the teacher's answers to other images, or with other settings: no agreement; "
+                "--teacher-checkpoint brings the teacher itself"
+            )
+        return kept
+    if run.distiller.teacher is None:
+        return None
+    return evaluate(run.distiller.teacher_logits, loader, device=run.device, amp_dtype=run.amp_dtype)

@@ -1,0 +1,66 @@
+"""`ijckd-fast index`: scans a data folder once and lists its bad files."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ijckd_fast.commands import Arguments, Outcome
+from ijckd_fast.commands.options import add_unset_settings
+
+SUMMARY = "Scan a data folder once and list its bad files."
+DESCRIPTION = (
+    "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never "
+    "dies of a bad file. Run again it opens only files whose length or time has changed; train and evaluate ask only "
+    "for the times of the folders, which show files that come and go but not one rewritten in place. The last line "
+    "of standard output is one JSON object."
+)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The folder and how closely to look."""
+    from ijckd_fast.train.config import TYPES
+
+    parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
+    parser.add_argument(
+        "--verify",
+        type=TYPES["index_verify"],
+        default="full",
+        help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
+    )
+    parser.add_argument("--fast", action="store_true", help="the same as --verify fast")
+    add_unset_settings(parser, "class_list", "val_labels")
+    parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
+
+
+def run(args: Arguments) -> Outcome:
+    """Scans both splits; a row for each."""
+    from rich.console import Console
+
+    from ijckd_fast.data.index import scan, summarize, summary_table
+
+    rows: list[dict[str, Any]] = []
+    classes = None
+    for split in ("train", "val"):
+        start = time.perf_counter()
+        found = scan(
+            args.data_dir,
+            split,
+            classes=classes,
+            class_list=args.class_list,
+            labels=args.val_labels if split == "val" else None,
+            workers=args.workers,
+            verify="fast" if args.fast else args.verify,
+            refresh=args.refresh,
+            progress=sys.stderr.isatty(),
+        )
+        classes = found.index.classes
+        rows.append(summarize(found, time.perf_counter() - start))
+    Console().print(summary_table(rows, args.data_dir))
+    for home in dict.fromkeys(row["files"] for row in rows if row["files"]):
+        print(f"the index, and lists of what was left out and why: {home}")
+    return Outcome(rows)

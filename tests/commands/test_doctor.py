@@ -1,0 +1,82 @@
+"""`ijckd-fast doctor`: what works here, whatever is missing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ijckd_fast import cli
+from ijckd_fast.commands import doctor
+
+
+def test_doctor(capsys, monkeypatch):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert "training can run" in out
+
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    findings = {item.what: item for item in doctor.examine()}
+    assert findings["DALI"].ok
+    assert findings["CPU library of the ops"].ok
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=missing))
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "pip install pyarrow" in out
+    assert "training cannot run" in out
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "texts"),
+    [
+        ([(7, 0)], ["sm_70: none of our kernels, which need sm_75 or newer"]),
+        ([(7, 5)], ["sm_75: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"]),
+        ([(8, 0)], ["sm_80: tensor-core kernels (stage 1)"]),
+        ([(9, 0)], ["sm_90: Hopper's tensor-core kernels (stage 2)"]),
+        ([(12, 0)], ["sm_120: tensor-core kernels (stage 1)"]),
+        (
+            [(9, 0), (7, 5), (9, 0)],
+            ["3 x card 0, CUDA", "; sm_75: library GEMMs and plain", "; sm_90: Hopper's tensor-core"],
+        ),
+    ],
+    ids=str,
+)
+def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch, capabilities, texts):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    gpu = {item.what: item for item in doctor.examine()}["GPU"]
+    assert gpu.ok
+    for text in texts:
+        assert text in gpu.found
+
+
+def test_doctor_says_how_to_build_a_missing_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "commands/doctor.py"))
+    library = {item.what: item for item in doctor.examine()}["CPU library of the ops"]
+    assert not library.ok
+    assert "pip install -e ." in library.advice
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head/_C.so").write_text("not a library")
+    library = {item.what: item for item in doctor.examine()}["CPU library of the ops"]
+    assert not library.ok
+    assert "does not fit this torch" in library.advice
+
+
+def test_doctor_outlives_a_missing_library(tmp_path):
+    package = tmp_path / "ijckd_fast"
+    shutil.copytree(Path(cli.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    command = [sys.executable, "-c", "import sys; from ijckd_fast.cli import main; sys.exit(main(['doctor']))"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "CPU library of the ops: " in done.stdout
+    assert "training cannot run" in done.stdout

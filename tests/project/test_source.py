@@ -1,6 +1,7 @@
 """Rules of the layout that no compiler checks: who may include and import what, and that README names real things."""
 
 import ast
+import importlib
 import pathlib
 import re
 
@@ -111,3 +112,34 @@ def test_readme_names_real_files_and_every_objective():
         assert f"`{name}`" in text
     for name in ijckd_fast.__all__:
         assert name == name.upper() or name in text
+
+
+def test_files_functions_and_lines_stay_readable():
+    """No file over 500 lines, no function over 120, no line over 120 columns: what cannot be read in one go is several things."""
+    long = []
+    for path in MODULES:
+        text = path.read_text()
+        if text.count("\n") > 500:
+            long.append(f"{path.name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 120:
+                long.append(f"{path.name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    for path in written_by_hand():
+        long += [f"{path.name}:{n}" for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+    assert long == []
+
+
+def written_by_hand() -> list[pathlib.Path]:
+    """Code and build files; not tables of figures, nor Markdown, whose tables cannot be wrapped."""
+    folders = ("ijckd_fast", "csrc", "scripts", "tests", "examples")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    return [p for p in [*paths, ROOT / "setup.py", ROOT / "CMakeLists.txt"] if p.suffix not in (".csv", ".so", ".pyc")]
+
+
+@pytest.mark.parametrize("name", ["ijckd_fast", "ijckd_fast.head", "ijckd_fast.train"])
+def test_names_imported_on_first_use_are_there(name):
+    package = importlib.import_module(name)
+    modules = {p.stem for p in pathlib.Path(package.__file__).parent.iterdir()}
+    assert set(package.__all__) & modules == set()  # a module of that name would hide it once it is imported
+    for public in package.__all__:
+        getattr(package, public)

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import filelock
-
 from ijckd_fast.errors import UserError
 
 LOCK, HOLDER = "lock", "lock.holder"  # what `lock` leaves in a folder
@@ -93,6 +91,8 @@ def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
 
     The kernel drops the lock when its process ends, however it ends, so what a dead run left is no hindrance.
     """
+    import filelock  # a tenth of the start of a command that needs no lock
+
     holder = folder / HOLDER
     held = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=False)
     try:

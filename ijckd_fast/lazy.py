@@ -12,8 +12,9 @@ from typing import Any
 def exports(package: str, file: str) -> tuple[list[str], Callable[[str], Any]]:
     """`__all__` and `__getattr__` of the package whose `__init__.py` is `file`.
 
-    The list of names stands once, where type checkers read it too: `from ijckd_fast.room.module import name as name` in the
-    `__init__.pyi` beside it. A name is not that of a module of the package, which would hide it once it is imported.
+    The list of names stands once, where type checkers read it too: `from ijckd_fast.room.module import name as name` in
+    the `__init__.pyi` beside it. A name is not that of a module of the package, which would hide it once it is
+    imported.
     """
     home_of = {
         alias.name: node.module

@@ -687,14 +687,18 @@ def parser() -> argparse.ArgumentParser:
     op = commands.add_parser(
         "op",
         help="connector_match and classifier_loss",
-        description="Times one step of the fused head (milliseconds, MB = 1e6 bytes) against each baseline and prints a "
-        'table; the last line is one JSON object {"rows": [...]} with ratio = baseline_ms / ours_ms.',
+        description=(
+            "Times one step of the fused head (milliseconds, MB = 1e6 bytes) against each baseline and "
+            'prints a table; the last line is one JSON object {"rows": [...]} with ratio = baseline_ms / ours_ms.'
+        ),
         epilog="workloads:\n"
         + "\n".join(f"  {k:12} {w.sizes}: {w.losses}" + _cpu_note(w) for k, w in WORKLOADS.items())
         + "\nbaselines:\n"
         + "\n".join(f"  {k:20}  {text}" for k, text in BASELINES.items())
-        + "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm pooled match, "
-        "map map match",
+        + (
+            "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm "
+            "pooled match, map map match"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     op.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")

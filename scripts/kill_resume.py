@@ -1,8 +1,9 @@
-"""Training runs killed (SIGKILL) at random moments and resumed, again and again: is a checkpoint ever broken, are the bits the same?
+"""Training runs killed (SIGKILL) at random moments and resumed, again and again: is a checkpoint ever broken, are the
+bits the same?
 
-A tiny net learns by the whole objective, with EMA and mixing, and writes a checkpoint after every step, so that many kills hit a file that
-is being written. Every attempt is a process of its own, forked once the libraries are loaded. After each kill both checkpoints are read;
-at its end a run must have the bits of one that was never disturbed.
+A tiny net learns by the whole objective, with EMA and mixing, and writes a checkpoint after every step, so that many
+kills hit a file that is being written. Every attempt is a process of its own, forked once the libraries are loaded.
+After each kill both checkpoints are read; at its end a run must have the bits of one that was never disturbed.
 
     scripts/kill_resume.py --kills 200 --save
 The last line is one JSON object {"rows": [...]}. Exit code 1 if a checkpoint was broken or a bit differed.
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 COLUMNS = (
-    "what", "kills", "during_writing", "before_the_first_checkpoint", "runs", "steps", "broken", "differing", "seconds", "seed", "machine",
+    "what", "kills", "during_writing", "before_the_first_checkpoint", "runs", "steps", "broken", "differing",
+    "seconds", "seed", "machine",
     "torch", "python", "commit", "date",
 )  # fmt: skip
 KILLS_OF_A_RUN = 8  # then it is left to come to its end
@@ -182,13 +184,16 @@ def main() -> int:
             print(f"run {runs}: {kills} kills so far, {found} differences", flush=True)
     where = records.environment("cpu")
     row = {
-        "what": "kill_resume", "kills": kills, "during_writing": writing, "before_the_first_checkpoint": first, "runs": runs,
-        "steps": want["step"], "broken": broken, "differing": unequal, "seconds": round(time.perf_counter() - began), "seed": seed,
+        "what": "kill_resume", "kills": kills, "during_writing": writing, "before_the_first_checkpoint": first,
+        "runs": runs,
+        "steps": want["step"], "broken": broken, "differing": unequal, "seconds": round(time.perf_counter() - began),
+        "seed": seed,
         **{key: where[key] for key in COLUMNS[10:]},
     }  # fmt: skip
     records.append(args.save, COLUMNS, [row])
     print(
-        f"{kills} kills in {runs} runs, {writing} of them while a file was being written: {broken} broken, {unequal} runs with other bits"
+        f"{kills} kills in {runs} runs, {writing} of them while a file was being written: {broken} broken, {unequal} "
+        "runs with other bits"
     )
     print(json.dumps({"rows": [row]}))
     return int(broken > 0 or unequal > 0)

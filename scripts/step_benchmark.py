@@ -1,9 +1,9 @@
-"""`benchmark.py step`: images a second of the whole training step, loader included, against the same written by hand in PyTorch, and where
-the time of a step goes.
+"""`benchmark.py step`: images a second of the whole training step, loader included, against the same written by hand in
+PyTorch, and where the time of a step goes.
 
-Contenders take turns of a few steps each, so a slow minute of the machine hits all alike. In a turn the first steps, in which the loader's
-queue fills up, are not timed, and a loader works only in its contender's turns. Nothing is timed before it is checked: from the same
-weights every contender must find the same loss and gradient norm on the same batch.
+Contenders take turns of a few steps each, so a slow minute of the machine hits all alike. In a turn the first steps, in
+which the loader's queue fills up, are not timed, and a loader works only in its contender's turns. Nothing is timed
+before it is checked: from the same weights every contender must find the same loss and gradient norm on the same batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 
 class Pair(NamedTuple):
-    """Names of the nets as --teacher and --student take them, classes K (more if the data has more), side of the images in pixels."""
+    """Names of the nets as --teacher and --student take them, classes K (more if the data has more), side of the images
+    in pixels.
+    """
 
     teacher: str
     student: str
@@ -62,11 +64,13 @@ BASELINES = {
     "eager-fp32": "IJCKD as one writes it by hand: torchvision's nets, transforms and ImageFolder, float32, NCHW",
     "eager-channels-last": "the same with channels_last, a fused optimizer and pinned memory, in float32",
     "eager-autocast": "the same under autocast to bfloat16",
-    "eager-compile": "eager-autocast (eager-channels-last if ours computes in float32), forward and losses through torch.compile",
+    "eager-compile": "eager-autocast (eager-channels-last if ours computes in float32), forward and losses "
+    "through torch.compile",
 }
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
-UNTIMED = 4  # steps of a turn, and one for each thread: a DataLoader's workers hand over a batch each, all at about the same time
+# steps of a turn, and one for each thread: a DataLoader's workers hand over a batch each, all at about the same time
+UNTIMED = 4
 LR = 0.01  # random labels and a random teacher are no reason to diverge
 LOG_INTERVAL = 50  # steps between two waits for the loss
 
@@ -76,7 +80,8 @@ JSON_KEYS = (
 )  # fmt: skip
 COLUMNS = (
     *JSON_KEYS, "ours_images_per_s", "ours_images_per_s_p20", "ours_images_per_s_p80", "baseline_images_per_s",
-    "baseline_images_per_s_p20", "baseline_images_per_s_p80", "baseline_dtype", "loader_wait_percent", "share_percent", "gflop",
+    "baseline_images_per_s_p20", "baseline_images_per_s_p80", "baseline_dtype", "loader_wait_percent",
+    "share_percent", "gflop",
     "gflop_per_s", "objective", "batch", "image_size", "threads", "data_backend", "baseline_loader", "images", "steps",
     "baseline_steps", "machine", "cpu", "torch", "cuda", "torchvision", "dali", "pillow", "python", "commit", "date",
 )  # fmt: skip
@@ -115,15 +120,15 @@ class Figures(NamedTuple):
     grad_norm: float
 
 
-# Relative. In float32 sums are taken in another order and the teacher's BatchNorm is folded, which moves the loss by 1e-6, and a ReLU
-# near 0 that switches moves the gradient by up to 1e-4; a missing or wrongly weighted term moves either by more than 1e-3. bfloat16 keeps
-# 8 bits, and every layer of two nets rounds to them.
+# Relative. In float32 sums are taken in another order and the teacher's BatchNorm is folded, which moves the loss by
+# 1e-6, and a ReLU near 0 that switches moves the gradient by up to 1e-4; a missing or wrongly weighted term moves
+# either by more than 1e-3. bfloat16 keeps 8 bits, and every layer of two nets rounds to them.
 TOLERANCE = {"float32": Figures(1e-3, 1e-3), "bfloat16": Figures(0.02, 0.05)}
 
 
 class Turn(NamedTuple):
-    """Timed steps, milliseconds a step by the wall clock, share of them spent waiting for the loader, most megabytes of the GPU above what
-    the contenders hold between steps (None: not measured).
+    """Timed steps, milliseconds a step by the wall clock, share of them spent waiting for the loader, most megabytes of
+    the GPU above what the contenders hold between steps (None: not measured).
     """
 
     steps: int
@@ -209,7 +214,9 @@ class Ours:
             self._loader = None
 
     def step(self, batch: Batch, pooled_t: Tensor | None = None) -> None:
-        """One turn of the loop, its log included. pooled_t [B, Ct] where the batch is not the loader's: what a cache would hold."""
+        """One turn of the loop, its log included. pooled_t [B, Ct] where the batch is not the loader's: what a cache
+        would hold.
+        """
         from ijckd_fast.train import learning_rate
         from ijckd_fast.train.build import cached_features
 
@@ -317,7 +324,8 @@ class Eager:
             ]
         )
         data = datasets.ImageFolder(str(s.root / "train"), transform)
-        # epoch behind epoch: with shuffle=True the workers would stop, and leave their cores to the nets, before a turn is over
+        # epoch behind epoch: with shuffle=True the workers would stop, and leave their cores to the nets, before a turn
+        # is over
         sampler = torch.utils.data.RandomSampler(data, num_samples=s.batch * 10**6)
         yield iter(
             torch.utils.data.DataLoader(
@@ -387,8 +395,8 @@ def eager_connector(ours: Any) -> nn.Sequential:
 
 
 def write_weights(folder: pathlib.Path, pair: Pair, classes: int, image_size: int) -> None:
-    """folder/{teacher,student}.pt, random. The teacher's running statistics are those of a batch of noise: with none of its own a deep net
-    without training answers with numbers in the thousands.
+    """folder/{teacher,student}.pt, random. The teacher's running statistics are those of a batch of noise: with none of
+    its own a deep net without training answers with numbers in the thousands.
     """
     from ijckd_fast.nets import create_model
 
@@ -488,8 +496,8 @@ def check(name: str, found: Figures, wanted: Figures, tolerances: Figures) -> No
     for what, mine, exact, tolerance in zip(("loss", "gradient norm"), found, wanted, tolerances, strict=True):
         if not abs(mine - exact) <= tolerance * abs(exact):
             raise WrongStep(
-                f"{name}: {what} {mine:.6g} on the fixed batch, but eager-fp32 finds {exact:.6g}, and from the same weights they may "
-                f"differ by {tolerance:g} of it"
+                f"{name}: {what} {mine:.6g} on the fixed batch, but eager-fp32 finds {exact:.6g}, and from the same "
+                f"weights they may differ by {tolerance:g} of it"
             )
 
 
@@ -537,8 +545,8 @@ class Pace(NamedTuple):
 
 
 def pace_of(step_seconds: float, args: argparse.Namespace) -> Pace:
-    """A turn has --steps steps, or what fits into --turn-seconds, and as much untimed before. One that does not get through a step in that
-    time takes a single turn of one step.
+    """A turn has --steps steps, or what fits into --turn-seconds, and as much untimed before. One that does not get
+    through a step in that time takes a single turn of one step.
     """
     fits = int(args.turn_seconds / step_seconds)
     if fits == 0:
@@ -547,8 +555,8 @@ def pace_of(step_seconds: float, args: argparse.Namespace) -> Pace:
 
 
 def measure(setting: Setting, names: list[str], args: argparse.Namespace) -> tuple[dict[str, list[Turn]], Ours]:
-    """Checks every contender, then times them in turns: (turns by name, the contender 'ours'). WrongStep if one is wrong; a baseline that
-    fails is left out, and said so.
+    """Checks every contender, then times them in turns: (turns by name, the contender 'ours'). WrongStep if one is
+    wrong; a baseline that fails is left out, and said so.
     """
     s = setting
     fixed = fixed_batch(s.batch, s.image_size, s.classes, s.device, torch.channels_last)
@@ -568,7 +576,8 @@ def measure(setting: Setting, names: list[str], args: argparse.Namespace) -> tup
             full &= name != "ours-cache"  # which keeps the teacher's features in bfloat16
             check(name, step_on(*fixed, contender), exact, TOLERANCE["float32" if full else "bfloat16"])
             seconds = time.perf_counter() - began
-            # the first step also compiles, chooses algorithms and makes workspaces, and so tells little, but for one that is hopeless
+            # the first step also compiles, chooses algorithms and makes workspaces, and so tells little, but for one
+            # that is hopeless
             if seconds < 3 * args.turn_seconds or name.endswith(("-compile", "-graph")):
                 step_on(*fixed, contender)
                 began = time.perf_counter()
@@ -722,11 +731,15 @@ def measure_parts(ours: Ours, args: argparse.Namespace) -> dict[str, list[float]
 
 
 REMEDIES = {
-    "loader": "more decoding threads (--workers) where cores are idle, a pack of smaller images (ijckd-fast pack), on a GPU --decode "
+    "loader": "more decoding threads (--workers) where cores are idle, a pack of smaller images (ijckd-fast pack), "
+    "on a GPU --decode "
     "hybrid or gpu",
-    "teacher forward": "a teacher cache, which needs an objective on pooled features (ijckd-pooled), --amp-dtype bfloat16 where the "
+    "teacher forward": "a teacher cache, which needs an objective on pooled features (ijckd-pooled), --amp-dtype "
+    "bfloat16 where the "
     "hardware has it, --compile",
-    "student forward, backward": "--amp-dtype bfloat16 where the hardware has it, --compile, more processes (torchrun), a smaller "
+    "student forward, backward": "--amp-dtype bfloat16 where the hardware has it, --compile, more processes "
+    "(torchrun), "
+    "a smaller "
     "student",
     "connector trunk": "a narrower connector (--connector bottleneck:8) or none but the projection (conv1x1)",
     "head": "a larger --batch-size, which its fixed costs do not grow with; see that --head is fused",
@@ -744,7 +757,8 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
     from ijckd_fast.train.progress import LOADER_BOUND_PERCENT
 
     largest = max(parts, key=lambda name: parts[name])
-    # A GPU's host runs ahead and may wait for the loader while the device has work; on a CPU decoding takes the nets' cores without a wait.
+    # A GPU's host runs ahead and may wait for the loader while the device has work; on a CPU decoding takes the nets'
+    # cores without a wait.
     bound = wait_percent > LOADER_BOUND_PERCENT or largest == "loader"
     if device == "cuda":
         bound = parts["loader"] > 0.8 * ours_ms["ours"]
@@ -757,7 +771,10 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
         option = {"ours-graph": "--cuda-graph", "ours-compile": "--compile", "ours-cache": "--teacher cache:FOLDER"}[
             variant
         ]
-        return f"to fix first: {option}, with which a step takes {ours_ms[variant]:.1f} ms in the place of {ours_ms['ours']:.1f} ms"
+        return (
+            f"to fix first: {option}, with which a step takes {ours_ms[variant]:.1f} ms in the place of "
+            f"{ours_ms['ours']:.1f} ms"
+        )
     nets = {name: ms for name, ms in parts.items() if name != "loader"}
     largest = max(nets, key=lambda name: nets[name])
     share = 100 * nets[largest] / sum(parts.values())
@@ -795,7 +812,9 @@ def make_rows(
     macs: dict[str, int],
     common: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """A row of every contender of ours against every baseline (what: step), and one of every part (what: step-part, against the whole)."""
+    """A row of every contender of ours against every baseline (what: step), and one of every part (what: step-part,
+    against the whole).
+    """
     batch = common["batch"]
     rows: list[dict[str, Any]] = []
     for mine, theirs in itertools.product((n for n in turns if n in OURS), (n for n in turns if n in BASELINES)):
@@ -838,7 +857,8 @@ def print_report(rows: list[dict[str, Any]], wait_percent: float, last: str) -> 
     """The contenders of one pair, then the parts of a step of ours."""
     first = rows[0]
     print(
-        f"{first['workload']} {first['objective']}, batch {first['batch']} at {first['image_size']}, {first['device']}, "
+        f"{first['workload']} {first['objective']}, batch {first['batch']} at {first['image_size']}, "
+        f"{first['device']}, "
         f"{first['threads']} threads, ours in {first['dtype']} with {first['data_backend']}"
     )
     print(f"{'ours':13} {'baseline':20} {'its dtype':9} {'ours images/s [p20 p80]':26} {'baseline':26}  ratio  repeats")
@@ -848,7 +868,8 @@ def print_report(rows: list[dict[str, Any]], wait_percent: float, last: str) -> 
             for who in ("ours", "baseline")
         )
         print(
-            f"{r['mode']:13} {r['baseline']:20} {r['baseline_dtype']:9} {ours:26} {theirs:26}  {r['ratio']:5.2f}  {r['repeats']:7}"
+            f"{r['mode']:13} {r['baseline']:20} {r['baseline_dtype']:9} {ours:26} {theirs:26}  {r['ratio']:5.2f}  "
+            f"{r['repeats']:7}"
         )
     print(f"\n{'part of a step, alone':26} {'ms':>9}  % of sum  {'GFLOP':>9}  GFLOP/s")
     parts = [r for r in rows if r["what"] == "step-part"]
@@ -870,9 +891,11 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "step",
         help="the whole training step",
-        description="Times training steps, loader included, against IJCKD written by hand in PyTorch, the contenders taking turns, "
-        "then each part of a step alone. Prints both; the last line is one JSON object "
-        '{"rows": [...]} with ratio = baseline_ms / ours_ms (milliseconds a step).',
+        description=(
+            "Times training steps, loader included, against IJCKD written by hand in PyTorch, the "
+            "contenders taking turns, then each part of a step alone. Prints both; the last line is one JSON object "
+            '{"rows": [...]} with ratio = baseline_ms / ours_ms (milliseconds a step).'
+        ),
         epilog="contenders:\n" + "\n".join(f"  {name:20} {text}" for name, text in {**OURS, **BASELINES}.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -903,7 +926,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--image-size", type=number(7), help="default: the pair's own, 224 or 32 pixels")
     parser.add_argument(
         "--threads", type=number(0), default=len(os.sched_getaffinity(0)),
-        help="decoding threads of ours, DataLoader workers of the baselines, and threads that the nets compute with; default: all cores",
+        help=(
+            "decoding threads of ours, DataLoader workers of the baselines, and threads that the nets compute "
+            "with; default: all cores"
+        ),
     )  # fmt: skip
     parser.add_argument("--steps", type=number(0), default=50, help="timed steps of a turn, at most (default: 50)")
     parser.add_argument(
@@ -969,7 +995,8 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
             write_weights(weights, pair, classes, size)
             plan = TrainPlan(index, Augment(image_size=size, eval_resize=size * 8 // 7), batch, seed=0)
             setting = Setting(
-                pair, args.objective, batch, size, args.threads, args.device, amp_dtype, args.data_backend, root, weights, plan, classes
+                pair, args.objective, batch, size, args.threads, args.device, amp_dtype, args.data_backend, root,
+                weights, plan, classes
             )  # fmt: skip
             try:
                 turns, ours = measure(setting, names, args)
@@ -1000,8 +1027,9 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
             print_report(mine, wait, fix_first(alone, args.device, wait, whole))
             if args.device == "cpu" and not has_bfloat16() and "eager-autocast" in turns:
                 print(
-                    "this CPU has no instructions for bfloat16: the ratio to eager-autocast says what autocast costs on such a CPU, not "
-                    "what ijckd-fast gains; eager-channels-last is the baseline to compare with"
+                    "this CPU has no instructions for bfloat16: the ratio to eager-autocast says what autocast costs "
+                    "on "
+                    "such a CPU, not what ijckd-fast gains; eager-channels-last is the baseline to compare with"
                 )
             records.append(args.save, COLUMNS, mine)
             del ours

@@ -1,7 +1,7 @@
 """The same run by 1, 2 and 4 processes at one global batch: how far apart are loss, weights and accuracy at its end?
 
-A teacher is trained on the digits, then a student by the whole objective, once for every number of processes, on the CPU by gloo; with
---sync-bn the sums differ in nothing but their order.
+A teacher is trained on the digits, then a student by the whole objective, once for every number of processes, on the
+CPU by gloo; with --sync-bn the sums differ in nothing but their order.
 
     scripts/world_sizes.py --save             # statistics of BatchNorm over all processes
     scripts/world_sizes.py --no-sync-bn       # each process its own, as most people train
@@ -24,7 +24,8 @@ import records
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 COLUMNS = (
-    "what", "processes", "sync_bn", "global_batch", "steps", "first_loss", "last_loss", "last_loss_off_percent", "weights_off_percent",
+    "what", "processes", "sync_bn", "global_batch", "steps", "first_loss", "last_loss", "last_loss_off_percent",
+    "weights_off_percent",
     "top1_percent", "teacher_top1_percent", "val_images", "machine", "torch", "python", "commit", "date",
 )  # fmt: skip
 GLOBAL_BATCH = 64
@@ -69,7 +70,8 @@ def main() -> int:
         for processes in args.processes:
             run = folder / str(processes)
             train(
-                processes, *data, "--teacher", str(folder / "teacher"), "--student", "resnet8x0.25", "--global-batch", str(GLOBAL_BATCH),
+                processes, *data, "--teacher", str(folder / "teacher"), "--student", "resnet8x0.25", "--global-batch",
+                str(GLOBAL_BATCH),
                 "--lr", "0.01", "--schedule", "cosine", "--epochs", str(args.epochs), "--output-dir", str(run),
                 "--sync-bn" if args.sync_bn else "--no-sync-bn",
             )  # fmt: skip
@@ -81,7 +83,8 @@ def main() -> int:
                 loss, first_weights = losses[-1], weights
             rows.append(
                 {
-                    "what": "world_sizes", "processes": processes, "sync_bn": args.sync_bn, "global_batch": GLOBAL_BATCH,
+                    "what": "world_sizes", "processes": processes, "sync_bn": args.sync_bn,
+                    "global_batch": GLOBAL_BATCH,
                     "steps": state["step"], "first_loss": losses[0], "last_loss": losses[-1],
                     "last_loss_off_percent": 100 * (losses[-1] / loss - 1),
                     "weights_off_percent": 100 * float((weights - first_weights).norm() / first_weights.norm()),
@@ -92,8 +95,8 @@ def main() -> int:
             )  # fmt: skip
             print(
                 f"{processes} processes: loss {losses[0]:.7f} at first, {losses[-1]:.5f} at the end "
-                f"({rows[-1]['last_loss_off_percent']:+.3f} %), weights {rows[-1]['weights_off_percent']:.3f} % away, top-1 "
-                f"{rows[-1]['top1_percent']:.2f} % of {rows[-1]['val_images']}",
+                f"({rows[-1]['last_loss_off_percent']:+.3f} %), weights {rows[-1]['weights_off_percent']:.3f} % away, "
+                f"top-1 {rows[-1]['top1_percent']:.2f} % of {rows[-1]['val_images']}",
                 flush=True,
             )
     records.append(args.save, COLUMNS, rows)

@@ -1,4 +1,6 @@
-"""Several processes of one run on this machine: forked from a server that has imported everything, so that each starts in no time."""
+"""Several processes of one run on this machine: forked from a server that has imported everything, so that each starts
+in no time.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def _run(function: Callable[..., Any], arguments: tuple, environment: dict[str, 
 
 
 class Run:
-    """`function(*arguments)` in `world` processes that find one another as torchrun's do; what each prints goes to a file."""
+    """`function(*arguments)` in `world` processes that find one another as torchrun's do; what each prints goes to a
+    file.
+    """
 
     def __init__(
         self, folder: Path, world: int, function: Callable[..., Any], *arguments: Any, port: int | None = None

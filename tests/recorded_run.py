@@ -1,4 +1,6 @@
-"""`ijckd-fast` with a record of its training batches: a line for each as it is handed to the loop: step, ids, digest of every tensor."""
+"""`ijckd-fast` with a record of its training batches: a line for each as it is handed to the loop: step, ids, digest of
+every tensor.
+"""
 
 from __future__ import annotations
 

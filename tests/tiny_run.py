@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def write_tree(root: Path) -> Path:
-    """root/{train,val} with three classes, 36 and 18 images, which a small net can tell apart by their tint in seconds."""
+    """root/{train,val} with three classes, 36 and 18 images, which a small net tells apart by their tint in seconds."""
     for split, images in (("train", 12), ("val", 6)):
         for channel, name in enumerate(("ant", "bee", "cat")):
             folder = root / split / name

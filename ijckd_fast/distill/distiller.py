@@ -1,4 +1,4 @@
-"""The training step as a module: student, connector and the losses of an `Objective`; the frozen teacher beside them."""
+"""The training step as a module: student, connector, the losses of an `Objective`, the frozen teacher beside them."""
 
 from __future__ import annotations
 

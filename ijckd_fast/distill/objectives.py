@@ -98,8 +98,8 @@ class Objective(InferenceHead, _OfTerms):
     def _check_connector_and_heads(self) -> None:
         if not self.needs & (Needs.OWN_LOGITS | Needs.CONNECTED):
             raise UserError(
-                "no loss term trains a classifier or a connector, so there is nothing to learn: set ce or another weight"
-                " above 0"
+                "no loss term trains a classifier or a connector, so there is nothing to learn: set ce or another "
+                "weight above 0"
             )
         if self.connector is None:
             if self.needs & (Needs.CONNECTED | Needs.ANSWER):

@@ -103,8 +103,8 @@ def classifier_loss(
     B = 0     as torch: the loss and every weighted part are NaN, the mean of nothing, and the gradient is empty
     autocast  z, pooled_t and weight are cast to the autocast dtype for the matrix products; differences and losses stay
               in float32
-    raises    RuntimeError naming argument, expected and found (a label out of range: on the CPU; on a GPU its row's loss
-              is NaN, since looking would make the host wait, and `take_bad_rows` reports it); where anything but z
+    raises    RuntimeError naming argument, expected and found (a label out of range: on the CPU; on a GPU its row's
+              loss is NaN, since looking would make the host wait, and `take_bad_rows` reports it); where anything but z
               requires grad; on double backward
     """
     check_library(z, "classifier_loss")

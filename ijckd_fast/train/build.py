@@ -92,13 +92,15 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
 
 
 def refuse_other_images(config: TrainConfig, hashes: Sequence[tuple[str, str]]) -> None:
-    """UserError unless all processes have the hashes (train, val) of the first; each machine may have a copy of the data."""
+    """UserError unless all processes have the hashes (train, val) of the first; each machine may have a copy of the
+    data.
+    """
     for rank, theirs in enumerate(hashes):
         for split, mine, other in zip(("train", "val"), hashes[0], theirs, strict=True):
             if mine != other:
                 raise UserError(
-                    f"processes 0 and {rank} see different images in {config.data_dir}/{split}, wanted the same files on every machine: "
-                    "ijckd-fast index lists them; or give one shared folder"
+                    f"processes 0 and {rank} see different images in {config.data_dir}/{split}, wanted the same files "
+                    "on every machine: ijckd-fast index lists them; or give one shared folder"
                 )
 
 
@@ -111,8 +113,8 @@ def build_val_loader(
     ids: np.ndarray | None = None,
     **more: Any,
 ) -> Loader:
-    """This process's share of the images of `index`, or of those of `ids` [n] int64, each once over all processes, in order; may be
-    iterated again and again.
+    """This process's share of the images of `index`, or of those of `ids` [n] int64, each once over all processes, in
+    order; may be iterated again and again.
     """
     plan = EvalPlan(index, augment_of(config), config.batch_size, processes.rank, processes.world, ids=ids)
     return _loader(config, plan, device, **more)
@@ -158,7 +160,9 @@ def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeach
 
 
 def build_distiller(config: TrainConfig, num_classes: int, device: torch.device) -> Distiller:
-    """Teacher and student on `device`. The student's first weights depend on the seed alone, not on teacher or objective."""
+    """Teacher and student on `device`. The student's first weights depend on the seed alone, not on teacher or
+    objective.
+    """
     teacher = build_teacher(config, num_classes)
     random.seed(config.seed)
     np.random.seed(config.seed)  # noqa: NPY002 - for third-party nets that draw from it
@@ -179,8 +183,8 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
 
 
 def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> None:
-    """Makes the nets ready to train as the settings say, after what is asked of them as they were built: statistics of BatchNorm over all
-    processes, the teacher's BatchNorm folded, compilation.
+    """Makes the nets ready to train as the settings say, after what is asked of them as they were built: statistics of
+    BatchNorm over all processes, the teacher's BatchNorm folded, compilation.
     """
     teacher = distiller.teacher
     if isinstance(teacher, Tapped):
@@ -194,7 +198,8 @@ def prepare(config: TrainConfig, distiller: Distiller, processes: Processes) -> 
         ):  # whose rounding would look like a wrong formula
             fold_batch_norm(teacher.net, images.to(next(teacher.parameters()).device))
     if config.compile:
-        torch.compiler.reset()  # what an earlier run of this process compiled is taken again without a look at the hooks of the layers
+        # what an earlier run of this process compiled is taken again without a look at the hooks of the layers
+        torch.compiler.reset()
         distiller.student.net.compile()
         if distiller.connector is not None:
             distiller.connector.trunk.compile()
@@ -219,7 +224,8 @@ def optimizer_of(config: TrainConfig, learner: torch.nn.Module) -> torch.optim.O
 def open_cache(config: TrainConfig, index: Index) -> TeacherCache | None:
     """The cache the teacher's features come from; None where the teacher itself gives them. config is resolved.
 
-    raises UserError: the cache is damaged, or is not of this teacher, these training images or these settings. Teachers are
+    raises UserError: the cache is damaged, or is not of this teacher, these training images or these settings. Teachers
+    are
            compared by name; by their weights where --teacher-checkpoint is given too
     """
     if config.teacher_cache is None:
@@ -227,20 +233,22 @@ def open_cache(config: TrainConfig, index: Index) -> TeacherCache | None:
     cache = TeacherCache(config.teacher_cache)
     if config.teacher != cache.name:
         raise UserError(
-            f"{cache.path} is a cache of {cache.name}, wanted of {config.teacher}: leave out --teacher, or make a cache of that one"
+            f"{cache.path} is a cache of {cache.name}, wanted of {config.teacher}: leave out "
+            f"--teacher, or make a cache "
+            "of that one"
         )
     if config.teacher_pretrained and not cache.published:
         raise UserError(
-            f"{cache.path} is not a cache of the published weights of {cache.name}, which --teacher-pretrained wants: leave that out "
-            "(--no-teacher-pretrained), or make a cache of them"
+            f"{cache.path} is not a cache of the published weights of {cache.name}, which --teacher-pretrained wants: "
+            "leave that out (--no-teacher-pretrained), or make a cache of them"
         )
     if config.teacher_checkpoint is not None:
         itself = build_teacher(dataclasses.replace(config, teacher_cache=None), index.num_classes)
         assert itself is not None
         if teacher_fingerprint(itself) != cache.fingerprint:
             raise UserError(
-                f"{cache.path} is a cache of other weights of {cache.name} than those in {config.teacher_checkpoint}: leave out "
-                "--teacher-checkpoint, or make a cache of that one"
+                f"{cache.path} is a cache of other weights of {cache.name} than those in {config.teacher_checkpoint}: "
+                "leave out --teacher-checkpoint, or make a cache of that one"
             )
     cache.check(index, augment_of(config), config.seed, config.data_backend)
     return cache

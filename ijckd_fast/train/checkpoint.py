@@ -1,4 +1,6 @@
-"""Checkpoint files that survive a power cut: written whole, in a thread, and read with suspicion. What is in them: state.py."""
+"""Checkpoint files that survive a power cut: written whole, in a thread, and read with suspicion. What is in them:
+state.py.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ FORMAT = "ijckd-fast checkpoint 2"
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, strings, lists, dicts) to `path` so that the file is always whole, see `files.replacing`.
+    """Writes `state` (tensors, numbers, strings, lists, dicts) to `path` so that the file is always whole, see
+    `files.replacing`.
 
     raises  UserError when the disk is full or the folder cannot be written; the old file is then as it was
     """
@@ -43,8 +46,8 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
 class Writer:
     """Writes checkpoints in a thread of its own, one at a time, while training goes on. Use as a context manager.
 
-    A state is copied to the CPU's memory before `save` returns, so it may change from then on. What a kill interrupts leaves the file
-    before it, as with `save` the function.
+    A state is copied to the CPU's memory before `save` returns, so it may change from then on. What a kill interrupts
+    leaves the file before it, as with `save` the function.
     """
 
     def __init__(self) -> None:
@@ -52,7 +55,9 @@ class Writer:
         self._error: BaseException | None = None
 
     def save(self, path: Path, state: Mapping[str, Any], then: Callable[[], None] | None = None) -> None:
-        """Begins to write `state` to `path`, and calls `then` when it is there; waits first for the writing before. Raises as `wait`."""
+        """Begins to write `state` to `path`, and calls `then` when it is there; waits first for the writing before.
+        Raises as `wait`.
+        """
         self.wait()
         self._thread = threading.Thread(target=self._write, args=(path, copied(state), then), name="checkpoint")
         self._thread.start()
@@ -66,7 +71,9 @@ class Writer:
             self._error = error
 
     def check(self) -> None:
-        """Raises what went wrong with the last writing, if that has ended: UserError for a full disk, say. Costs nothing."""
+        """Raises what went wrong with the last writing, if that has ended: UserError for a full disk, say. Costs
+        nothing.
+        """
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -122,20 +129,24 @@ def load(path: str | Path) -> dict[str, Any]:
     written_by = state.get("format") if isinstance(state, dict) else None
     if isinstance(written_by, str) and written_by.startswith("ijckd-fast checkpoint ") and written_by != FORMAT:
         raise UserError(
-            f"{path} was written by another version of ijckd-fast ('{written_by}', wanted '{FORMAT}'): go on with the version that wrote it"
+            f"{path} was written by another version of ijckd-fast ('{written_by}', wanted '{FORMAT}'): go on with the "
+            "version that wrote it"
         )
     if written_by != FORMAT:
         raise UserError(f"{path} is not a checkpoint of ijckd-fast train (wanted a last.pt or best.pt of a run)")
     for name, tensor in state["learner"].items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{path} holds NaN or infinite values in '{name}': use an earlier checkpoint, or train anew with a smaller --lr"
+                f"{path} holds NaN or infinite values in '{name}': use an earlier checkpoint, or train anew with a "
+                "smaller --lr"
             )
     return state
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Loads `weights` (a state_dict) into `module`; UserError naming the first differing entries when it is another model's."""
+    """Loads `weights` (a state_dict) into `module`; UserError naming the first differing entries when it is another
+    model's.
+    """
     remedy = "Set --student, --teacher and --connector as it was trained"
     require_fit(weights, module.state_dict(), str(path), "belongs to another model", remedy)
     module.load_state_dict(weights)

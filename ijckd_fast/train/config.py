@@ -144,7 +144,7 @@ def preset_names(folder: Path = PRESET_FOLDER) -> list[str]:
 
 
 def preset_path(name_or_path: str, folder: Path = PRESET_FOLDER) -> Path:
-    """The YAML file that --config names: a path, or one in `folder` by name, which may lack 'imagenet_' or 'cifar100_'."""
+    """The YAML file that --config names: a path, or a name in `folder`; 'imagenet_', 'cifar100_' may be left out."""
     path, names = Path(name_or_path), preset_names(folder)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():

@@ -9,15 +9,17 @@ from torch import Tensor, nn
 class FiniteGuard:
     """Makes a step whose loss or gradient is NaN or infinite a step that changes nothing, without asking the device.
 
-    `before_forward` keeps a copy of the running statistics (BatchNorm) and their counts of batches, which the forward pass updates.
-    `update` puts them back if the step is bad, and leaves weights and optimizer alone: a fused optimizer reads the `found_inf` tensor,
-    as for a GradScaler, another one's work is undone. Everything is a tensor on the device: the host never waits.
+    `before_forward` keeps a copy of the running statistics (BatchNorm) and their counts of batches, which the forward
+    pass updates. `update` puts them back if the step is bad, and leaves weights and optimizer alone: a fused optimizer
+    reads the `found_inf` tensor, as for a GradScaler, another one's work is undone. Everything is a tensor on the
+    device: the host never waits.
 
     armed  [] bool on the device; False makes every step one that changes nothing
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        # One vector holds all statistics of a dtype and one all counts, the modules get views of them: copying is one operation each.
+        # One vector holds all statistics of a dtype and one all counts, the modules get views of them: copying is one
+        # operation each.
         dtypes = dict.fromkeys(buffer.dtype for buffer in module.buffers() if _is_statistic(buffer))
         self._statistics = [_laid_together(module, dtype, device) for dtype in dtypes]
         self._before = [vector.clone() for vector in self._statistics]
@@ -50,7 +52,8 @@ class FiniteGuard:
 
     @torch.no_grad()
     def update(self, ok: Tensor) -> None:
-        """The optimizer's step if ok [] bool (and armed), else none, and the running statistics are again those before the forward pass.
+        """The optimizer's step if ok [] bool (and armed), else none, and the running statistics are again those before
+        the forward pass.
 
         LAMB's count of steps, of which its correction of the first averages depends, goes on in any case.
         """
@@ -73,7 +76,9 @@ class FiniteGuard:
 
 
 def _is_statistic(buffer: Tensor) -> bool:
-    """Whether a forward pass in training mode may change it: any floating-point buffer, and BatchNorm's counts of batches."""
+    """Whether a forward pass in training mode may change it: any floating-point buffer, and BatchNorm's counts of
+    batches.
+    """
     return buffer.is_floating_point() or (buffer.dtype == torch.int64 and not buffer.dim())
 
 

@@ -1,4 +1,6 @@
-"""Finished runs, and those under way: a checkpoint with its nets, its data and its settings, to evaluate, export or learn from."""
+"""Finished runs, and those under way: a checkpoint with its nets, its data and its settings, to evaluate, export or
+learn from.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
 
     run      folder of a run, or a last.pt, best.pt or checkpoint-STEP.pt
     best     of a folder take best.pt; else last.pt, as in published results
-    changes  settings instead of the run's, such as data_dir, device, batch_size or teacher_checkpoint; None changes nothing
-    returns  LoadedRun. Where the student answers alone and its teacher's weights (or cache) are not there any more, it is a run
-             without a teacher; `notes` says so
-    raises   UserError for a damaged checkpoint, settings that do not fit, and a teacher that the student needs and is not there
+    changes  settings instead of the run's, such as data_dir, device, batch_size or teacher_checkpoint; None changes
+             nothing
+    returns  LoadedRun. Where the student answers alone and its teacher's weights (or cache) are not there any more, it
+             is a run without a teacher; `notes` says so
+    raises   UserError for a damaged checkpoint, settings that do not fit, and a teacher that the student needs and is
+             not there
     """
     path = Path(run)
     if path.is_dir():
@@ -51,7 +55,8 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
         # The student answers alone; without its teacher only the agreement is missing.
         if config.teacher_checkpoint is not None:
             notes.append(
-                f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint names them"
+                f"the teacher's weights {config.teacher_checkpoint} are not there: no agreement; --teacher-checkpoint "
+                "names them"
             )
         alone = get_objective("ce")
         weights = {name: getattr(alone, name) for name in OBJECTIVE_FIELDS}
@@ -78,8 +83,8 @@ def _with_teacher_cache(config: TrainConfig, given: dict[str, Any], notes: list[
     elif cache is not None and not Path(cache).is_dir():
         if config.infer_head == "teacher":
             raise UserError(
-                f"the teacher cache {cache}, whose classifier the student answers through, is not there: give --teacher-cache "
-                "with its folder, or --teacher-checkpoint with the teacher's weights"
+                f"the teacher cache {cache}, whose classifier the student answers through, is not there: give "
+                "--teacher-cache with its folder, or --teacher-checkpoint with the teacher's weights"
             )
         notes.append(f"the teacher cache {cache} is not there: no agreement; --teacher-cache names it")
         cache = None
@@ -111,12 +116,14 @@ class LoadedRun:
 
     @functools.cached_property
     def distiller(self) -> Distiller:
-        """Its nets with the checkpoint's weights, on `device`, in eval mode. UserError where the teacher is another one."""
+        """Its nets with the checkpoint's weights, on `device`, in eval mode. UserError where the teacher is another
+        one.
+        """
         distiller = build_distiller(self.config, len(self.saved.classes), self.device)
         if distiller.teacher is not None and teacher_fingerprint(distiller.teacher) != self.saved.inputs["teacher"]:
             raise UserError(
-                f"the teacher {self.config.teacher} is not the one {self.path} was trained with (its weights differ): give "
-                "that one as --teacher-checkpoint"
+                f"the teacher {self.config.teacher} is not the one {self.path} was trained with (its weights differ): "
+                "give that one as --teacher-checkpoint"
             )
         checkpoint.load_into(distiller, self.saved.learner, self.path)
         return distiller.eval()
@@ -139,5 +146,7 @@ class LoadedRun:
         )
 
     def loader(self, index: Index, ids: np.ndarray | None = None) -> Loader:
-        """The images of `index`, or of those of `ids` [n] int64, once and in order, in the evaluation's view; close it after use."""
+        """The images of `index`, or of those of `ids` [n] int64, once and in order, in the evaluation's view; close it
+        after use.
+        """
         return build_val_loader(self.config, index, self.device, ids=ids)

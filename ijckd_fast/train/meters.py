@@ -24,7 +24,9 @@ def memory_mb(device: torch.device) -> float:
 
 
 class Meter:
-    """Means of per-step figures since the last log, summed on the device. Skipped steps count for nothing but themselves."""
+    """Means of per-step figures since the last log, summed on the device. Skipped steps count for nothing but
+    themselves.
+    """
 
     def __init__(self, device: torch.device, processes: Processes = Processes()) -> None:  # noqa: B008 - frozen
         self._device, self._processes = device, processes
@@ -35,7 +37,9 @@ class Meter:
         self._steps = 0
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """figures: name -> [], the same names at every step, 'ok' and 'overflow' [] bool among them. The host waits for nothing."""
+        """figures: name -> [], the same names at every step, 'ok' and 'overflow' [] bool among them. The host waits for
+        nothing.
+        """
         ok, overflow = figures["ok"], figures["overflow"]
         counted = {name: figure for name, figure in figures.items() if figure.dtype != torch.bool}
         if not self._names:
@@ -47,7 +51,8 @@ class Meter:
         self._steps += 1
 
     def take(self) -> tuple[dict[str, float | None], int, int]:
-        """Means over the good steps and over processes (None if there was none), skipped steps, overflows of float16's loss scale.
+        """Means over the good steps and over processes (None if there was none), skipped steps, overflows of float16's
+        loss scale.
 
         Waits for the device, and for the other processes; starts anew. The three are the same in all processes.
         """
@@ -97,7 +102,9 @@ class Stopwatch:
         self._images += images
 
     def take(self) -> dict[str, float]:
-        """Figures since the last call, of all processes (the longest of their waits); to be called when the device has finished."""
+        """Figures since the last call, of all processes (the longest of their waits); to be called when the device has
+        finished.
+        """
         now = time.perf_counter()
         seconds = now - self._start - self._paused
         each = self._processes.gather((self._images / seconds, 100 * self._waited / seconds))

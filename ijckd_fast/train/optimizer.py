@@ -50,8 +50,8 @@ def build_optimizer(
 
     name         'sgd' (PyTorch's fused one), 'adamw' (likewise; Loshchilov & Hutter) or 'lamb' (timm's; You et al.)
     decay_norms  False: no weight decay for parameters with one dimension, which are BatchNorm's and biases
-    SGD's momentum buffers start as zeros, which is the same as starting without any, so that a first step that the guard skips leaves
-    them defined.
+    SGD's momentum buffers start as zeros, which is the same as starting without any, so that a first step that the
+    guard skips leaves them defined.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]

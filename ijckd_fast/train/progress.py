@@ -72,7 +72,7 @@ class TrainingProgress:
             say(self._console, text)
 
     def bad_file(self, what: str) -> Callable[[str, str], None]:
-        """What a loader calls with the path of a file that it cannot read any more, and why; `what` is done about it."""
+        """What a loader calls with a file that it cannot read any more, and why; `what` is done about it."""
         return lambda path, why: self.say(f"warning: {path} cannot be read any more ({why}): {what}", everyone=True)
 
 

@@ -30,7 +30,7 @@ from ijckd_fast.train.state import Saved
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fills in every value that was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
+    """Fills in what was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
     if not config.data_dir:
         raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
     config = _named_by_path(_named_by_path(_named_by_cache(config), "teacher"), "student")
@@ -51,8 +51,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
         raise UserError(
             f"--log-bound compares the student's connected features with the teacher's on val, found {found}: leave it"
-            f" out, or train by {one_of(name for name, o in PRESETS.items() if o.connector is not None)} with the teacher"
-            " itself (--teacher NAME or RUN)"
+            f" out, or train by {one_of(name for name, o in PRESETS.items() if o.connector is not None)} with the "
+            "teacher itself (--teacher NAME or RUN)"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda wanted, but torch finds no GPU here: see ijckd-fast doctor, or use --device cpu")
@@ -61,8 +61,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and config.head == "fused" and not load_libraries():
         raise UserError(
-            f"the fused head needs the CUDA library on a GPU, but _C_cuda.so was not built: install nvcc and run {REBUILD}, "
-            "or use --device cpu, or --head reference"
+            "the fused head needs the CUDA library on a GPU, but _C_cuda.so was not built: install nvcc and run "
+            f"{REBUILD}, or use --device cpu, or --head reference"
         )
     amp_dtype = config.amp_dtype or ("bfloat16" if device == "cuda" else "float32")
     if amp_dtype == "float16" and device == "cpu":
@@ -70,14 +70,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
     world = distributed.world_size()
     if config.cuda_graph and (device != "cuda" or world > 1 or config.optimizer == "lamb"):
         raise UserError(
-            f"--cuda-graph is for one GPU and sgd or adamw, got --device {device}, {world} processes and --optimizer {config.optimizer}: "
-            "leave it out"
+            f"--cuda-graph is for one GPU and sgd or adamw, got --device {device}, {world} processes and --optimizer "
+            f"{config.optimizer}: leave it out"
         )
     global_batch = config.global_batch or config.batch_size * world
     if global_batch % world or (global_batch // world) % config.accumulate:
         raise UserError(
-            f"the global batch of {global_batch} images cannot be shared out to {world} processes with --accumulate {config.accumulate} in "
-            f"equal parts: wanted a multiple of {world * config.accumulate}"
+            f"the global batch of {global_batch} images cannot be shared out to {world} processes with --accumulate "
+            f"{config.accumulate} in equal parts: wanted a multiple of {world * config.accumulate}"
         )
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
@@ -97,7 +97,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def _named_by_cache(config: TrainConfig) -> TrainConfig:
-    """Where the teacher is given as cache:FOLDER, or the folder alone is: the model that the cache is of, and the folder."""
+    """Where the teacher is given as cache:FOLDER, or the folder alone is: the model that the cache is of, and the
+    folder.
+    """
     given, folder = config.teacher or "", config.teacher_cache
     if given.startswith("cache:"):
         if folder is not None:
@@ -109,7 +111,8 @@ def _named_by_cache(config: TrainConfig) -> TrainConfig:
 
 
 def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
-    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its weights.
+    """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its
+    weights.
 
     A model's name is never taken for a path, whatever lies in the working directory: write ./resnet8 for the folder.
     """
@@ -179,8 +182,8 @@ def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
         old, new = getattr(begun, field.name), getattr(config, field.name)
         if field.name not in FREE_ON_RESUME and old != new:
             raise UserError(
-                f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be neither "
-                "run's; leave the setting out, or start a new run in another --output-dir"
+                f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be "
+                "neither run's; leave the setting out, or start a new run in another --output-dir"
             )
 
 

@@ -35,8 +35,8 @@ def refuse_occupied(folder: Path) -> None:
     if any((folder / name).exists() for name in (LAST, BEST, SUMMARY)) or kept(folder) or read_log(folder):
         state = "a finished run" if (folder / SUMMARY).exists() else "a run that is not finished"
         raise UserError(
-            f"{folder} holds {state}: continue it with --resume {folder}, choose another --output-dir, or give --overwrite "
-            "to delete it"
+            f"{folder} holds {state}: continue it with --resume {folder}, choose another --output-dir, or give "
+            "--overwrite to delete it"
         )
 
 
@@ -51,8 +51,8 @@ def clear(folder: Path) -> None:
 
 
 def keep_as(folder: Path, name: str, count: int) -> None:
-    """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those up to its step the newest `count`. Later ones are of a run that
-    was taken back to an earlier step; it writes them anew when it comes there.
+    """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those up to its step the newest `count`. Later ones
+    are of a run that was taken back to an earlier step; it writes them anew when it comes there.
     """
     with files.replacing(folder / name) as tmp:
         tmp.unlink(missing_ok=True)
@@ -113,7 +113,9 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_environment(folder: Path) -> None:
-    """Saves what the run (or its latest part) runs on: versions, host, device, git commit of the package, if it has one."""
+    """Saves what the run (or its latest part) runs on: versions, host, device, git commit of the package, if it has
+    one.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     environment = {
         "ijckd_fast": version_of("ijckd-fast"),

@@ -1,4 +1,6 @@
-"""What a run is: the state that a checkpoint holds, that a resumed run puts back, and that every command on a finished run reads."""
+"""What a run is: the state that a checkpoint holds, that a resumed run puts back, and that every command on a finished
+run reads.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ class RunState:
         self._started = time.perf_counter()
 
     def saved(self) -> Saved | None:
-        """What a checkpoint of this moment holds, with the tensors themselves. Called by all processes; None but for rank 0."""
+        """What a checkpoint of this moment holds, with the tensors themselves. Called by all processes; None but for
+        rank 0.
+        """
         self.processes.share_buffers(self.learner)
         each = self.processes.gather((random_state(), checkpoint.copied(self.meter.state_dict())))
         if not self.processes.is_main:
@@ -156,8 +160,8 @@ class RunState:
             if saved.inputs.get(what) != digest:
                 again = " (ijckd-fast index looks at every file again)" if "images" in what else ""
                 raise UserError(
-                    f"{path.parent} cannot be resumed: the {what} differ from those the run began with; put the old ones "
-                    f"back{again} or start a new run"
+                    f"{path.parent} cannot be resumed: the {what} differ from those the run began with; put the old "
+                    f"ones back{again} or start a new run"
                 )
         checkpoint.load_into(self.learner, saved.live or saved.learner, path)
         self.optimizer.load_state_dict(saved.optimizer)
@@ -192,8 +196,9 @@ def seed_all(seed: int, rank: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the generators of torch (CPU and, if used, every GPU), numpy and Python, in types weights_only can load."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - the state of others' code
+    """State of torch's generators (CPU and, if used, every GPU), numpy's and Python's, in types weights_only loads."""
+    numpys = np.random.get_state(legacy=True)  # noqa: NPY002 - the state of others' code
+    kind, keys, position, has_gauss, cached = numpys
     version, ints, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

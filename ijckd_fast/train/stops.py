@@ -70,8 +70,8 @@ def too_many_unreadable(error: Exception, step: int, folder: Path, saved: bool) 
     """More images turned out unreadable than --unreadable-limit allows; saved: last.pt is of this step."""
     kept = "everything is saved" if saved else "the last checkpoint is kept"
     return UserError(
-        f"{error}. Stopped at step {step}, {kept}: fix the data and continue with ijckd-fast train --resume {folder}, or "
-        "allow more with --unreadable-limit"
+        f"{error}. Stopped at step {step}, {kept}: fix the data and continue with ijckd-fast train --resume {folder}, "
+        "or allow more with --unreadable-limit"
     )
 
 
@@ -111,14 +111,16 @@ def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | Non
     )
     if fits == 0:
         return UserError(
-            f"{what}Not even one image fits: choose a smaller student, a smaller --image-size, or a machine with more memory"
+            f"{what}Not even one image fits: choose a smaller student, a smaller --image-size, or a machine with more "
+            "memory"
         )
     if fits is None:
         tried, parts = "Half of them may fit", 2
     else:
         tried, parts = f"{fits} fit", next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= fits)
     return UserError(
-        f"{what}{tried}: start again with --accumulate {parts * config.accumulate} (the same update but for BatchNorm's "
+        f"{what}{tried}: start again with --accumulate {parts * config.accumulate} (the same update "
+        f"but for BatchNorm's "
         "statistics) or a smaller --batch-size, or resume where more memory is free"
     )
 
@@ -134,7 +136,9 @@ def one_value_per_channel() -> UserError:
 def bad_labels(config: TrainConfig, count: int, step: int, num_classes: int) -> UserError:
     """A GPU met labels outside [0, K): `count` since the last row of the log."""
     return UserError(
-        f"stopped at step {step}: {count} images of the last steps had a label outside [0, K) = [0, {num_classes}), the "
-        f"classes of teacher {config.teacher}, and no loss: the index or its class list does not fit the teacher's K. Scan "
-        f"{config.data_dir} again with ijckd-fast index, and give a teacher with weights for these {num_classes} classes"
+        f"stopped at step {step}: {count} images of the last steps had a label outside [0, K) = [0, "
+        f"{num_classes}), the "
+        f"classes of teacher {config.teacher}, and no loss: the index or its class list does not fit the teacher's K. "
+        f"Scan {config.data_dir} again with ijckd-fast index, and give a teacher with weights for these {num_classes} "
+        "classes"
     )

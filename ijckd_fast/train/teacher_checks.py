@@ -1,4 +1,6 @@
-"""Whether a teacher is worth learning from: one fixed function, the weights it was, better than chance, pixels as it expects."""
+"""Whether a teacher is worth learning from: one fixed function, the weights it was, better than chance, pixels as it
+expects.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def refuse_restless_teacher(teacher: Tapped, image_size: int) -> None:
-    """UserError where the teacher, in eval mode, is not one and the same function: its features would be noise to learn from."""
+    """UserError where the teacher, in eval mode, is not one and the same function: its features would be noise to learn
+    from.
+    """
     training = next((name for name, part in teacher.named_modules() if part.training), None)
     images = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     images = images.to(next(teacher.parameters()).device)
@@ -43,8 +47,8 @@ def refuse_restless_teacher(teacher: Tapped, image_size: int) -> None:
     else:
         return
     raise UserError(
-        f"teacher {teacher.name} {what}, wanted a net that eval() makes one fixed function: let its dropout and BatchNorm follow "
-        "self.training, or take another teacher"
+        f"teacher {teacher.name} {what}, wanted a net that eval() makes one fixed function: let its dropout and "
+        "BatchNorm follow self.training, or take another teacher"
     )
 
 
@@ -85,11 +89,13 @@ def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[s
     row = max(rows, key=lambda row: row.mean_levels)
     if row.mean_levels > config.max_drift:
         raise UserError(
-            f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} {row.split} crops, "
-            f"wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is {os.path.join(train.root, row.worst_path)} with "
-            f"{row.worst_levels:.2f}. One of the two decodes or resizes in another way here: look with ijckd-fast bench loader --parity "
-            f"--data-dir {config.data_dir}, try other versions of DALI and Pillow, or --data-backend pillow; --max-drift "
-            f"{math.ceil(row.mean_levels)} trains all the same"
+            f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} "
+            f"{row.split} crops, wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is "
+            f"{os.path.join(train.root, row.worst_path)} with "
+            f"{row.worst_levels:.2f}. One of the two decodes or resizes in another way here: look "
+            f"with ijckd-fast bench "
+            f"loader --parity --data-dir {config.data_dir}, try other versions of DALI and Pillow, or --data-backend "
+            f"pillow; --max-drift {math.ceil(row.mean_levels)} trains all the same"
         )
 
 
@@ -103,7 +109,8 @@ def judge_teacher(
     processes: Processes,
     say: Callable[[str], None],
 ) -> Evaluation | None:
-    """The teacher's own answers on val: a cache's, else made once per run and kept in its folder. None where there are none.
+    """The teacher's own answers on val: a cache's, else made once per run and kept in its folder. None where there are
+    none.
 
     raises  UserError where it is near chance
     """
@@ -131,7 +138,8 @@ def _teacher_on_val(
     """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
     if distiller.teacher is None:
         return None
-    key = f"{inputs['teacher']} {inputs['validation images']} {augment_of(config)} {config.data_backend} {config.amp_dtype}"
+    pixels = f"{augment_of(config)} {config.data_backend} {config.amp_dtype}"
+    key = f"{inputs['teacher']} {inputs['validation images']} {pixels}"
     path = folder / run_folder.TEACHER
     known = processes.from_main(load_evaluation(path) if processes.is_main else None)
     if known is not None and known[0] == key:
@@ -149,13 +157,15 @@ def _teacher_on_val(
 
 
 def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:
-    """UserError when the teacher's top-1 on val is below twice chance (or chance plus a quarter of the rest, if that is less)."""
+    """UserError when the teacher's top-1 on val is below twice chance (or chance plus a quarter of the rest, if that is
+    less).
+    """
     chance = 100 / num_classes
     wanted = min(2 * chance, chance + 0.25 * (100 - chance))
     if teacher.top1 < wanted:
         raise UserError(
-            f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {teacher.images} val images, near chance "
-            f"({chance:.2f} %), wanted at least {wanted:.2f} %: its classes are probably in another order than the sorted class "
-            "folders, or it expects other --mean, --std or --image-size; or its weights are the wrong file. "
-            "--allow-weak-teacher trains all the same"
+            f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {teacher.images} val images, near "
+            f"chance ({chance:.2f} %), wanted at least {wanted:.2f} %: its classes are probably in another order than "
+            "the sorted class folders, or it expects other --mean, --std or --image-size; or its weights are the wrong "
+            "file. --allow-weak-teacher trains all the same"
         )

@@ -35,7 +35,9 @@ from ijckd_fast.train.step import out_of_memory
 
 @dataclass
 class Training:
-    """A run between its first step and its last: its state, and all that it talks to. `train` is the only one that makes it."""
+    """A run between its first step and its last: its state, and all that it talks to. `train` is the only one that
+    makes it.
+    """
 
     config: TrainConfig
     folder: Path
@@ -60,8 +62,9 @@ class Training:
         config, data, state, show = self.config, self.data, self.state, self.show
         show.begin(state.step, data.total_steps)
         show.say(
-            f"{self.folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; {len(data.train)} "
-            f"images of {data.train.num_classes} classes, {data.steps_per_epoch} steps an epoch, {data.total_steps} in all"
+            f"{self.folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; "
+            f"{len(data.train)} images of {data.train.num_classes} classes, {data.steps_per_epoch} steps an epoch, "
+            f"{data.total_steps} in all"
             + (
                 f"; {self.processes.world} processes, {config.global_batch} images a step"
                 if self.processes.world > 1
@@ -82,7 +85,9 @@ class Training:
 
     @contextlib.contextmanager
     def leaving_traces(self, resume: bool) -> Iterator[None]:
-        """Inside, the folder is this run's: an earlier run is gone, settings and environment are written, the log is open."""
+        """Inside, the folder is this run's: an earlier run is gone, settings and environment are written, the log is
+        open.
+        """
         with self._writer:
             if self.processes.is_main:
                 if not resume:
@@ -97,7 +102,8 @@ class Training:
 
     @contextlib.contextmanager
     def running(self, loader: Loader) -> Iterator[Iterator[tuple[Batch, Tensor | None]]]:
-        """Inside, signals are noted, progress is shown, and the nets are in training mode; gives the batches of `loader`.
+        """Inside, signals are noted, progress is shown, and the nets are in training mode; gives the batches of
+        `loader`.
 
         Each with the teacher's pooled features [B, Ct] of its images, where they come from a cache.
         """
@@ -182,7 +188,8 @@ class Training:
             raise stops.bad_labels(self.config, labels, self.state.step, self.data.train.num_classes)
         if saturated:
             self.show.say(
-                f"warning: {saturated} images of the last steps had a logit so far above their label's that the softmax "
+                f"warning: {saturated} images of the last steps had a logit so far above their "
+                f"label's that the softmax "
                 "saturated: their part of loss and gradient is too small"
             )
 
@@ -225,7 +232,9 @@ class Training:
                 self.save(run_folder.BEST)
 
     def save_if_due(self) -> None:
-        """last.pt, by the clock, by steps, at the end, or because of a signal to any process. Stopped where that was to stop."""
+        """last.pt, by the clock, by steps, at the end, or because of a signal to any process. Stopped where that was to
+        stop.
+        """
         config, state, stop = self.config, self.state, self._stop
         minutes = (time.perf_counter() - self._saved_at) / 60
         by_steps = config.checkpoint_steps is not None and state.step % config.checkpoint_steps == 0
@@ -254,7 +263,9 @@ class Training:
     # --- where a run ends ---
 
     def save_alone(self) -> bool:
-        """Writes last.pt where this process can do so alone, before an error of its own ends it; returns whether it could."""
+        """Writes last.pt where this process can do so alone, before an error of its own ends it; returns whether it
+        could.
+        """
         if self.processes.world > 1:  # to save takes all of them
             return False
         self.save(run_folder.LAST)
@@ -305,7 +316,9 @@ class Training:
 
 
 def bound_row(terms: BoundMeter, processes: Processes, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The overall figures of the bound that were noted in the last evaluation; None, and a warning, where features are not finite."""
+    """The overall figures of the bound that were noted in the last evaluation; None, and a warning, where features are
+    not finite.
+    """
     try:
         return overall(terms.take(processes))
     except UserError as error:

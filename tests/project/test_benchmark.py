@@ -1,4 +1,6 @@
-"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results; scripts/gpu_check.sh's steps. Nothing here judges speed."""
+"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results; scripts/gpu_check.sh's steps. Nothing
+here judges speed.
+"""
 
 import csv
 import importlib.util
@@ -367,7 +369,8 @@ def test_step_rows(capsys, tmp_path):
     assert float(alone[-1]["ours_ms"]) == pytest.approx(sum(float(r["ours_ms"]) for r in alone[:-1]), rel=1e-3)
     assert sum(float(r["share_percent"]) for r in alone[:-1]) == pytest.approx(100, abs=0.1)
     by_part = {row["mode"]: row for row in alone}
-    # the convolutions of resnet8x0.5 on 32x32 images, by hand: 1, 2, 3 and 3 layers of stem and stages, multiply-accumulates
+    # the convolutions of resnet8x0.5 on 32x32 images, by hand: 1, 2, 3 and 3 layers of stem and stages,
+    # multiply-accumulates
     stem, one, two, three = (
         3 * 9 * 11,
         9 * (11 * 8 + 8 * 8) + 11 * 8,

@@ -45,7 +45,8 @@ def test_reference_imports_nothing_of_ours():
 
 # The rooms and the modules beside them, from the ground up: each may import what stands before it, and itself.
 ORDER = (
-    "lazy", "errors", "setting", "files", "console", "plots", "parallel", "head", "nets", "distill", "data", "theory", "evaluate",
+    "lazy", "errors", "setting", "files", "console", "plots", "parallel", "head", "nets", "distill", "data", "theory",
+    "evaluate",
     "teacher_cache", "train", "caching", "compare", "export", "commands", "cli",
 )  # fmt: skip
 # What stands on less than all that is below it.
@@ -86,7 +87,8 @@ def test_public_functions_have_docstrings():
     for path in MODULES:
         body = ast.parse(path.read_text()).body
         classes = [node for node in body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-        # of a class's methods, __init__ and forward are described by the class, properties by their names, a term's by Term
+        # of a class's methods, __init__ and forward are described by the class, properties by their names, a term's by
+        # Term
         methods = [
             m
             for c in classes
@@ -115,7 +117,9 @@ def test_readme_names_real_files_and_every_objective():
 
 
 def test_files_functions_and_lines_stay_readable():
-    """No file over 500 lines, no function over 120, no line over 120 columns: what cannot be read in one go is several things."""
+    """No file over 500 lines, no function over 120, no line over 120 columns: what cannot be read in one go is several
+    things.
+    """
     long = []
     for path in MODULES:
         text = path.read_text()

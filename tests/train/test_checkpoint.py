@@ -168,7 +168,10 @@ def test_read_only_folder(tmp_path, monkeypatch):
 def test_the_format_before_this_one(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"format": "ijckd-fast checkpoint 1", **_state(1)}, path)
-    wanted = r"last\.pt was written by another version .*\('ijckd-fast checkpoint 1', wanted 'ijckd-fast checkpoint 2'\): go on with"
+    wanted = (
+        r"last\.pt was written by another version .*\('ijckd-fast checkpoint 1', wanted 'ijckd-fast "
+        r"checkpoint 2'\): go on with"
+    )
     with pytest.raises(UserError, match=wanted):
         checkpoint.load(path)
 
@@ -210,8 +213,10 @@ def test_another_models_weights(tmp_path):
     before = model[0].weight.detach().clone()
     with pytest.raises(
         UserError,
-        match=r"last.pt belongs to another model: unexpected '5.weight'; of another shape '0.weight' is \[3, 2\], expected"
-        r" \[2, 2\]. Set --student",
+        match=(
+            r"last.pt belongs to another model: unexpected '5.weight'; of another shape '0.weight' is \[3, "
+            r"2\], expected \[2, 2\]. Set --student"
+        ),
     ):
         checkpoint.load_into(model, weights, "last.pt")
     assert torch.equal(model[0].weight, before)

@@ -58,11 +58,12 @@ def _figures(folder) -> list[dict]:
 
 @pytest.mark.parametrize("backend", ["dali", "pillow"])
 def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
-    """60 steps of the whole objective, stages too, with mixing and EMA, kill -9 twice at random steps between checkpoints: the same
-    batches, the same weights."""
+    """60 steps of the whole objective, stages too, with mixing and EMA, kill -9 twice at random steps between
+    checkpoints: the same batches, the same weights."""
     changes = {
         **distilled(teacher), "epochs": TOTAL // 4, "data_backend": backend, "ema_decay": 0.9, "checkpoint_steps": 7,
-        "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2, "at": 10.0, "hint": 1.0,
+        "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2, "at": 10.0,
+        "hint": 1.0,
     }  # fmt: skip
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
     records = tmp_path / "undisturbed.txt", tmp_path / "killed.txt"

@@ -200,7 +200,7 @@ def test_norms_and_biases_can_be_spared_weight_decay(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_buffers_keep_their_dtype(dtype):
-    """And move as those of a step without a guard: statistics in float32 would lose digits, or not go with their net."""
+    """And move as those of a step without a guard: statistics in float32 would lose digits, or leave their net."""
     ours, theirs = (_distiller("ijckd-pooled").to(dtype) for _ in range(2))
     step = _step_of(ours)
     batch = _batch()

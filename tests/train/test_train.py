@@ -266,7 +266,9 @@ def test_every_objective_trains_and_freezes_the_teacher(data, teacher, tmp_path,
 
 
 def test_compiled_nets_hand_over_their_stages(data, teacher, tmp_path, monkeypatch):
-    """Also after a run of the same nets that kept none; by the compiler's front end alone, as its back ends take minutes."""
+    """Also after a run of the same nets that kept none; by the compiler's front end alone, as its back ends take
+    minutes.
+    """
     compile_ = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compile_(net, backend="eager"))
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
@@ -386,7 +388,10 @@ def test_too_many_skipped_steps_stop_the_run(data, tmp_path, monkeypatch):
     _spoil(monkeypatch, range(9, 100))
     with pytest.raises(
         UserError,
-        match=r"stopped at step 12: 4 steps .*--nonfinite-limit allows; the last good checkpoint is .*last\.pt \(step 10\)",
+        match=(
+            r"stopped at step 12: 4 steps .*--nonfinite-limit allows; the last good checkpoint is .*last\.pt "
+            r"\(step 10\)"
+        ),
     ):
         train(config(data, tmp_path, nonfinite_limit=3, checkpoint_steps=5))
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 10
@@ -412,7 +417,8 @@ def _save_calls(monkeypatch):
         (
             3,
             1,
-            "with 8 images .* on cpu; the last good checkpoint is .*last.pt \\(step 5\\). 2 fit: start again with --accumulate 4 ",
+            "with 8 images .* on cpu; the last good checkpoint is .*last.pt \\(step 5\\). 2 fit: start again with "
+            "--accumulate 4 ",
         ),
         (3, 2, "with 4 images .* 2 fit: start again with --accumulate 4 .* or resume where more memory is free"),
         (0, 1, "Not even one image fits: choose a smaller student"),
@@ -572,7 +578,10 @@ def test_a_teacher_that_eval_does_not_freeze(data, teacher, tmp_path, monkeypatc
 def test_weak_teacher(data, teacher, tmp_path):
     # Three classes: chance is 33.3 %, and half of the images right is not enough.
     changes = {**distilled(teacher), "allow_weak_teacher": False}
-    text = r"has a top-1 of .* near chance \(33.33 %\), wanted at least 50.00 %.*another order.*--mean.*--allow-weak-teacher"
+    text = (
+        r"has a top-1 of .* near chance \(33.33 %\), wanted at least 50.00 %.*another "
+        r"order.*--mean.*--allow-weak-teacher"
+    )
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path, **changes))
     # The folder holds no run yet, so that the corrected command simply works.
@@ -615,7 +624,7 @@ def test_a_path_that_is_no_run_or_names_two_weights(data, teacher, tmp_path):
         ({"data_dir": ""}, "no --data-dir given"),
         ({"objective": "ijckt"}, "unknown objective 'ijckt'.*did you mean 'ijckd'"),
         ({"objective": "ijckd"}, "objective 'ijckd' needs a teacher"),
-        ({"objective": "kd", "teacher": "resnet8x0.5"}, "teacher resnet8x0.5 has no weights: give --teacher-checkpoint"),
+        ({"objective": "kd", "teacher": "resnet8x0.5"}, "teacher resnet8x0.5 has no weights: give --teacher-checkp"),
         ({"student": "resnet9"}, "unknown model 'resnet9'.*did you mean"),
         ({"batch_size": 37}, "37 images .*has 36; lower the batch size"),
         ({"lr": 0.0}, "--lr must be above 0"),
@@ -712,7 +721,7 @@ def test_presets():
 
 
 def test_published_pairs_deploy_what_they_are_said_to(data, tmp_path):
-    """Backbone + connector + teacher's classifier at 1000 classes, the published sizes; no weights are needed to count."""
+    """Backbone + connector + teacher's classifier at 1000 classes, the published sizes; counting needs no weights."""
     costs = {}
     for pair in ("r34_r18", "r50_mobilenetv1"):
         values = {

@@ -1,4 +1,6 @@
-"""That the loop hands its settings on: each piece has tests of its own, these see that the loop uses it as it was asked to."""
+"""That the loop hands its settings on: each piece has tests of its own, these see that the loop uses it as it was asked
+to.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_learning_rate_follows_the_schedule_asked_for(data, tmp_path, changes, f
 
 
 def _layouts(tensors):
-    """Which memory layouts four-dimensional tensors have; those of one channel or one pixel have both, and are left out."""
+    """Which memory layouts four-dimensional tensors have; those of one channel or one pixel have both, and are left
+    out.
+    """
     names = set()
     for x in tensors:
         plain, last = x.is_contiguous(), x.is_contiguous(memory_format=torch.channels_last)
@@ -157,7 +161,9 @@ def test_subset_and_label_noise_reach_the_index(data, tmp_path, monkeypatch):
 
 
 def _count_bad_rows(monkeypatch, answers):
-    """What the device would have counted, one answer per reading, the first of them from before the run; returns the readings."""
+    """What the device would have counted, one answer per reading, the first of them from before the run; returns the
+    readings.
+    """
     left, readings = [ops.BadRows(*a) for a in answers], []
 
     def take(device):
@@ -171,7 +177,10 @@ def _count_bad_rows(monkeypatch, answers):
 def test_labels_that_the_device_could_not_use_stop_the_run(data, teacher, tmp_path, monkeypatch):
     """Read with the log, every fourth step; what was counted before the run is not held against it."""
     readings = _count_bad_rows(monkeypatch, [(7, 7), (0, 0), (5, 0)])
-    wanted = r"stopped at step 8: 5 images .* outside \[0, K\) = \[0, 3\), the classes of teacher resnet8x0\.5.*ijckd-fast index"
+    wanted = (
+        r"stopped at step 8: 5 images .* outside \[0, K\) = \[0, 3\), the classes of teacher "
+        r"resnet8x0\.5.*ijckd-fast index"
+    )
     with pytest.raises(UserError, match=wanted):
         train(config(data, tmp_path, **distilled(teacher)))
     assert readings == [torch.device("cpu")] * 3

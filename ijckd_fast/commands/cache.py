@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 SUMMARY = "Write a teacher's features once, to train students without running it."
 DESCRIPTION = (
     "Writes a teacher's pooled features for V views (crop and flip) of every training image to OUT. ijckd-fast train "
-    "--teacher cache:OUT then never builds the teacher's backbone, with the same images, seed, crops and data backend, "
-    "without mixup, cutmix, repeats and sizes. Takes V x images x channels x 2 bytes. In the end some views are "
-    "computed again and compared: exit code 1, and their names, if they differ. Interrupted, it continues where it "
-    "stopped when it is run again; a finished cache is verified again. The last line of standard output is one JSON "
-    "object."
+    "--teacher cache:OUT then never builds the teacher's backbone, with the same images, seed, crops and data "
+    "backend, without mixup, cutmix, repeats and sizes. Takes V x images x channels x 2 bytes. In the end some views "
+    "are computed again and compared: exit code 1, and their names, if they differ. Interrupted, it continues where "
+    "it stopped when it is run again; a finished cache is verified again. The last line of standard output is one "
+    "JSON object."
 )
 
 

@@ -772,7 +772,7 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
             variant
         ]
         return (
-            f"to fix first: {option}, with which a step takes {ours_ms[variant]:.1f} ms in the place of "
+            f"to fix first: {option}, with which a step takes {ours_ms[variant]:.1f} ms instead of "
             f"{ours_ms['ours']:.1f} ms"
         )
     nets = {name: ms for name, ms in parts.items() if name != "loader"}
@@ -942,7 +942,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--data-dir",
         type=pathlib.Path,
-        help="folder with train/<class>/* (default: ImageNet-like pictures are written anew)",
+        help="folder with train/<class>/* (default: ImageNet-like pictures are written for it)",
     )
     parser.add_argument("--images", type=number(0), default=2000, help="pictures to write where there is no --data-dir")
     parser.add_argument(

@@ -69,18 +69,9 @@ def run(args: Arguments) -> Outcome:
         export.require_onnx()
     index = run.index()
     ids = np.unique(np.linspace(0, len(index) - 1, min(args.images, len(index))).round().astype(np.int64))
-    distiller = run.distiller
     with run.loader(index, ids) as loader:
         try:
-            row = export.write_export(
-                folder,
-                distiller,
-                run.config,
-                run.saved.as_dict(),
-                loader,
-                onnx=args.onnx,
-                overwrite=args.overwrite,
-            )
+            row = export.write_export(folder, run, loader, onnx=args.onnx, overwrite=args.overwrite)
         except export.AnswersDiffer as error:
             print(f"ijckd-fast: {error}", file=sys.stderr)
             return Outcome(code=1)

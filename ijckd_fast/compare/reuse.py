@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from ijckd_fast.compare.runs import Run
 from ijckd_fast.train import (
+    Saved,
     TrainConfig,
     build_indexes,
     build_teacher,
-    checkpoint,
     digests,
     open_cache,
     run_folder,
@@ -61,4 +61,4 @@ def state_of(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> Lite
     if summary is not None:
         return "finished" if summary.get("inputs") == inputs else "new"
     last = run.folder / run_folder.LAST
-    return "begun" if last.exists() and checkpoint.load(last)["inputs"] == inputs else "new"
+    return "begun" if last.exists() and Saved.read(last).inputs == inputs else "new"

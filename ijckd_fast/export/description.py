@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijckd_fast.distill import Distiller
 from ijckd_fast.export.deployed import Deployed, random_images
 from ijckd_fast.export.folder import CONFIG, FILES, FORMAT, STUDENT
 from ijckd_fast.nets import fingerprint
 from ijckd_fast.train import run_folder
 
 if TYPE_CHECKING:
-    from ijckd_fast.train import TrainConfig
+    from ijckd_fast.train import LoadedRun
 
 
-def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state: dict[str, Any]) -> dict[str, Any]:
+def describe(module: Deployed, run: LoadedRun) -> dict[str, Any]:
     """The keys of config.json that are known before anything was compared or measured."""
+    distiller, config, saved = run.distiller, run.config, run.saved
     through_teacher = distiller.objective.infer_head == "teacher"
     connector = distiller.connector if through_teacher else None
     map_size_t = None
@@ -26,8 +26,8 @@ def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state:
     return {
         "format": FORMAT,
         "student": config.student,
-        "teacher": state["config"]["teacher"],
-        "objective": state["config"]["objective"],
+        "teacher": saved.config["teacher"],
+        "objective": saved.config["objective"],
         "logits": "backbone, connector, teacher's classifier" if through_teacher else "backbone, own classifier",
         "connector": None if connector is None else connector.spec,
         "connector_joined_with_classifier": module.joined,
@@ -43,13 +43,13 @@ def describe(module: Deployed, distiller: Distiller, config: TrainConfig, state:
             "std": config.std,
             "layout": "RGB in [0, 1], minus mean, divided by std, [B, 3, S, S] float32",
         },
-        "classes": state["classes"],
-        "step": state["step"],
-        "evaluated": state["evaluated"],
+        "classes": saved.classes,
+        "step": saved.step,
+        "evaluated": saved.evaluated,
         "fingerprints": {
             "learner": fingerprint(distiller),
-            "teacher": state["inputs"]["teacher"],
-            "code": state["code"],
+            "teacher": saved.inputs["teacher"],
+            "code": saved.code,
         },
         "versions": {name: run_folder.version_of(name) for name in packages},
         "sha256": {},

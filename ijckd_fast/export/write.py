@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ijckd_fast import files
 from ijckd_fast.data import Batch
-from ijckd_fast.distill import Distiller
 from ijckd_fast.export.answers import FOLDING_TOLERANCE, ONNX_TOLERANCE, compare_logits, logits_of, refuse_beyond
 from ijckd_fast.export.cost import measure_cost
 from ijckd_fast.export.deployed import Deployed, deployed_module
@@ -25,14 +24,12 @@ from ijckd_fast.export.onnx_file import onnx_answer, onnx_bytes, require_onnx
 from ijckd_fast.export.timm_call import timm_options
 
 if TYPE_CHECKING:
-    from ijckd_fast.train import TrainConfig
+    from ijckd_fast.train import LoadedRun
 
 
 def write_export(
     folder: Path,
-    distiller: Distiller,
-    config: TrainConfig,
-    state: dict[str, Any],
+    run: LoadedRun,
     batches: Iterable[Batch],
     *,
     onnx: bool = True,
@@ -41,7 +38,7 @@ def write_export(
 ) -> dict[str, Any]:
     """Writes model.safetensors, config.json, student.safetensors, model.onnx, once they answer as the trained net does.
 
-    distiller, config, state  of one checkpoint, on the CPU; the distiller in eval mode
+    run        of `load_run`, on the CPU
     batches    real images to compare on, at least one
     onnx       write model.onnx as well
     overwrite  replace an earlier export in `folder`
@@ -53,10 +50,11 @@ def write_export(
     refuse_occupied(folder, overwrite)
     if onnx:
         require_onnx()
+    distiller, config = run.distiller, run.config
     student = distiller.student
     with new_folder(folder) as made, torch.no_grad():
         module = deployed_module(distiller, config.image_size)
-        row = describe(module, distiller, config, state)
+        row = describe(module, run)
         row["sha256"][MODEL] = _write_hashed(made / MODEL, _safetensors(module.state_dict()))
         row["sha256"][STUDENT] = _write_hashed(made / STUDENT, _safetensors(student.native_state_dict()))
         row["timm"] = timm_options(made / STUDENT, student, config.image_size)

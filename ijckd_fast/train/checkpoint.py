@@ -44,7 +44,7 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
 
 
 class Writer:
-    """Writes checkpoints in a thread of its own, one at a time, while training goes on. Use as a context manager.
+    """Writes checkpoints in a thread of its own, one at a time, while training continues. Use as a context manager.
 
     A state is copied to the CPU's memory before `save` returns, so it may change from then on. What a kill interrupts
     leaves the file before it, as with `save` the function.
@@ -120,9 +120,9 @@ def load(path: str | Path) -> dict[str, Any]:
         # which of these a damaged zip gives depends on the place of the damage
         size = path.stat().st_size
         other = path.with_name({"last.pt": "best.pt", "best.pt": "last.pt"}.get(path.name, path.name))
-        advice = "train anew"
+        advice = "train again"
         if other != path and other.is_file():
-            advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} goes on from it)"
+            advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} continues from it)"
         raise UserError(f"{path} ({size} bytes) is damaged or truncated: {advice}") from error
     except Exception as error:  # pickle.UnpicklingError: not a torch file, or one with objects in it
         raise UserError(f"{path} is not a checkpoint of ijckd-fast (wanted a last.pt or best.pt of a run)") from error
@@ -137,7 +137,7 @@ def load(path: str | Path) -> dict[str, Any]:
     for name, tensor in state["learner"].items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{path} holds NaN or infinite values in '{name}': use an earlier checkpoint, or train anew with a "
+                f"{path} holds NaN or infinite values in '{name}': use an earlier checkpoint, or train again with a "
                 "smaller --lr"
             )
     return state

@@ -55,7 +55,7 @@ class FiniteGuard:
         """The optimizer's step if ok [] bool (and armed), else none, and the running statistics are again those before
         the forward pass.
 
-        LAMB's count of steps, of which its correction of the first averages depends, goes on in any case.
+        LAMB's count of steps, on which its correction of the first averages depends, counts every step.
         """
         ok = ok & self.armed
         for old, now in zip(self._before, self._statistics, strict=True):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 class RunLog:
     """Appends rows to log.jsonl (one JSON object per line, units in the key names), to TensorBoard's event files and,
-    with a project's name in `wandb`, to Weights & Biases, where a resumed run goes on as the same one.
+    with a project's name in `wandb`, to Weights & Biases, where a resumed run continues as the same one.
 
     `start` is the step the run begins at: rows of later steps, which a killed run wrote after its last checkpoint, are
     dropped, because they will be written again.

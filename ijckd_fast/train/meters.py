@@ -54,7 +54,7 @@ class Meter:
         """Means over the good steps and over processes (None if there was none), skipped steps, overflows of float16's
         loss scale.
 
-        Waits for the device, and for the other processes; starts anew. The three are the same in all processes.
+        Waits for the device, and for the other processes; starts again from 0. The three are the same in all processes.
         """
         *sums, good, overflows = (self._processes.sum(self._sums.clone()) / self._processes.world).tolist()
         means = {name: total / good if good else None for name, total in zip(self._names, sums, strict=True)}

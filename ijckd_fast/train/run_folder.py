@@ -52,7 +52,7 @@ def clear(folder: Path) -> None:
 
 def keep_as(folder: Path, name: str, count: int) -> None:
     """Keeps last.pt under `name` (checkpoint-STEP.pt) too, and of those up to its step the newest `count`. Later ones
-    are of a run that was taken back to an earlier step; it writes them anew when it comes there.
+    are of a run that was taken back to an earlier step; it writes them again when it comes there.
     """
     with files.replacing(folder / name) as tmp:
         tmp.unlink(missing_ok=True)

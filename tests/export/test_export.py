@@ -301,9 +301,9 @@ def test_images_are_spread_over_the_classes(trained, tmp_path, monkeypatch, caps
     seen = []
     write_export = export.write_export
 
-    def watched(folder, distiller, settings, state, loader, **options):
+    def watched(folder, run, loader, **options):
         seen.extend(loader)
-        return write_export(folder, distiller, settings, state, seen, **options)
+        return write_export(folder, run, seen, **options)
 
     monkeypatch.setattr(export, "write_export", watched)
     _export(capsys, trained("map"), "--out", tmp_path / "out", "--no-onnx", "--images", 3)

@@ -210,6 +210,13 @@ class Distiller(nn.Module):
         assert correct is not None
         return StepOutput(loss, parts, correct, self._answer(of_student) if with_logits else None)
 
+    def step(self, images: Tensor, labels: Tensor, **more: Any) -> StepOutput:
+        """The call with its logits, for a loop of your own that looks at answers; the other arguments are the call's.
+
+        What wraps the distiller (DistributedDataParallel, torch.compile, accelerate) wraps the call, not this.
+        """
+        return self(images, labels, with_logits=True, **more)
+
     @torch.no_grad()
     def teacher_side(self, images: Tensor, pooled_t: Tensor | None = None) -> TeacherSide:
         """What the objective needs of the teacher for images [B, 3, S, S]; pooled_t [B, Ct] of a cache, if any."""

@@ -114,6 +114,9 @@ def test_logits_only_where_they_are_asked_for():
     out = distiller(images, labels, with_logits=True)
     assert out.logits.shape == (6, K)
     assert (out.logits.argmax(1) == labels).sum() == out.correct
+    step = distiller.step(images, labels)
+    assert torch.equal(step.logits, out.logits)
+    assert torch.equal(step.loss, out.loss)
 
 
 def test_progress_is_asked_for_where_there_is_a_warm_up():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import require_fit
+from ijckd_fast.train import run_folder
 
 FORMAT = "ijckd-fast checkpoint 2"
 
@@ -129,8 +130,8 @@ def load(path: str | Path) -> dict[str, Any]:
     written_by = state.get("format") if isinstance(state, dict) else None
     if isinstance(written_by, str) and written_by.startswith("ijckd-fast checkpoint ") and written_by != FORMAT:
         raise UserError(
-            f"{path} was written by another version of ijckd-fast ('{written_by}', wanted '{FORMAT}'): go on with the "
-            "version that wrote it"
+            f"{path} was written by another version of ijckd-fast ('{written_by}', expected '{FORMAT}'): continue with "
+            f"{run_folder.version_that_wrote(path.parent)}"
         )
     if written_by != FORMAT:
         raise UserError(f"{path} is not a checkpoint of ijckd-fast train (wanted a last.pt or best.pt of a run)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -98,6 +99,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file written by us, or None when there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def version_that_wrote(folder: Path) -> str:
+    """ "the version that wrote it", with its number and commit where env.json in the folder of the run has them."""
+    environment: dict[str, Any] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        environment = read_json(folder / ENVIRONMENT)
+    known = environment if isinstance(environment, dict) else {}
+    commit = (known.get("git_commit") or "")[:10]
+    named = " at ".join(part for part in (known.get("ijckd_fast"), commit and f"commit {commit}") if part)
+    return f"the version that wrote it{f' ({named}, says {ENVIRONMENT})' if named else ''}"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:

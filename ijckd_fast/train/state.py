@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.train import checkpoint
+from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.code_hash import code_hash
-from ijckd_fast.train.config import TrainConfig
+from ijckd_fast.train.config import FIELDS, TrainConfig
 from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.step import TrainStep
 
@@ -68,14 +68,20 @@ class Saved:
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
-        """The checkpoint in a file. UserError as `checkpoint.load`, and where it lacks a part."""
+        """The checkpoint in a file. UserError as `checkpoint.load`, and for parts or settings of another version."""
         values = checkpoint.load(path)
         parts = [part.name for part in dataclasses.fields(cls)]
         missing = [name for name in parts if name not in values]
         if missing:
             raise UserError(
                 f"{path} lacks {', '.join(map(repr, missing))}, expected every part of a checkpoint of this version: "
-                "continue with the version of ijckd-fast that wrote it, or train again"
+                f"continue with {run_folder.version_that_wrote(Path(path).parent)}, or train again"
+            )
+        unknown = [name for name in values["config"] if name not in FIELDS]
+        if unknown:
+            raise UserError(
+                f"{path} has settings that this version of ijckd-fast does not know ({', '.join(unknown)}): "
+                f"continue with {run_folder.version_that_wrote(Path(path).parent)}"
             )
         return cls(**{name: values[name] for name in parts})
 

@@ -12,11 +12,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny_run import differing
+from rich.console import Console
+from tiny_run import config, differing
 from torch import nn
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train import checkpoint, load_run, run_folder, train
 from ijckd_fast.train.state import random_state, set_random_state
 
 
@@ -169,11 +170,28 @@ def test_the_format_before_this_one(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"format": "ijckd-fast checkpoint 1", **_state(1)}, path)
     wanted = (
-        r"last\.pt was written by another version .*\('ijckd-fast checkpoint 1', wanted 'ijckd-fast "
-        r"checkpoint 2'\): go on with"
+        r"last\.pt was written by another version .*\('ijckd-fast checkpoint 1', expected 'ijckd-fast "
+        r"checkpoint 2'\): continue with the version that wrote it"
     )
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match=f"{wanted}$"):
         checkpoint.load(path)
+    (tmp_path / "env.json").write_text('{"ijckd_fast": "0.0.9", "git_commit": "0123456789abcdef"}')
+    with pytest.raises(UserError, match=rf"{wanted} \(0\.0\.9 at commit 0123456789, says env\.json\)$"):
+        checkpoint.load(path)
+
+
+def test_a_run_of_another_version(data, tmp_path):
+    """What has a part less, or a setting that is not known here, is refused with the version that reads it."""
+    train(config(data, tmp_path, epochs=1), console=Console(quiet=True))
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert load_run(tmp_path).saved.step == state["step"]
+    checkpoint.save(tmp_path / "last.pt", {**state, "config": {**state["config"], "wings": 2}})
+    with pytest.raises(UserError, match=r"does not know \(wings\): continue with the version that wrote it \("):
+        load_run(tmp_path)
+    del state["threads"]
+    checkpoint.save(tmp_path / "last.pt", state)
+    with pytest.raises(UserError, match=r"last\.pt lacks 'threads', expected .* that wrote it \(.* or train again"):
+        load_run(tmp_path)
 
 
 def test_truncated(tmp_path):

@@ -754,12 +754,12 @@ def fix_first(parts: dict[str, float], device: str, wait_percent: float, ours_ms
     wait_percent  of the whole step: how long the loop waited for the loader
     ours_ms       milliseconds of the whole step by 'ours' and its variants
     """
-    from ijckd_fast.train.progress import LOADER_BOUND_PERCENT
+    from ijckd_fast.train.progress import DATA_BOUND_PERCENT
 
     largest = max(parts, key=lambda name: parts[name])
     # A GPU's host runs ahead and may wait for the loader while the device has work; on a CPU decoding takes the nets'
     # cores without a wait.
-    bound = wait_percent > LOADER_BOUND_PERCENT or largest == "loader"
+    bound = wait_percent > DATA_BOUND_PERCENT or largest == "loader"
     if device == "cuda":
         bound = parts["loader"] > 0.8 * ours_ms["ours"]
     if bound:

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from op_cases import (
     BAD,
     F64,
+    SHAPES,
     assert_as_bad_as_eager,
     assert_equal_to,
     assert_no_worse_than_eager,
@@ -25,8 +26,6 @@ from torch import Tensor
 
 from ijckd_fast import head
 from ijckd_fast.head import reference
-
-SHAPES = [(5, 6, 3, 4), (2, 3, 1, 1), (1, 5, 7, 7), (3, 1, 8, 8), (4, 6)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from op_cases import F64, assert_equal_to, connector_inputs, loss_inputs, projected_inputs, refused
+from op_cases import F64, assert_equal_to, connector_inputs, loss_inputs, op_samples, projected_inputs, refused
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ijckd_fast
@@ -16,84 +16,6 @@ from ijckd_fast import head
 from ijckd_fast.head import classifier, connector  # noqa: F401  they register what opcheck asks for
 
 ops = torch.ops.ijckd
-
-
-def op_samples():
-    """(name, op, arguments) of every op at least once."""
-    for norm, match, relu, side in (
-        ("train", "map", True, 2),
-        ("eval", "pooled", True, 2),
-        ("bias", None, False, 2),
-        ("bias", "pooled", False, 1),  # a linear connector
-    ):
-        leaves, keywords = connector_inputs((3, 4, side, side), 5, norm=norm, match=match, relu=relu)
-        u = leaves["u"].detach().flatten(2).transpose(1, 2).contiguous().requires_grad_()
-        stats = (None, None) if norm != "eval" else (keywords["running_mean"], keywords["running_var"])
-        map_t = keywords.get("map_t")
-        args = (u, leaves["weight"], leaves.get("bias"), leaves.get("bn_weight"), leaves.get("bn_bias"), *stats)
-        rest = (
-            map_t.flatten(2).transpose(1, 2).contiguous() if map_t is not None else None,
-            keywords.get("pooled_t"),
-            relu,
-            1e-5,
-        )
-        yield f"connector_match {norm} {match}", ops.connector_match.default, (*args, *rest)
-    z, *rest = loss_inputs()
-    loss = ([*rest, None, None], [0.7, 0.5, 0.3, 0.9, 3.0, 0.1], True, None)
-    yield "classifier_loss", ops.classifier_loss.default, (z.requires_grad_(), *loss)
-    whole = (*loss[0][:-2], torch.randn(5, 9, dtype=F64), torch.randn(2, 6, 6).bfloat16())
-    yield "classifier_loss with every tensor", ops.classifier_loss.default, (z, whole, *loss[1:])
-    (u, *projection), rest = projected_inputs()
-    trained = [x.requires_grad_() for x in (u[:, None].clone(), *projection)]
-    yield "projected_classifier_loss", ops.projected_classifier_loss.default, (*trained, *loss)
-    yield "take_counts", ops.take_counts.default, (torch.empty(0),)
-    u = torch.randn(3, 4, 6, dtype=F64)
-    weight = torch.randn(5, 6, dtype=F64)
-    yield "connector_project", ops.connector_project.default, (u, weight)
-    y, mean, var = ops.connector_project(u, weight)
-    ones, zeros = torch.ones(5, dtype=F64), torch.zeros(5, dtype=F64)
-    apply_args = (y, None, ones, zeros, mean, var, torch.randn(3, 4, 5, dtype=F64), None, True, 1e-5)
-    yield "connector_apply", ops.connector_apply.default, apply_args
-    z, _, *pooled = ops.connector_apply(*apply_args)
-    grads_args = (torch.randn(3, 5, dtype=F64), torch.ones((), dtype=F64), z, None, *pooled, 4, True)
-    yield "connector_channel_grads", ops.connector_channel_grads.default, grads_args
-    g, d_gamma, d_beta = ops.connector_channel_grads(*grads_args)
-    yield (
-        "connector_input_grads",
-        ops.connector_input_grads.default,
-        (
-            g,
-            torch.ones((), dtype=F64),
-            d_gamma,
-            d_beta,
-            12.0,
-            u,
-            weight,
-            y,
-            None,
-            ones,
-            zeros,
-            mean,
-            var,
-            apply_args[6],
-            True,
-            1e-5,
-            True,
-            True,
-        ),
-    )
-    u, weight = torch.randn(3, 1, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
-    grad_z, z, pooled_t = torch.randn(3, 3, 5, dtype=F64).unbind()
-    one = torch.ones((), dtype=F64)
-    for name, match, needs in (
-        ("pooled", (None, one, z, pooled_t), (True, True, True)),
-        ("du", (one, None, None, None), (True, False, False)),
-    ):
-        yield (
-            f"connector_linear_grads {name}",
-            ops.connector_linear_grads.default,
-            (grad_z, *match, u, weight, *needs),
-        )
 
 
 @pytest.mark.parametrize(("op", "args"), [pytest.param(op, args, id=name) for name, op, args in op_samples()])

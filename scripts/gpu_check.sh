@@ -121,12 +121,9 @@ if torch.cuda.is_available():
 else:
     print("no GPU; CUDA library", "loads" if cuda else "not built")
 PYTHON
-if can_import rich; then
+if can_import rich && can_import jsonargparse; then
     # a report, not a check: training needs more than the ops do
-    step doctor 60 "$python" -c '
-from rich.console import Console
-from ijckd_fast.commands.doctor import doctor
-doctor(Console(width=140))'
+    step doctor 60 env COLUMNS=140 "$python" -m ijckd_fast.cli doctor
 fi
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then

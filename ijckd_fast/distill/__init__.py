@@ -5,32 +5,6 @@ A term (`terms/`, a file each) says what it needs of student and teacher, its se
 step.
 """
 
-from ijckd_fast.distill.compared import Compared
-from ijckd_fast.distill.connectors import Connector, build_connector, parse_spec, takes_map
-from ijckd_fast.distill.distiller import Distiller, StepOutput, StudentSide, TeacherSide
-from ijckd_fast.distill.heads import HEADS
-from ijckd_fast.distill.objectives import FROM_CACHE, PRESETS, Objective, get_objective
-from ijckd_fast.distill.terms import PARTS, TERMS, Needs, Seen, Term, Value
+from ijckd_fast.lazy import exports
 
-__all__ = [
-    "FROM_CACHE",
-    "HEADS",
-    "PARTS",
-    "PRESETS",
-    "TERMS",
-    "Compared",
-    "Connector",
-    "Distiller",
-    "Needs",
-    "Objective",
-    "Seen",
-    "StepOutput",
-    "StudentSide",
-    "TeacherSide",
-    "Term",
-    "Value",
-    "build_connector",
-    "get_objective",
-    "parse_spec",
-    "takes_map",
-]
+__all__, __getattr__ = exports(__name__, __file__)

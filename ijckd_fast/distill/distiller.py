@@ -13,7 +13,8 @@ from typing_extensions import Self
 
 from ijckd_fast.distill.comparable import equal_sizes, full, pool_to, smaller
 from ijckd_fast.distill.compared import Compared, compare
-from ijckd_fast.distill.connectors import Connector, build_connector, takes_map
+from ijckd_fast.distill.connector_spec import takes_map
+from ijckd_fast.distill.connectors import Connector, build_connector
 from ijckd_fast.distill.cost import deployed_cost
 from ijckd_fast.distill.heads import HEADS
 from ijckd_fast.distill.objectives import Objective

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ijckd_fast.distill import connectors
+from ijckd_fast.distill.connector_spec import parse_spec, takes_map
 from ijckd_fast.distill.terms import TERMS, Needs, Term
 from ijckd_fast.distill.terms.term import NOTHING, TEACHER_FEATURES, InferenceHead
 from ijckd_fast.errors import UserError, did_you_mean, one_of
@@ -108,13 +108,13 @@ class Objective(InferenceHead, _OfTerms):
                     " there is none: set connector, e.g. 'conv1x1'"
                 )
         else:
-            connectors.parse_spec(self.connector)
+            parse_spec(self.connector)
             if Needs.CONNECTED not in self.needs:
                 raise UserError(
                     f"no loss term goes through connector {self.connector!r}, so it would not be trained: set sr or fm"
                     " above 0, or leave the connector out"
                 )
-            if Needs.MAP_T in self.needs and not connectors.takes_map(self.connector):
+            if Needs.MAP_T in self.needs and not takes_map(self.connector):
                 raise UserError(
                     f"connector {self.connector!r} works on pooled vectors and cannot match maps: set match 'pooled',"
                     " or a connector on maps (bottleneck:FACTOR, conv1x1)"

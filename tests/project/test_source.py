@@ -140,7 +140,7 @@ def written_by_hand() -> list[pathlib.Path]:
     return [p for p in [*paths, ROOT / "setup.py", ROOT / "CMakeLists.txt"] if p.suffix not in (".csv", ".so", ".pyc")]
 
 
-@pytest.mark.parametrize("name", ["ijckd_fast", "ijckd_fast.head", "ijckd_fast.train"])
+@pytest.mark.parametrize("name", ["ijckd_fast", "ijckd_fast.distill", "ijckd_fast.head", "ijckd_fast.train"])
 def test_names_imported_on_first_use_are_there(name):
     package = importlib.import_module(name)
     modules = {p.stem for p in pathlib.Path(package.__file__).parent.iterdir()}

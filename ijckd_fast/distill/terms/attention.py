@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from ijckd_fast.distill.comparable import full
 from ijckd_fast.distill.terms.term import NOTHING, Needs, Seen, Term, Value, weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +28,8 @@ class Attention(Term):
         return range(1, common + 1)
 
     def value(self, seen: Seen) -> Value:
+        import torch
+
         at = torch.stack([attention_distance(map_s, map_t) for map_s, map_t in seen.stages.values()]).sum()
         return Value(self.at * at, {"at": at.detach()})
 
@@ -41,6 +42,10 @@ def attention_distance(map_s: Tensor, map_t: Tensor) -> Tensor:
     returns  [], float32 or, for float64 input, float64. a = v / ||v||_2 for each image, v [B, HW] the mean over the
              channels of the squares; of a map that is 0 everywhere a is 0.
     """
+
+    import torch.nn.functional as F
+
+    from ijckd_fast.distill.comparable import full
 
     def attention(map_: Tensor) -> Tensor:
         return F.normalize(full(map_).square().mean(1).flatten(1))  # [B, HW]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
-
 from ijckd_fast.distill.terms.term import NOTHING, Classifier, Needs, Seen, Term, Value, weight
 from ijckd_fast.setting import setting
 
@@ -33,6 +31,8 @@ class CrossEntropy(HardLabels, Term):
         return Needs.OWN_LOGITS if self.ce_through("student") > 0 else NOTHING
 
     def value(self, seen: Seen) -> Value:
+        import torch.nn.functional as F
+
         logits, smoothing = seen.logits, seen.label_smoothing
         assert logits is not None
         ce = seen.mixed(lambda y: F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from ijckd_fast.distill.terms.term import NOTHING, Needs, Seen, Temperature, Term, Value, weight
 from ijckd_fast.setting import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Dkd(Temperature, Term):
             return 1.0
         assert progress is not None
         done = progress / self.dkd_warmup
-        return done.clamp(max=1.0) if isinstance(done, Tensor) else min(done, 1.0)
+        return min(done, 1.0) if isinstance(done, float) else done.clamp(max=1.0)
 
     def value(self, seen: Seen) -> Value:
         logits, logits_t = seen.logits, seen.logits_t
@@ -56,6 +56,9 @@ def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, bet
     returns           [B] nats. TCKD is the KL between (p_y, 1 - p_y) of teacher and student, NCKD the KL between their
                       distributions over the K - 1 other classes, all at temperature T.
     """
+    import torch
+    import torch.nn.functional as F
+
     column = labels[:, None]
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from ijckd_fast.distill.connectors import Connector, build_connector
 from ijckd_fast.distill.terms.term import NOTHING, Needs, Nets, Seen, Term, Value, weight
 from ijckd_fast.errors import UserError
 from ijckd_fast.setting import setting
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,14 @@ class Hint(Term):
         return (self.hint_stage,)
 
     def build(self, nets: Nets) -> Mapping[str, nn.Module]:
+        from ijckd_fast.distill.connectors import build_connector
+
         stage_s, stage_t = nets.pairs[self.hint_stage]
         return {"regressor": build_connector("conv1x1", stage_s.channels, stage_t.channels)}
 
     def value(self, seen: Seen) -> Value:
+        from ijckd_fast.distill.connectors import Connector
+
         regressor = seen.modules["regressor"]
         assert isinstance(regressor, Connector)
         map_s, map_t = seen.stages[self.hint_stage]

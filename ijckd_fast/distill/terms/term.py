@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from ijckd_fast.setting import setting
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
     from typing_extensions import Self
 
     from ijckd_fast.distill.connectors import Connector
@@ -126,6 +124,8 @@ class Value(NamedTuple):
 class Term:
     """A loss term. Its dataclass fields are its settings, declared by `ijckd_fast.setting.setting`.
 
+    torch is imported inside the methods that compute: the settings are read for the help, which does not wait for it.
+
     A subclass is a row of TERMS in `terms/__init__.py`. The options of the command line, the keys of config.yaml, the
     fields of `Objective`, the checks and the names in the log follow from it. A setting that several terms have stands
     in one class that they inherit. Every weight multiplies a mean, so that its meaning does not depend on the sizes of
@@ -192,6 +192,8 @@ def weight(help: str, **about: Any) -> Any:
 
 def kl_rows(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
     """KL(softmax(logits_t / T) || softmax(logits / T)) of every row: [B, K], [B, K] -> [B], nats, no factor T^2."""
+    import torch.nn.functional as F
+
     log_p = F.log_softmax(logits / temperature, 1)
     log_p_t = F.log_softmax(logits_t / temperature, 1)
     return F.kl_div(log_p, log_p_t, reduction="none", log_target=True).sum(1)

@@ -154,8 +154,8 @@ class Ours:
         cache: pathlib.Path | None = None,
     ) -> None:
         from ijckd_fast.nets import Tapped, macs
-        from ijckd_fast.parallel.processes import Processes
-        from ijckd_fast.teacher_cache.reader import TeacherCache
+        from ijckd_fast.parallel import Processes
+        from ijckd_fast.teacher_cache import TeacherCache
         from ijckd_fast.train import Meter, TrainConfig, TrainStep, amp_dtype_of, build_distiller, optimizer_of, resolve
         from ijckd_fast.train.build import prepare
 
@@ -438,7 +438,7 @@ def written_cache(setting: Setting) -> pathlib.Path:
     """A cache of one view of the setting's teacher, made when it is first asked for."""
     from rich.console import Console
 
-    from ijckd_fast.caching.make import make_cache
+    from ijckd_fast.caching import make_cache
     from ijckd_fast.train import TrainConfig
 
     folder = setting.weights / "cache"

@@ -15,8 +15,7 @@ from ijckd_fast import files
 from ijckd_fast.caching.verify import verify_cache
 from ijckd_fast.caching.views import PlannedViews, Teller, features_of
 from ijckd_fast.console import progress_bar
-from ijckd_fast.data import Index, TooManyUnreadable
-from ijckd_fast.data.plan import StandIns, check_views
+from ijckd_fast.data import Index, StandIns, TooManyUnreadable, check_views
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import Tapped

@@ -67,7 +67,7 @@ def run(args: Arguments) -> Outcome:
 
     from rich.console import Console
 
-    from ijckd_fast.caching.make import make_cache
+    from ijckd_fast.caching import make_cache
 
     row, wrong = make_cache(
         config,
@@ -92,7 +92,8 @@ def run(args: Arguments) -> Outcome:
 
 def _config(args: Arguments) -> TrainConfig:
     """The settings of the students' training that matter to the cache: those of --config, and over them the options."""
-    from ijckd_fast.train.config import CACHE_FIELDS, UNCACHED_FIELDS, load_preset, make_config, preset_path, typed
+    from ijckd_fast.train import make_config
+    from ijckd_fast.train.config import CACHE_FIELDS, UNCACHED_FIELDS, load_preset, preset_path, typed
 
     preset: dict[str, Any] = {}
     if args.config is not None:

@@ -144,7 +144,7 @@ def _teacher_moved(given: dict[str, Any]) -> dict[str, None]:
 
 def _refuse_another_batch(folder: Path, begun: dict[str, Any], given: dict[str, Any]) -> None:
     """A run continues with the global batch it was begun with, however many processes there are now."""
-    from ijckd_fast.parallel.processes import world_size
+    from ijckd_fast.parallel import world_size
 
     if "batch_size" not in given or "global_batch" in given or not begun.get("global_batch"):
         return

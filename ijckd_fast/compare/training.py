@@ -19,7 +19,7 @@ from ijckd_fast.compare.runs import Run, plan
 from ijckd_fast.console import say
 from ijckd_fast.data import write_digits
 from ijckd_fast.errors import UserError
-from ijckd_fast.parallel.processes import world_size
+from ijckd_fast.parallel import world_size
 from ijckd_fast.train import TrainConfig
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ijckd_fast.data import Batch
 from ijckd_fast.errors import UserError
 from ijckd_fast.files import replacing
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 
 
 class Evaluation(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ijckd_fast.distill import Compared, Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 
 BINS = 15  # of the calibration error, equal widths
 _ROUNDING = torch.finfo(torch.float64).eps  # 2^-52, twice what one operation rounds by at most

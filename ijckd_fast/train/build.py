@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from ijckd_fast.data import (
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model, fold_batch_norm
-from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.parallel import Processes
+from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.optimizer import build_optimizer
@@ -81,14 +81,23 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
 
 def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     """(train, val): val has the classes of train; train is cut down and mislabelled as the settings say."""
-    how: dict[str, Any] = {
-        "verify": config.index_verify,
-        "trust_folders": not config.check_files,
-        "progress": sys.stderr.isatty(),
-    }
-    whole = build_index(config.data_dir, "train", class_list=config.class_list, **how)
-    val = build_index(config.data_dir, "val", classes=whole.classes, labels=config.val_labels, **how)
+    whole = index_of(config, "train")
+    val = index_of(config, "val", whole.classes)
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
+
+
+def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Sequence[str] | None = None) -> Index:
+    """All images of a split, as the settings say; classes: those it must have, in the order of their labels."""
+    return build_index(
+        config.data_dir,
+        split,
+        classes=classes,
+        class_list=config.class_list,
+        labels=config.val_labels if split == "val" else None,
+        verify=config.index_verify,
+        trust_folders=not config.check_files,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def refuse_other_images(config: TrainConfig, hashes: Sequence[tuple[str, str]]) -> None:

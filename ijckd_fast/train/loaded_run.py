@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ijckd_fast.data import Index, Loader, build_index
+from ijckd_fast.data import Index, Loader
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import checkpoint, run_folder
-from ijckd_fast.train.build import build_distiller, build_val_loader
+from ijckd_fast.train.build import build_distiller, build_val_loader, index_of
 from ijckd_fast.train.config import OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
 from ijckd_fast.train.resolving import amp_dtype_of, resolve
 from ijckd_fast.train.state import Saved
@@ -135,15 +134,7 @@ class LoadedRun:
 
     def index(self, split: Literal["train", "val"] = "val") -> Index:
         """All images of a split, with the classes that the run was trained on."""
-        return build_index(
-            self.config.data_dir,
-            split,
-            classes=self.saved.classes,
-            labels=self.config.val_labels if split == "val" else None,
-            verify=self.config.index_verify,
-            trust_folders=not self.config.check_files,
-            progress=sys.stderr.isatty(),
-        )
+        return index_of(self.config, split, self.saved.classes)
 
     def loader(self, index: Index, ids: np.ndarray | None = None) -> Loader:
         """The images of `index`, or of those of `ids` [n] int64, once and in order, in the evaluation's view; close it

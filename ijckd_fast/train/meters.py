@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 
 
 def memory_mb(device: torch.device) -> float:

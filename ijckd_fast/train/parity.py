@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ijckd_fast.data import build_index, parity
-from ijckd_fast.distill.distiller import Distiller
+from ijckd_fast.data import parity
+from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import is_model_name
-from ijckd_fast.train.build import build_distiller
+from ijckd_fast.train.build import build_distiller, index_of
 from ijckd_fast.train.config import TrainConfig, default_eval_resize, make_config
 from ijckd_fast.train.loaded_run import LoadedRun, load_run
 from ijckd_fast.train.resolving import augment_of, resolve
@@ -51,16 +50,7 @@ def folder_parity(
     distiller: Distiller | None = None
     rows = []
     for split in splits:
-        index = build_index(
-            config.data_dir,
-            split,
-            classes=classes,
-            class_list=config.class_list,
-            labels=config.val_labels if split == "val" else None,
-            verify=config.index_verify,
-            trust_folders=not config.check_files,
-            progress=sys.stderr.isatty(),
-        )
+        index = index_of(config, split, classes)
         classes = index.classes
         if run is not None:
             distiller = run.distiller

@@ -14,9 +14,8 @@ from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
 from ijckd_fast.nets import is_model_name
-from ijckd_fast.parallel import processes as distributed
-from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.parallel import Processes, processes as distributed
+from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import (
     FREE_ON_RESUME,

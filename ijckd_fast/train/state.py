@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import FIELDS, TrainConfig
@@ -172,7 +172,8 @@ class RunState:
         checkpoint.load_into(self.learner, saved.live or saved.learner, path)
         self.optimizer.load_state_dict(saved.optimizer)
         self.update.scaler.load_state_dict(saved.scaler)
-        if self.update.ema is not None and saved.ema is not None:
+        if self.update.ema is not None:
+            assert saved.ema is not None  # --ema-decay is not free on resume
             self.update.ema.load_state_dict(saved.ema)
         self.step, self.skipped_steps, self._seconds_before = saved.step, saved.skipped_steps, saved.seconds
         self.best, self.evaluated = saved.best, saved.evaluated

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, StepOutput
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 from ijckd_fast.train.ema import Ema
 from ijckd_fast.train.guard import FiniteGuard
 

@@ -17,8 +17,8 @@ from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
-from ijckd_fast.parallel.processes import Processes
-from ijckd_fast.teacher_cache.reader import TeacherCache
+from ijckd_fast.parallel import Processes
+from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of

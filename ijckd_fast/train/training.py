@@ -21,7 +21,7 @@ from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, report, run_folder, stops
 from ijckd_fast.train.build import RunData, cached_features
 from ijckd_fast.train.config import TrainConfig

@@ -18,8 +18,8 @@ from rich.console import Console
 from tiny_run import config, options, settings, write_tree
 
 from ijckd_fast import cli
-from ijckd_fast.data import Augment, TooManyUnreadable, build_index
-from ijckd_fast.data.load import parity, pillow
+from ijckd_fast.data import Augment, TooManyUnreadable, build_index, parity
+from ijckd_fast.data.load import pillow
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import build, train as loud_train
 from ijckd_fast.train.settings import MAX_DRIFT

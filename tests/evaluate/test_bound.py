@@ -23,7 +23,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import advise, bound, bound_report, write_bound
 from ijckd_fast.evaluate.bound_advice import wilson
 from ijckd_fast.nets import CachedTeacher, create_model
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, resolve, run_folder, train as loud_train
 from ijckd_fast.train.config import OBJECTIVE_FIELDS
 from ijckd_fast.train.training import bound_row

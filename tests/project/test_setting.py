@@ -10,8 +10,7 @@ import pytest
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.setting import Setting, fault
-from ijckd_fast.train import config as settings
-from ijckd_fast.train.config import TrainConfig
+from ijckd_fast.train import TrainConfig, config as settings
 
 
 @pytest.mark.parametrize(

@@ -147,3 +147,23 @@ def test_names_imported_on_first_use_are_there(name):
     assert set(package.__all__) & modules == set()  # a module of that name would hide it once it is imported
     for public in package.__all__:
         getattr(package, public)
+
+
+def test_what_a_room_exports_is_imported_from_the_room():
+    """By other rooms, tests, examples and scripts: a file of a room can then be split without a change elsewhere."""
+    deep = []
+    users = [p for folder in ("tests", "examples", "scripts") for p in (ROOT / folder).rglob("*.py")]
+    for path in [*MODULES, *users]:
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] != "ijckd_fast" or len(parts) < 4 or parts[1] == room_of(path):
+                continue
+            if parts[-1] in importlib.import_module(f"ijckd_fast.{parts[1]}").__all__:
+                deep.append(f"{path.name}: {name}")
+    assert deep == []
+
+
+def room_of(path: pathlib.Path) -> str | None:
+    """The room that a file is in; None for one that is in none."""
+    inside = path.is_relative_to(ROOT / "ijckd_fast")
+    return path.relative_to(ROOT / "ijckd_fast").parts[0] if inside else None

@@ -28,10 +28,11 @@ from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
 from ijckd_fast.nets import create_model, fingerprint
-from ijckd_fast.parallel.processes import Processes
+from ijckd_fast.parallel import Processes
 from ijckd_fast.train import (
     Ema,
     FiniteGuard,
+    Meter,
     Stopwatch,
     build_distiller,
     build_optimizer,
@@ -44,7 +45,6 @@ from ijckd_fast.train import (
 )
 from ijckd_fast.train.build import prepare
 from ijckd_fast.train.config import load_preset, preset_names
-from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.progress import bottleneck
 
 train = functools.partial(loud_train, console=Console(quiet=True))

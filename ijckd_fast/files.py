@@ -91,7 +91,7 @@ def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
 
     The kernel drops the lock when its process ends, however it ends, so what a dead run left is no hindrance.
     """
-    import filelock  # a tenth of the start of a command that needs no lock
+    import filelock  # here, since most commands start without a lock
 
     holder = folder / HOLDER
     held = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=False)

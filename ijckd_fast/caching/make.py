@@ -178,7 +178,7 @@ def _judge(config: TrainConfig, folder: Path, teacher: Tapped, fingerprint: str,
         save_evaluation(folder / VAL, key, evaluation)
     tell(f"teacher: top-1 {evaluation.top1:.2f} % of {evaluation.images} val images")
     if not config.allow_weak_teacher:
-        refuse_weak_teacher(config, evaluation, index.num_classes)
+        refuse_weak_teacher(config, evaluation, index, tell)
 
 
 def _fill(views: PlannedViews, progress: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import Evaluation, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate import LEVEL, Evaluation, against_chance, evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
@@ -25,6 +25,12 @@ from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of
 
 if TYPE_CHECKING:
     from ijckd_fast.train.build import RunData
+
+
+_UNFIT_TEACHER = (
+    "its classes are probably in another order than the sorted class folders (--class-list), or it expects other"
+    " --mean, --std or --image-size; or its weights are the wrong file"
+)
 
 
 @torch.no_grad()
@@ -123,7 +129,7 @@ def judge_teacher(
     if evaluation is not None:
         say(f"teacher: top-1 {evaluation.top1:.2f} % of {evaluation.images} val images, {evaluation.seconds:.1f} s")
         if not config.allow_weak_teacher:
-            refuse_weak_teacher(config, evaluation, data.val.num_classes)
+            refuse_weak_teacher(config, evaluation, data.val, say)
     return evaluation
 
 
@@ -156,16 +162,30 @@ def _teacher_on_val(
     return evaluation
 
 
-def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, num_classes: int) -> None:
-    """UserError when the teacher's top-1 on val is below twice chance (or chance plus a quarter of the rest, if that is
-    less).
+def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, val: Index, say: Callable[[str], None]) -> None:
+    """UserError unless the teacher's hits on val are more than chance's at LEVEL, see `against_chance`; a warning where
+    val has too few images to tell, or where the hits are few although they are more.
     """
-    chance = 100 / num_classes
-    wanted = min(2 * chance, chance + 0.25 * (100 - chance))
-    if teacher.top1 < wanted:
-        raise UserError(
-            f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {teacher.images} val images, near "
-            f"chance ({chance:.2f} %), wanted at least {wanted:.2f} %: its classes are probably in another order than "
-            "the sorted class folders, or it expects other --mean, --std or --image-size; or its weights are the wrong "
-            "file. --allow-weak-teacher trains all the same"
+    found = against_chance(teacher.predictions.numpy(), val.labels[teacher.ids.numpy()], val.num_classes)
+    expected = 100 * found.expected / found.images
+    if found.passed:
+        if found.weak:
+            say(
+                f"warning: teacher {config.teacher} is better than chance ({expected:.2f} %), but not by much:"
+                f" {_UNFIT_TEACHER}"
+            )
+        return
+    if not found.enough:
+        say(
+            f"warning: {found.images} val images are too few to tell whether teacher {config.teacher}"
+            f" ({found.hits} hits) is better than chance ({found.expected:.1f} hits)"
         )
+        return
+    counted = "" if found.counted == found.hits else f", {found.counted} without those of the 5 best classes"
+    needed = "" if found.needed is None else f" (from {found.needed} hits on)"
+    raise UserError(
+        f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {found.images} val images, near chance"
+        f" ({expected:.2f} %): it has {found.hits} hits{counted}; {found.counted} or more come about by chance with a"
+        f" probability of {found.probability:.2g}, expected below {LEVEL:g}{needed}. {_UNFIT_TEACHER}."
+        " --allow-weak-teacher trains all the same"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.machinery
 import io
@@ -14,6 +15,7 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from tiny_run import config, differing, distilled, write_teacher
 from torch import nn
 
 from ijckd_fast import files
-from ijckd_fast.data import Batch
+from ijckd_fast.data import Batch, build_index
 from ijckd_fast.distill import PARTS, PRESETS, Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, evaluate
@@ -39,6 +41,7 @@ from ijckd_fast.train import (
     checkpoint,
     learning_rate,
     make_config,
+    refuse_weak_teacher,
     resolve,
     run_folder,
     train as loud_train,
@@ -576,16 +579,59 @@ def test_a_teacher_that_eval_does_not_freeze(data, teacher, tmp_path, monkeypatc
 
 
 def test_weak_teacher(data, teacher, tmp_path):
-    # Three classes: chance is 33.3 %, and half of the images right is not enough.
+    # Three classes, 18 images: chance is 6 hits, and the first number that it hardly ever reaches is 13.
     changes = {**distilled(teacher), "allow_weak_teacher": False}
     text = (
-        r"has a top-1 of .* near chance \(33.33 %\), wanted at least 50.00 %.*another "
-        r"order.*--mean.*--allow-weak-teacher"
+        r"has a top-1 of .* near chance \(33.33 %\): it has \d+ hits; .* expected below 0.001 \(from 13 hits on\)\."
+        r".*another order.*--class-list.*--mean.*--allow-weak-teacher"
     )
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path, **changes))
     # The folder holds no run yet, so that the corrected command simply works.
     train(config(data, tmp_path, **{**changes, "allow_weak_teacher": True}))
+
+
+def answers(predictions: list[int]) -> Evaluation:
+    """As if the teacher had been asked about the first images of val."""
+    ids = torch.arange(len(predictions))
+    return Evaluation(50.0, 100.0, None, len(ids), 1.0, torch.tensor(predictions), ids)
+
+
+def test_a_teacher_is_judged_by_the_labels_of_the_images_it_saw(data, tmp_path):
+    val = build_index(data, "val")  # six images of each of three classes
+    said: list[str] = []
+    judge = functools.partial(refuse_weak_teacher, config(data, tmp_path, teacher="resnet8"), val=val, say=said.append)
+    judge(answers(val.labels.tolist()))
+    assert said == []
+    with pytest.raises(UserError, match=r"it has 12 hits; 12 or more come about by chance .* of 0\.0039, expected"):
+        judge(answers([0] * 6 + [1] * 6 + [0] * 6))
+    with pytest.raises(UserError, match=r"near chance \(33\.33 %\): it has 6 hits;"):
+        judge(answers([2] * 18))
+    everyone = answers(val.labels.tolist())
+    judge(everyone._replace(ids=everyone.ids.flip(0), predictions=everyone.predictions.flip(0)))  # of several processes
+    assert said == []
+
+
+def test_a_val_split_too_small_to_judge_a_teacher_is_said_to_be(data, tmp_path):
+    said: list[str] = []
+    val = build_index(data, "val")
+    few = answers([0, 0, 0, 1, 1, 1])._replace(ids=torch.tensor([0, 1, 6, 7, 12, 13]))
+    refuse_weak_teacher(config(data, tmp_path, teacher="resnet8"), few, val, said.append)
+    assert said == [
+        "warning: 6 val images are too few to tell whether teacher resnet8 (3 hits) is better than chance (2.0 hits)"
+    ]
+
+
+def test_a_teacher_that_is_hardly_better_than_chance_is_warned_of(data, tmp_path):
+    said: list[str] = []
+    val = dataclasses.replace(build_index(data, "val"), labels=np.arange(18) % 2, classes=["ant", "bee"])
+    many = answers([0, 1] * 9)  # a stand-in for thousands of images: each is asked about 300 times
+    ids, predictions = many.ids.repeat(300), many.predictions.repeat(300)
+    predictions[:2400] = 1 - predictions[:2400]
+    judge = functools.partial(refuse_weak_teacher, config(data, tmp_path, teacher="resnet8"), val=val, say=said.append)
+    judge(many._replace(ids=ids, predictions=predictions))
+    assert len(said) == 1
+    assert said[0].startswith("warning: teacher resnet8 is better than chance (50.00 %), but not by much: its classes")
 
 
 def test_good_teacher_passes(data, tmp_path):

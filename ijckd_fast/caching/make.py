@@ -19,6 +19,7 @@ from ijckd_fast.data import Index, StandIns, TooManyUnreadable, check_views
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate, load_evaluation, save_evaluation
 from ijckd_fast.nets import Tapped
+from ijckd_fast.normalisation import IMAGENET
 from ijckd_fast.teacher_cache import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
 from ijckd_fast.train import (
     Stopped,
@@ -29,11 +30,13 @@ from ijckd_fast.train import (
     build_teacher,
     build_val_loader,
     check_parity,
+    normalisations_of,
     refuse_restless_teacher,
     refuse_weak_teacher,
     resolve,
     stop_signal,
     teacher_fingerprint,
+    teacher_view_of,
 )
 from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY
@@ -85,7 +88,7 @@ def make_cache(
             classifier=teacher.classifier,
             classes=train_index.classes,
             settings={
-                **plan_settings(train_index, augment_of(config), config.seed, config.data_backend),
+                **plan_settings(train_index, teacher_view_of(config), config.seed, config.data_backend),
                 "amp_dtype": config.amp_dtype,
             },
             views=views,
@@ -109,6 +112,9 @@ def make_cache(
                     f"warning: images {ids.start} to {ids.stop - 1} of view {view} are not what was written, and are"
                     " made again"
                 )
+            _, own = normalisations_of(config)
+            if own != IMAGENET:
+                tell(f"the teacher's images are normalised by {own}")
             if config.data_backend == "dali":
                 check_parity(config, train_index, val_index, tell)
             _judge(config, folder, teacher, fingerprint, val_index, tell)
@@ -167,7 +173,7 @@ def _still_teacher(config: TrainConfig, num_classes: int) -> tuple[Tapped, str]:
 
 def _judge(config: TrainConfig, folder: Path, teacher: Tapped, fingerprint: str, index: Index, tell: Teller) -> None:
     """The teacher's own evaluation, kept in the cache; UserError where it is near chance."""
-    key = val_key(fingerprint, index, augment_of(config), config.data_backend)
+    key = val_key(fingerprint, index, teacher_view_of(config), config.data_backend)
     kept = load_evaluation(folder / VAL)
     if kept is not None and kept[0] == key:
         evaluation = kept[1]

@@ -64,10 +64,10 @@ def run(args: Arguments) -> Outcome:
 def _teacher_on(run: LoadedRun, index: Index, loader: Loader) -> Evaluation | None:
     """The teacher's answers to the same images, from the cache or its own; None without either."""
     from ijckd_fast.evaluate import evaluate
-    from ijckd_fast.train import augment_of
+    from ijckd_fast.train import teacher_view_of
 
     if run.teacher_cache is not None:
-        kept = run.teacher_cache.on_val(index, augment_of(run.config), run.config.data_backend)
+        kept = run.teacher_cache.on_val(index, teacher_view_of(run.config), run.config.data_backend)
         if kept is None:
             print(
                 "the cache has the teacher's answers to other images, or with other settings: no agreement; "

@@ -15,6 +15,7 @@ from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
 from ijckd_fast.nets.tapped import Tapped
 from ijckd_fast.nets.weights import native_names, read_weights
+from ijckd_fast.normalisation import Normalisation
 
 
 def create_model(
@@ -65,6 +66,26 @@ def library_of(name: str) -> str | None:
     if library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models):
         return "torchvision"
     return "timm" if library in ("", "timm") and timm.is_model(short) else None
+
+
+def published_normalisation(name: str) -> Normalisation | None:
+    """What the images were like that the published weights of a library's net were trained on, by its own record.
+
+    returns  None for a net of ours, for no model's name, and where the library does not say
+    """
+    library, short = library_of(name), name.rpartition("/")[2]
+    if library == "torchvision":
+        import torchvision
+
+        preset = next(iter(torchvision.models.get_model_weights(short))).transforms()  # of those that _build takes
+        return Normalisation.of(preset.mean, preset.std)
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(short)
+        if config is not None and config.mean and config.std:
+            return Normalisation.of(config.mean, config.std)
+    return None
 
 
 def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.nets.cifar_names import small_form_hint
 from ijckd_fast.nets.probe import Probe, Stage
 from ijckd_fast.nets.weights import misfit, require_fit
+from ijckd_fast.normalisation import Normalisation
 
 
 class Tapped(nn.Module):
@@ -43,6 +45,8 @@ class Tapped(nn.Module):
     """
 
     classifier: nn.Linear | None
+    _input_scale: Tensor | None
+    _input_shift: Tensor | None
 
     def __init__(self, net: nn.Module, name: str, num_classes: int, image_size: int) -> None:
         super().__init__()
@@ -68,6 +72,8 @@ class Tapped(nn.Module):
         self._kept_stages: tuple[int, ...] = ()  # stages, by their place in `stages`
         self._hooked: set[int] = set()
         self._stage_maps: dict[int, Tensor] = {}
+        for buffer in ("_input_scale", "_input_shift"):  # no weights: not in the state_dict
+            self.register_buffer(buffer, None, persistent=False)
 
     @property
     def has_map(self) -> bool:
@@ -106,6 +112,23 @@ class Tapped(nn.Module):
                 self.net.get_submodule(self.stages[place].path).register_forward_hook(hook)
                 self._hooked.add(place)
 
+    def renormalise(self, given: Normalisation, own: Normalisation) -> None:
+        """From now on images come normalised as `given`, and the net sees them as its weights expect: as `own`.
+
+        Where the two differ, an affine step per channel on the images' device, in float32, comes before the net; where
+        they are equal, nothing. Gradients, weights and state_dict are as before.
+        """
+        scale = shift = None
+        if given != own:
+            # ((x * std + mean) - mean_own) / std_own
+            std, std_own, mean, mean_own = (
+                torch.tensor(values, dtype=torch.float64).view(3, 1, 1)  # [3, 1, 1]
+                for values in (given.std, own.std, given.mean, own.mean)
+            )
+            like = next(self.parameters())
+            scale, shift = (x.to(like.device, torch.float32) for x in (std / std_own, (mean - mean_own) / std_own))
+        self._input_scale, self._input_shift = scale, shift
+
     def drop_classifier(self) -> None:
         """Removes the classifier and its parameters, for a student that will answer through the teacher's."""
         self.classifier = None
@@ -134,6 +157,8 @@ class Tapped(nn.Module):
         """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order."""
         if need_map:
             self.require_map()
+        if self._input_scale is not None and self._input_shift is not None:
+            images = (images * self._input_scale + self._input_shift).to(images.dtype)
         pooled = self.net(images)  # [B, C]
         kept, self._stage_maps = self._stage_maps, {}
         last, self._map = self._map, None

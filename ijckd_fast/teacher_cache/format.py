@@ -65,7 +65,10 @@ class Layout:
 
 
 def plan_settings(index: Index, augment: Augment, seed: int, data_backend: str) -> dict[str, Any]:
-    """What the pixels of the views depend on, as it stands in cache.json and is compared at the start of a training."""
+    """What the pixels of the views depend on, as it stands in cache.json and is compared at the start of a training.
+
+    augment  as the teacher sees the images, whatever the student's are normalised by
+    """
     return {
         "index": index.hash,
         "images": len(index),
@@ -98,7 +101,8 @@ def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
         if name == "index":
             found.append("other training images (files, sizes, labels, classes, --train-per-class or --label-noise)")
         else:
-            found.append(f"{name} {there.get(name)} where {value} is expected")
+            setting = f"teacher_{name}" if name in ("mean", "std") else name
+            found.append(f"{setting} {there.get(name)} where {value} is expected")
     return found
 
 

@@ -15,6 +15,7 @@ from ijckd_fast.data import Augment, Index
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, load_evaluation
 from ijckd_fast.nets import CachedTeacher
+from ijckd_fast.normalisation import Normalisation
 from ijckd_fast.teacher_cache.format import (
     ABOUT,
     AGAIN,
@@ -46,6 +47,7 @@ class TeacherCache:
     published    whether its weights are the library's
     views (V), images (N), channels (Ct), num_classes (K)
     unreadable   id -> reason of images that could not be read: their rows are NaN
+    normalisation  of the images that the teacher saw
     digest       equal for caches that train to the same bits, wherever they lie
 
     raises       UserError: `path` holds no cache, an unfinished one, or one whose small files do not fit together
@@ -78,6 +80,7 @@ class TeacherCache:
         self.views, self.images, self.channels = layout.views, layout.images, layout.channels
         self.num_classes: int = self._settings["num_classes"]
         self.unreadable = {i: why for i, (_, why) in unreadable_of(self._done).items()}
+        self.normalisation = Normalisation.of(self._settings["mean"], self._settings["std"])
         self.digest: str = about["digest"]
 
     @functools.cached_property

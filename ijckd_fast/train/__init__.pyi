@@ -20,8 +20,10 @@ from ijckd_fast.train.resolving import (
     amp_dtype_of as amp_dtype_of,
     augment_of as augment_of,
     device_of as device_of,
+    normalisations_of as normalisations_of,
     objective_of as objective_of,
     resolve as resolve,
+    teacher_view_of as teacher_view_of,
 )
 from ijckd_fast.train.state import RunState as RunState, Saved as Saved
 from ijckd_fast.train.step import TrainStep as TrainStep

@@ -32,7 +32,13 @@ from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.optimizer import build_optimizer
-from ijckd_fast.train.resolving import amp_dtype_of, augment_of, objective_of
+from ijckd_fast.train.resolving import (
+    amp_dtype_of,
+    augment_of,
+    normalisations_of,
+    objective_of,
+    teacher_view_of,
+)
 from ijckd_fast.train.state import RunState, seed_all
 from ijckd_fast.train.step import TrainStep
 from ijckd_fast.train.teacher_checks import refuse_restless_teacher, teacher_fingerprint
@@ -159,13 +165,15 @@ def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeach
         return None
     if config.teacher_cache is not None:
         return TeacherCache(config.teacher_cache).teacher()
-    return create_model(
+    teacher = create_model(
         config.teacher,
         num_classes,
         checkpoint=config.teacher_checkpoint,
         pretrained=config.teacher_pretrained,
         image_size=config.image_size,
     )
+    teacher.renormalise(*normalisations_of(config))
+    return teacher
 
 
 def build_distiller(config: TrainConfig, num_classes: int, device: torch.device) -> Distiller:
@@ -259,7 +267,7 @@ def open_cache(config: TrainConfig, index: Index) -> TeacherCache | None:
                 f"{cache.path} is a cache of other weights of {cache.name} than those in {config.teacher_checkpoint}: "
                 "leave out --teacher-checkpoint, or make a cache of that one"
             )
-    cache.check(index, augment_of(config), config.seed, config.data_backend)
+    cache.check(index, teacher_view_of(config), config.seed, config.data_backend)
     return cache
 
 

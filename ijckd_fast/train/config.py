@@ -92,6 +92,17 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**settings)
 
 
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's recorded settings; of an older version's run with those that it had no name for.
+
+    Its teacher saw the student's images.
+    """
+    older: dict[str, Any] = {}
+    if values.get("teacher") is not None:
+        older = {f"teacher_{name}": values[name] for name in ("mean", "std") if name in values}
+    return {**older, **values}
+
+
 def for_evaluation(values: Mapping[str, Any]) -> dict[str, Any]:
     """A run's settings without those that only mean something in training, which are back at their defaults."""
     return {**values, **{name: FIELDS[name].default for name in _those(Trait.TRAINING)}}

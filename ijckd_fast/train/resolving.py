@@ -13,7 +13,8 @@ from ijckd_fast.data import Augment
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
-from ijckd_fast.nets import is_model_name
+from ijckd_fast.nets import is_model_name, published_normalisation
+from ijckd_fast.normalisation import IMAGENET, Normalisation
 from ijckd_fast.parallel import Processes, processes as distributed
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
@@ -33,6 +34,8 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if not config.data_dir:
         raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
     config = _named_by_path(_named_by_path(_named_by_cache(config), "teacher"), "student")
+    if config.teacher is None and (config.teacher_mean or config.teacher_std):
+        raise UserError("--teacher-mean and --teacher-std are a teacher's, got no --teacher: leave them out")
     has_weights = config.teacher_checkpoint is not None or config.teacher_pretrained or config.allow_weak_teacher
     if config.teacher is not None and not has_weights and config.teacher_cache is None:
         raise UserError(
@@ -80,6 +83,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
+    config = _normalised(config)
     cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(
         absolute_paths(config),
@@ -132,6 +136,49 @@ def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
     return dataclasses.replace(config, **{role: name, f"{role}_checkpoint": str(path)})
 
 
+def _normalised(config: TrainConfig) -> TrainConfig:
+    """With mean and std of both nets' images filled in: what is not given is what the weights were made with."""
+    mean, std = config.mean, config.std
+    given = mean is not None or std is not None
+    if mean is None or std is None:
+        own = _own_normalisation(config.student, config.student_checkpoint, config.student_pretrained) or IMAGENET
+        mean, std = mean or own.mean, std or own.std
+    images = Normalisation(mean, std)
+    if config.teacher is None:
+        return dataclasses.replace(config, mean=mean, std=std)
+    mean_t, std_t = config.teacher_mean, config.teacher_std
+    if mean_t is None or std_t is None:
+        if config.teacher_cache is not None:
+            own_t: Normalisation | None = TeacherCache(config.teacher_cache).normalisation
+        else:
+            own_t = _own_normalisation(
+                config.teacher, config.teacher_checkpoint, config.teacher_pretrained, images if given else None
+            )
+        mean_t, std_t = mean_t or (own_t or images).mean, std_t or (own_t or images).std
+    try:
+        Normalisation(mean_t, std_t)
+    except UserError as error:
+        raise UserError(f"--teacher-mean and --teacher-std: {error}") from error
+    return dataclasses.replace(config, mean=mean, std=std, teacher_mean=mean_t, teacher_std=std_t)
+
+
+def _own_normalisation(
+    name: str, checkpoint: str | None, pretrained: bool, of_other_files: Normalisation | None = None
+) -> Normalisation | None:
+    """What the images were like that a net's weights were made with; None where there are no weights, or no record.
+
+    of_other_files  what files that are no run's checkpoint are taken to be made with; None: what the library says of
+                    the net
+    """
+    if checkpoint is None:
+        return published_normalisation(name) if pretrained else None
+    try:
+        run = Saved.read(checkpoint).config
+    except UserError:  # weights from elsewhere; a file that cannot be read at all is refused where the net is built
+        return of_other_files or published_normalisation(name)
+    return Normalisation.of(run["mean"], run["std"])
+
+
 def objective_of(config: TrainConfig) -> Objective:
     """The preset with the weights and heads that the settings change."""
     return get_objective(config.objective, **{name: getattr(config, name) for name in OBJECTIVE_FIELDS})
@@ -150,6 +197,8 @@ def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:
 def augment_of(config: TrainConfig) -> Augment:
     """How images become input; config is resolved."""
     assert config.eval_resize is not None
+    assert config.mean is not None
+    assert config.std is not None
     return Augment(
         image_size=config.image_size,
         scale=config.scale,
@@ -164,6 +213,22 @@ def augment_of(config: TrainConfig) -> Augment:
         repeats=config.repeats,
         sizes=_progressive(config.sizes),
     )
+
+
+def normalisations_of(config: TrainConfig) -> tuple[Normalisation, Normalisation]:
+    """(of the student's images, of the teacher's), equal without a teacher; config is resolved."""
+    assert config.mean is not None
+    assert config.std is not None
+    given = Normalisation(config.mean, config.std)
+    if config.teacher_mean is None or config.teacher_std is None:
+        return given, given
+    return given, Normalisation(config.teacher_mean, config.teacher_std)
+
+
+def teacher_view_of(config: TrainConfig) -> Augment:
+    """`augment_of`, as the teacher sees the images: normalised as its weights expect. config is resolved."""
+    own = normalisations_of(config)[1]
+    return dataclasses.replace(augment_of(config), mean=own.mean, std=own.std)
 
 
 def _progressive(sizes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

@@ -20,6 +20,7 @@ import yaml
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.train.code_hash import code_hash
+from ijckd_fast.train.config import completed
 
 if TYPE_CHECKING:
     pass
@@ -93,7 +94,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is damaged (wanted 'setting: value' lines): restore it, or give the settings again in a new run"
         )
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return completed({key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

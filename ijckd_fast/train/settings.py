@@ -162,11 +162,26 @@ class Images:
         "crop_padding image_size",
         Trait.PLAN | Trait.CACHED,
     )
-    mean: tuple[float, float, float] = _image(
-        (0.485, 0.456, 0.406), "RGB mean that is subtracted, in units of [0, 1]", Trait.PLAN | Trait.CACHED
+    mean: tuple[float, float, float] | None = _image(
+        None,
+        "RGB mean that is subtracted from the student's images, in units of [0, 1]; default: what the student's "
+        "first weights were made with (an earlier run's, the library's), else ImageNet's, 0.485,0.456,0.406",
+        Trait.PLAN | Trait.CACHED,
     )
-    std: tuple[float, float, float] = _image(
-        (0.229, 0.224, 0.225), "RGB deviation to divide by, in units of [0, 1]", Trait.PLAN | Trait.CACHED
+    std: tuple[float, float, float] | None = _image(
+        None,
+        "RGB deviation that they are divided by, likewise; ImageNet's is 0.229,0.224,0.225",
+        Trait.PLAN | Trait.CACHED,
+    )
+    teacher_mean: tuple[float, float, float] | None = _image(
+        None,
+        "mean of the images that the teacher's weights expect; where it is another than --mean, the teacher's images "
+        "are converted on the device; default: what its weights were made with (an earlier run's, the library's for "
+        "published ones, --mean for a file where that is given)",
+        Trait.CACHED | Trait.TEACHER,
+    )
+    teacher_std: tuple[float, float, float] | None = _image(
+        None, "deviation of those images, likewise", Trait.CACHED | Trait.TEACHER
     )
     train_per_class: int | None = _image(
         None,

@@ -20,7 +20,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.code_hash import code_hash
-from ijckd_fast.train.config import FIELDS, TrainConfig
+from ijckd_fast.train.config import FIELDS, TrainConfig, completed
 from ijckd_fast.train.meters import Meter
 from ijckd_fast.train.step import TrainStep
 
@@ -83,7 +83,7 @@ class Saved:
                 f"{path} has settings that this version of ijckd-fast does not know ({', '.join(unknown)}): "
                 f"continue with {run_folder.version_that_wrote(Path(path).parent)}"
             )
-        return cls(**{name: values[name] for name in parts})
+        return cls(**{name: values[name] for name in parts} | {"config": completed(values["config"])})
 
     def as_dict(self) -> dict[str, Any]:
         """What `checkpoint.save` writes; the tensors are not copied."""

@@ -21,7 +21,7 @@ from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import TrainConfig
-from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of
+from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of, teacher_view_of
 
 if TYPE_CHECKING:
     from ijckd_fast.train.build import RunData
@@ -123,7 +123,7 @@ def judge_teacher(
     if data.cache is None:
         evaluation = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
     else:
-        evaluation = data.cache.on_val(data.val, augment_of(config), config.data_backend)
+        evaluation = data.cache.on_val(data.val, teacher_view_of(config), config.data_backend)
         if evaluation is None:
             say("the cache holds the teacher's answers to other val images, or with other settings: no agreement")
     if evaluation is not None:
@@ -144,7 +144,7 @@ def _teacher_on_val(
     """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
     if distiller.teacher is None:
         return None
-    pixels = f"{augment_of(config)} {config.data_backend} {config.amp_dtype}"
+    pixels = f"{teacher_view_of(config)} {config.data_backend} {config.amp_dtype}"
     key = f"{inputs['teacher']} {inputs['validation images']} {pixels}"
     path = folder / run_folder.TEACHER
     known = processes.from_main(load_evaluation(path) if processes.is_main else None)

@@ -21,6 +21,7 @@ from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
+from ijckd_fast.normalisation import IMAGENET
 from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, report, run_folder, stops
 from ijckd_fast.train.build import RunData, cached_features
@@ -28,7 +29,7 @@ from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.log import RunLog
 from ijckd_fast.train.meters import Stopwatch, memory_mb
 from ijckd_fast.train.progress import TrainingProgress
-from ijckd_fast.train.resolving import amp_dtype_of
+from ijckd_fast.train.resolving import amp_dtype_of, normalisations_of
 from ijckd_fast.train.state import RunState
 from ijckd_fast.train.step import out_of_memory
 
@@ -72,6 +73,10 @@ class Training:
             )
             + (f"; continuing from step {state.step}" if state.step else "")
         )
+        given, own = normalisations_of(config)
+        if given != IMAGENET or own != given:
+            teachers = f"; the teacher's by {own}, as its weights expect" if own != given else ""
+            show.say(f"images are normalised by {given}{teachers}")
         if pairs := self.distiller.stage_pairs:
             named = ", ".join(f"{stage_s.path} with {stage_t.path}" for stage_s, stage_t in pairs)
             show.say(f"stages compared, student's with teacher's: {named}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ijckd_fast.errors import UserError
+from ijckd_fast.normalisation import IMAGENET, Channels, Normalisation
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Augment:
     crop_padding: int = 0
     hflip: float = 0.5
     eval_resize: int = 256
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: Channels = IMAGENET.mean
+    std: Channels = IMAGENET.std
     mixup: float = 0.0
     cutmix: float = 0.0
     repeats: int = 1
@@ -89,8 +90,7 @@ class Augment:
             )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise UserError(f"mean and std must be three numbers each, std above 0, found {self.mean} and {self.std}")
+        Normalisation(self.mean, self.std)  # refuses other units
 
 
 def check_views(views: int, augment: Augment) -> None:

@@ -1,10 +1,13 @@
-"""What a connector is called in settings: its kind, and a factor."""
+"""What a connector is called in settings: its kind, and a factor; and how its first weights are drawn."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from ijckd_fast.errors import UserError, did_you_mean
 
 KINDS = ("bottleneck", "conv1x1", "linear", "mlp")
+ConnectorInit = Literal["torch", "he"]
 
 
 def parse_spec(spec: str) -> tuple[str, int]:

@@ -13,21 +13,34 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijckd_fast.distill.connector_spec import parse_spec, takes_map
+from ijckd_fast.distill.connector_spec import ConnectorInit, parse_spec, takes_map
 from ijckd_fast.distill.heads import ops_of
 from ijckd_fast.errors import UserError
 
 
-def build_connector(spec: str, student_channels: int, teacher_channels: int) -> Connector:
-    """Builds a connector from Cs to Ct channels with PyTorch's default initialisation.
+def build_connector(
+    spec: str, student_channels: int, teacher_channels: int, init: ConnectorInit = "torch"
+) -> Connector:
+    """Builds a connector from Cs to Ct channels.
 
     spec     'bottleneck:F'  on the map: conv1x1 Cs->Ct//F, BN, ReLU, conv3x3, BN, ReLU, conv1x1 ->Ct, BN, ReLU; no
                              biases (F = 2 when left out; IJCKD's and SimKD's)
              'conv1x1'       on the map: conv1x1 Cs->Ct, BN, ReLU; no bias (SRRL's)
              'linear'        on the pooled vector: linear Cs->Ct with bias
              'mlp'           on the pooled vector: linear Cs->Ct, BN, ReLU, linear Ct->Ct with bias
+    init     'torch'  first weights as PyTorch's layers draw them (IJCKD's and SimKD's)
+             'he'     weights N(0, 2 / (k k Cout)) of every k x k convolution and linear layer (SRRL's); biases as above
     raises   UserError for an unknown spec, or a factor greater than Ct
     """
+    connector = _build(spec, student_channels, teacher_channels)
+    if init == "he":
+        layers = (layer for layer in connector.trunk.modules() if isinstance(layer, nn.Conv2d | nn.Linear))
+        for weight in (*(layer.weight for layer in layers), connector.weight):
+            nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+    return connector
+
+
+def _build(spec: str, student_channels: int, teacher_channels: int) -> Connector:
     kind, factor = parse_spec(spec)
     if kind == "bottleneck":
         width = teacher_channels // factor

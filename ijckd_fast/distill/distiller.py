@@ -127,7 +127,8 @@ class Distiller(nn.Module):
         self.connector = None
         if objective.connector is not None:
             assert teacher is not None
-            self.connector = build_connector(objective.connector, student.channels, teacher.channels).to(like)
+            channels = student.channels, teacher.channels
+            self.connector = build_connector(objective.connector, *channels, objective.connector_init).to(like)
         for term in objective.terms:
             for name, module in term.build(Nets(student, teacher, self._pairs)).items():
                 self.add_module(name, module.to(like))

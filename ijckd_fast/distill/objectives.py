@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ijckd_fast.distill.connector_spec import parse_spec, takes_map
+from ijckd_fast.distill.connector_spec import ConnectorInit, parse_spec, takes_map
 from ijckd_fast.distill.terms import TERMS, Needs, Term
 from ijckd_fast.distill.terms.term import NOTHING, TEACHER_FEATURES, InferenceHead
 from ijckd_fast.errors import UserError, did_you_mean, one_of
@@ -32,14 +32,19 @@ else:
 
 @dataclass(frozen=True)
 class Objective(InferenceHead, _OfTerms):
-    """A row of the presets' table: every setting of every term, as an attribute (e.g. `temperature`), and two more.
+    """A row of the presets' table: every setting of every term, as an attribute (e.g. `temperature`), and three more.
 
-    connector   spec of connectors.build_connector; None: no loss term has the student's features in the teacher's space
-    infer_head  which classifier answers after training
+    connector       spec of connectors.build_connector; None: no loss term has the student's features in the teacher's
+                    space
+    connector_init  how its first weights are drawn
+    infer_head      which classifier answers after training
     """
 
     name: str
     connector: str | None = setting(None, "bottleneck:FACTOR, conv1x1, linear, mlp or none")
+    connector_init: ConnectorInit = setting(
+        "torch", "first weights of the connector: PyTorch's own (torch), or N(0, 2 / (k k Cout)), SRRL's (he)"
+    )
 
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -129,14 +134,15 @@ _MAPS_T = Needs.MAP_T | Needs.STAGES
 _TYPES = typing.get_type_hints(Objective)
 
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the
-# ImageNet ones); the weights of kd (1 and 1 at T = 4), fitnet (at hint layer 1) and at are those of SimKD's toolbox;
-# dkd's alpha, beta, T and warm-up stand in IJCKD's released settings. ijckd-pooled is ours: the same terms as ijckd,
-# but of the teacher it needs only the pooled vector, which can be cached.
+# ImageNet ones), first weights of the connector included; the weights of kd (1 and 1 at T = 4), fitnet (at hint layer
+# 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up stand in IJCKD's released settings.
+# ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be
+# cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
     "ijckd": {"ce": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
     "ijckd-pooled": {"ce": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1", **_ANSWERS_BY_TEACHER},
-    "srrl": {"ce": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1"},
+    "srrl": {"ce": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1", "connector_init": "he"},
     "simkd": {"fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
     "kd": {"ce": 1, "kl": 1},
     "dkd": {"ce": 1, "dkd_alpha": 1, "dkd_beta": 8},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ijckd_fast.nets.cifar import init_convs
-
 
 class MobileNetV1(nn.Module):
-    """MobileNetV1 (Howard et al. 2017) at width 1: the student of the published ResNet-50 pair."""
+    """MobileNetV1 (Howard et al. 2017) at width 1: the student of the published ResNet-50 pair.
+
+    Its first weights are PyTorch's own, as in the published recipes (SRRL, DKD, IJCKD): He's by the fan-out would give
+    the depthwise layers 0.41 to 0.08 of that deviation.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -21,7 +23,6 @@ class MobileNetV1(nn.Module):
             channels_in = channels
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(1024, num_classes)
-        init_convs(self)
 
     @staticmethod
     def _conv(channels_in: int, channels: int, kernel: int, stride: int, groups: int = 1) -> list[nn.Module]:

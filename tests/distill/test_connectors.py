@@ -1,13 +1,15 @@
 """Connectors: sizes as published, initialisation as torch's layers, arithmetic as torch's layers, refusals."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijckd_fast.distill import build_connector, parse_spec
+from ijckd_fast.distill import PRESETS, Distiller, build_connector, get_objective, parse_spec
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets import count_macs, count_parameters
+from ijckd_fast.nets import count_macs, count_parameters, create_model
 
 HEADS = ("fused", "reference")
 
@@ -45,6 +47,39 @@ def test_initialisation_is_that_of_torch_layers():
     connector = build_connector("linear", 6, 9)
     assert torch.equal(connector.weight, linear.weight)
     assert torch.equal(connector.bias, linear.bias)
+
+
+@pytest.mark.parametrize("channels", [(512, 512), (1024, 2048), (96, 256)])  # the published ImageNet pairs, another
+@pytest.mark.parametrize("spec", ["conv1x1", "bottleneck:4", "linear", "mlp"])
+def test_he_weights_are_normal_with_srrl_s_deviation(spec, channels):
+    """N(0, sqrt(2 / (k k Cout))) for every layer: deviation within 1 %, the tails of a normal and not of a uniform."""
+    torch.manual_seed(0)
+    connector = build_connector(spec, *channels, init="he")
+    trunk = [layer.weight for layer in connector.trunk.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert len(trunk) == {"conv1x1": 0, "bottleneck:4": 2, "linear": 0, "mlp": 1}[spec]
+    for weight in (*trunk, connector.weight):
+        kernel = math.prod(weight.shape[2:])
+        sizes = weight.detach() / math.sqrt(2 / (kernel * weight.shape[0]))
+        assert abs(sizes.std() - 1) < 4 / math.sqrt(2 * weight.numel())  # 4 standard errors
+        assert abs(sizes.mean()) < 4 / math.sqrt(weight.numel())
+        assert abs((sizes.abs() > 2).float().mean() - 0.0455) < 4 * math.sqrt(0.0455 / weight.numel())
+    if spec == "linear":  # the bias stays as torch's Linear has it
+        assert connector.bias.abs().max() <= 1 / math.sqrt(channels[0])
+
+
+@pytest.mark.parametrize("name", [name for name, objective in PRESETS.items() if objective.connector or objective.hint])
+def test_only_srrl_s_connector_leaves_torch_s_first_weights(name):
+    """IJCKD's and SimKD's connectors and the hint's regressor are PyTorch's: within 1 / sqrt(fan in)."""
+    torch.manual_seed(0)
+    student, teacher = (create_model(net, 7, image_size=16) for net in ("resnet8x0.25", "resnet8x0.5"))
+    distiller = Distiller(student, teacher, PRESETS[name])
+    connector = distiller.regressor if PRESETS[name].hint else distiller.connector
+    trunk = [layer.weight for layer in connector.trunk.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    within = [bool(w.abs().max() <= 1 / math.sqrt(w[0].numel())) for w in (*trunk, connector.weight)]
+    assert within == [name != "srrl"] * len(within)
+    again = Distiller(student, teacher, get_objective(name, connector_init="he"))
+    connector = again.regressor if PRESETS[name].hint else again.connector
+    assert bool(connector.weight.abs().max() <= 1 / math.sqrt(connector.weight.shape[1])) == (name == "fitnet")
 
 
 def torch_layers(spec: str, connector: nn.Module) -> nn.Sequential:

@@ -274,6 +274,7 @@ def test_presets_are_the_table():
         assert o.name == name
         assert o.infer_head == row["infer"]
         assert (o.connector, o.match) == (row.get("connector"), row.get("match", "none"))
+        assert o.connector_init == ("he" if name == "srrl" else "torch")
         assert (o.temperature, o.dkd_warmup) == (4.0, 20.0)
         assert (o.at, o.hint, o.hint_stage) == (row.get("at", 0), row.get("hint", 0), row.get("stage", 1))
 

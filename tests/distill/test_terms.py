@@ -14,7 +14,7 @@ from ijckd_fast.setting import joined, settings_of
 
 def test_an_objective_has_the_settings_of_every_term():
     of_terms = {name for term in TERMS for name in settings_of(term)}
-    assert of_terms | {"connector"} == set(settings_of(Objective))
+    assert of_terms | {"connector", "connector_init"} == set(settings_of(Objective))
     assert {f.name for f in dataclasses.fields(Objective)} == {"name", *settings_of(Objective)}
 
 

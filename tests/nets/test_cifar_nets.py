@@ -112,6 +112,40 @@ def test_parameter_counts_of_the_imagenet_pairs():
         assert count_parameters(MobileNetV1(1000)) == 4_231_976
 
 
+def plain_mobilenet() -> nn.Sequential:
+    """MobileNetV1 of torch's layers alone, none of them initialised by hand: as SRRL, DKD and IJCKD train it."""
+
+    def conv(channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+        layer = nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        return [layer, nn.BatchNorm2d(channels), nn.ReLU()]
+
+    layers = conv(3, 32, 3, 2)
+    strides = {64: [1], 128: [2, 1], 256: [2, 1], 512: [2, 1, 1, 1, 1, 1], 1024: [2, 1]}
+    channels_in = 32
+    for channels, stride in ((channels, stride) for channels, each in strides.items() for stride in each):
+        layers += conv(channels_in, channels_in, 3, stride, channels_in) + conv(channels_in, channels, 1)
+        channels_in = channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1024, 10))
+
+
+def test_mobilenet_begins_and_answers_as_the_published_one():
+    """The same seed draws the same weights and answers; depthwise deviations are PyTorch's 1 / sqrt(27) within 5 %."""
+    torch.manual_seed(0)
+    ours = MobileNetV1(10)
+    torch.manual_seed(0)
+    plain = plain_mobilenet()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    depthwise = [m.weight for m in ours.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert len(depthwise) == 13
+    for weight in depthwise:
+        assert weight.abs().max() <= 1 / 3
+        assert abs(weight.std() * 27**0.5 - 1) < max(0.05, 4 / (2 * weight.numel()) ** 0.5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), plain.eval()(images))
+
+
 @torch.no_grad()
 def test_nets_answer_as_the_published_ones():
     for name, wanted in ((row[0], row[5]) for row in PUBLISHED if row[5] is not None):

@@ -85,9 +85,12 @@ def _settings(args: Arguments) -> dict[str, Any]:
     options = {name: value for name, value in args.given.items() if name in FIELDS}
     if "student" in options:
         options["student"] = options["student"][-1]
+    objective = options.get("objective")
+    for name in reversed(args.config or ()):
+        objective = objective or load_preset(name).get("objective")
     preset: dict[str, Any] = {}
     for name in args.config or ():
-        preset.update(typed(load_preset(name), str(preset_path(name))))
+        preset.update(typed(load_preset(name, objective), str(preset_path(name))))
     if "batch_size" in options and "global_batch" not in options:
         preset.pop("global_batch", None)  # the option replaces it
     return {**preset, **options}

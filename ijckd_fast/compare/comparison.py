@@ -24,6 +24,7 @@ from ijckd_fast.train.config import (
     load_preset,
     preset_names,
     preset_path,
+    read_preset,
     read_yaml,
     typed,
 )
@@ -121,7 +122,8 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
 
     The keys:
     methods   name -> settings; `name:` alone is the objective of that name
-    base      settings, or a preset's name; `config` among settings names a preset they change
+    base      settings, or a preset's name; `config` among settings names a preset they change. What the preset sets for
+              single objectives the methods of these objectives have, unless base or a regime sets it for all
     teacher   the same: it is trained first; or what `ijckd-fast train --teacher` takes
     regimes   name -> settings
     against   methods to compare the others with
@@ -134,9 +136,12 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
     path = preset_path(name_or_path, COMPARISONS)
     values = read_yaml(path)
     _check_keys(values, path)
-    methods = {
-        str(name): _method(str(name), settings, path) for name, settings in (values.get("methods") or {}).items()
-    }
+    preset, settings = _preset(values.get("base"), f"base of {path}")
+    under, of_objectives = ({}, {}) if preset is None else read_preset(preset)
+    base = {**typed(under, str(preset)), **settings}
+    if "seed" not in settings:
+        base.pop("seed", None)  # that of a preset, which was for a run alone
+    methods = {str(name): _method(str(name), values, path) for name, values in (values.get("methods") or {}).items()}
     more: dict[str, Any] = {key: values[key] for key in ("seeds", "data_dir", "about") if key in values}
     if "regimes" in values:
         more["regimes"] = {
@@ -146,9 +151,10 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
         more["seeds"] = seeds
     if data_dir is not None:
         more["data_dir"] = data_dir
-    base = _preset(values.get("base"), f"base of {path}")
-    if not isinstance(values.get("base"), dict) or "seed" not in values["base"]:
-        base.pop("seed", None)  # that of a preset, which was for a run alone
+    for name, method in methods.items():
+        of_objective = typed(of_objectives.get(method["objective"], {}), str(preset))
+        said = {*settings, *(key for regime in more.get("regimes", {}).values() for key in regime)}  # for every method
+        methods[name] = {**{key: value for key, value in of_objective.items() if key not in said}, **method}
     return Comparison(
         name=path.stem,
         methods=methods,
@@ -187,21 +193,24 @@ def _settings(values: Any, where: str) -> dict[str, Any]:
     return typed(values, where)
 
 
-def _preset(values: Any, where: str) -> dict[str, Any]:
-    """A preset's name, or settings, which change the preset named in `config`."""
+def _preset(values: Any, where: str) -> tuple[str | None, dict[str, Any]]:
+    """(preset, the settings that change it) of a preset's name, or of settings with that name in `config`."""
     if isinstance(values, str):
-        values = {"config": values}
+        return values, {}
     if not isinstance(values, dict):
-        return _settings(values, where)
+        return None, _settings(values, where)
     preset = values.get("config")
-    under = {} if preset is None else typed(load_preset(str(preset)), str(preset))
-    return {**under, **_settings({key: value for key, value in values.items() if key != "config"}, where)}
+    settings = _settings({key: value for key, value in values.items() if key != "config"}, where)
+    return None if preset is None else str(preset), settings
 
 
 def _teacher(values: Any, where: str) -> dict[str, Any] | str | None:
     if isinstance(values, str) and values not in preset_names() and Path(values).suffix not in (".yaml", ".yml"):
         return values
-    return None if values is None else _preset(values, where)
+    if values is None:
+        return None
+    preset, settings = _preset(values, where)
+    return {**({} if preset is None else typed(load_preset(preset), preset)), **settings}
 
 
 def _method(name: str, values: Any, path: Path) -> dict[str, Any]:

@@ -135,9 +135,9 @@ _TYPES = typing.get_type_hints(Objective)
 
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the
 # ImageNet ones), first weights of the connector included; the weights of kd (1 and 1 at T = 4), fitnet (at hint layer
-# 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up stand in IJCKD's released settings.
-# ijckd-pooled is ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be
-# cached.
+# 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up are its authors' defaults, for CIFAR-100
+# (mdistiller; presets have those of their pairs). ijckd-pooled is ours: the same terms as ijckd, but of the teacher it
+# needs only the pooled vector, which can be cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
     "ijckd": {"ce": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},

@@ -13,13 +13,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ijckd_fast.distill import Objective
+from ijckd_fast.distill import PRESETS, Objective
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.setting import Setting, Trait, fault, settings_of
 from ijckd_fast.train.settings import Computation, DataAndModels, Goal, Images, Optimisation, Writing
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs"
 COMPARISONS = Path(__file__).parents[1] / "comparisons"  # what `ijckd-fast compare --config` takes by name
+BY_OBJECTIVE = "objectives"  # key of a preset: what it sets for single objectives
 _PREFIXES = ("imagenet_", "cifar100_")  # of presets' names, which may be left out
 
 CACHE_CHUNK_IMAGES = 4096  # of a teacher cache: images in a chunk, the unit that is written, checked and computed again
@@ -182,9 +183,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_preset(name_or_path: str) -> dict[str, Any]:
-    """The settings in a YAML file or packaged preset."""
+def load_preset(name_or_path: str, objective: str | None = None) -> dict[str, Any]:
+    """The settings in a YAML file or packaged preset for a training by `objective`; None: by the one it names itself.
+
+    What it sets for that objective alone stands over its other settings.
+    """
+    values, of_objectives = read_preset(name_or_path)
+    objective = objective or values.get("objective", FIELDS["objective"].default)
+    return {**values, **of_objectives.get(objective, {})}
+
+
+def read_preset(name_or_path: str) -> tuple[dict[str, Any], Mapping[str, Mapping[str, Any]]]:
+    """(settings in a YAML file or packaged preset, what it sets for single objectives, by their names)"""
     path = preset_path(name_or_path)
     values = read_yaml(path)
+    of_objectives = _checked(values.pop(BY_OBJECTIVE, {}), f"{BY_OBJECTIVE} of {path}")
     check_names(values, str(path))
-    return values
+    return values, of_objectives
+
+
+def _checked(of_objectives: Any, where: str) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(of_objectives, dict) or not all(isinstance(each, dict) for each in of_objectives.values()):
+        raise UserError(
+            f"{where}: expected settings by the names of objectives, got {of_objectives!r}: write e.g. dkd: "
+            "{temperature: 1}"
+        )
+    for objective, settings in of_objectives.items():
+        if objective not in PRESETS:
+            raise UserError(
+                f"unknown objective {objective!r} in {where}: expected some of {', '.join(PRESETS)}"
+                f"{did_you_mean(str(objective), PRESETS)}"
+            )
+        check_names(settings, f"{objective} in {where}")
+        if "objective" in settings:
+            raise UserError(f"{objective} in {where} names an objective too: leave that out, the key is its name")
+    return of_objectives

@@ -34,7 +34,7 @@ def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
             f"preset '{name}' is no packaged pair of teacher and student: expected one of {', '.join(pair_names())}"
         )
     here = {"data_dir": ".", "device": "cpu", "teacher_pretrained": False, "allow_weak_teacher": True}
-    config = resolve(make_config({**load_preset(name), **here, **changes}))
+    config = resolve(make_config({**load_preset(name, changes.get("objective")), **here, **changes}))
     return config, build_distiller(config, CLASSES[name.partition("_")[0]], torch.device("cpu"))
 
 

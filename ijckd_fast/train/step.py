@@ -80,7 +80,9 @@ class TrainStep:
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, _Inputs, dict[str, Tensor]]] | None = (
             {} if cuda_graph else None
         )
-        self._lr, self._progress = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._lr = torch.zeros((), device=device)
+        # float32 would round the last step of a long epoch up to the next one
+        self._progress = torch.zeros((), dtype=torch.float64, device=device)
 
     def __call__(
         self, batch: Batch, pooled_t: Tensor | None = None, *, step: int, lr: float, progress: float

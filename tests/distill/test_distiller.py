@@ -202,7 +202,7 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
         loss = loss + row.get("ce_s", 0) * cross_entropy(logits_s) + row.get("kl_s", 0) * kl(logits_s)
         if "beta" in row:
             dkd = mixed(lambda y: dkd_by_definition(logits_s, logits_t, y, row["alpha"], row["beta"]))
-            loss = loss + min(progress / 20, 1) * dkd
+            loss = loss + min((progress // 1 + 1) / 20, 1) * dkd
     return loss, logits if row["infer"] == "teacher" else logits_s, student, {"connector": p, "regressor": r}
 
 
@@ -261,7 +261,7 @@ def test_parts_are_the_unweighted_terms(name, connector):
     images, labels = batch()
     weights = {part: 0.5 for part in PARTS if getattr(PRESETS[name], part, 0) > 0}  # but for dkd, which has two
     objective = get_objective(name, **weights, connector=connector)
-    out = Distiller(student, teacher, objective).train()(images, labels, progress=10)
+    out = Distiller(student, teacher, objective).train()(images, labels, progress=9.5)
     total = sum(out.parts[k] * weight for k, weight in weights.items()) + out.parts.get("dkd", 0) * 0.5
     assert set(out.parts) == set(weights) | ({"dkd"} if name == "dkd" else set())
     torch.testing.assert_close(out.loss, total, **CLOSE)
@@ -275,7 +275,7 @@ def test_presets_are_the_table():
         assert o.infer_head == row["infer"]
         assert (o.connector, o.match) == (row.get("connector"), row.get("match", "none"))
         assert o.connector_init == ("he" if name == "srrl" else "torch")
-        assert (o.temperature, o.dkd_warmup) == (4.0, 20.0)
+        assert (o.temperature, o.dkd_warmup, o.dkd_warmup_by) == (4.0, 20.0, "epoch")
         assert (o.at, o.hint, o.hint_stage) == (row.get("at", 0), row.get("hint", 0), row.get("stage", 1))
 
 
@@ -657,10 +657,45 @@ def test_dkd_of_equal_logits_is_zero():
     torch.testing.assert_close(rows, torch.zeros(4, dtype=torch.float64), **CLOSE)
 
 
-def test_dkd_warms_up_over_twenty_epochs():
+# Where it is, in epochs done, with its factor by epoch and by step. 0.2: a fraction of an epoch is up at once
+@pytest.mark.parametrize(
+    ("warmup", "progress", "by_epoch", "by_step"),
+    [
+        (20, 0, 0.05, 0), (20, 5, 0.3, 0.25), (20, 18.999, 0.95, 0.94995), (20, 19, 1, 0.95), (20, 20, 1, 1),
+        (20, 90.5, 1, 1), (1, 0, 1, 0), (1, 0.5, 1, 0.5), (0.2, 0.1, 1, 0.5), (2.5, 1.5, 0.8, 0.6), (0, 0, 1, 1),
+    ],
+)  # fmt: skip
+def test_dkd_warms_up_by_epoch_or_by_step(warmup, progress, by_epoch, by_step):
+    """min(epoch / warm-up, 1), the epoch counted from 1 and the factor constant within it, as in DKD's code; by step
+    from 0.
+    """
+    for by, factor in (("epoch", by_epoch), ("step", by_step)):
+        dkd = dataclasses.replace(Dkd.of(PRESETS["dkd"]), dkd_warmup=float(warmup), dkd_warmup_by=by)
+        assert dkd.factor(progress) == pytest.approx(factor)
+        assert float(dkd.factor(torch.tensor(float(progress)))) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 781, 5004, 80_073, 1_281_167])
+def test_dkd_s_epoch_is_that_of_the_step(steps_per_epoch):
+    """The clock is step / steps per epoch, as the trainer has it, also on the device: the last step of an epoch belongs
+    to it, the next one to the next.
+    """
     dkd = Dkd.of(PRESETS["dkd"])
-    assert [dkd.factor(e) for e in (0, 5, 19.5, 20, 90)] == [0, 0.25, 0.975, 1, 1]
-    assert dataclasses.replace(dkd, dkd_warmup=0).factor(0) == 1
+    for epoch in range(1, 21):
+        for step, expected in (((epoch - 1) * steps_per_epoch, epoch), (epoch * steps_per_epoch - 1, epoch)):
+            progress = step / steps_per_epoch
+            assert dkd.factor(progress) == expected / 20
+            assert float(dkd.factor(torch.tensor(progress, dtype=torch.float64))) == expected / 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dkd_s_clock_on_the_device_leaves_the_loss_s_dtype(dtype):
+    distiller = Distiller(*pair(dtype), get_objective("dkd")).train()
+    by_number, by_tensor = (
+        distiller(*batch(dtype), progress=clock).loss for clock in (7.3, torch.tensor(7.3, dtype=torch.float64))
+    )
+    assert by_tensor.dtype == by_number.dtype == dtype
+    torch.testing.assert_close(by_tensor, by_number)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

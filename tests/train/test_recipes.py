@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from ijckd_fast import cli
 from ijckd_fast.commands.recipes import table_head, table_line
@@ -125,6 +126,56 @@ def test_presets_on_the_command_line(words, capsys):
     printed = capsys.readouterr().out
     assert "epochs: 240" in printed
     assert f"student: {words[-1] if len(words) > 1 else 'shufflenetv2x1.5'}" in printed
+
+
+def printed_settings(capsys, *words: str) -> dict:
+    assert cli.main(["train", *words, "--print-config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_a_preset_s_settings_of_an_objective(capsys, tmp_path):
+    """They hold where that objective is trained, over the preset's others and under options and later files."""
+    ours = {"temperature": 1, "dkd_beta": 0.5, "dkd_warmup": 1}
+    assert not ours.keys() & printed_settings(capsys, "--config", "r34_r18").keys()
+    assert not ours.keys() & printed_settings(capsys, "--config", "r34_r18", "--objective", "kd").keys()
+    assert printed_settings(capsys, "--config", "r34_r18", "--objective", "dkd").items() >= ours.items()
+    assert printed_settings(capsys, "--objective", "dkd", "--config", "r50_mobilenetv1")["dkd_beta"] == 2
+    given = printed_settings(capsys, "--config", "r34_r18", "--objective", "dkd", "--dkd-beta", "3")
+    assert given.items() >= {**ours, "dkd_beta": 3}.items()
+    file = tmp_path / "mine.yaml"
+    file.write_text("objective: dkd\ndkd_warmup: 5\n")
+    both = printed_settings(capsys, "--config", "r34_r18", "--config", str(file))
+    assert both.items() >= {**ours, "dkd_warmup": 5}.items()
+    file.write_text(
+        "objective: kd\ntemperature: 3\nobjectives: {kd: {temperature: 2, ce: 0.5}, dkd: {temperature: 1}}\n"
+    )
+    of_kd = printed_settings(capsys, "--config", str(file))
+    assert (of_kd["temperature"], of_kd["ce"], "objectives" in of_kd) == (2, 0.5, False)
+    assert printed_settings(capsys, "--config", str(file), "--objective", "at")["temperature"] == 3
+
+    objective = build_pair("r56_r20", objective="dkd")[1].objective
+    assert (objective.temperature, objective.dkd_beta, objective.dkd_warmup) == (4, 2, 20)
+    assert build_pair("r56_r20", objective="dkd", dkd_beta=1.0)[1].objective.dkd_beta == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("objectives: dkd", "expected settings by the names of objectives, got 'dkd': write e.g. dkd:"),
+        ("objectives: {dkd: 4}", "expected settings by the names of objectives, got {'dkd': 4}"),
+        ("objectives: {dkdd: {}}", "unknown objective 'dkdd' in objectives of .*: expected some of .*mean 'dkd'"),
+        (
+            "objectives: {kd: {temprature: 1}}",
+            "unknown setting 'temprature' in kd in objectives of .*mean 'temperature'",
+        ),
+        ("objectives: {kd: {objective: at}}", "kd in objectives of .* names an objective too: leave that out"),
+    ],
+)
+def test_mistakes_in_settings_of_an_objective(text, expected, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        load_preset(str(file))
 
 
 def test_a_preset_s_teacher_without_weights_is_refused(tmp_path, capsys):

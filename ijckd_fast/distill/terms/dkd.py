@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ijckd_fast.distill.terms.term import NOTHING, Needs, Seen, Temperature, Term, Value, weight
 from ijckd_fast.setting import setting
@@ -16,14 +17,19 @@ if TYPE_CHECKING:
 class Dkd(Temperature, Term):
     """warm-up (alpha TCKD + beta NCKD), see `dkd_rows`, nats, mean over B, of the student's own classifier.
 
-    Its part in the log is without the warm-up's factor, min(1, progress / dkd_warmup).
+    The warm-up's factor is min(1, e / dkd_warmup), e the epoch, counted from 1, as in the authors' code; or, by step,
+    the epochs done so far, fractions included. The term's part in the log is without it.
     """
 
     parts = ("dkd",)
 
     dkd_alpha: float = weight("DKD's target-class term")
     dkd_beta: float = weight("DKD's other-classes term")
-    dkd_warmup: float = setting(20.0, "epochs in which both DKD weights rise from 0", least=0, finite=True)
+    dkd_warmup: float = setting(20.0, "epochs in which both DKD weights rise to their full size", least=0, finite=True)
+    dkd_warmup_by: Literal["epoch", "step"] = setting(
+        "epoch",
+        "how they rise: with every epoch, from 1 / dkd_warmup in the first (epoch), or with every step from 0",
+    )
 
     @property
     def needs(self) -> Needs:
@@ -32,20 +38,29 @@ class Dkd(Temperature, Term):
         return Needs.OWN_LOGITS | Needs.LOGITS_T | (Needs.PROGRESS if self.dkd_warmup > 0 else NOTHING)
 
     def factor(self, progress: float | Tensor | None) -> float | Tensor:
-        """The warm-up's: 0 at the start, 1 from dkd_warmup epochs on; progress in epochs (a tensor [] gives one)."""
+        """The warm-up's, from `progress`, the epochs done so far, fractions included (a tensor [] gives one)."""
+        import torch
+
         if self.dkd_warmup == 0:
             return 1.0
         assert progress is not None
+        if self.dkd_warmup_by == "epoch":  # its number, from 1
+            progress = (progress.floor() if isinstance(progress, torch.Tensor) else math.floor(progress)) + 1
         done = progress / self.dkd_warmup
-        return min(done, 1.0) if isinstance(done, float) else done.clamp(max=1.0)
+        return done.clamp(max=1.0) if isinstance(done, torch.Tensor) else min(done, 1.0)
 
     def value(self, seen: Seen) -> Value:
+        import torch
+
         logits, logits_t = seen.logits, seen.logits_t
         assert logits is not None
         assert logits_t is not None
         weights = self.dkd_alpha, self.dkd_beta, self.temperature
         dkd = seen.mixed(lambda y: dkd_rows(logits, logits_t, y, *weights))
-        return Value(self.factor(seen.progress) * dkd, {"dkd": dkd.detach()})
+        factor = self.factor(seen.progress)
+        if isinstance(factor, torch.Tensor):
+            factor = factor.to(dkd.dtype)  # the clock's own must not widen the loss
+        return Value(factor * dkd, {"dkd": dkd.detach()})
 
 
 def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:

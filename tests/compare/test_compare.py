@@ -413,18 +413,20 @@ def test_methods_have_what_the_base_s_preset_sets_for_their_objective(weights, d
     """Under their own settings; and not where base or a regime says it for all methods."""
     methods = {"kd": None, "dkd": None, "dkd-8": {"objective": "dkd", "dkd_beta": 8.0}}
 
-    def settings(base: object, **more) -> dict[str, tuple]:
-        file = _write(tmp_path / "mine.yaml", methods=methods, base=base, teacher=str(weights), seeds=1, **more)
+    def settings(base: dict, **more) -> dict[str, tuple]:
+        base = {**base, "student": "resnet8x0.25", "image_size": 16, "teacher": "resnet8x0.5"}
+        base |= {"teacher_pretrained": False, "teacher_checkpoint": str(weights)}
+        file = _write(tmp_path / "mine.yaml", methods=methods, base=base, seeds=1, **more)
         _, runs = plan(load_comparison(file, data_dir=str(data)), tmp_path / "out")
         return {run.method: (run.config.temperature, run.config.dkd_beta, run.config.dkd_warmup) for run in runs}
 
-    own = {"config": "imagenet_r34_r18", "student": "resnet8x0.25", "teacher_pretrained": False, "image_size": 16}
+    own = {"config": "imagenet_r34_r18"}
     assert settings(own) == {"kd": (4, 0, 20), "dkd": (1, 0.5, 1), "dkd-8": (1, 8, 1)}
     assert settings({**own, "temperature": 2.0})["dkd"] == (2, 0.5, 1)
     assert settings(own, regimes={"hot": {"temperature": 8.0}})["dkd"] == (8, 0.5, 1)
-    assert settings({"student": "resnet8x0.25", "image_size": 16})["dkd"] == (4, 8, 20)
+    assert settings({})["dkd"] == (4, 8, 20)
     (tmp_path / "preset.yaml").write_text("objective: dkd\nobjectives: {dkd: {temperature: 1}}\n")
-    named = settings({**own, "config": str(tmp_path / "preset.yaml")})  # its own objective is no method's
+    named = settings({"config": str(tmp_path / "preset.yaml")})  # its own objective is no method's
     assert named == {"kd": (4, 0, 20), "dkd": (1, 8, 20), "dkd-8": (1, 8, 20)}
 
 

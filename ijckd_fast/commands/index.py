@@ -57,6 +57,7 @@ def run(args: Arguments) -> Outcome:
             verify="fast" if args.fast else args.verify,
             refresh=args.refresh,
             progress=sys.stderr.isatty(),
+            least_classes=2,
         )
         classes = found.index.classes
         rows.append(summarize(found, time.perf_counter() - start))

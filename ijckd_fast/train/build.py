@@ -103,6 +103,7 @@ def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Seque
         verify=config.index_verify,
         trust_folders=not config.check_files,
         progress=sys.stderr.isatty(),
+        least_classes=2,
     )
 
 

@@ -25,7 +25,17 @@ from ijckd_fast.data.index.check import Verdict, check_image
 from ijckd_fast.data.index.index import Index, Paths, content_hash
 from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
-from ijckd_fast.data.sources import Listed, Place, Source, WholeFile, open_source, read_class_list
+from ijckd_fast.data.sources import (
+    IMAGE_EXTENSIONS,
+    Listed,
+    PassedOver,
+    Place,
+    Source,
+    WholeFile,
+    open_source,
+    read_class_list,
+)
+from ijckd_fast.data.sources.passed_over import images_warning, listed, together
 from ijckd_fast.errors import UserError
 
 FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
@@ -39,6 +49,7 @@ class Scan:
     files    every file, those left out too
     home     where the verdicts and the list of the bad files are kept; None where nothing could be written
     opened   files that were opened, and the seconds that took
+    passed_over  files that are not read because of their names, or of where they lie, by kind
     """
 
     index: Index
@@ -46,6 +57,7 @@ class Scan:
     home: Path | None
     opened: int
     opening_seconds: float
+    passed_over: list[PassedOver]
 
 
 def build_index(
@@ -61,6 +73,7 @@ def build_index(
     trust_folders: bool = False,
     progress: bool = False,
     cache_dir: str | Path | None = None,
+    least_classes: int = 1,
 ) -> Index:
     """Indexes root/split, a folder of any kind in ../sources. Decodes only what is new or has changed.
 
@@ -79,9 +92,11 @@ def build_index(
     progress   show a progress bar on stderr while folders are listed and files are decoded
     cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below
                the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
-    warns      once with the number of files left out and where their list is; when a cached index is damaged
-    raises     UserError: no such folder, no class folder, a class without a readable image, classes unlike `classes` or
-               the class list, labels unlike the images, a damaged shard
+    least_classes  fewer are refused before a file is opened: a classifier is trained on 2 or more
+    warns      once with the number of files left out and where their list is; of images that are passed over because
+               of their names; of names that are equal but for their Unicode form; when a cached index is damaged
+    raises     UserError: no such folder, no class folder, folders that lie one level too deep, a class without a
+               readable image, classes unlike `classes` or the class list, labels unlike the images, a damaged shard
     """
     return scan(
         root,
@@ -95,6 +110,7 @@ def build_index(
         trust_folders=trust_folders,
         progress=progress,
         cache_dir=cache_dir,
+        least_classes=least_classes,
     ).index
 
 
@@ -111,6 +127,7 @@ def scan(
     trust_folders: bool = False,
     progress: bool = False,
     cache_dir: str | Path | None = None,
+    least_classes: int = 1,
 ) -> Scan:
     """build_index, with what a summary needs besides."""
     root = Path(root).resolve()
@@ -123,11 +140,18 @@ def scan(
     if classes is None and class_list is not None:
         classes, where = read_class_list(class_list), f"{class_list} lists"
     groups = source.groups(classes, where)
+    if source.class_is_group:
+        _require_classes(source, len(groups), least_classes)
 
     homes = cache_homes(root, cache_dir)
     known = Files.none() if refresh else load_files(homes, split)
     files = relist(source, groups, known, trust_folders or source.in_shards, progress)
     names, label_of = source.labels(_listed(files), classes)
+    _require_classes(source, len(names), least_classes)
+    unused = source.content.passed_over(source.unused())
+    passed = together([unused, *(group.passed_over for group in files.groups)])
+    if text := images_warning(source.content.folder, passed, IMAGE_EXTENSIONS):
+        warnings.warn(text, stacklevel=3)
     todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
     # os.path's: Path.is_file() raises where a home may not be looked into
     home = next((home for home in homes if os.path.isfile(report_path(home, split))), None)
@@ -144,7 +168,15 @@ def scan(
         if files.groups != known.groups or (files.facts[todo] != before).any():
             home = save_files(homes, split, files)
     index = _assemble(source, names, files, label_of, home)
-    return Scan(index, files, home, len(todo), seconds)
+    return Scan(index, files, home, len(todo), seconds, passed)
+
+
+def _require_classes(source: Source, found: int, least: int) -> None:
+    if found < least:
+        raise UserError(
+            f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.folder} has "
+            f"{found}: put one folder of images per class into it"
+        )
 
 
 def _listed(files: Files) -> Listed:
@@ -240,7 +272,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
     folder, split = source.content.folder, source.content.split
     bad = np.flatnonzero(files.facts["reason"])
     quarantined = [(os.fsdecode(files.paths[int(i)].as_py()), files.reasons[files.facts["reason"][i]]) for i in bad]
-    _require_images_in_every_class(folder, classes, labels, bad, quarantined)
+    _require_images_in_every_class(source, classes, files, labels, bad, quarantined)
     if quarantined:
         listed = f"; all are listed in {report_path(home, split)}" if home else ""
         warnings.warn(
@@ -275,7 +307,12 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
 
 
 def _require_images_in_every_class(
-    folder: Path, classes: tuple[str, ...], labels: np.ndarray, bad: np.ndarray, quarantined: list[tuple[str, str]]
+    source: Source,
+    classes: tuple[str, ...],
+    files: Files,
+    labels: np.ndarray,
+    bad: np.ndarray,
+    quarantined: list[tuple[str, str]],
 ) -> None:
     """labels [N] of every file; bad: the rows of those left out, which are `quarantined`."""
     left = np.bincount(labels, minlength=len(classes)) - np.bincount(labels[bad], minlength=len(classes))
@@ -284,13 +321,17 @@ def _require_images_in_every_class(
         return
     name = classes[empty[0]]
     unreadable = [quarantined[i] for i in np.flatnonzero(labels[bad] == empty[0])]
+    passed = together([files.groups[empty[0]].passed_over]) if source.class_is_group else []
     why = (
         f"its {len(unreadable)} image files are unreadable ({unreadable[0][0]}: {unreadable[0][1]})"
         if unreadable
+        else f"it has no image file, only {listed(passed)}, which are not read: expected {', '.join(IMAGE_EXTENSIONS)}"
+        if passed
         else "it has no image file"
     )
     others = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
     raise UserError(
-        f"every class of {folder} needs at least one readable image, but {name!r}{others} has none: {why}; "
+        f"every class of {source.content.folder} needs at least one readable image, but {name!r}{others} has none: "
+        f"{why}; "
         "add images or remove the class from both splits"
     )

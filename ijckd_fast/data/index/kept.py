@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijckd_fast.data.sources.listing import Stamp
+from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.files import replacing
 
-CACHE_VERSION = "2"
+CACHE_VERSION = "3"
 CACHE_FOLDER = ".ijckd-index"
 _ROWS_PER_GROUP = 1 << 18  # what is held twice while the file is read
 
@@ -79,6 +80,7 @@ class Group:
     folder: str  # relative to the root; or a shard, whose images are its rows
     rows: int
     stamps: tuple[Stamp, ...]  # of the folders when these rows were listed; () if that can no longer be relied on
+    passed_over: tuple[PassedOver, ...] = ()  # what lies there besides
 
 
 @dataclass(eq=False)
@@ -137,8 +139,8 @@ def _read(path: Path) -> Files:
             raise ValueError("its list of folders is damaged")
         files = Files.none()
         files.groups = [
-            Group(folder, rows, tuple((name, *state) for name, *state in stamps))
-            for folder, rows, stamps in json.loads(folders)
+            Group(folder, rows, tuple((name, *state) for name, *state in stamps), tuple(map(PassedOver._make, passed)))
+            for folder, rows, stamps, passed in json.loads(folders)
         ]
         files.facts = np.empty(file.metadata.num_rows, FACTS)
         if "offset" in file.schema_arrow.names:
@@ -204,7 +206,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
             facts[known],
             members if members is None else members[known],
         )
-    folders = json.dumps([(group.folder, group.rows, group.stamps) for group in groups]).encode()
+    folders = json.dumps([(group.folder, group.rows, group.stamps, group.passed_over) for group in groups]).encode()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"path": paths}
     columns |= {name: pa.array(facts[name]) for name in _PLAIN}
     columns["format"] = files.formats.column(facts["format"])

@@ -70,7 +70,7 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         else:
             paths.append(listing.paths)
             facts.append(_remembered(listing, old_paths, old_facts))
-            group = Group(folder, len(listing.paths), listing.stamps)
+            group = Group(folder, len(listing.paths), listing.stamps, listing.passed_over)
             if listing.offsets is not None:
                 numbers = [known.labels.number(label) for label in listing.labels]
                 members.append(np.rec.fromarrays([listing.offsets, np.array(numbers, np.int32)], MEMBERS))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ijckd_fast.data.index.build import Scan
 
-_REASONS = 3  # how many of the reasons the table names
+_REASONS, _KINDS = 3, 6  # how many of the reasons, and of the kinds passed over, the table names
 
 
 def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
@@ -21,6 +21,8 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
     images_per_class, shorter_side, longer_side (pixels, as stored): [least, median, most] of the images in the index
     bytes, formats, rotated: of the same; rotated counts those whose EXIF tag says that they are not upright
     reasons: how many files were left out for what, most frequent first
+    passed_over: how many files were not read because of their names, by extension; passed_over_images: how many of them
+    are images or look like them
     opened, images_per_s: files that this scan had to open, and how many a second; None where it opened none
     """
     index, facts = scan.index, scan.files.facts
@@ -40,6 +42,8 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
         "rotated": int((facts["orientation"][good] != 1).sum()),
         "left_out": len(index.quarantined),
         "reasons": dict(reasons.most_common()),
+        "passed_over": {row.kind: row.files for row in scan.passed_over},
+        "passed_over_images": sum(row.images for row in scan.passed_over),
         "opened": scan.opened,
         "images_per_s": round(scan.opened / scan.opening_seconds, 1) if scan.opened else None,
         "seconds": round(seconds, 3),
@@ -65,6 +69,7 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "formats": lambda row: _counts(row["formats"]),
         "not upright by EXIF (not turned)": lambda row: f"{row['rotated']:,}",
         "left out": _left_out,
+        "passed over by their names": _passed_over,
         "opened now": lambda row: (
             f"{row['opened']:,} at {row['images_per_s']:,.0f}/s" if row["opened"] else "none: nothing new"
         ),
@@ -81,6 +86,13 @@ def _three(values: list[int]) -> str:
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def _passed_over(row: dict[str, Any]) -> str:
+    kinds = row["passed_over"]
+    named = _counts(dict(list(kinds.items())[:_KINDS])) + (", ..." if len(kinds) > _KINDS else "")
+    images = f"; images among them: {row['passed_over_images']:,}" if row["passed_over_images"] else ""
+    return f"{sum(kinds.values()):,}" + (f" ({named}{images})" if kinds else "")
 
 
 def _left_out(row: dict[str, Any]) -> str:

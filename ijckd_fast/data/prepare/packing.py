@@ -101,6 +101,7 @@ def pack(
             labels=val_labels if split == "val" else None,
             workers=workers,
             progress=progress,
+            least_classes=2,
         )
         if scans[split].index.shards:
             raise UserError(

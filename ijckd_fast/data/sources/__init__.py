@@ -11,6 +11,7 @@ from ijckd_fast.data.sources.class_folders import ClassFolders
 from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.label_files import read_class_list, read_labels
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, some
+from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.data.sources.places import Extent, Place, WholeFile
 from ijckd_fast.data.sources.recognise import SOURCES, open_source
 from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
@@ -26,6 +27,7 @@ __all__ = [
     "FlatFolder",
     "Listed",
     "Listing",
+    "PassedOver",
     "Place",
     "Shards",
     "Source",

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ijckd_fast.data.sources.levels import meant_by_other_classes, meant_by_wrong_level
 from ijckd_fast.data.sources.listing import some
+from ijckd_fast.data.sources.names import composed, counterparts, did_you_mean, require_distinct
 from ijckd_fast.data.sources.source import Content, Listed, Source
 from ijckd_fast.errors import UserError
 
@@ -16,6 +18,7 @@ class ClassFolders(Source):
     """See the module. Images lie at any depth below their class folder."""
 
     title = "class folders"
+    class_is_group = True
 
     @classmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:
@@ -24,10 +27,25 @@ class ClassFolders(Source):
 
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
         """One for each class."""
-        folders = self.content.folders
-        if classes is not None and set(classes) != set(folders):
-            raise UserError(_other_classes(self.content.folder, tuple(classes), folders, where))
-        return [f"{self.content.split}/{name}" for name in (folders if classes is None else classes)]
+        folder, folders = self.content.folder, self.content.folders
+        require_distinct(folders, f"the class folders of {folder}")
+        if classes is None:
+            meant = meant_by_wrong_level(folder, folders)
+            if meant:
+                raise UserError(
+                    f"{folder} must hold one folder of images per class, found {len(folders)} ({some(folders)}) that "
+                    f"{'does' if len(folders) == 1 else 'do'} not look like {'one' if len(folders) == 1 else 'these'}: "
+                    f"{meant}"
+                )
+            return [f"{self.content.split}/{name}" for name in folders]
+        there = counterparts(classes, folders, f"class folders of {folder}")
+        if not len(there) == len(set(there.values())) == len(classes) == len(folders):
+            raise UserError(_other_classes(folder, classes, folders, where))
+        return [f"{self.content.split}/{there[name]}" for name in classes]
+
+    def unused(self) -> Sequence[str]:
+        """Whatever lies beside the class folders."""
+        return (*self.content.images, *self.content.others)
 
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """A group's number is the label of what is in it."""
@@ -35,12 +53,14 @@ class ClassFolders(Source):
         return names, np.repeat(np.arange(len(names)), listed.rows)
 
 
-def _other_classes(folder: Path, expected: tuple[str, ...], found: tuple[str, ...], where: str) -> str:
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
+def _other_classes(folder: Path, expected: Sequence[str], found: Sequence[str], where: str) -> str:
+    forms = set(map(composed, expected)), set(map(composed, found))
+    missing = sorted(name for name in expected if composed(name) not in forms[1])
+    extra = sorted(name for name in found if composed(name) not in forms[0])
     parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
     parts += [f"{len(extra)} unexpected ({some(extra)})"] if extra else []
+    meant = did_you_mean(extra, missing) or meant_by_other_classes(folder, expected, found)
     return (
         f"{folder} must have the {len(expected)} class folders that {where}, found {len(found)}: {', '.join(parts)}; "
-        "make the names equal"
+        f"make the names equal{meant}"
     )

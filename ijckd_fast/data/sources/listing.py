@@ -13,8 +13,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Lower case; files with another extension are not looked at. The content decides how a file is read."""
+from ijckd_fast.data.sources.passed_over import PassedOver, Tally, head_of_file
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo"),
+    *(".png", ".apng", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Lower case; files with another extension are passed over and counted. The content decides how a file is read."""
+
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+"""What file systems and archivers put beside images, thumbnails among it; skipped like hidden names."""
 
 Stamp = tuple[str, int, int, int]
 """A folder or a shard relative to the root, its mtime_ns, ctime_ns and inode.
@@ -40,6 +48,7 @@ class Listing:
     offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
              first byte); None for images in files of their own
     labels   [n] with offsets: what the shard says of each
+    passed_over  files, or members of the shard, that are not read because of their names
     """
 
     paths: pa.LargeBinaryArray
@@ -48,6 +57,7 @@ class Listing:
     stamps: tuple[Stamp, ...]
     offsets: np.ndarray | None = None
     labels: Sequence[str] = ()
+    passed_over: tuple[PassedOver, ...] = ()
 
 
 def list_groups(
@@ -101,26 +111,31 @@ def settled(stamps: Sequence[Stamp], now_ns: int) -> tuple[Stamp, ...]:
 def list_images(root: str, folder: str) -> Listing:
     """The image files at any depth below root/folder, by name; a subfolder's stand where its name does.
 
-    Hidden names are skipped.
+    Hidden names are skipped, other files counted.
 
     raises  OSError where a folder cannot be read
     """
     now = time.time_ns()
     stamps: list[Stamp] = []
-    files = list(_walk(root, folder, stamps, frozenset()))
+    others = Tally()
+    files = list(_walk(root, folder, stamps, others, frozenset()))
     paths, lengths, mtimes = zip(*files, strict=True) if files else ((), (), ())
     return Listing(
         pa.array(paths, pa.large_binary()),
         np.array(lengths, np.int64),
         np.array(mtimes, np.int64),
         settled(stamps, now),
+        passed_over=others.counts(head_of_file(root)),
     )
 
 
 def _walk(
-    root: str, folder: str, stamps: list[Stamp], above: frozenset[tuple[int, int]]
+    root: str, folder: str, stamps: list[Stamp], others: Tally, above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[bytes, int, int]]:
-    """(path, bytes, mtime_ns) of each file. above: the folders on the way here, so that no link leads in circles."""
+    """(path, bytes, mtime_ns) of each image file. above: the folders on the way here, so that no link leads in circles.
+
+    others  takes the other files
+    """
     status = os.stat(os.path.join(root, folder))
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -128,13 +143,20 @@ def _walk(
     # taken before the names are read: what comes or goes meanwhile makes it a stamp of the past
     stamps.append((folder, status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
     for entry in sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             continue
         path = f"{folder}/{entry.name}"
         if is_folder(entry):
-            yield from _walk(root, path, stamps, above | {here})
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and not _is_pipe(entry):
+            yield from _walk(root, path, stamps, others, above | {here})
+        elif not entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            others.add(path)
+        elif not _is_pipe(entry):
             yield os.fsencode(path), *file_state(entry)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped, whatever it holds."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

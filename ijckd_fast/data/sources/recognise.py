@@ -7,6 +7,7 @@ from pathlib import Path
 from ijckd_fast.data.sources.class_folders import ClassFolders
 from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
+from ijckd_fast.data.sources.passed_over import listed
 from ijckd_fast.data.sources.shards import Shards
 from ijckd_fast.data.sources.source import Source, look_into
 from ijckd_fast.errors import UserError
@@ -32,7 +33,9 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
                 f"{kind.title} ({some(names)}), which say the class of what is in them; leave the label file out"
             )
         return kind(content, label_file)
+    others = content.passed_over(content.others)
+    found = f"holds nothing that is read, only {listed(others)} (e.g. {others[0].example})" if others else "is empty"
     raise UserError(
-        f"expected class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} is empty; put one "
+        f"expected class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} {found}; put one "
         "folder of images per class into it, or webdataset shards"
     )

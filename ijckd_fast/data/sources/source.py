@@ -11,14 +11,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_folder, list_images, some
+from ijckd_fast.data.sources.levels import meant_by_missing_split
+from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_folder, is_hidden, list_images, some
+from ijckd_fast.data.sources.passed_over import PassedOver, Tally, head_of_file, kind_of
 from ijckd_fast.data.sources.places import Extent, Place
 from ijckd_fast.errors import UserError
 
 
 @dataclass(frozen=True)
 class Content:
-    """What root/split holds, seen without going deeper. Hidden names do not count.
+    """What root/split holds, seen without going deeper. Hidden names do not count, see listing.is_hidden.
 
     folders  names, sorted as torchvision sorts them
     images   names of image files, sorted; a file's name says that it is one
@@ -36,6 +38,14 @@ class Content:
         """root/split."""
         return self.root / self.split
 
+    def passed_over(self, names: Sequence[str]) -> tuple[PassedOver, ...]:
+        """Those of `images` and `others` that a source makes no use of."""
+        unused, images = Tally(), set(self.images)
+        for name in names:
+            unused.add(f"{self.split}/{name}", f"{kind_of(name)} in {self.split}/ itself" if name in images else None)
+        outside = {f"{kind_of(name)} in {self.split}/ itself" for name in images}
+        return unused.counts(head_of_file(str(self.root)), images=tuple(outside))
+
 
 def look_into(root: Path, split: str) -> Content:
     """The content of root/split. Raises UserError where there is no such folder."""
@@ -47,11 +57,11 @@ def look_into(root: Path, split: str) -> Content:
         inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         raise UserError(
             f"{expected}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
-            "holds train/ and val/"
+            f"holds train/ and val/{meant_by_missing_split(root, split)}"
         )
     folders, images, others = [], [], []
     for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
             continue
         if is_folder(entry):
             folders.append(entry.name)
@@ -91,6 +101,9 @@ class Source(ABC):
     takes_label_file: ClassVar[bool] = False
     """Whether a text file (--val-labels) says the class of each image."""
 
+    class_is_group: ClassVar[bool] = False
+    """Whether each group is a class, and stands where its label says."""
+
     in_shards: ClassVar[bool] = False
     """Whether the groups are shards. The times of a shard speak for every image in it, those of a folder do not."""
 
@@ -102,6 +115,10 @@ class Source(ABC):
     @abstractmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:
         """The names in `content` that make it a source of this kind; none where it is of another."""
+
+    def unused(self) -> Sequence[str]:
+        """The names in root/split itself that are neither a group nor in one: counted as passed over."""
+        return ()
 
     @abstractmethod
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:

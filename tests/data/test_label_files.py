@@ -1,5 +1,8 @@
+import csv
+import io
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,17 @@ ROWS = {
     "no titles": [f"V_{i}, {CLASSES[i % 3]}" for i in range(6)],
     "spaces": [f"V_{i}.JPEG {CLASSES[i % 3]}" for i in range(6)] + [""],
     "tabs": [f"V_{i}\t{CLASSES[i % 3]}" for i in range(6)],
+    "tabs or spaces": [f"V_{i}{' ' if i else chr(9)} {CLASSES[i % 3]}" for i in range(6)],
+    "quoted kaggle": [
+        '"ImageId","PredictionString"',
+        *(f'"V_{i}","{CLASSES[i % 3]} 1 2 30 40 {CLASSES[i % 3]} 0 0 9 9 "' for i in range(6)),
+    ],
+    "quotes and spaces": [f'"V_{i}.JPEG" "{CLASSES[i % 3]}"' for i in range(6)],
+    "semicolons": ["Filename;Label", *(f"V_{i}.JPEG;{CLASSES[i % 3]}" for i in range(6))],
+    "tabs and titles": ["file_name\tclass name", *(f"V_{i}.JPEG\t{CLASSES[i % 3]}" for i in range(6))],
+    "class first": ["label,image", *(f"{CLASSES[i % 3]}, V_{i}.JPEG" for i in range(6))],
+    "more columns": ["id,filename,width,breed", *(f"{i},V_{i}.JPEG,48,{CLASSES[i % 3]}" for i in range(6))],
+    "pandas index": [",image_id,class", *(f"{i},V_{i},{CLASSES[i % 3]}" for i in range(6))],
 }
 
 
@@ -108,6 +122,88 @@ def test_label_files_of_windows_and_names_that_are_not_utf8(tmp_path):
     assert {name: label.name for name, label in read_labels(tmp_path / "labels").items()} == {
         os.fsdecode(b"caf\xe9"): "cat"
     }
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_names_with_separators_and_quotes_in_them(tmp_path, separator, end):
+    said = {"a,b": "sea lion, big", "c;d": "x; y", "e\tf": 'an "odd" one', "g": "5' tall"}
+    table = io.StringIO()
+    writer = csv.writer(table, delimiter=separator, lineterminator=end, quoting=csv.QUOTE_ALL)
+    writer.writerows([("name", "class"), *said.items()])
+    (tmp_path / "labels").write_bytes(b"\xef\xbb\xbf" + table.getvalue().encode())
+    assert {name: label.name for name, label in read_labels(tmp_path / "labels").items()} == said
+    assert [label.line for label in read_labels(tmp_path / "labels").values()] == [2, 3, 4, 5]
+
+
+def test_another_separator_in_every_class_name(tmp_path):
+    for rows, label in (
+        (["a\tx, y", "b\tx, y"], "x, y"),
+        (["a,\tx", "b,\tx"], "x"),
+        (["a;x, y", "b;x, y"], "x, y"),
+        (['"a","x; y"', '"b","x; y"'], "x; y"),
+        (["a,x y", "b,x y"], "x y"),
+        (["a,x 1 2", "b,x 1 2 3"], None),
+    ):
+        labels = read_labels(write(tmp_path / "labels", *rows))
+        assert list(labels) == ["a", "b"]
+        assert {found.name for found in labels.values()} == ({label} if label else {"x 1 2", "x 1 2 3"})
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("name,class\na,cat\n".encode("utf-16"), r"in UTF-8, found UTF-16 text .*iconv -f UTF-16"),
+        ("a,cat\n".encode("utf-16-le"), r"in UTF-8, found UTF-16 text"),
+        (b'a,cat\n"b,dog\nc,eel\n', r"quotes that do not fit, line 3: unexpected end of data"),
+        (b'a,cat\n"b"x,dog\n', r"quotes that do not fit, line 2"),
+        (b"a,sea lion, big\nb,cat\n", r"found 3 columns in the first row.*write titles above them"),
+        (b"b,cat\na,sea lion, big\n", r"line 2: expected .* found 'a,sea lion,big'"),
+        (b"name,class,label\na,cat,1\n", r"one with its class, found 'class', 'label' for one of them"),
+        (b"name;class\na,cat\n", r"line 2: expected .* found 'a,cat'"),
+        (b"a,cat,\nb,cat,\n", r"found 3 columns"),
+    ],
+)
+def test_tables_of_another_form(tmp_path, content, error):
+    (tmp_path / "labels").write_bytes(content)
+    with pytest.raises(UserError, match=error):
+        read_labels(tmp_path / "labels")
+
+
+def test_titles_that_are_not_known(root, tmp_path):
+    labels = write(tmp_path / "labels", "foto,klasse", *ROWS["no titles"])
+    with pytest.raises(UserError, match=r"line 1: .*; if that line is column titles, write name,class"):
+        build_index(root, "val", classes=CLASSES, labels=labels)
+
+
+def test_labels_in_the_other_unicode_form(tmp_path):
+    nfc, nfd = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    (tmp_path / "val").mkdir()
+    for name in (f"{nfc}1.jpg", f"{nfd}2.jpg", "3.jpg"):
+        photo(8, 8).save(tmp_path / "val" / name)
+    labels = write(tmp_path / "labels", f"{nfd}1,{nfc}t{nfd}", f"{nfc}2.jpg,{nfc}t{nfc}", f"3,b{nfd}")
+    classes = (f"b{nfc}", f"{nfd}t{nfd}")
+    with (
+        pytest.warns(UserWarning, match=r"2 images in .*val have the names expected in another Unicode form"),
+        pytest.warns(UserWarning, match=r"3 classes in .*labels have the names expected in another Unicode form"),
+    ):
+        found = build_index(tmp_path, "val", classes=classes, labels=labels)
+    label = {path: found.classes[i] for path, i in zip(found.paths, found.labels.tolist(), strict=True)}
+    assert label == {f"val/{nfc}1.jpg": classes[1], f"val/{nfd}2.jpg": classes[1], "val/3.jpg": classes[0]}
+    photo(8, 8).save(tmp_path / "val" / f"{nfd}1.jpg")  # beside that of the other form: each is asked for its own
+    write(labels, f"{nfd}1,{classes[0]}", f"{nfc}1,{classes[1]}", f"{nfd}2,{classes[1]}", f"3,{classes[1]}")
+    found = build_index(tmp_path, "val", classes=classes, labels=labels)
+    assert found.labels[list(found.paths).index(f"val/{nfd}1.jpg")] == 0
+    assert found.labels[list(found.paths).index(f"val/{nfc}1.jpg")] == 1
+
+
+def test_labels_that_only_look_like_the_names(root, tmp_path):
+    labels = write(tmp_path / "labels", *(f"V_{i},{'Cat' if i == 0 else CLASSES[i % 3]}" for i in range(6)))
+    with pytest.raises(UserError, match=r"has the class 'Cat'.*; did you mean 'cat' by 'Cat'\?"):
+        build_index(root, "val", classes=CLASSES, labels=labels)
+    write(labels, *(f"{'v' if i == 0 else 'V'}_{i}.JPEG,{CLASSES[i % 3]}" for i in range(6)))
+    with pytest.raises(UserError, match=r"1 are not in it .*; did you mean 'V_0\.JPEG' by 'v_0\.JPEG'\?"):
+        build_index(root, "val", classes=CLASSES, labels=labels)
 
 
 def test_a_class_name_with_spaces_needs_a_comma(tmp_path):

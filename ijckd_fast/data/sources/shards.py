@@ -1,28 +1,40 @@
 """Webdataset shards: tar archives of images, read in any order by an index of where in its archive each image lies.
 
-A sample is what shares a key, a member's name up to the first dot of its last part: an image, and `<key>.cls` with its
-label, a number or a class name. Without one the label is the folder that the image is in. Other members (.json, .txt)
-are not read.
+Where an archive has `.cls` members, each image needs one, which holds a number or a class name: of its own name
+(`photo.0.jpg`, `photo.0.cls`), or of its key, the name up to the first dot of its last part, as webdataset has it. In
+an archive without them the label is the folder that the image is in, and its whole name counts. Members have the names
+that unpacking would give them; links are followed; other members (.json, .txt) are counted and not read.
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, settled, some, stamp_of
+from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_hidden, settled, some, stamp_of
+from ijckd_fast.data.sources.names import counterparts, did_you_mean, require_distinct
+from ijckd_fast.data.sources.passed_over import Tally
+from ijckd_fast.data.sources.places import Extent
 from ijckd_fast.data.sources.source import Content, Listed, Source
 from ijckd_fast.errors import UserError
 
 CLASSES_FILE = "classes.txt"
 """Beside train/ and val/: the class names of numeric labels, one in a line, from 0."""
+
+LINKS = "links that lead to no member"
+SPARSE = "sparse members"  # whose bytes do not lie together
+REPLACED = "later members of the same name"
+_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused by name
+_LINKS_IN_A_ROW = 16  # more lead in circles
 
 
 class Shards(Source):
@@ -34,7 +46,7 @@ class Shards(Source):
     @classmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:
         """The tar archives, where nothing else makes them what something was unpacked from."""
-        return [name for name in content.others if name.endswith(".tar")]
+        return [name for name in content.others if name.lower().endswith(_ARCHIVES)]
 
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
         """The archives, in the order of their names."""
@@ -43,6 +55,11 @@ class Shards(Source):
     def list_group(self, group: str) -> Listing:
         """See list_shard."""
         return list_shard(str(self.content.root), group)
+
+    def unused(self) -> Sequence[str]:
+        """Whatever lies beside the archives."""
+        archives = set(self.recognised_by(self.content))
+        return [name for name in self.content.others if name not in archives]
 
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """See class_names."""
@@ -57,54 +74,174 @@ def list_shard(root: str, shard: str) -> Listing:
     raises  OSError where it cannot be read; UserError where it is no intact tar archive, or an image has no label
     """
     now, stamp = time.time_ns(), stamp_of(root, shard)
-    images: dict[str, tarfile.TarInfo] = {}
-    classes: dict[str, str] = {}
     path = os.path.join(root, shard)
+    others = Tally()
+    members = _members(path, shard, others)
+    images = {name: member for name, member in members.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
+    labels = _labels(path, members, images, shard, others)
+
+    def head(name: str, length: int) -> bytes:
+        member = members[name.removeprefix(f"{shard}/")]
+        return _content(path, member._replace(length=min(length, member.length)))
+
+    found = list(images.values())
+    return Listing(
+        pa.array([os.fsencode(f"{shard}/{member.name}") for member in found], pa.large_binary()),
+        np.array([member.length for member in found], np.int64),
+        np.full(len(found), stamp[1], np.int64),
+        settled([stamp], now),
+        np.array([member.offset for member in found], np.int64),
+        labels,
+        others.counts(head, images=(LINKS, SPARSE), others=(REPLACED,)),
+    )
+
+
+class _Member(NamedTuple):
+    name: str  # as the archive has it
+    offset: int  # bytes, of its content
+    length: int
+    label: bytes | None = None  # the content, of a .cls member
+
+
+class _Link(NamedTuple):
+    name: str  # as the archive has it
+    target: str  # the name of what it leads to, as unpacking would make it
+
+
+def _members(path: str, shard: str, others: Tally) -> dict[str, _Member]:
+    """The files in an archive that are not hidden, by their names after unpacking, links as what they lead to.
+
+    As unpacking does, the last member of a name has it. others: takes links that lead nowhere, sparse members, and
+    those that a later one of the same name replaces.
+    """
+    entries: dict[str, _Member | _Link | None] = {}
+    for member, label in _read_archive(path):
+        name = _unpacked(member.name)
+        entry: _Member | _Link | None = None
+        if member.islnk():  # to a member as it is now, which a later one may replace
+            target = _unpacked(member.linkname)
+            if target == name:
+                continue
+            now = entries.get(target)
+            entry = now._replace(name=member.name) if isinstance(now, _Member) else _Link(member.name, target)
+        elif member.issym():
+            entry = _Link(member.name, posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)))
+        elif member.isfile() and not member.issparse():
+            entry = _Member(member.name, member.offset_data, member.size, label)
+        elif not member.issparse():  # a folder, a pipe
+            continue
+        if name in entries:
+            del entries[name]  # so that the new one stands where it lies
+            if not _is_hidden(name):
+                others.add(f"{shard}/{name}", REPLACED)
+        entries[name] = entry
+    files: dict[str, _Member] = {}
+    for name, entry in entries.items():
+        if _is_hidden(name):
+            continue
+        found = entry
+        for _ in range(_LINKS_IN_A_ROW):
+            if not isinstance(found, _Link):
+                break
+            found = entries.get(found.target)
+        if entry is not None and isinstance(found, _Member):
+            files[name] = found._replace(name=entry.name)
+        else:
+            others.add(f"{shard}/{name}", SPARSE if entry is None else LINKS)
+    return files
+
+
+def _unpacked(name: str) -> str:
+    """A member's name as unpacking would make it: relative, without './'."""
+    return re.sub(r"^/*(\.\./)*", "", posixpath.normpath(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(map(is_hidden, name.split("/")))
+
+
+def _read_archive(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Each member, with its content if it is a file that ends in .cls: read in passing, where the disk is already."""
     last = "its beginning"
     try:
         with tarfile.open(path, "r:", errorlevel=1) as archive:
             for member in archive:
                 last = repr(member.name)
-                folder, _, name = member.name.rpartition("/")
-                key, dot, extension = name.partition(".")
-                key = f"{folder}/{key}"
-                if not member.isfile() or not dot or name.startswith("."):
-                    continue
-                if extension.lower() == "cls":
-                    content = archive.extractfile(member)
-                    classes[key] = content.read().decode(errors="replace").strip() if content else ""
-                elif f".{extension.lower()}".endswith(IMAGE_EXTENSIONS):
-                    if key in images:
-                        raise UserError(
-                            f"{path} must have one image for each key, found {images[key].name!r} and {member.name!r}; "
-                            "pack it again"
-                        )
-                    images[key] = member
+                is_label = member.isfile() and member.name.lower().endswith(".cls")
+                content = archive.extractfile(member) if is_label else None
+                yield member, None if content is None else content.read()
             with open(path, "rb") as file:
                 file.seek(archive.offset)
                 if file.read(512) != bytes(512):  # cut between two members it would pass for a smaller archive
                     raise tarfile.ReadError("no end-of-archive mark")
+                while block := file.read(512):
+                    if block != bytes(512):
+                        _refuse_second_archive(path, block)
+                        break
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path} must be an intact tar archive without compression, found: {error}, after {last}; restore it, or "
             "remove it to do without its images"
         ) from error
-    labels = [classes.get(key) or os.path.basename(key.rpartition("/")[0]).removeprefix(".") for key in images]
-    bare = [member.name for member, label in zip(images.values(), labels, strict=True) if not label]
-    if bare:
-        raise UserError(
-            f"{path} must name the class of each image, in a member KEY.cls beside it or by the folder it is in, but "
-            f"{len(bare)} have none ({some(bare)}); pack it again"
-        )
-    members = list(images.values())
-    return Listing(
-        pa.array([os.fsencode(f"{shard}/{member.name}") for member in members], pa.large_binary()),
-        np.array([member.size for member in members], np.int64),
-        np.full(len(members), stamp[1], np.int64),
-        settled([stamp], now),
-        np.array([member.offset_data for member in members], np.int64),
-        labels,
+
+
+def _refuse_second_archive(path: str, block: bytes) -> None:
+    """UserError where a block behind an archive's end begins another one, which nothing that reads tar would show."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.TarError:  # what else may stand there is no member
+        return
+    raise UserError(
+        f"{path} must be one tar archive, found another one behind its end, which begins with {member.name!r}; unpack "
+        "it with tar --ignore-zeros and pack it again"
     )
+
+
+def _labels(
+    path: str, members: Mapping[str, _Member], images: Mapping[str, _Member], shard: str, others: Tally
+) -> list[str]:
+    """The label of each image. others: takes the members that are neither image nor label.
+
+    Where an archive has .cls members: the image's own, of the same name but for the last extension, else that of its
+    key, the name up to the first dot. Where it has none: the folder that the image is in.
+    """
+    classes = {name: member for name, member in members.items() if name.lower().endswith(".cls")}
+    by_stem = {name[: -len(".cls")]: name for name in classes}
+    served: dict[str, str] = {}
+    labels, bare = [], []
+    for name, member in images.items():
+        folder, _, base = name.rpartition("/")
+        if not classes:
+            label = posixpath.basename(folder)
+        else:
+            key = posixpath.join(folder, base.partition(".")[0])
+            own = by_stem.get(posixpath.splitext(name)[0]) or by_stem.get(key)
+            if own is not None and own in served:
+                raise UserError(
+                    f"{path} must have one image for each key, found {served[own]!r} and {member.name!r} with "
+                    f"{classes[own].name!r}; pack it again"
+                )
+            label = ""
+            if own is not None:
+                served[own], text = member.name, classes[own].label
+                label = (_content(path, classes[own]) if text is None else text).decode(errors="replace").strip()
+        labels.append(label)
+        if not label:
+            bare.append(member.name)
+    if bare:
+        where = "in a member KEY.cls beside it" + ("" if classes else " or by the folder it is in")
+        raise UserError(
+            f"{path} must name the class of each image, {where}, but {len(bare)} have none ({some(bare)}); pack it "
+            "again"
+        )
+    for name in members:
+        if name not in images and name not in served:
+            others.add(f"{shard}/{name}")
+    return labels
+
+
+def _content(path: str, member: _Member) -> bytes:
+    return Extent(path, member.offset, member.length).read()
 
 
 def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
@@ -117,24 +254,28 @@ def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) 
     numbers = [int(label) if re.fullmatch(r"\d{1,9}", label) else None for label in labels]
     if known is None and (root / CLASSES_FILE).is_file():
         # as it was written: a class's name may hold what a class list's reader would strip
-        known = os.fsdecode((root / CLASSES_FILE).read_bytes()).split("\n")
+        known = os.fsdecode((root / CLASSES_FILE).read_bytes().removeprefix(b"\xef\xbb\xbf")).split("\n")
         known = known[:-1] if known[-1] == "" else known
+        if known and all(name.endswith("\r") for name in known):  # lines as Windows ends them
+            known = [name[:-1] for name in known]
     if known is None:
         if None not in numbers:
             known = tuple(map(str, range(1 + max((n for n in numbers if n is not None), default=-1))))
         else:
             known = tuple(sorted(labels))
+            require_distinct(known, f"the class names in the shards in {root}")
     position = {name: i for i, name in enumerate(known)}
+    same = counterparts(labels, known, f"classes in the shards in {root}")
     found = []
     for label, number in zip(labels, numbers, strict=True):
-        if label in position:
-            found.append(position[label])
+        if label in same:
+            found.append(position[same[label]])
         elif number is not None and number < len(known):
             found.append(number)
         else:
             raise UserError(
                 f"the shards in {root} have the label {label!r}, which is none of the {len(known)} classes "
                 f"({some(known)}) and no number of one; name the classes in their order by --class-list, or pack the "
-                "shards again"
+                f"shards again{did_you_mean([label], known)}"
             )
     return tuple(known), np.array(found, np.int64)

@@ -115,6 +115,8 @@ def make_cache(
             _, own = normalisations_of(config)
             if own != IMAGENET:
                 tell(f"the teacher's images are normalised by {own}")
+            for note in teacher.notes:
+                tell(f"teacher: {note}")
             if config.data_backend == "dali":
                 check_parity(config, train_index, val_index, tell)
             _judge(config, folder, teacher, fingerprint, val_index, tell)

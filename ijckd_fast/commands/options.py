@@ -21,6 +21,7 @@ _OF_RUN = {
     "val_labels": "file that names each image's class, for a val/ without class folders; default: the run's, with the "
     "run's --data-dir",
     "teacher_checkpoint": "where the teacher's weights are now, if they were moved",
+    "teacher_weights": "which weights of that file: auto, ema, raw or a name; default: the run's",
     "teacher_cache": "where the cache is now that the run was trained from",
     "batch_size": "images per step; default: the run's",
     "workers": "decoding threads; default: the run's",

@@ -14,8 +14,11 @@ from ijckd_fast.nets import cifar_names
 from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
 from ijckd_fast.nets.tapped import Tapped
-from ijckd_fast.nets.weights import native_names, read_weights
+from ijckd_fast.nets.weight_choice import find_weights
+from ijckd_fast.nets.weight_files import read_file
 from ijckd_fast.normalisation import Normalisation
+
+_SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's
 
 
 def create_model(
@@ -23,6 +26,8 @@ def create_model(
     num_classes: int,
     *,
     checkpoint: str | Path | None = None,
+    weights: str = "auto",
+    rename_by_order: bool = False,
     pretrained: bool = False,
     image_size: int = 224,
 ) -> Tapped:
@@ -32,8 +37,10 @@ def create_model(
                  it is in `SHARED_NAMES` there; mobilenet_v1; any torchvision classifier; any timm model. In that order;
                  'cifar/NAME', 'torchvision/NAME' and 'timm/NAME' force the library.
     num_classes  K, as in the data
-    checkpoint   weights: a state_dict, one under 'model' or 'state_dict', a run checkpoint of ours ('learner'), or
-                 .safetensors; 'module.' prefixes are dropped. Read with weights_only=True.
+    checkpoint   weights: a file of torch.save or safetensors that has the net's names, behind any prefix and in dicts
+                 at any depth, or a run checkpoint of ours. Nothing in it is run. How it was read: `Tapped.notes`
+    weights      which of several sets in the file: 'ema', 'raw' or the name it stands under; 'auto': see `find_weights`
+    rename_by_order  where names differ and all shapes are equal in their order, take the tensors in that order
     pretrained   the library's published weights (torchvision: IMAGENET1K_V1, which the published pairs use)
     image_size   side in pixels of the images to come; nets of fixed input size are built for it
     raises       UserError: unknown name (nearest ones given), unfit or unreadable weights, a class count other than K,
@@ -42,10 +49,20 @@ def create_model(
     if checkpoint is not None and pretrained:
         raise UserError(f"model {name!r}: expected a checkpoint or published weights, got both: leave out one")
     net = _build(name, num_classes, pretrained, image_size)
+    own = net.state_dict()  # in the net's order, which `Tapped` changes
     model = Tapped(net, name, num_classes, image_size)
     if checkpoint is not None:
-        weights = read_weights(Path(checkpoint))
-        model.load_native(native_names(weights, model.classifier_path, checkpoint), str(checkpoint))
+        found = find_weights(
+            read_file(Path(checkpoint)),
+            own,
+            model.classifier_path,
+            str(checkpoint),
+            choice=weights,
+            by_order=rename_by_order,
+            left_out=_SIDE_CLASSIFIERS if hasattr(net, "aux_logits") else (),
+        )
+        model.load_native(found.weights, str(checkpoint), found.hint)
+        model.notes = found.notes
     return model
 
 
@@ -161,7 +178,7 @@ def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size
 
 def _without_side_classifiers(net: nn.Module) -> nn.Module:
     """GoogLeNet and Inception without the classifiers they have half-way for their own training."""
-    for name in ("aux1", "aux2", "AuxLogits"):
+    for name in _SIDE_CLASSIFIERS:
         if hasattr(net, name):
             setattr(net, name, None)
             net.aux_logits = False  # type: ignore[assignment]

@@ -29,6 +29,7 @@ class Tapped(nn.Module):
     classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`
     classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
     name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
+    notes            sentences on how a weights file was read, for people; set by `create_model`
     stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map
 
     Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a
@@ -52,6 +53,7 @@ class Tapped(nn.Module):
         super().__init__()
         probe = Probe(net, num_classes, image_size, name)
         self.name = name
+        self.notes: tuple[str, ...] = ()
         self.num_classes = num_classes
         self.channels = probe.classifier.in_features
         self.classifier_path = probe.classifier_path
@@ -188,10 +190,11 @@ class Tapped(nn.Module):
             state |= {f"{self.classifier_path}.{k}": v for k, v in self.classifier.state_dict().items()}
         return state
 
-    def load_native(self, weights: Mapping[str, Tensor], origin: str) -> None:
+    def load_native(self, weights: Mapping[str, Tensor], origin: str, hint: str = "") -> None:
         """Copies weights in, named as by `native_state_dict`; nothing is changed if they do not fit.
 
         origin  what to call the weights in an error, e.g. the file's path
+        hint    what to add to an error about other names or shapes
         raises  UserError for missing, unexpected or misshapen tensors (a few are named) and for NaN or infinite values
         """
         # Files written before BatchNorm counted its batches lack the counter; nothing here depends on it.
@@ -212,7 +215,7 @@ class Tapped(nn.Module):
             own,
             origin,
             f"does not fit model {self.name!r} with {self.num_classes} classes",
-            f"Name the model that these weights belong to{small_form_hint(self.name)}",
+            f"Name the model that these weights belong to{small_form_hint(self.name)}{hint}",
         )
         # Plain dicts carry no version, so BatchNorm accepts the absence of its counter.
         self.net.load_state_dict({k: v for k, v in weights.items() if not self._is_classifier(k)})

@@ -1,90 +1,15 @@
-"""Weights: read from files, compared with what a module takes, and known by a digest."""
+"""Weights: compared with what a module takes, and known by a digest."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU, with wrappers' prefixes dropped.
-
-    raises  UserError where there is no file, or one that holds no weights
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file")
-    if path.suffix == ".safetensors":
-        import safetensors.torch
-
-        try:
-            content: Any = safetensors.torch.load_file(path)
-        except Exception as error:
-            raise _unreadable(path, error) from error
-    else:
-        try:
-            # torchvision's and timm's training scripts keep their command line beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise _unreadable(path, error) from error
-    for key in ("learner", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(
-            f"checkpoint {str(path)!r} holds no model weights, expected a state_dict (names to tensors), alone or under"
-            " 'model' or 'state_dict': save one with torch.save(model.state_dict(), path)"
-        )
-    weights = {str(k): v for k, v in content.items()}
-    for prefix in ("module.", "_orig_mod."):  # DistributedDataParallel's and torch.compile's
-        if all(k.startswith(prefix) for k in weights):
-            weights = {k.removeprefix(prefix): v for k, v in weights.items()}
-    return weights
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-        return UserError(
-            f"checkpoint {str(path)!r} holds Python objects that loading would execute, expected tensors only: save its"
-            " state_dict alone with torch.save(model.state_dict(), path)"
-        )
-    return UserError(
-        f"checkpoint {str(path)!r} ({path.stat().st_size} bytes) is not a readable weights file; it is truncated or of"
-        f" another format: copy or download it again ({type(error).__name__})"
-    )
-
-
-def native_names(weights: dict[str, Tensor], classifier_path: str, origin: str | Path) -> dict[str, Tensor]:
-    """A learner's names (student.net.*, student.classifier.*, connector.*) as the original net's; others unchanged.
-
-    classifier_path  the classifier's name in the original net
-    origin           what to call the weights in an error
-    raises           UserError for a learner whose student has no classifier
-    """
-    if not any(k.startswith("student.net.") for k in weights):
-        return weights
-    if not any(k.startswith("student.classifier.") for k in weights):
-        raise UserError(
-            f"checkpoint {str(origin)!r} is of a student without a classifier of its own (it answers through its"
-            " teacher's), expected a whole model: give a checkpoint of an objective that trains the student's"
-            " classifier (ce, kd, dkd, fitnet, at, srrl)"
-        )
-    native = {}
-    for key, value in weights.items():
-        if key.startswith("student.net."):
-            native[key.removeprefix("student.net.")] = value
-        elif key.startswith("student.classifier."):
-            native[f"{classifier_path}.{key.removeprefix('student.classifier.')}"] = value
-    return native
 
 
 class Misfit(NamedTuple):

@@ -170,6 +170,8 @@ def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeach
         config.teacher,
         num_classes,
         checkpoint=config.teacher_checkpoint,
+        weights=config.teacher_weights,
+        rename_by_order=config.rename_by_order,
         pretrained=config.teacher_pretrained,
         image_size=config.image_size,
     )
@@ -189,6 +191,8 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
         config.student,
         num_classes,
         checkpoint=config.student_checkpoint,
+        weights=config.student_weights,
+        rename_by_order=config.rename_by_order,
         pretrained=config.student_pretrained,
         image_size=config.image_size,
     )

@@ -60,7 +60,7 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
         alone = get_objective("ce")
         weights = {name: getattr(alone, name) for name in OBJECTIVE_FIELDS}
         no_teacher: dict[str, Any] = dict.fromkeys(("teacher", "teacher_checkpoint", "teacher_mean", "teacher_std"))
-        config = dataclasses.replace(config, objective="ce", **no_teacher, **weights)
+        config = dataclasses.replace(config, objective="ce", teacher_weights="auto", **no_teacher, **weights)
         student = {name: tensor for name, tensor in saved.learner.items() if name.startswith("student.")}
         saved = dataclasses.replace(saved, learner=student)
     return LoadedRun(path, saved, resolve(config), tuple(notes))

@@ -42,6 +42,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"teacher {config.teacher} has no weights: give --teacher-checkpoint FILE, or --teacher-pretrained for the "
             "library's published ones"
         )
+    for role in ("teacher", "student"):
+        if getattr(config, f"{role}_weights") != "auto" and getattr(config, f"{role}_checkpoint") is None:
+            raise UserError(
+                f"--{role}-weights {getattr(config, f'{role}_weights')} says which weights of a file to take, and no"
+                f" --{role}-checkpoint is given: give one, or leave it out"
+            )
     objective = objective_of(config)
     if config.teacher_cache is not None:
         objective.refuse_cache(config.teacher_cache)

@@ -58,6 +58,12 @@ class DataAndModels:
         "file with weights the student starts from; default: random",
         Trait.FREE_ON_RESUME | Trait.TRAINING | Trait.PATH,
     )
+    student_weights: str = _data(
+        "auto",
+        "which weights of --student-checkpoint, where the file has several sets: ema (averaged), raw (in training), or "
+        "the name a set stands under; auto: ema where the file's tool evaluates those, else raw",
+        Trait.FREE_ON_RESUME | Trait.TRAINING,
+    )
     student_pretrained: bool = _data(False, "start the student from the library's published weights", Trait.TRAINING)
     teacher: str | None = _data(
         None,
@@ -69,6 +75,17 @@ class DataAndModels:
         None,
         "file with the teacher's weights, e.g. best.pt of an earlier run",
         Trait.FREE | Trait.CACHED | Trait.TEACHER | Trait.WEIGHTS | Trait.PATH,
+    )
+    teacher_weights: str = _data(
+        "auto",
+        "which weights of --teacher-checkpoint, likewise: auto, ema, raw or a name",
+        Trait.FREE | Trait.CACHED | Trait.TEACHER,
+    )
+    rename_by_order: bool = _data(
+        False,
+        "where the names in a weights file are not the net's, and all shapes are equal one after the other: take its "
+        "tensors in that order. Right only if the layers have the same order; the teacher's top-1 tells",
+        Trait.FREE_ON_RESUME | Trait.CACHED | Trait.TEACHER,
     )
     teacher_pretrained: bool = _data(
         False, "take the teacher's published weights from the library", Trait.CACHED | Trait.TEACHER | Trait.WEIGHTS

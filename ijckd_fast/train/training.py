@@ -21,6 +21,7 @@ from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
+from ijckd_fast.nets import Tapped
 from ijckd_fast.normalisation import IMAGENET
 from ijckd_fast.parallel import Processes
 from ijckd_fast.train import checkpoint, report, run_folder, stops
@@ -77,6 +78,9 @@ class Training:
         if given != IMAGENET or own != given:
             teachers = f"; the teacher's by {own}, as its weights expect" if own != given else ""
             show.say(f"images are normalised by {given}{teachers}")
+        for role, net in (("teacher", self.distiller.teacher), ("student", self.distiller.student)):
+            for note in net.notes if isinstance(net, Tapped) else ():
+                show.say(f"{role}: {note}")
         if pairs := self.distiller.stage_pairs:
             named = ", ".join(f"{stage_s.path} with {stage_t.path}" for stage_s, stage_t in pairs)
             show.say(f"stages compared, student's with teacher's: {named}")

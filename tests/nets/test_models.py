@@ -528,7 +528,9 @@ def test_a_truncated_file_is_refused(donor, tmp_path, suffix, share):
     else:
         safetensors.torch.save_file(donor.native_state_dict(), path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=r"w\..*not a readable weights file; it is truncated or of another format"):
+    with pytest.raises(
+        UserError, match=r"w\..*(not a readable weights file; it is truncated or of another format|is empty)"
+    ):
         load(path)
 
 
@@ -536,7 +538,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     path = tmp_path / "w.pth"
     with pytest.raises(UserError, match="does not exist"):
         load(path)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         load(tmp_path)
     path.write_text("epoch,top1\n1,0.5\n")
     with pytest.raises(UserError, match="not a readable weights file"):

@@ -12,21 +12,24 @@ import sys
 import warnings
 from typing import Any
 
-from ijckd_fast import files
-from ijckd_fast.commands.parser import parse
+from ijckd_fast import files, signals, streams
 from ijckd_fast.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command.
 
-    returns  the exit code: that of its outcome; 2 for a user's mistake, one sentence on standard error; 128 + n for
-             signal n
+    returns  the exit code: that of its outcome; 2 for a user's mistake, one sentence on standard error, and for figures
+             that could not be printed; 128 + n for signal n
     raises   SystemExit after --help
     """
-    with warnings.catch_warnings():
+    streams.guard()
+    with signals.handled(program=True) as asked, warnings.catch_warnings():
         warnings.showwarning = _show_warning
-        code = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"])
+        try:
+            code = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"], asked)
+        except SystemExit as end:
+            raise SystemExit(end.code or _require_printed()) from end
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # One of several processes: to leave the usual way could wait for ever for those that are gone.
         sys.stdout.flush()
@@ -35,10 +38,15 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], asked: signals.Asked) -> int:
+    command = None
     try:
+        from ijckd_fast.commands.parser import parse  # here, since it takes a while, in which a signal may come
+
         command, args = parse(arguments)
         outcome = command.run(args)
+    except signals.Stopped as stop:
+        return _stopped(stop, command)
     except UserError as error:
         return _complain(str(error), 2)
     except ImportError as error:
@@ -48,15 +56,36 @@ def _run(arguments: list[str]) -> int:
             raise
         place = f" for {error.filename}" if error.filename else ""
         return _complain(f"no space left on the device{place}: free some space", 2)
-    except KeyboardInterrupt as stop:  # train.Stopped carries the signal and says how to continue
-        return _complain(str(stop) or "interrupted", 128 + getattr(stop, "signum", signal.SIGINT))
+    except KeyboardInterrupt as stop:
+        return _complain(str(stop) or "interrupted", 128 + signal.SIGINT)
+    except Exception:
+        if not asked.signum:
+            raise
+        return _stopped(signals.Stopped(asked.signum), command)  # a library in C has made another error of it
     if outcome.rows is not None:
         print(json.dumps({"rows": outcome.rows}))
-    return outcome.code
+    if asked.signum:  # a library has kept it to itself
+        return _stopped(signals.Stopped(asked.signum), command)
+    return outcome.code if outcome.in_files else _require_printed() or outcome.code
+
+
+def _stopped(stop: signals.Stopped, command: Any) -> int:
+    """Says what a signal has ended, and what the command has kept."""
+    return _complain(f"{stop}{'' if stop.what else getattr(command, 'STOPPED', '')}", 128 + stop.signum)
+
+
+def _require_printed() -> int:
+    """0; 2 and a sentence where something that was printed did not reach a reader."""
+    error = streams.lost_output()
+    if error is None:
+        return 0
+    return _complain(
+        f"what was printed could not be written ({error.strerror}): free some space, or print elsewhere", 2
+    )
 
 
 def _complain(text: str, code: int) -> int:
-    print(f"ijckd-fast: {text}", file=sys.stderr)
+    streams.complain(f"ijckd-fast: {text}")
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from ijckd_fast import files
+from ijckd_fast import files, signals
 from ijckd_fast.caching.verify import verify_cache
 from ijckd_fast.caching.views import PlannedViews, Teller, features_of
 from ijckd_fast.console import progress_bar
@@ -22,7 +21,6 @@ from ijckd_fast.nets import Tapped
 from ijckd_fast.normalisation import IMAGENET
 from ijckd_fast.teacher_cache import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
 from ijckd_fast.train import (
-    Stopped,
     TrainConfig,
     amp_dtype_of,
     augment_of,
@@ -34,7 +32,6 @@ from ijckd_fast.train import (
     refuse_restless_teacher,
     refuse_weak_teacher,
     resolve,
-    stop_signal,
     teacher_fingerprint,
     teacher_view_of,
 )
@@ -68,7 +65,7 @@ def make_cache(
     progress      show a bar on stderr
     returns       the figures that the command prints, and a sentence for each view that is not what the teacher says
     raises        UserError: settings or data, a cache of something else in `out`, a full disk, a teacher near chance,
-                  features that are not finite; Stopped on SIGINT or SIGTERM
+                  features that are not finite; signals.Stopped
     """
     begun = time.perf_counter()
     config = _checked(config, views, chunk_images, verify)
@@ -197,7 +194,7 @@ def _fill(views: PlannedViews, progress: bool) -> None:
         return
     parts = [layout.part(chunk) for chunk in pending]
     total = layout.views * layout.images
-    with progress_bar(progress) as bar, views.loader(views.batches(parts)) as loader, stop_signal() as stop:
+    with progress_bar(progress) as bar, views.loader(views.batches(parts)) as loader, signals.noted() as asked:
         line = bar.add_task("caching", total=total, completed=total - sum(len(ids) for _, ids in parts))
         stream = iter(loader)
         for chunk, (_, ids) in zip(pending, parts, strict=True):
@@ -214,11 +211,10 @@ def _fill(views: PlannedViews, progress: bool) -> None:
                 features.append(views.features(batch.images).bfloat16())
                 seen.append(loader.followed.ids)
                 bar.advance(line, len(loader.followed.ids))
-                if stop.signum:
-                    finished, name = layout.chunks - len(writer.pending), signal.Signals(stop.signum).name
-                    raise Stopped(
-                        stop.signum,
-                        f"stopped by {name}, {finished} of {layout.chunks} chunks are there: {AGAIN} continues",
+                if asked.signum:
+                    finished = layout.chunks - len(writer.pending)
+                    raise signals.Stopped(
+                        asked.signum, f", {finished} of {layout.chunks} chunks are there: {AGAIN} continues"
                     )
             bits = torch.cat(features).cpu()  # [n, Ct] bfloat16; the host waits once per chunk
             planned = np.asarray(ids)

@@ -6,6 +6,7 @@ Every module here that has a SUMMARY is a command; nothing else lists it. It hol
     DESCRIPTION            what `ijckd-fast COMMAND --help` says before the options
     add_arguments(parser)  adds the options; options.py has those that several commands share
     run(args) -> Outcome   does the work and prints what people read; imports torch and all that is slow to import
+    STOPPED                where a signal leaves something behind: what is said after "stopped by SIGTERM"
 
 A package instead of a module (study) is a command that is followed by the name of another one, a module in it.
 """
@@ -33,9 +34,12 @@ class Arguments(SimpleNamespace):
 class Outcome(NamedTuple):
     """What a command comes to.
 
-    rows  its figures, printed as {"rows": [...]} on the last line of standard output; None: it has none, no such line
-    code  exit code: 0, or 1 where the command did its work and the answer is no (answers differ, runs failed)
+    rows      its figures, printed as {"rows": [...]} on the last line of standard output; None: it has none, no such
+              line
+    code      exit code: 0, or 1 where the command did its work and the answer is no (answers differ, runs failed)
+    in_files  whether all that was printed stands in files too: a console that is full is no failure then
     """
 
     rows: list[dict[str, Any]] | None = None
     code: int = 0
+    in_files: bool = False

@@ -23,6 +23,7 @@ DESCRIPTION = (
     "it stopped when it is run again; a finished cache is verified again. The last line of standard output is one "
     "JSON object."
 )
+STOPPED = ", finished chunks are kept: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

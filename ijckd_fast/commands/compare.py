@@ -16,6 +16,7 @@ DESCRIPTION = (
     "images and teacher, are used again, an interrupted one is continued; others there are replaced. Exit code 1, "
     "and their names, if runs failed. The last line of standard output is one JSON object."
 )
+STOPPED = ", finished runs are kept, and every checkpoint: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -13,6 +13,7 @@ DESCRIPTION = (
     "Writes the digits as JPEG files, trains a teacher, then the same small student by several methods, several "
     "seeds each. Runs that are there already are used again. The last line of standard output is one JSON object."
 )
+STOPPED = ", finished runs are kept, and every checkpoint: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -20,6 +20,7 @@ DESCRIPTION = (
     "Works on the CPU. Exit code 1, and nothing written, if the answers differ. The last line of standard output is "
     "one JSON object."
 )
+STOPPED = ", nothing was written"
 
 _BATCH = 32  # images at a time at most: a GPU's batch may not fit into a CPU's memory
 

@@ -18,6 +18,7 @@ DESCRIPTION = (
     "for the times of the folders, which show files that come and go but not one rewritten in place. The last line "
     "of standard output is one JSON object."
 )
+STOPPED = ", what was decoded is kept: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

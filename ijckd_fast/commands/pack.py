@@ -18,6 +18,7 @@ DESCRIPTION = (
     "images changes is measured and printed. Every shard is read back before it gets its name. Interrupted, it "
     "continues where it stopped when it is run again. The last line of standard output is one JSON object."
 )
+STOPPED = ", finished shards are kept: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

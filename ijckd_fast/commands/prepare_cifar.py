@@ -17,6 +17,7 @@ DESCRIPTION = (
     "https://www.cs.toronto.edu/~kriz/cifar.html. Interrupted, it continues where it stopped when it is run again. "
     "The last line of standard output is one JSON object."
 )
+STOPPED = ", what was unpacked is kept: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -15,6 +15,7 @@ DESCRIPTION = (
     "OUT/train/<wnid>/ and OUT/val/<wnid>/. Interrupted, it continues where it stopped when it is run again. The "
     "last line of standard output is one JSON object."
 )
+STOPPED = ", what was unpacked is kept: the same command continues where it stopped"
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -21,6 +21,7 @@ DESCRIPTION = (
     "several times: one net after the other, each in its own folder (of --output-dir, if it is given); the same "
     "command again continues where it stopped."
 )
+STOPPED = " before the first step, what was decoded for the index is kept: the same command begins again"
 
 _PRINT_FLAGS = ("skip_default", "skip_unset")
 
@@ -67,7 +68,7 @@ def run(args: Arguments) -> Outcome:
         _train_each(students, given, args.overwrite)
     else:
         _train(make_config(given), overwrite=args.overwrite)
-    return Outcome()
+    return Outcome(in_files=True)
 
 
 def _train(config: TrainConfig, **how: Any) -> None:

@@ -9,15 +9,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from ijckd_fast import signals, streams
 from ijckd_fast.compare.runs import Run
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import Stopped, TrainConfig, stop_signal, train
+from ijckd_fast.signals import Stopped
+from ijckd_fast.train import TrainConfig, train
 
 # What a run imports, some of it only on its way: a second or more each. DALI is not among it: nothing says that it may
 # be forked once it is loaded.
@@ -39,8 +41,7 @@ def train_here(config: TrainConfig, *, resume: bool) -> None:
 
 
 def _stopped(signum: int) -> Stopped:
-    name = signal.Signals(signum).name
-    return Stopped(signum, f"stopped by {name}, every run is saved: the same command continues where it stopped")
+    return Stopped(signum, ", every run is saved: the same command continues where it stopped")
 
 
 def one_by_one(missing: Iterable[tuple[Run, bool]], ended: Callable[[Run, str | None], None]) -> None:
@@ -48,7 +49,7 @@ def one_by_one(missing: Iterable[tuple[Run, bool]], ended: Callable[[Run, str | 
 
     missing  runs, and whether each is resumed
     ended    called as each ends, with the error of one that failed; that does not end the others
-    raises   Stopped on SIGINT or SIGTERM, after the run was saved
+    raises   Stopped, after the run was saved
     """
     for run, resume in missing:
         try:
@@ -73,20 +74,22 @@ def side_by_side(missing: Sequence[tuple[Run, bool]], jobs: int, ended: Callable
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
+    with signals.kept_from_children():
+        forkserver.ensure_running()
     waiting = list(reversed(missing))
     running: dict[int, tuple[Run, Any, Any]] = {}
     passed_on = False  # the signal, to the runs
-    with stop_signal() as stop:
+    with signals.noted() as asked:
         try:
-            while running or (waiting and not stop.signum):
-                while waiting and len(running) < jobs and not stop.signum:
+            while running or (waiting and not asked.signum):
+                while waiting and len(running) < jobs and not asked.signum:
                     run, resume = waiting.pop()
                     receiver, sender = context.Pipe(duplex=False)
                     process = context.Process(target=_in_a_process, args=(sender, run.config, resume), name=run.name)
                     process.start()
                     sender.close()  # so that the end of the process ends the pipe
                     running[process.sentinel] = run, process, receiver
-                if stop.signum and not passed_on:
+                if asked.signum and not passed_on:
                     passed_on = True
                     for _, process, _ in running.values():
                         process.terminate()  # SIGTERM: it saves first
@@ -102,17 +105,20 @@ def side_by_side(missing: Sequence[tuple[Run, bool]], jobs: int, ended: Callable
         finally:
             for _, process, _ in running.values():
                 process.terminate()
-    if stop.signum:
-        raise _stopped(stop.signum)
+        if asked.signum:
+            raise _stopped(asked.signum)
 
 
 def _in_a_process(sender: Any, config: TrainConfig, resume: bool) -> None:
     os.setsid()  # Ctrl-C is for the process that started this one, which passes it on once
+    streams.guard()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     error = None
     try:
-        train(config, resume=resume, overwrite=not resume, console=Console(quiet=True))
+        with signals.handled(program=True):
+            signals.hear()
+            train(config, resume=resume, overwrite=not resume, console=Console(quiet=True))
     except BaseException as raised:
         error = str(raised) if isinstance(raised, Stopped) else _reason(raised)
     sender.send(error)

@@ -42,8 +42,8 @@ def train_all(
               otherwise they are trained again
     console   one line for each run
     returns   the summaries of all runs, and the errors of those that failed: one that fails does not end the others
-    raises    UserError for what cannot be compared, or a teacher that fails; Stopped on SIGINT or SIGTERM, after every
-              run was saved
+    raises    UserError for what cannot be compared, or a teacher that fails; Stopped, after every run was
+              saved
 
     A run that is there with the same settings, code, images and teacher is used again, or continued where it was
     interrupted. Any other in its folder is replaced. runs.csv has one line for each finished run, appended as it ends.

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ijckd_fast import files
+from ijckd_fast import files, signals
 from ijckd_fast.errors import UserError
 
 FORMAT = "ijckd-fast export 1"
@@ -50,14 +50,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
             folder.parent.mkdir(parents=True, exist_ok=True)
             made.mkdir()
             yield made
-            if folder.exists() and any(folder.iterdir()):
-                folder.rename(old)
-            try:
-                made.rename(folder)
-            except OSError:
-                if old.exists():
-                    old.rename(folder)
-                raise
+            with signals.noted():  # never between the two: there would be no export
+                if folder.exists() and any(folder.iterdir()):
+                    folder.rename(old)
+                try:
+                    made.rename(folder)
+                except OSError:
+                    if old.exists():
+                        old.rename(folder)
+                    raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write the export {folder} ({error.strerror}): choose another --out") from error

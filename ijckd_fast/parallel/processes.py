@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ijckd_fast import signals
 from ijckd_fast.errors import UserError
 
 MEETING = datetime.timedelta(minutes=10)  # that the processes have for finding each other
@@ -164,7 +165,9 @@ def started(device: str, backend: str | None = None) -> Iterator[Processes]:
             " port on one machine"
         ) from error
     try:
-        yield Processes(rank, world, local_rank, control)
+        # Before the first step only the one with rank 0 keeps anything; the others wait for it, in C code.
+        with signals.at_once() if rank else contextlib.nullcontext():
+            yield Processes(rank, world, local_rank, control)
     except RuntimeError as error:
         if not lost_contact(error):
             raise

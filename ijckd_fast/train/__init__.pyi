@@ -1,3 +1,4 @@
+from ijckd_fast.signals import Stopped as Stopped
 from ijckd_fast.train.build import (
     build_distiller as build_distiller,
     build_indexes as build_indexes,
@@ -27,7 +28,6 @@ from ijckd_fast.train.resolving import (
 )
 from ijckd_fast.train.state import RunState as RunState, Saved as Saved
 from ijckd_fast.train.step import TrainStep as TrainStep
-from ijckd_fast.train.stops import Stopped as Stopped, stop_signal as stop_signal
 from ijckd_fast.train.teacher_checks import (
     check_parity as check_parity,
     digests as digests,

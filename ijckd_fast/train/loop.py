@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ijckd_fast import files
+from ijckd_fast import files, signals
 from ijckd_fast.data import TooManyUnreadable
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.train import run_folder, stops
@@ -47,11 +47,15 @@ def train(
     overwrite  delete the run in config.output_dir, once nothing else can be refused
     console    where progress is shown; default: standard output
     raises     UserError for mistakes in settings or data, a full disk, and too many steps that are not finite; Stopped
-               on SIGINT or SIGTERM
+               on SIGINT, SIGTERM or SIGHUP, from the first step on after saving
     """
     config = resolve(config)
     folder = Path(config.output_dir or "")
-    with distributed.started(config.device, config.dist_backend) as processes, contextlib.ExitStack() as closing:
+    with (
+        signals.handled(),
+        distributed.started(config.device, config.dist_backend) as processes,
+        contextlib.ExitStack() as closing,
+    ):
         console = (console or Console()) if processes.is_main else Console(quiet=True)
         show = TrainingProgress(console, f"{config.objective} {config.student}", processes.rank)
 
@@ -66,6 +70,7 @@ def train(
                 return finished
         elif processes.is_main:
             refuse_to_lose(folder, config, overwrite)
+        closing.enter_context(stops.told_in(folder, processes.rank))
         device = device_of(config, processes)
         set_up_torch(config)
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, LOG, SUMMARY = "config.yaml", "env.json", "log.jsonl", "summary.json"
 LAST, BEST, TEACHER, EVENTS = "last.pt", "best.pt", "teacher_val.npz", "tensorboard"
 REPORT, PLOT, BOUND_PLOT = "report.md", "training.png", "bound_epochs.png"
+STOPPED = "stopped.txt"
 _BOUND = [f"{stem}.{kind}" for stem in ("bound", "bound-train") for kind in ("md", "json", "csv", "png")]
-_OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT, PLOT, BOUND_PLOT, *_BOUND)
+_OURS = (CONFIG, ENVIRONMENT, LOG, SUMMARY, LAST, BEST, TEACHER, EVENTS, REPORT, PLOT, BOUND_PLOT, STOPPED, *_BOUND)
 
 
 def refuse_occupied(folder: Path) -> None:
@@ -48,7 +49,7 @@ def clear(folder: Path) -> None:
         path = folder / name
         if name != TEACHER and path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for path in kept(folder):
+    for path in (*kept(folder), *folder.glob("stopped-*.txt")):
         path.unlink()
 
 

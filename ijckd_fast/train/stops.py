@@ -3,67 +3,44 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from ijckd_fast.errors import UserError
+from ijckd_fast.signals import Stopped
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.config import TrainConfig
 
 
-class Stopped(KeyboardInterrupt):
-    """The run was ended by SIGINT or SIGTERM (`signum`), after saving last.pt; not an error, so no Exception."""
-
-    def __init__(self, signum: int, text: str) -> None:
-        super().__init__(text)
-        self.signum = signum
-
-
-class StopSignal:
-    """What the signals asked for so far; the loop looks at it after every step."""
-
-    signum = 0  # SIGINT or SIGTERM: save and stop
-    save = False  # SIGUSR1: save and continue
-
-
 @contextlib.contextmanager
-def stop_signal() -> Iterator[StopSignal]:
-    """Inside, the first SIGINT or SIGTERM only sets `signum`, so that the loop can save; a second one acts at once.
-
-    SIGUSR1, which batch systems send some time before they end a job, sets `save`, as often as it comes.
+def told_in(folder: Path, rank: int) -> Iterator[None]:
+    """Inside, what ends the run before its last step is also written to stopped.txt in its folder, which is there when
+    the console is gone; of a process other than that with rank 0 to stopped-RANK.txt. An earlier one is deleted.
     """
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-
-    def note(number: int, _frame: object) -> None:
-        if number == signal.SIGUSR1:
-            stop.save = True
-            return
-        stop.signum = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, before[each])
-
-    for number in before:
-        signal.signal(number, note)
+    path = folder / (run_folder.STOPPED if rank == 0 else f"stopped-{rank}.txt")
+    path.unlink(missing_ok=True)
     try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield
+    except BaseException as error:
+        in_words = isinstance(error, (UserError, ImportError, Stopped))
+        text = f"{error}\n" if in_words else "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):  # a full disk: the error itself is what matters
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        raise
 
 
 def stopped_by(signum: int, step: int, total_steps: int, folder: Path) -> Stopped:
     """A signal came, and last.pt is of the step before it."""
     return Stopped(
         signum,
-        f"stopped by {signal.Signals(signum).name} at step {step} of {total_steps}, everything is saved: "
-        f"continue with ijckd-fast train --resume {folder}",
+        f" at step {step} of {total_steps}, everything is saved: continue with ijckd-fast train --resume {folder}",
     )
+
+
+def stopped_at_the_end(signum: int, folder: Path) -> Stopped:
+    """A signal came with the last step."""
+    return Stopped(signum, f" after the last step: the run in {folder} is finished")
 
 
 def too_many_unreadable(error: Exception, step: int, folder: Path, saved: bool) -> UserError:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ijckd_fast import files, head as ops
+from ijckd_fast import files, head as ops, signals
 from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
@@ -120,11 +120,13 @@ class Training:
         stream = iter(loader)
         if self.config.head == "fused":
             ops.take_bad_rows(self.device)  # what this process did before is not this run's
-        with stops.stop_signal() as self._stop, self.show:
+        with signals.noted() as self._asked, self.show:
             self.distiller.train()
             self._watch = Stopwatch(self.device, self.processes)
             self._saved_at = time.perf_counter()
             yield self._batches(stream)
+            if self._asked.signum:
+                raise stops.stopped_at_the_end(self._asked.signum, self.folder)
 
     def _batches(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor | None]]:
         while True:
@@ -244,13 +246,13 @@ class Training:
         """last.pt, by the clock, by steps, at the end, or because of a signal to any process. Stopped where that was to
         stop.
         """
-        config, state, stop = self.config, self.state, self._stop
+        config, state, asked = self.config, self.state, self._asked
         minutes = (time.perf_counter() - self._saved_at) / 60
         by_steps = config.checkpoint_steps is not None and state.step % config.checkpoint_steps == 0
-        due = minutes >= config.checkpoint_minutes or by_steps or stop.save or self._at_end
-        signum, anyone_due = self.processes.most(stop.signum, due)
+        due = minutes >= config.checkpoint_minutes or by_steps or asked.save or self._at_end
+        signum, anyone_due = self.processes.most(asked.signum, due)
         if signum or anyone_due:
-            stop.save = False
+            signals.saved()
             with self._watch.paused():
                 self.save(run_folder.LAST)
             self._saved_at = time.perf_counter()

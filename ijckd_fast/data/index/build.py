@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from ijckd_fast import signals
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index.check import Verdict, check_image
 from ijckd_fast.data.index.index import Index, Paths, content_hash
@@ -157,16 +158,18 @@ def scan(
     home = next((home for home in homes if os.path.isfile(report_path(home, split))), None)
     before = files.facts[todo]
     began = time.perf_counter()
-    try:
-        if len(todo):
-            files.facts["known"][todo] = False
-            _check_all(
-                source, files, todo, verify == "full", workers, progress, lambda: save_files(homes, split, files)
-            )
-    finally:  # also when interrupted: what was decoded so far need not be decoded again
-        seconds = time.perf_counter() - began
-        if files.groups != known.groups or (files.facts[todo] != before).any():
-            home = save_files(homes, split, files)
+    with signals.noted() as asked:
+        try:
+            if len(todo):
+                files.facts["known"][todo] = False
+                _check_all(
+                    source, files, todo, verify == "full", workers, progress, asked,
+                    lambda: save_files(homes, split, files),
+                )  # fmt: skip
+        finally:  # also when interrupted: what was decoded so far need not be decoded again
+            seconds = time.perf_counter() - began
+            if files.groups != known.groups or (files.facts[todo] != before).any():
+                home = save_files(homes, split, files)
     index = _assemble(source, names, files, label_of, home)
     return Scan(index, files, home, len(todo), seconds, passed)
 
@@ -196,23 +199,31 @@ def _check_all(
     full: bool,
     workers: int,
     progress: bool,
+    asked: signals.Asked,
     save: Callable[[], object],
 ) -> None:
-    """Fills in the facts of rows `todo` [n]. Threads suffice: Pillow decodes outside the interpreter lock."""
+    """Fills in the facts of rows `todo` [n], or of those that were decoded before a signal `asked` to end.
+
+    Threads suffice: Pillow decodes outside the interpreter lock.
+    """
 
     ends = np.cumsum([group.rows for group in files.groups])
 
     def check(rows: np.ndarray, paths: list[bytes]) -> tuple[np.ndarray, list[Verdict | OSError]]:
         checked: list[Verdict | OSError] = []
         for row, path in zip(rows.tolist(), paths, strict=True):
+            if asked.signum:
+                break
             try:
                 checked.append(check_image(_place(source, files, ends, row, path), full))
             except OSError as error:
                 checked.append(error)
-        return rows, checked
+        return rows[: len(checked)], checked
 
     def tasks() -> Iterator[tuple[np.ndarray, list[bytes]]]:
         for first in range(0, len(todo), FILES_PER_TASK):
+            if asked.signum:
+                break
             rows = todo[first : first + FILES_PER_TASK]
             yield rows, [files.paths[int(i)].as_py() for i in rows]
 
@@ -236,7 +247,8 @@ def _check_all(
                     for row, verdict in zip(rows.tolist(), checked, strict=True):
                         _note(files, row, verdict)
                     bar.advance(line, len(rows))
-                if time.monotonic() - saved > SAVE_EVERY:
+                if asked.save or time.monotonic() - saved > SAVE_EVERY:
+                    asked.save = False  # of this scan: the training after it has its own
                     save()
                     saved = time.monotonic()
         finally:  # interrupted: do not wait for what has not begun

@@ -10,17 +10,18 @@ import tarfile
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ijckd_fast import files
+from ijckd_fast import files, signals
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import decode
 from ijckd_fast.data.prepare.pack_settings import Treatment
@@ -66,7 +67,7 @@ class Done:
     left_out: list[tuple[int, str, str]]
 
 
-def make_shards(shards: Iterator[Shard], workers: int) -> Iterator[Done]:
+def make_shards(shards: Iterator[Shard], workers: int) -> Generator[Done, None, None]:
     """Each shard as it is finished, in whatever order."""
     if workers == 1:
         yield from map(_make, shards)
@@ -75,6 +76,8 @@ def make_shards(shards: Iterator[Shard], workers: int) -> Iterator[Done]:
         "forkserver"
     )  # a fork of this process might take a lock along that a thread holds
     context.set_forkserver_preload([__name__])
+    with signals.kept_from_children():
+        forkserver.ensure_running()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
@@ -84,10 +87,12 @@ def make_shards(shards: Iterator[Shard], workers: int) -> Iterator[Done]:
                 running |= {pool.submit(_make, shard) for shard in islice(shards, len(done))}
                 for future in done:
                     yield future.result()
-        except BrokenProcessPool as error:
-            # the pool asks the others to end, and waits; one that is just starting does not always hear it
+        except BaseException as error:
+            # the pool asks the workers to end, and waits: for whole shards, and for ever for one that is just starting
             for worker in set(multiprocessing.active_children()) - others:
                 worker.kill()
+            if not isinstance(error, BrokenProcessPool):
+                raise
             raise UserError(
                 "a worker process was ended from outside, as happens where memory runs out; finished shards stay: run "
                 "the same command again, with fewer --workers if it was that"
@@ -97,8 +102,9 @@ def make_shards(shards: Iterator[Shard], workers: int) -> Iterator[Done]:
 
 
 def _start_worker() -> None:
-    """Nothing of a worker outlives its parent, which may be killed, or its Ctrl-C."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(1))
+    """A worker leaves signals to its parent, and does not outlive it, which may be killed."""
+    for number in signals.ENDING:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 

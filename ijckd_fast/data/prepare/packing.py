@@ -8,6 +8,7 @@ much was lost.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -224,8 +225,6 @@ def _pack_split(
     start = time.perf_counter()
     index = found.index
     folder.mkdir(exist_ok=True)
-    for partial in folder.glob(".shard-*"):  # a killed run's
-        partial.unlink()
     treatment = _treatments(found, settings.short)
     packed = packed_sizes(index.sizes, 0 if index.split == "val" else settings.short)
     limit = max(8, len(index) // 1000) if unreadable_limit is None else unreadable_limit
@@ -241,9 +240,14 @@ def _pack_split(
 
     images = size = kept = packed_now = 0
     left_out: list[tuple[int, str, str]] = []
-    with progress_bar(progress) as bar:
+    workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
+    with (
+        progress_bar(progress) as bar,
+        _cleared_of_partial_shards(folder),
+        contextlib.closing(make_shards(shards(), workers)) as made,
+    ):
         line = bar.add_task(f"packing {index.split}", total=len(index))
-        for done in make_shards(shards(), min(workers or len(os.sched_getaffinity(0)), len(starts))):
+        for done in made:
             images, size, kept = images + done.images, size + done.bytes, kept + done.kept
             packed_now += 0 if done.kept else done.images
             left_out += done.left_out
@@ -281,6 +285,21 @@ def _pack_split(
         "images_per_s": round(packed_now / seconds, 1) if packed_now else None,
         "seconds": round(seconds, 3),
     }
+
+
+@contextlib.contextmanager
+def _cleared_of_partial_shards(folder: Path) -> Iterator[None]:
+    """Of those that an earlier run left, which was killed, and in the end of its own."""
+
+    def clear() -> None:
+        for partial in folder.glob(".shard-*"):
+            partial.unlink(missing_ok=True)
+
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 def _require_every_class(index: Index, missing: np.ndarray) -> None:

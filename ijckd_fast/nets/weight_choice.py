@@ -16,7 +16,7 @@ from ijckd_fast.nets.weight_sets import Leaf, Search, WeightSet, is_counter, lea
 AUTO, EMA, RAW = "auto", "ema", "raw"
 _OPTIONS = "--teacher-weights or --student-weights"
 _BY_ORDER = "--rename-by-order"
-_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|shadow)(?![a-z])")
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|avg|averaged?|averages|shadow)(?![a-z])")
 
 
 class Found(NamedTuple):
@@ -90,7 +90,7 @@ def find_weights(
         )
     chosen = _chosen(candidates, leaves, content, choice, origin, notes)
     notes += _notes(chosen, leaves, own, by_order=bool(notes and not fitting))
-    _refuse_integers(chosen, leaves, own, origin)
+    _refuse_no_numbers(chosen, leaves, own, origin)
     weights = {name: leaves[full].tensor for name, full in chosen.names.items()}
     # What a net makes of its sizes it has already; BatchNorm does without its counter.
     weights |= {name: own[name] for name in own if name not in weights and not name.endswith("num_batches_tracked")}
@@ -141,7 +141,7 @@ def _chosen(
     if not chosen:
         raise UserError(
             f"{origin} has no set of this net's weights that is {choice!r}, which {_OPTIONS} asks for: found"
-            f" {_and(titles)}; leave the option out, or give one of these names"
+            f" {_and(titles)}; give one of these names, or auto"
         )
     of_chosen = [each.title for each in chosen]
     raise UserError(
@@ -155,7 +155,8 @@ def _kind(found: WeightSet, leaves: Mapping[str, Leaf], content: Any) -> str:
     if _swapped(content):
         return EMA if found.prefix.startswith("state_dict.") else RAW
     counted = any(full.rpartition(".")[2] == "n_averaged" for full in found.beside)
-    return EMA if counted or _AVERAGED.search(found.prefix.lower()) else RAW
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", found.prefix).lower()  # modelEMA
+    return EMA if counted or _AVERAGED.search(words) else RAW
 
 
 def _swapped(content: Any) -> bool:
@@ -249,14 +250,17 @@ def _refuse_pieces(leaves: Mapping[str, Leaf], origin: str) -> None:
         raise UserError(f"checkpoint {origin!r} {SHARDED}")
 
 
-def _refuse_integers(found: WeightSet, leaves: Mapping[str, Leaf], own: Mapping[str, Tensor], origin: str) -> None:
+def _refuse_no_numbers(found: WeightSet, leaves: Mapping[str, Leaf], own: Mapping[str, Tensor], origin: str) -> None:
     for name, full in found.names.items():
-        kind = leaves[full].tensor.dtype
-        if own[name].is_floating_point() and not kind.is_floating_point:
+        tensor = leaves[full].tensor
+        if own[name].is_floating_point() and not tensor.is_floating_point():
             raise UserError(
-                f"{origin}: tensor {full!r} is {str(kind).removeprefix('torch.')} (of a quantised net?), expected"
-                " floating-point weights: take the weights from before they were quantised"
+                f"{origin}: tensor {full!r} is {str(tensor.dtype).removeprefix('torch.')} (of a quantised net?),"
+                " expected floating-point weights: take the weights from before they were quantised"
             )
+        if tensor.is_meta or tensor.layout != torch.strided:
+            what = "has a shape and no values (device meta)" if tensor.is_meta else "is sparse"
+            raise UserError(f"{origin}: tensor {full!r} {what}, expected dense weights: save the net itself again")
 
 
 def _and(names: Any) -> str:

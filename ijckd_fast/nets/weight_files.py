@@ -39,8 +39,11 @@ def read_file(path: Path) -> Any:
         raise UserError(f"checkpoint {str(path)!r} is a folder, expected a file: {_in_folder(path)}")
     if not path.is_file():
         raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file")
-    is_safetensors = _is_safetensors(path)
-    fault = None if is_safetensors else _another_format(path)
+    try:
+        is_safetensors = _is_safetensors(path)
+        fault = None if is_safetensors else _another_format(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from error
     if fault is not None:
         raise UserError(f"checkpoint {str(path)!r} {fault}")
     try:

@@ -108,21 +108,24 @@ class Search:
         return is_counter(full) or full[len(prefix) :].startswith(self.left_out)
 
     def _head_beside(self, prefix: str, taken: set[str], leaves: Mapping[str, Leaf]) -> str | None:
-        """The name of the classifier outside of `prefix`: that of the right shape nearest to it, if there is one."""
+        """The name of the classifier outside of `prefix`: the one of its shape that is nearest, if one is; else the one
+        of other classes, which are said later.
+        """
         expected = {name[len(self.classifier) :]: self.own[name].shape for name in self.head}  # ".weight", ".bias"
-        if prefix.endswith("student.net."):  # our own: it may be of other classes, which is said later
+        if prefix.endswith("student.net."):  # our own
             stem = f"{prefix.removesuffix('net.')}classifier"
             return stem if all(stem + part in leaves for part in expected) else None
-        near: dict[str, int] = {}
+        near: dict[tuple[bool, int], list[str]] = defaultdict(list)
         for full in leaves:
             stem = full.removesuffix(".weight")
             if stem == full or full in taken:
                 continue
             parts = {part: leaves.get(stem + part) for part in (".weight", ".bias")}
-            if {part: leaf.tensor.shape for part, leaf in parts.items() if leaf is not None} == expected:
+            found = {part: leaf.tensor.shape for part, leaf in parts.items() if leaf is not None}
+            if found.keys() == expected.keys() and all(found[part][1:] == expected[part][1:] for part in expected):
                 common = [a == b for a, b in zip(stem.split("."), prefix.split("."), strict=False)]
-                near[stem] = (*common, False).index(False)
-        nearest = [stem for stem, shared in near.items() if shared == max(near.values())]
+                near[found == expected, (*common, False).index(False)].append(stem)
+        nearest = near[max(near)] if near else []
         return nearest[0] if len(nearest) == 1 else None
 
     def fits(self, found: WeightSet) -> bool:

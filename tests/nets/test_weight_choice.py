@@ -32,6 +32,10 @@ def under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in weights.items()}
 
 
+def body() -> dict[str, Tensor]:
+    return {name: value for name, value in state().items() if not name.startswith("fc.")}
+
+
 def find(content: Any, **how: Any) -> Found:
     return find_weights(content, Net().state_dict(), "fc", "FILE", **how)
 
@@ -130,6 +134,14 @@ def test_integers_are_refused():
         find(under("m.", {name: value.to(torch.int8) if "fc" in name else value for name, value in state().items()}))
 
 
+@pytest.mark.parametrize(
+    ("change", "text"), [(lambda t: t.to("meta"), "has a shape and no values"), (lambda t: t.to_sparse(), "is sparse")]
+)
+def test_tensors_without_dense_values_are_refused(change, text):
+    with pytest.raises(UserError, match=rf"tensor 'fc\.weight' {text}.*, expected dense weights"):
+        find(state() | {"fc.weight": change(state()["fc.weight"])})
+
+
 def test_pieces_of_a_distributed_training_are_refused():
     with pytest.raises(UserError, match=r"part of a distributed training.*full_state_dict=True"):
         find({"model": {"_fsdp_wrapped_module._flat_param": torch.ones(100)}})
@@ -180,8 +192,13 @@ def test_the_classifier_may_lie_beside_the_backbone(prefix, head):
         assert "decode.weight" in found.weights
 
 
+def test_a_classifier_beside_the_backbone_of_other_classes_is_named_as_such():
+    found = find(under("backbone.", body()) | under("head.", {k: v for k, v in state(0, 5).items() if k[:3] == "fc."}))
+    assert found.weights["fc.weight"].shape == (5, 4)  # of which `load_native` says so
+
+
 def test_two_classifiers_are_one_too_many():
-    weights = under("backbone.", {name: value for name, value in state().items() if not name.startswith("fc.")})
+    weights = under("backbone.", body())
     heads = {f"{head}.{part}": state()[f"fc.{part}"] for head in ("head1", "head2") for part in ("weight", "bias")}
     assert "fc.weight" not in find(weights | heads).weights
 
@@ -212,6 +229,7 @@ SETS = {
     ),
     "BasicSR": ({"params": state(1), "params_ema": state(2)}, "params_ema", 2, 1),
     "unknown": ({"net": state(1), "ema": state(2)}, "net", 2, 1),
+    "unknown, in camel case": ({"net": state(1), "modelEMA": state(2)}, "net", 2, 1),
     "unknown, nested": ({"state_dict": under("net.", state(1)) | under("net_ema.", state(2))}, "state_dict.net", 2, 1),
     "unknown, counted": (
         {"net": state(1), "best": {"n_averaged": torch.tensor(3)} | under("module.", state(2))}, "net", 2, 1,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import errno
 import gzip
 import io
 import lzma
+import os
 import pathlib
 import pickle
 import tarfile
@@ -190,6 +192,17 @@ def test_of_a_folder_the_file_is_named(tmp_path, names, text):
         read_file(tmp_path)
     with pytest.raises(UserError, match="does not exist: give the path of a weights file"):
         read_file(tmp_path / "missing.pt")
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(saved(STATE))
+
+    def forbidden(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("builtins.open", forbidden)  # root may read everything
+    with pytest.raises(UserError, match=r"w\.pt' cannot be read: Permission denied"):
+        read_file(tmp_path / "w.pt")
 
 
 def test_what_a_file_holds_is_listed():

@@ -108,14 +108,12 @@ class Search:
         return is_counter(full) or full[len(prefix) :].startswith(self.left_out)
 
     def _head_beside(self, prefix: str, taken: set[str], leaves: Mapping[str, Leaf]) -> str | None:
-        """The name of the classifier outside of `prefix`: the one of its shape that is nearest, if one is; else the one
-        of other classes, which are said later.
-        """
+        """The name of the classifier outside of `prefix`: the nearest, of several the one with as many classes."""
         expected = {name[len(self.classifier) :]: self.own[name].shape for name in self.head}  # ".weight", ".bias"
         if prefix.endswith("student.net."):  # our own
             stem = f"{prefix.removesuffix('net.')}classifier"
             return stem if all(stem + part in leaves for part in expected) else None
-        near: dict[tuple[bool, int], list[str]] = defaultdict(list)
+        near: dict[tuple[int, bool], list[str]] = defaultdict(list)
         for full in leaves:
             stem = full.removesuffix(".weight")
             if stem == full or full in taken:
@@ -124,7 +122,7 @@ class Search:
             found = {part: leaf.tensor.shape for part, leaf in parts.items() if leaf is not None}
             if found.keys() == expected.keys() and all(found[part][1:] == expected[part][1:] for part in expected):
                 common = [a == b for a, b in zip(stem.split("."), prefix.split("."), strict=False)]
-                near[found == expected, (*common, False).index(False)].append(stem)
+                near[(*common, False).index(False), found == expected].append(stem)
         nearest = near[max(near)] if near else []
         return nearest[0] if len(nearest) == 1 else None
 

@@ -192,6 +192,17 @@ def test_the_classifier_may_lie_beside_the_backbone(prefix, head):
         assert "decode.weight" in found.weights
 
 
+def test_of_two_classifiers_the_nearest_is_taken_then_the_one_with_as_many_classes():
+    def head(name: str, seed: int, classes: int = 3) -> dict[str, Tensor]:
+        return {name + key[2:]: value for key, value in state(seed, classes).items() if key.startswith("fc.")}
+
+    backbone = under("student.backbone.", body())
+    others = head("teacher.fc", 1) | head("student.fc", 2) | head("student.side", 3, 5)
+    assert torch.equal(find(backbone | others).weights["fc.weight"], state(2)["fc.weight"])
+    others = head("teacher.fc", 1) | head("student.fc", 2, 5)  # the teacher's would be a mixture of two nets
+    assert find(backbone | others).weights["fc.weight"].shape == (5, 4)
+
+
 def test_a_classifier_beside_the_backbone_of_other_classes_is_named_as_such():
     found = find(under("backbone.", body()) | under("head.", {k: v for k, v in state(0, 5).items() if k[:3] == "fc."}))
     assert found.weights["fc.weight"].shape == (5, 4)  # of which `load_native` says so

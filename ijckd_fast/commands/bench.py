@@ -81,7 +81,7 @@ def run(args: Arguments) -> Outcome:
         decode=args.decode,
     )
     _show(found, args.model)
-    beyond = [row["split"] for row in found.rows if row["mean_levels"] > args.max_drift]
+    beyond = [row["split"] for row in found.rows if row["drift"] > args.max_drift]
     if beyond:
         print(f"beyond the {args.max_drift:g} grey levels that the trainer allows: {', '.join(beyond)}")
     return Outcome([{**row, "max_drift": args.max_drift} for row in found.rows], 1 if beyond else 0)

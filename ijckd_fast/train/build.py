@@ -104,6 +104,7 @@ def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Seque
         trust_folders=not config.check_files,
         progress=sys.stderr.isatty(),
         least_classes=2,
+        ask_dali=config.data_backend == "dali",
     )
 
 

@@ -21,7 +21,7 @@ from ijckd_fast.train.resolving import augment_of, resolve
 
 
 class FolderParity(NamedTuple):
-    """The folder compared; a row for each split: `parity.Parity`'s fields, image_size, index (its hash), versions."""
+    """The folder compared; for each split `parity.Parity`'s fields, drift, image_size, index (its hash), versions."""
 
     data_dir: str
     rows: list[dict[str, Any]]
@@ -66,7 +66,8 @@ def folder_parity(
             decode=config.decode,
             on_bad=lambda path, why: warnings.warn(f"{path} cannot be read any more ({why})", stacklevel=2),
         )
-        rows.append({**compared._asdict(), "image_size": config.image_size, "index": index.hash, **parity.versions()})
+        about = {"drift": parity.drift(compared), "image_size": config.image_size, "index": index.hash}
+        rows.append({**compared._asdict(), **about, **parity.versions()})
     return FolderParity(config.data_dir, rows)
 
 

@@ -233,7 +233,7 @@ class Images:
     max_drift: float = _image(
         MAX_DRIFT,
         "how far DALI's pixels may be from Pillow's before the run is refused, mean absolute difference in grey "
-        "levels of 0..255",
+        "levels of 0..255; twice as far for a single image",
         Trait.FREE | Trait.CACHED,
         least=0,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
@@ -78,8 +79,17 @@ def digests(
 def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
     """Says, once per dataset, how far DALI's pixels are from Pillow's. UserError beyond --max-drift.
 
-    Of several processes only one needs to call it.
+    And at every start how many images Pillow decodes all the same. Of several processes only one needs to call it.
     """
+    for index in (train, val):
+        rows_by_pillow = np.flatnonzero(index.by_pillow(config.decode == "gpu"))
+        if len(rows_by_pillow):
+            first = int(rows_by_pillow[0])
+            say(
+                f"{len(rows_by_pillow):,} of {len(index):,} {index.split} images are decoded by Pillow within DALI's "
+                f"batches, since DALI cannot or makes other pixels of such files, e.g. {index.paths[first]} "
+                f"({index.variant(first)})"
+            )
     try:
         rows, known = parity.of_dataset(
             train, val, augment_of(config), threads=config.workers, device=config.device, decode=config.decode
@@ -92,16 +102,15 @@ def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[s
         say(
             f"DALI's pixels differ from Pillow's by {figures} (mean, grey levels); kept, not measured at the next start"
         )
-    row = max(rows, key=lambda row: row.mean_levels)
-    if row.mean_levels > config.max_drift:
+    row = max(rows, key=lambda row: parity.drift(row))
+    if parity.drift(row) > config.max_drift:
         raise UserError(
             f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} "
             f"{row.split} crops, wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is "
-            f"{os.path.join(train.root, row.worst_path)} with "
-            f"{row.worst_levels:.2f}. One of the two decodes or resizes in another way here: look "
-            f"with ijckd-fast bench "
-            f"loader --parity --data-dir {config.data_dir}, try other versions of DALI and Pillow, or --data-backend "
-            f"pillow; --max-drift {math.ceil(row.mean_levels)} trains all the same"
+            f"{os.path.join(train.root, row.worst_path)} with {row.worst_levels:.2f}, wanted at most "
+            f"{parity.ONE_IMAGE * config.max_drift:g}. One of the two decodes or resizes in another way here: look "
+            f"with ijckd-fast bench loader --parity --data-dir {config.data_dir}, try other versions of DALI and "
+            f"Pillow, or --data-backend pillow; --max-drift {math.ceil(parity.drift(row))} trains all the same"
         )
 
 

@@ -29,9 +29,9 @@ def checked(monkeypatch) -> list[str]:
     seen: list[str] = []
     check = build.check_image
 
-    def spy(place, full):
+    def spy(place, *more):
         seen.append(Path(place.path).name)
-        return check(place, full)
+        return check(place, *more)
 
     monkeypatch.setattr(build, "check_image", spy)
     return seen

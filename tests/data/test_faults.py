@@ -38,7 +38,8 @@ class Row(NamedTuple):
 
 def documented() -> dict[str, Row]:
     """The table, by kind of file."""
-    lines = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    text = DOCUMENT.read_text()
+    lines = text[text.index("| kind of file |") :].split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert cells[0][0] == "kind of file"
     return {kind: Row(*rest) for kind, *rest in cells[2:]}

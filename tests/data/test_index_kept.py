@@ -176,11 +176,11 @@ def test_interrupted_scan_keeps_what_it_has(root, checked, monkeypatch):
     monkeypatch.setattr(build, "FILES_PER_TASK", 1)
     check = build.check_image
 
-    def interrupt(place, full):
+    def interrupt(place, *more):
         if place.path.endswith("eel/003.jpg"):
             time.sleep(0.2)  # the files before it are done by now
             raise KeyboardInterrupt
-        return check(place, full)
+        return check(place, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "check_image", interrupt)
@@ -329,11 +329,11 @@ def test_an_interrupted_scan_is_finished_in_trusted_folders_too(root, listed, ch
     monkeypatch.setattr(build, "FILES_PER_TASK", 1)
     check = build.check_image
 
-    def interrupt(place, full):
+    def interrupt(place, *more):
         if place.path.endswith("dog/002.jpg"):
             time.sleep(0.2)
             raise KeyboardInterrupt
-        return check(place, full)
+        return check(place, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "check_image", interrupt)
@@ -353,11 +353,11 @@ def test_a_long_scan_saves_what_it_has(root, checked, monkeypatch):
     check = build.check_image
     saved = []
 
-    def look(place, full):
+    def look(place, *more):
         if place.path.endswith("eel/005.jpg"):
             time.sleep(0.2)
             saved.append(pq.read_metadata(root / ".ijckd-index" / "train.parquet").num_rows)
-        return check(place, full)
+        return check(place, *more)
 
     monkeypatch.setattr(build, "check_image", look)
     build_index(root, "train", workers=1)

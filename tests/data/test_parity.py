@@ -117,13 +117,14 @@ def test_unreadable_files_of_the_sample_are_left_out(data, split):
     index = build_index(data, split)
     for i in (0, 1, 7):
         Path(index.absolute(i)).write_bytes(b"")
-    photo(20, 24).save(index.absolute(8), format="GIF")  # Pillow reads it, DALI does not
+    photo(20, 24).save(index.absolute(8), format="GIF")  # Pillow reads it, DALI does not: compared all the same
     said = []
-    found = parity.compare(index, AUGMENT, images=len(index), on_bad=lambda path, why: said.append(path))
-    assert {index.absolute(i) for i in (0, 1, 7, 8)} == set(said)
+    with pytest.warns(UserWarning, match=f"{index.paths[8]} is decoded by Pillow from here on"):
+        found = parity.compare(index, AUGMENT, images=len(index), on_bad=lambda path, why: said.append(path))
+    assert {index.absolute(i) for i in (0, 1, 7)} == set(said)
     assert found.mean_levels < 0.3
     if split == "val":
-        assert found.images == 14
+        assert found.images == 15
     else:
         assert 32 < found.images <= 64
 

@@ -107,7 +107,7 @@ def test_second_start_opens_no_shard_that_has_not_changed(root, folders, monkeyp
         shards.tarfile, "open", lambda path, *a, _open=tarfile.open, **k: listed.append(path) or _open(path, *a, **k)
     )
     check = build.check_image
-    monkeypatch.setattr(build, "check_image", lambda place, full: opened.append(place) or check(place, full))
+    monkeypatch.setattr(build, "check_image", lambda place, *more: opened.append(place) or check(place, *more))
     first = build_index(root, "train")
     assert (len(listed), len(opened)) == (4, 24)
     again = build_index(root, "train")

@@ -22,8 +22,9 @@ import pyarrow as pa
 
 from ijckd_fast import signals
 from ijckd_fast.console import progress_bar
-from ijckd_fast.data.index.check import Verdict, check_image
-from ijckd_fast.data.index.index import Index, Paths, content_hash
+from ijckd_fast.data.index.ask import AskDali
+from ijckd_fast.data.index.check import CANNOT_BE_READ, By, Verdict, check_image
+from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash
 from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
@@ -75,6 +76,7 @@ def build_index(
     progress: bool = False,
     cache_dir: str | Path | None = None,
     least_classes: int = 1,
+    ask_dali: bool = True,
 ) -> Index:
     """Indexes root/split, a folder of any kind in ../sources. Decodes only what is new or has changed.
 
@@ -94,6 +96,9 @@ def build_index(
     cache_dir  where to keep the index files; default root/.ijckd-index or, where that cannot be written, a folder below
                the user's cache directory ($XDG_CACHE_HOME, else ~/.cache)
     least_classes  fewer are refused before a file is opened: a classifier is trained on 2 or more
+    ask_dali   decode images of odd variants (variants.py) by DALI too, where it is installed, to learn whether its
+               pixels are Pillow's. Where they are not, or nobody asked, the DALI executor lets Pillow decode them.
+               Neither which images are in the index nor its hash depends on it
     warns      once with the number of files left out and where their list is; of images that are passed over because
                of their names; of names that are equal but for their Unicode form; when a cached index is damaged
     raises     UserError: no such folder, no class folder, folders that lie one level too deep, a class without a
@@ -112,6 +117,7 @@ def build_index(
         progress=progress,
         cache_dir=cache_dir,
         least_classes=least_classes,
+        ask_dali=ask_dali,
     ).index
 
 
@@ -129,6 +135,7 @@ def scan(
     progress: bool = False,
     cache_dir: str | Path | None = None,
     least_classes: int = 1,
+    ask_dali: bool = True,
 ) -> Scan:
     """build_index, with what a summary needs besides."""
     root = Path(root).resolve()
@@ -153,23 +160,29 @@ def scan(
     passed = together([unused, *(group.passed_over for group in files.groups)])
     if text := images_warning(source.content.folder, passed, IMAGE_EXTENSIONS):
         warnings.warn(text, stacklevel=3)
-    todo = np.flatnonzero(~files.facts["known"] | (~files.facts["full"] & (verify == "full")))
+    dali = AskDali() if ask_dali else None
+    unsure = ~files.facts["full"] & (verify == "full")
+    todo = np.flatnonzero(~files.facts["known"] | unsure | (dali is not None and _to_be_compared(files, dali)))
     # os.path's: Path.is_file() raises where a home may not be looked into
     home = next((home for home in homes if os.path.isfile(report_path(home, split))), None)
-    before = files.facts[todo]
+    before, compared_with = files.facts[todo], known.compared_with
+
+    def save() -> Path | None:
+        if dali is not None and dali.loaded:
+            files.compared_with = dali.versions
+        return save_files(homes, split, files)
+
     began = time.perf_counter()
     with signals.noted() as asked:
         try:
             if len(todo):
                 files.facts["known"][todo] = False
-                _check_all(
-                    source, files, todo, verify == "full", workers, progress, asked,
-                    lambda: save_files(homes, split, files),
-                )  # fmt: skip
+                _check_all(source, files, todo, verify == "full", dali, workers, progress, asked, save)
         finally:  # also when interrupted: what was decoded so far need not be decoded again
             seconds = time.perf_counter() - began
-            if files.groups != known.groups or (files.facts[todo] != before).any():
-                home = save_files(homes, split, files)
+            newly_compared = dali is not None and dali.loaded and dali.versions != compared_with
+            if files.groups != known.groups or (files.facts[todo] != before).any() or newly_compared:
+                home = save()
     index = _assemble(source, names, files, label_of, home)
     return Scan(index, files, home, len(todo), seconds, passed)
 
@@ -180,6 +193,16 @@ def _require_classes(source: Source, found: int, least: int) -> None:
             f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.folder} has "
             f"{found}: put one folder of images per class into it"
         )
+
+
+def _to_be_compared(files: Files, dali: AskDali) -> np.ndarray:
+    """[N] bool: images of odd variants that these versions of DALI and Pillow were not compared on."""
+    odd = files.facts["known"] & (files.facts["variant"] > 0) & (files.facts["reason"] == 0)
+    if not odd.any() or not dali.can_be_asked():
+        return np.zeros_like(odd)
+    if files.compared_with == dali.versions:
+        odd &= files.facts["by"] == By.UNASKED
+    return odd
 
 
 def _listed(files: Files) -> Listed:
@@ -197,6 +220,7 @@ def _check_all(
     files: Files,
     todo: np.ndarray,
     full: bool,
+    dali: AskDali | None,
     workers: int,
     progress: bool,
     asked: signals.Asked,
@@ -215,7 +239,7 @@ def _check_all(
             if asked.signum:
                 break
             try:
-                checked.append(check_image(_place(source, files, ends, row, path), full))
+                checked.append(check_image(_place(source, files, ends, row, path), full, dali))
             except OSError as error:
                 checked.append(error)
         return rows[: len(checked)], checked
@@ -270,13 +294,13 @@ def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
     """Writes down what a look at one image said."""
     if isinstance(verdict, OSError):
         # It may be fixed without a change of the file (chmod, a mount): not to be remembered.
-        reason = files.reasons.number(f"cannot be read: {verdict.strerror}")
-        files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, False, True)
+        reason = files.reasons.number(f"{CANNOT_BE_READ}: {verdict.strerror}")
+        files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, 0, By.DALI, False, True)
         return
-    width, height, kind, orientation, why, whole = verdict
+    width, height, kind, orientation, why, whole, variant, by = verdict
     length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
-    numbers = files.formats.number(kind), files.reasons.number(why)
-    files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, whole, True)
+    numbers = files.formats.number(kind), files.reasons.number(why), files.variants.number(variant)
+    files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, whole, True)
 
 
 def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:
@@ -315,7 +339,17 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         shards,
         members,
         source.place_in_shard,
+        _odd(files, facts),
     )
+
+
+def _odd(files: Files, facts: np.ndarray) -> Odd | None:
+    """facts: of the good images."""
+    if not facts["variant"].any():
+        return None
+    there, variant = np.unique(np.append(facts["variant"], 0), return_inverse=True)  # 0 first: plain
+    names = tuple(files.variants[int(number)] for number in there)
+    return Odd(names, variant[:-1].astype(np.int32), facts["by"] != By.DALI)
 
 
 def _require_images_in_every_class(

@@ -1,20 +1,40 @@
-"""Whether one image can be trained on: what Pillow and DALI decode to the same pixels."""
+"""Whether one image can be trained on, and whose decoder makes its pixels."""
 
 from __future__ import annotations
 
 import os
+from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from ijckd_fast.data.index.ask import AskDali
+from ijckd_fast.data.index.rgb import to_rgb
+from ijckd_fast.data.index.variants import PLAIN, variant_of
 from ijckd_fast.data.sources import Place
 
-# What Pillow and DALI decode to the same RGB pixels. Pillow also opens GIF and AVIF, which DALI's decoder refuses, and
-# float, 32-bit and LAB pixels, which the two convert differently.
+# Pillow also opens GIF and AVIF, which DALI does not, and float, 32-bit and LAB pixels, which libraries turn into RGB
+# in ways of their own.
 _FORMATS = frozenset({"JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "PPM"})
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L"})
+_NAMES = "JPEG, PNG, BMP, WebP, TIFF and PNM"
 _ORIENTATION = 274  # EXIF's tag. Pillow rotates TIFFs by it (and no other format), DALI is asked not to
+_BITS = 258  # TIFF's tag
+
+
+CANNOT_BE_READ = "cannot be read"
+"""How a reason begins that is not the file's content: the file is gone, or the disk."""
+
+
+class By(IntEnum):
+    """Who decodes an image where DALI makes the batches."""
+
+    DALI = 0  # it is plain, or DALI's pixels were compared with Pillow's and are the same
+    PILLOW_ALONE = 1  # DALI cannot decode it
+    PILLOW = 2  # DALI makes other pixels
+    UNASKED = 3  # Pillow, until DALI is asked
 
 
 class Verdict(NamedTuple):
@@ -26,12 +46,15 @@ class Verdict(NamedTuple):
     orientation: int
     reason: str  # '' = good
     full: bool  # what verify='full' would say, not only what the header says
+    variant: str = PLAIN
+    by: By = By.DALI
 
 
-def check_image(place: Place, full: bool) -> Verdict:
+def check_image(place: Place, full: bool, dali: AskDali | None = None) -> Verdict:
     """Whether one image can be trained on.
 
-    full     decode every pixel; otherwise only when header and trailer are not those of an intact JPEG
+    full     decode every pixel; otherwise only where header and trailer are not those of an intact plain JPEG
+    dali     asked about an image of an odd variant; None: nobody is
     raises   OSError with an errno when it could not be read at all (missing, no permission, I/O error)
     """
     empty = False
@@ -39,7 +62,7 @@ def check_image(place: Place, full: bool) -> Verdict:
         with place.open() as file:
             empty = file.seek(0, os.SEEK_END) == 0
             file.seek(0)
-            return _check_open_image(file, full)
+            return _check_open_image(file, full, dali)
     except OSError as error:
         if error.errno is not None:
             raise
@@ -48,21 +71,47 @@ def check_image(place: Place, full: bool) -> Verdict:
         return Verdict(0, 0, "", 1, _reason(place.path, error, empty), True)
 
 
-def _check_open_image(file: BinaryIO, full: bool) -> Verdict:
+def _check_open_image(file: BinaryIO, full: bool, dali: AskDali | None) -> Verdict:
     with Image.open(file) as image:
         kind = image.format or ""
         orientation = _orientation(image)
         seen = Verdict(*image.size, kind, orientation, "", True)
         if kind not in _FORMATS:
-            return seen._replace(reason=f"a {kind} image, which DALI cannot decode")
+            article = "an" if kind[:1] in "AEIO" else "a"
+            return seen._replace(reason=f"{article} {kind} image, which is none of {_NAMES}")
         if image.mode not in _MODES:
-            return seen._replace(reason=f"pixels of Pillow mode {image.mode}, not 8 or 16 bits per channel")
+            return seen._replace(reason=f"pixels of Pillow mode {image.mode}, whose RGB is not settled")
         if kind == "TIFF" and orientation != 1:
             return seen._replace(reason="a TIFF with an orientation tag, which libraries read differently")
-        decode = full or not (kind == "JPEG" and _ends_like_jpeg(file))
-        if decode:
-            image.load()
-        return seen._replace(full=decode)
+        if image.mode.startswith("I;16") and (bits := _bits(image)) != 16:
+            return seen._replace(reason=f"a TIFF of {bits} bits per channel, which Pillow takes for 16: nearly black")
+        variant = variant_of(image, file)
+        seen = seen._replace(variant=variant)
+        if variant == PLAIN:
+            decode = full or not (kind == "JPEG" and _ends_like_jpeg(file))
+            if decode:
+                image.load()
+            return seen._replace(full=decode)
+        rgb = np.asarray(to_rgb(image))  # [h, w, 3]
+        if dali is None:
+            return seen._replace(by=By.UNASKED)
+        file.seek(0)
+        return seen._replace(by=_by(dali, file.read(), rgb))
+
+
+def _by(dali: AskDali, encoded: bytes, rgb: np.ndarray) -> By:
+    if not dali.can_be_asked():
+        return By.UNASKED
+    same = dali.same(encoded, rgb)
+    return By.PILLOW_ALONE if same is None else By.DALI if same else By.PILLOW
+
+
+def _bits(image: Image.Image) -> int:
+    """Of a channel of 16-bit gray, as the file has them."""
+    if image.format != "TIFF":
+        return 16
+    bits = getattr(image, "tag_v2", {}).get(_BITS, 16)
+    return int(bits[0] if isinstance(bits, tuple) else bits)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -69,6 +69,24 @@ class Paths(Sequence[str]):
 
 
 @dataclass(frozen=True, eq=False)
+class Odd:
+    """Which images of an index are of odd variants (variants.py), and who decodes them where DALI makes the batches.
+
+    names      of the variants; names[0] is '', plain
+    variant    [N] int32, positions in names
+    by_pillow  [N] bool, True: Pillow, since DALI cannot, or makes other pixels, or was not asked
+    """
+
+    names: tuple[str, ...]
+    variant: np.ndarray
+    by_pillow: np.ndarray
+
+    def take(self, ids: np.ndarray) -> Odd:
+        """Of the images `ids` [n] int64, in their order."""
+        return Odd(self.names, self.variant[ids], self.by_pillow[ids])
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
     """One split's images in a fixed order: group by group of their source, within a group as it lists them.
 
@@ -87,6 +105,7 @@ class Index:
     shards       relative paths of the files that hold many images each; () for images in files of their own
     members      [N, 3] int64 (position in shards, offset there, bytes); with shards
     place_in_shard  see Source; with shards
+    odd          None: all images are plain
     """
 
     root: str
@@ -100,6 +119,7 @@ class Index:
     shards: tuple[str, ...] = ()
     members: np.ndarray | None = None
     place_in_shard: Callable[[str, int, int], Place] = Extent
+    odd: Odd | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -118,6 +138,19 @@ class Index:
             return WholeFile(self.absolute(i))
         shard, offset, length = self.members[i].tolist()
         return self.place_in_shard(os.path.join(self.root, self.shards[shard]), offset, length)
+
+    def variant(self, i: int) -> str:
+        """The odd variant that image i is of; '': it is plain."""
+        return "" if self.odd is None else self.odd.names[self.odd.variant[i]]
+
+    def by_pillow(self, decoders_of_gpu: bool = False) -> np.ndarray:
+        """[N] bool: images that Pillow decodes where DALI makes the batches.
+
+        decoders_of_gpu  they are others than those that were asked: then all odd images
+        """
+        if self.odd is None:
+            return np.zeros(len(self), bool)
+        return self.odd.variant > 0 if decoders_of_gpu else self.odd.by_pillow.copy()
 
     def subset(self, per_class: int | None = None, label_noise: float = 0.0, seed: int = 0) -> Index:
         """A smaller or noisier index, a pure function of (this index, arguments).
@@ -164,6 +197,7 @@ class Index:
             sizes=self.sizes[keep],
             hash=digest,
             members=None if self.members is None else self.members[keep],
+            odd=None if self.odd is None else self.odd.take(keep),
         )
 
 

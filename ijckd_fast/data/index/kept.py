@@ -21,7 +21,7 @@ from ijckd_fast.data.sources.listing import Stamp
 from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.files import replacing
 
-CACHE_VERSION = "3"
+CACHE_VERSION = "4"
 CACHE_FOLDER = ".ijckd-index"
 _ROWS_PER_GROUP = 1 << 18  # what is held twice while the file is read
 
@@ -34,6 +34,8 @@ FACTS = np.dtype(
         ("orientation", np.int8),  # EXIF's tag, 1 to 8; 1: upright, or the file says nothing
         ("format", np.uint8),  # a Names number of what Pillow calls it; '' where it could not say
         ("reason", np.int32),  # a Names number; '': good
+        ("variant", np.int32),  # a Names number of what variants.variant_of says; '': plain
+        ("by", np.uint8),  # a check.By
         ("full", bool),  # whether the verdict is what a full decode says, not only the header's
         ("known", bool),  # whether there is a verdict; not saved
     ]
@@ -43,7 +45,8 @@ FACTS = np.dtype(
 MEMBERS = np.dtype([("offset", np.int64), ("label", np.int32)])
 """Where one image begins in its shard, and a Names number of what the shard says of it."""
 
-_PLAIN = ("length", "mtime_ns", "width", "height", "orientation", "full")
+_PLAIN = ("length", "mtime_ns", "width", "height", "orientation", "full", "by")
+_NAMED = {"format": "formats", "reason": "reasons", "variant": "variants"}  # columns, and whose numbers they are
 
 
 class Names:
@@ -62,6 +65,9 @@ class Names:
 
     def __getitem__(self, number: int) -> str:
         return self._names[number]
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def numbers(self, column: pa.DictionaryArray) -> np.ndarray:
         """[n] int64, from the numbers of a column's own dictionary."""
@@ -90,9 +96,10 @@ class Files:
     paths    [N] large_binary, relative to the root
     facts    [N] of dtype FACTS
     groups   which rows belong to which folder
-    formats, reasons   what facts['format'] and facts['reason'] number
+    formats, reasons, variants   what facts['format'], facts['reason'] and facts['variant'] number
     members  [N] of dtype MEMBERS where the images lie in shards, else None
     labels   what members['label'] numbers
+    compared_with   the versions whose pixels facts['by'] is about; '': none were compared
     """
 
     paths: pa.ChunkedArray
@@ -102,6 +109,8 @@ class Files:
     reasons: Names
     members: np.ndarray | None = None
     labels: Names = dataclasses.field(default_factory=Names)
+    variants: Names = dataclasses.field(default_factory=Names)
+    compared_with: str = ""
 
     @classmethod
     def none(cls) -> Files:
@@ -138,6 +147,7 @@ def _read(path: Path) -> Files:
         if about[b"folders_crc32"] != _crc32(folders):  # Parquet's own checksums are those of the rows
             raise ValueError("its list of folders is damaged")
         files = Files.none()
+        files.compared_with = about[b"compared_with"].decode()
         files.groups = [
             Group(folder, rows, tuple((name, *state) for name, *state in stamps), tuple(map(PassedOver._make, passed)))
             for folder, rows, stamps, passed in json.loads(folders)
@@ -153,8 +163,8 @@ def _read(path: Path) -> Files:
             facts = files.facts[done : done + len(table)]
             for name in _PLAIN:
                 facts[name] = table[name].to_numpy()
-            facts["format"] = files.formats.numbers(table["format"].chunk(0))
-            facts["reason"] = files.reasons.numbers(table["reason"].chunk(0))
+            for name, names in _NAMED.items():
+                facts[name] = getattr(files, names).numbers(table[name].chunk(0))
             facts["known"] = True
             if files.members is not None:
                 members = files.members[done : done + len(table)]
@@ -209,12 +219,14 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     folders = json.dumps([(group.folder, group.rows, group.stamps, group.passed_over) for group in groups]).encode()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"path": paths}
     columns |= {name: pa.array(facts[name]) for name in _PLAIN}
-    columns["format"] = files.formats.column(facts["format"])
-    columns["reason"] = files.reasons.column(facts["reason"])
+    columns |= {name: getattr(files, names).column(facts[name]) for name, names in _NAMED.items()}
     if members is not None:
         columns |= {"offset": pa.array(members["offset"]), "label": files.labels.column(members["label"])}
     table = pa.table(columns)
-    about = {"ijckd_index": CACHE_VERSION, "folders": folders, "folders_crc32": _crc32(folders)}
+    about = {
+        "ijckd_index": CACHE_VERSION, "folders": folders, "folders_crc32": _crc32(folders),
+        "compared_with": files.compared_with,
+    }  # fmt: skip
     bad = [
         {"path": os.fsdecode(paths[int(i)].as_py()), "reason": files.reasons[facts["reason"][i]]}
         for i in np.flatnonzero(facts["reason"])
@@ -224,7 +236,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
         with pq.ParquetWriter(
             path,
             table.schema,
-            use_dictionary=[name for name in ("format", "reason", "label") if name in columns],
+            use_dictionary=[name for name in (*_NAMED, "label") if name in columns],
             compression="lz4",
             column_encoding={"path": "DELTA_LENGTH_BYTE_ARRAY"},  # read in half of PLAIN's time
             write_page_checksum=True,

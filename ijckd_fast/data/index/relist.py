@@ -84,6 +84,8 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         known.reasons,
         np.concatenate(members).astype(MEMBERS) if members else None,
         known.labels,
+        known.variants,
+        known.compared_with,
     )
 
 

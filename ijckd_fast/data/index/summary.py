@@ -11,8 +11,11 @@ import numpy as np
 from rich.table import Table
 
 from ijckd_fast.data.index.build import Scan
+from ijckd_fast.data.index.check import By
+from ijckd_fast.data.index.kept import Names
 
 _REASONS, _KINDS = 3, 6  # how many of the reasons, and of the kinds passed over, the table names
+_VARIANTS = 5
 
 
 def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
@@ -23,6 +26,9 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
     reasons: how many files were left out for what, most frequent first
     passed_over: how many files were not read because of their names, by extension; passed_over_images: how many of them
     are images or look like them
+    by_pillow: images of odd variants that Pillow decodes where DALI makes the batches
+    variants: of the odd variants, most frequent first, how many images DALI decodes, how many Pillow does since DALI
+    cannot, how many since DALI makes other pixels, and how many since DALI was not asked
     opened, images_per_s: files that this scan had to open, and how many a second; None where it opened none
     """
     index, facts = scan.index, scan.files.facts
@@ -40,6 +46,8 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
         "bytes": int(facts["length"][good].sum()),
         "formats": {scan.files.formats[i]: int(formats[i]) for i in np.argsort(-formats) if formats[i]},
         "rotated": int((facts["orientation"][good] != 1).sum()),
+        "by_pillow": 0 if index.odd is None else int(index.odd.by_pillow.sum()),
+        "variants": _variants(scan.files.variants, facts[good]),
         "left_out": len(index.quarantined),
         "reasons": dict(reasons.most_common()),
         "passed_over": {row.kind: row.files for row in scan.passed_over},
@@ -49,6 +57,19 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
         "seconds": round(seconds, 3),
         "hash": index.hash,
         "files": None if scan.home is None else str(scan.home),
+    }
+
+
+def _variants(names: Names, facts: np.ndarray) -> dict[str, dict[str, int]]:
+    """facts: of the good images."""
+    counts = np.zeros((len(names), len(By)), np.int64)
+    np.add.at(counts, (facts["variant"], facts["by"]), 1)
+    counts[0] = 0  # plain
+    order = np.argsort(-counts.sum(1), kind="stable")
+    return {
+        names[number]: {who.name.lower(): int(n) for who, n in zip(By, counts[number], strict=True) if n}
+        for number in order
+        if counts[number].any()
     }
 
 
@@ -68,6 +89,8 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "size, MB": lambda row: f"{row['bytes'] / 1e6:,.1f}",
         "formats": lambda row: _counts(row["formats"]),
         "not upright by EXIF (not turned)": lambda row: f"{row['rotated']:,}",
+        "odd variants": _odd,
+        "of these decoded by Pillow, also with DALI": _by_pillow,
         "left out": _left_out,
         "passed over by their names": _passed_over,
         "opened now": lambda row: (
@@ -84,8 +107,20 @@ def _three(values: list[int]) -> str:
     return "  ".join(f"{value:,}" for value in values)
 
 
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+def _counts(counts: dict[str, int], most: int | None = None) -> str:
+    named = [f"{name} {n:,}" for name, n in counts.items()]
+    return ", ".join([*named[:most], *(["..."] if len(named[:most]) < len(named) else [])])
+
+
+def _odd(row: dict[str, Any]) -> str:
+    return _counts({name: sum(by.values()) for name, by in row["variants"].items()}, _VARIANTS) or "none"
+
+
+def _by_pillow(row: dict[str, Any]) -> str:
+    said = {"pillow_alone": "DALI cannot", "pillow": "DALI makes other pixels", "unasked": "DALI was not asked"}
+    counts = {text: sum(by.get(who, 0) for by in row["variants"].values()) for who, text in said.items()}
+    named = _counts({text: n for text, n in counts.items() if n})
+    return f"{row['by_pillow']:,}" + (f" ({named})" if named else "")
 
 
 def _passed_over(row: dict[str, Any]) -> str:
@@ -96,6 +131,5 @@ def _passed_over(row: dict[str, Any]) -> str:
 
 
 def _left_out(row: dict[str, Any]) -> str:
-    named = dict(list(row["reasons"].items())[:_REASONS])
-    more = ", ..." if len(row["reasons"]) > _REASONS else ""
-    return f"{row['left_out']:,}" + (f" ({_counts(named)}{more})" if named else "")
+    named = _counts(row["reasons"], _REASONS)
+    return f"{row['left_out']:,}" + (f" ({named})" if named else "")

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from ijckd_fast.data.index.index import Index, Paths
+from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.load.loader import Unreadable, blames_file
-from ijckd_fast.data.load.pillow import PillowLoader, to_rgb
+from ijckd_fast.data.load.pillow import PillowLoader
 from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.errors import UserError
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable
+from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable, what_to_do
 from ijckd_fast.errors import UserError
 
 
@@ -187,8 +187,7 @@ class Loader:
             files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
             raise TooManyUnreadable(
                 f"{files} of {self.plan.index.root}/{self.plan.index.split} cannot be read any more, more than the "
-                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}). Is the disk whole and mounted? Build "
-                "the index again to leave them out for good"
+                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}); {what_to_do(reasons.values())}"
             )
 
     def close(self) -> None:

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.index.kept import cache_homes
 from ijckd_fast.data.load.backends import make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
-from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan
+from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan, what_to_do
 from ijckd_fast.files import replacing
 
 _SEED = 0
 _SAMPLE_STREAM = 0x9A217
 _BATCH = 32
 _TRAINER_IMAGES = 128  # per split: a second or two at 224 pixels on two cores
+_OF_EACH_VARIANT = 4  # images of each odd variant that are compared besides
 _ONE_LEVEL = 1.01  # undoing the normalisation in float32 costs up to 1e-4 of a level
 
 
@@ -36,7 +38,7 @@ class Parity(NamedTuple):
     """|DALI - Pillow| of one split's crops, in grey levels of 0..255, the normalisation undone.
 
     split           'train': random crops and flips; 'val': the evaluation's central crops
-    images          crops compared: those of a file that one of the two cannot read are left out
+    images          crops compared, those of odd variants besides the sample; not those of a file that cannot be read
     mean_levels     over all images, pixels and channels
     worst_levels    largest mean of one image; worst_path is its file, relative to the data folder
     beyond_percent  pixels of which a channel differs by more than one level
@@ -55,6 +57,14 @@ class Parity(NamedTuple):
     disagreements: int | None = None
 
 
+ONE_IMAGE = 2  # a single image may be this many times as far as the mean of all
+
+
+def drift(parity: Parity) -> float:
+    """What --max-drift bounds, grey levels: the mean of all images or, where it is more, half of the farthest one's."""
+    return max(parity.mean_levels, parity.worst_levels / ONE_IMAGE)
+
+
 def compare(
     index: Index,
     augment: Augment,
@@ -68,6 +78,8 @@ def compare(
 ) -> Parity:
     """Both executors on the same crops of a seeded sample of the images, as the index's split uses them.
 
+    And on the central crops of some images of each odd variant there is.
+
     augment    its mixup, cutmix, repeats and sizes are not used: they are the same code behind either executor
     images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val
                takes no more than it has
@@ -78,27 +90,46 @@ def compare(
                be read
     """
     plan = sample_plan(index, augment, images)
-    stop = -(-images // plan.batch_size)
-    common: dict[str, Any] = {"threads": threads, "stop": stop, "bad_limit": images, "on_bad": on_bad}
+    plans: list[tuple[Plan, int]] = [(plan, -(-images // plan.batch_size))]
+    odd = odd_sample(index)
+    if len(odd):
+        plans.append((EvalPlan(index, _alone(augment), min(_BATCH, len(odd)), ids=odd), -(-len(odd) // _BATCH)))
     where = {} if decode == "cpu" else {"decode": decode, "device": device}
-    with make_loader("dali", plan, **common, **where) as dali, make_loader("pillow", plan, **common) as pillow:
-        return _compare(index, dali, pillow, torch.tensor(augment.std), logits_of, torch.device(device))
+    with contextlib.ExitStack() as stack:
+        loaders: list[tuple[Loader, Loader]] = []
+        for plan, stop in plans:
+            common: dict[str, Any] = {"threads": threads, "stop": stop, "bad_limit": len(index), "on_bad": on_bad}
+            dali = stack.enter_context(make_loader("dali", plan, **common, **where))
+            loaders.append((dali, stack.enter_context(make_loader("pillow", plan, **common))))
+        return _compare(index, loaders, torch.tensor(augment.std), logits_of, torch.device(device))
 
 
 def sample_plan(index: Index, augment: Augment, images: int) -> Plan:
     """The plan that both executors follow: as the split is used, without what is the same code behind either."""
-    augment = dataclasses.replace(augment, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
+    augment = _alone(augment)
     batch_size = min(_BATCH, images, len(index))
     if index.split == "train":
         return TrainPlan(index, augment, batch_size, _SEED)
     return EvalPlan(index, augment, batch_size, ids=np.sort(permutation(_SEED, _SAMPLE_STREAM, len(index))[:images]))
 
 
+def odd_sample(index: Index) -> np.ndarray:
+    """[n] int64, sorted: the first few images of each odd variant, of those that DALI decodes and of the others."""
+    if index.odd is None:
+        return np.empty(0, np.int64)
+    kinds = 2 * index.odd.variant.astype(np.int64) + index.odd.by_pillow
+    found = [np.flatnonzero(kinds == kind)[:_OF_EACH_VARIANT] for kind in np.unique(kinds[index.odd.variant > 0])]
+    return np.sort(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+
+def _alone(augment: Augment) -> Augment:
+    return dataclasses.replace(augment, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
+
+
 @torch.no_grad()
 def _compare(
     index: Index,
-    dali: Loader,
-    pillow: Loader,
+    loaders: Sequence[tuple[Loader, Loader]],
     std: Tensor,
     logits_of: Callable[[Tensor], Tensor] | None,
     device: torch.device,
@@ -108,10 +139,8 @@ def _compare(
     ids: list[Tensor] = []
     right = torch.zeros(2, dtype=torch.int64)  # DALI, Pillow
     disagreements = 0
-    # Both follow one plan object, so that a file that the one finds unreadable is so for the other from there on.
-    for a, b in zip(dali, pillow, strict=False):
-        a = a._replace(images=a.images.cpu(), labels=a.labels.cpu(), ids=a.ids.cpu())
-        rows_a, rows_b = _same_images(a, b, index.split)
+    for a, b, of_train in _batches(loaders):
+        rows_a, rows_b = _same_images(a, b, of_train)
         x, y = a.images[rows_a], b.images[rows_b]
         difference = (x - y).abs().permute(0, 2, 3, 1) * (255 * std)  # [b, S, S, 3] grey levels
         means.append(difference.mean((1, 2, 3)))
@@ -125,7 +154,7 @@ def _compare(
     if n == 0:
         raise TooManyUnreadable(
             "images were expected to compare DALI with Pillow on, but both could read none of the sample of "
-            f"{index.root}/{index.split}; is the disk still there?"
+            f"{index.root}/{index.split}; {what_to_do(why for pair in loaders for _, why in pair[0].bad_files)}"
         )
     of_image = torch.cat(means)
     worst = int(of_image.argmax())
@@ -143,9 +172,18 @@ def _compare(
     return parity._replace(dali_top1_percent=by_dali, pillow_top1_percent=by_pillow, disagreements=disagreements)
 
 
-def _same_images(a: Batch, b: Batch, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _batches(loaders: Sequence[tuple[Loader, Loader]]) -> Iterator[tuple[Batch, Batch, bool]]:
+    """What both executors make of a batch, on the CPU, and whether it is training's."""
+    for dali, pillow in loaders:
+        # both follow one plan object, so that a file that the one finds unreadable is so for the other from there on
+        for a, b in zip(dali, pillow, strict=False):
+            a = a._replace(images=a.images.cpu(), labels=a.labels.cpu(), ids=a.ids.cpu())
+            yield a, b, isinstance(dali.plan, TrainPlan)
+
+
+def _same_images(a: Batch, b: Batch, of_train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Rows of a and of b that hold the same image. Training replaces what it cannot read, evaluation leaves it out."""
-    if split == "train":
+    if of_train:
         rows = np.flatnonzero((a.ids == b.ids).numpy())
         return rows, rows
     _, rows_a, rows_b = np.intersect1d(a.ids.numpy(), b.ids.numpy(), return_indices=True)
@@ -160,7 +198,10 @@ def of_dataset(
     It is made again for other images, another augmentation or decode, and with another version of DALI, Pillow or our
     executors. raises UserError as compare does
     """
-    made_with = {**versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode}
+    made_with = {
+        **versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode,
+        "odd": [[index.paths[i] for i in odd_sample(index)] for index in (train, val)],
+    }  # fmt: skip
     name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
     folders = cache_homes(Path(train.root), None)
     for folder in folders:
@@ -186,9 +227,10 @@ def of_dataset(
 
 def versions() -> dict[str, str]:
     """Of what makes the pixels: the libraries, and a digest of our two executors. Raises ImportError without DALI."""
-    from ijckd_fast.data.load.dali import VERSION
+    from ijckd_fast.data.index.dali import VERSION
 
     code = hashlib.sha256()
-    for name in ("dali.py", "pillow.py"):
-        code.update(Path(__file__).with_name(name).read_bytes())
+    here = Path(__file__).parent
+    for path in (here / "dali.py", here / "pillow.py", here.parent / "index/dali.py", here.parent / "index/rgb.py"):
+        code.update(path.read_bytes())
     return {"dali": VERSION, "pillow": PIL.__version__, "executors": code.hexdigest()[:16]}

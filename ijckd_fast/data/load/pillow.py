@@ -11,6 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ijckd_fast.data.index import CANNOT_BE_READ
+from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
 from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.sources import Place, WholeFile
@@ -34,14 +36,9 @@ def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
         if not blames_file(error):
             raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise Unreadable(path, f"{CANNOT_BE_READ}: {error.strerror}") from error
         raise Unreadable(path, f"{type(error).__name__}: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Alpha is dropped, 16-bit gray keeps its high byte."""
-    if image.mode.startswith("I;16"):  # convert() would clip it at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
 
 
 def make_image(plan: BatchPlan, i: int) -> np.ndarray:
@@ -54,14 +51,20 @@ def stored_image(plan: BatchPlan, i: int) -> Image.Image:
     return decode(plan.paths[i], plan.places[i] if plan.places else None)
 
 
+def as_indexed(image: Image.Image, plan: BatchPlan, i: int) -> Image.Image:
+    """Image i of a batch itself. Raises Unreadable when it has not the size it was indexed with."""
+    if (image.height, image.width) != tuple(plan.size[i]):
+        was = f"{plan.size[i][1]}x{plan.size[i][0]}"
+        raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
+    return image
+
+
 def arrange(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
     """The RGB pixels of image i of a batch as it is stored -> cropped, resized and flipped: [S, S, 3] uint8.
 
     raises Unreadable when it has not the size it was indexed with
     """
-    if (image.height, image.width) != tuple(plan.size[i]):
-        was = f"{plan.size[i][1]}x{plan.size[i][0]}"
-        raise Unreadable(plan.paths[i], f"an image of {image.width}x{image.height} pixels where {was} were indexed")
+    image = as_indexed(image, plan, i)
     (y, x), (h, w) = plan.anchor[i].tolist(), plan.shape[i].tolist()
     if plan.resize is None:  # crop first, so that no pixel outside it enters the resize (resize(box=...) would let it)
         image = image.crop((x, y, x + w, y + h)).resize((plan.image_size, plan.image_size), Image.Resampling.BILINEAR)

@@ -11,7 +11,7 @@ from ijckd_fast.data.plan.batch import BatchPlan
 from ijckd_fast.data.plan.crops import padded_crop, random_resized_crop, resize_and_center_crop
 from ijckd_fast.data.plan.mixup import Mixing, mixing
 from ijckd_fast.data.plan.plans import EvalPlan, Plan, TrainPlan, ViewPlan
-from ijckd_fast.data.plan.stand_ins import StandIns, TooManyUnreadable
+from ijckd_fast.data.plan.stand_ins import StandIns, TooManyUnreadable, what_to_do
 
 __all__ = [
     "Augment",
@@ -28,4 +28,5 @@ __all__ = [
     "padded_crop",
     "random_resized_crop",
     "resize_and_center_crop",
+    "what_to_do",
 ]

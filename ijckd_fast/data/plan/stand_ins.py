@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
 
-from ijckd_fast.data.index import Index
+from ijckd_fast.data.index import CANNOT_BE_READ, Index
 from ijckd_fast.errors import UserError
 
 
 class TooManyUnreadable(UserError):
     """More files cannot be read any more than may be, or than can be replaced."""
+
+
+def what_to_do(reasons: Iterable[str]) -> str:
+    """The end of an error's sentence about images that cannot be used any more, for these reasons."""
+    if any(why.startswith(CANNOT_BE_READ) for why in reasons):
+        return "is the disk still there?"
+    return "the files have changed since they were indexed: build the index again (ijckd-fast index)"
 
 
 class StandIns:
@@ -43,7 +51,7 @@ class StandIns:
         which = "" if self._any_label else f" of class {self._index.classes[self._index.labels[i]]!r}"
         raise TooManyUnreadable(
             f"no image{which} in {self._index.root}/{self._index.split} can be read any more, the last one was "
-            f"{self._index.absolute(i)} ({self.reasons[i]}); is the disk still there?"
+            f"{self._index.absolute(i)} ({self.reasons[i]}); {what_to_do([self.reasons[i]])}"
         )
 
     def of(self, ids: np.ndarray) -> np.ndarray:

@@ -75,6 +75,14 @@ def test_a_class_that_is_called_images_is_one(root):
     assert build_index(root, "train").classes == ("dog", "eel", "images")
     deeper(root / "train" / "images", "of_one_cat")
     assert build_index(root, "train").classes == ("dog", "eel", "images")
+    for name in ("of_another", "of_a_third"):
+        (root / "train" / "images" / name).mkdir()
+        photo(8, 8).save(root / "train" / "images" / name / "0.jpg")
+    photo(8, 8).save(root / "train" / "images" / "0.jpg")
+    assert build_index(root, "train").classes == ("dog", "eel", "images")
+    (root / "train" / "images" / "0.jpg").unlink()
+    with pytest.raises(UserError, match=r"did you mean .*train/images\? .*\(or rename 'images' if it is a class\)"):
+        build_index(root, "train")
 
 
 def test_a_data_folder_in_the_folder_of_a_split(root):

@@ -356,6 +356,7 @@ def test_the_last_member_of_a_name_has_it(tmp_path, folders):
     members += [("a/0.jpg", tarfile.LNKTYPE, "a/0.jpg"), ("./a/0.jpg", two)]
     write_members(tmp_path / "train" / "0.tar", members)
     assert seen(tmp_path) == {"b/0.jpg": ("b", one), "b/1.jpg": ("b", three), "./a/0.jpg": ("a", two)}
+    assert list(seen(tmp_path)) == ["b/0.jpg", "b/1.jpg", "./a/0.jpg"]  # where their bytes lie
     assert scan(tmp_path, "train").passed_over == [("later members of the same name", 1, 0, "train/0.tar/a/0.jpg")]
     (tmp_path / "unpacked").mkdir()  # as tar itself has it
     subprocess.run(["tar", "-xf", tmp_path / "train" / "0.tar", "-C", tmp_path / "unpacked"], check=True)

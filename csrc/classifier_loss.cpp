@@ -167,6 +167,17 @@ void all_rows(LossRows r, const Launch& launch) {
 }
 #endif
 
+// On a GPU its bytes are read as they lie; on the CPU, which has no use for it, a wrong one is a mistake all the same.
+void check_gram(const OptTensor& gram, int64_t Ct, const char* op) {
+  if (!gram) return;
+  const bool made_here = gram->dim() == 3 && gram->size(0) == 2 && gram->size(1) == Ct && gram->size(2) == Ct &&
+                         gram->scalar_type() == ScalarType::BFloat16 && gram->is_contiguous();
+  check(made_here, op,
+        ": gram must be what classifier_gram makes of this weight, contiguous bfloat16 [2, Ct, Ct] = [2, ", Ct, ", ",
+        Ct, "], got ", gram->is_contiguous() ? "" : "non-contiguous ", name(gram->scalar_type()), " ", shape(*gram),
+        ": give classifier_gram(weight), or None");
+}
+
 // The description for features [B, Ct]; `like` is the argument that gives them their channels.
 void check_terms(const char* op, const LossTerms& terms, int64_t B, int64_t Ct, const char* like) {
   const auto& [weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, w] = terms;
@@ -182,9 +193,7 @@ void check_terms(const char* op, const LossTerms& terms, int64_t B, int64_t Ct, 
   check_shape(mix, {B}, op, "mix", "[B]");
   check_shape(pooled_t, {B, Ct}, op, "pooled_t", "[B, Ct]");
   check_shape(logits_t, {B, K}, op, "logits_t", "[B, K]");
-#ifdef IJCKD_CUDA
-  check_shape(gram, {2, Ct, Ct}, op, "gram", "what classifier_gram makes of this weight, [2, Ct, Ct]");
-#endif
+  check_gram(gram, Ct, op);
   for (const auto& [x, arg] : {std::pair{OptTensor(weight), "weight"},
                                {bias, "bias"},
                                {mix, "mix"},

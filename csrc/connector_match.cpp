@@ -50,14 +50,14 @@ constexpr int64_t kTileDepth = 320;
 bool aligned(const OptTensor& t) { return !t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0; }
 
 // The stage whose tiles can read these rows [N, Cs] and this weight [Ct, Cs]; 0: none.
-int readable_stage(const Tensor& rows, const Tensor& weight) {
+int readable_stage(const Tensor& rows, const Tensor& weight, const Launch& launch) {
   const bool half = rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half;
-  return half && weight.size(1) % 8 == 0 && aligned(rows) && aligned(weight) ? stage() : 0;
+  return half && weight.size(1) % 8 == 0 && aligned(rows) && aligned(weight) ? stage(launch) : 0;
 }
 
 // The stage whose tiles serve the product; 0: the library's GEMM.
-int tile_stage(const Tensor& rows, const Tensor& weight) {
-  const int readable = weight.size(0) % 2 == 0 ? readable_stage(rows, weight) : 0;
+int tile_stage(const Tensor& rows, const Tensor& weight, const Launch& launch) {
+  const int readable = weight.size(0) % 2 == 0 ? readable_stage(rows, weight, launch) : 0;
   return readable == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : readable;
 }
 
@@ -89,7 +89,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   Launch launch(u);
 #ifdef IJCKD_CUDA
   const Tensor w = torch::stable::contiguous(weight);
-  const int stage = B > 0 ? tile_stage(rows, w) : 0;
+  const int stage = B > 0 ? tile_stage(rows, w, launch) : 0;
   if (stage > 0) {
     out.y = empty(u, {B, P, Ct}, t);
     rows_per_part = project_rows(stage, N, Ct);
@@ -212,13 +212,13 @@ bool is_linear(const Tensor& u, const OptTensor& bn_weight, const OptTensor& map
 std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& pooled_t) {
 #ifdef IJCKD_CUDA
   const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
-  if (const int stage = linear_stage(p, {pooled_t})) {
+  Launch launch(p.u);
+  if (const int stage = linear_stage(p, {pooled_t}, launch)) {
     const Tensor rows = torch::stable::contiguous(p.u), w = torch::stable::contiguous(p.weight);
     const OptTensor target = as(pooled_t, DType::f32);
     const Tensor z = empty(p.u, {B, Ct}, DType::f32), fm = empty(p.u, {}, DType::f32);
     OptTensor squares;
     if (target) squares = empty(p.u, {linear_blocks(stage, B, Ct)}, DType::f32);
-    Launch launch(p.u);
     launched(linear_tiles({.stage = stage,
                            .dtype = dtype(p.u, kOp, "u"),
                            .u = rows.const_data_ptr(),
@@ -359,7 +359,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
   const OptTensor factor = as(scale, acc), fm = as(grad_fm, acc), target = as(pooled_t, acc);
   Launch launch(u);
 #ifdef IJCKD_CUDA
-  if (linear_stage({u, weight, {}}, {g, z, target})) {
+  if (linear_stage({u, weight, {}}, {g, z, target}, launch)) {
     const int64_t Cs = u.size(2);
     const Tensor rows = torch::stable::contiguous(u), w = torch::stable::contiguous(weight);
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
@@ -415,10 +415,10 @@ Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
 
 #ifdef IJCKD_CUDA
 // Every tensor of teacher channels is read in pieces of 16 bytes.
-int linear_stage(const Projection& p, std::initializer_list<OptTensor> others) {
+int linear_stage(const Projection& p, std::initializer_list<OptTensor> others, const Launch& launch) {
   const bool whole = p.u.size(0) > 0 && p.weight.size(0) % 8 == 0 && aligned(p.bias) &&
                      std::all_of(others.begin(), others.end(), aligned);
-  return whole ? readable_stage(torch::stable::contiguous(p.u), torch::stable::contiguous(p.weight)) : 0;
+  return whole ? readable_stage(torch::stable::contiguous(p.u), torch::stable::contiguous(p.weight), launch) : 0;
 }
 #endif
 

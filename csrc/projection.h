@@ -20,7 +20,7 @@ Tensor projected(const Projection& p);
 #ifdef IJCKD_CUDA
 // The stage whose tiles (cuda/linear_tiles.h) serve the projection; 0: the library's GEMM. The other tensors it reads
 // have Ct columns.
-int linear_stage(const Projection& p, std::initializer_list<OptTensor> others);
+int linear_stage(const Projection& p, std::initializer_list<OptTensor> others, const Launch& launch);
 #endif
 
 }  // namespace ijckd

@@ -17,7 +17,7 @@ int64_t limit_stage(int64_t most) {
 
 }  // namespace
 
-int stage() {
+int stage(const Launch&) {
   const int capability = compute_capability(), highest = capability == 90 ? 2 : capability >= 80 ? 1 : 0;
   return std::min(highest, static_cast<int>(limit));
 }

@@ -9,8 +9,11 @@ namespace ijckd {
 
 constexpr int kStages = 3;
 
-// The highest stage of the current GPU, and none that torch.ops.ijckd.limit_stage forbids.
-int stage();
+class Launch;  // op.h
+
+// The highest stage of the launch's GPU, which is that of its tensors and current while it lives, and none that
+// torch.ops.ijckd.limit_stage forbids.
+int stage(const Launch& launch);
 
 // Of the current GPU, ten times its major version plus the minor; 0 if there is none.
 int compute_capability();

@@ -274,7 +274,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   if (B == 0 || !half || Ct % 8 != 0 || K > INT32_MAX || !aligned(t.terms.weight, 16) || !aligned(t.terms.gram, 16) ||
       !aligned(t.z, 8) || !aligned(t.terms.pooled_t, 8))
     return false;
-  const int tile_stage = stage();
+  const int tile_stage = stage(launch);
   if (tile_stage == 0) return false;
   const bool few = B * K <= kMostLogits, match = t.terms.weights.sr != 0;
   // By G the logit match costs three products of Ct columns, by the logits' own difference one of K.
@@ -285,7 +285,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   launched(device_counts(&counts), "the search for classifier_loss's counters");
   TiledLoss served = t;
   if (t.projection &&
-      (t.projection->u.scalar_type() != t.terms.weight.scalar_type() || !linear_stage(*t.projection, {})))
+      (t.projection->u.scalar_type() != t.terms.weight.scalar_type() || !linear_stage(*t.projection, {}, launch)))
     served.z = projected(*t.projection), served.projection.reset();
   if (by_anchor)
     anchored(served, tile_stage, counts, launch);

@@ -82,7 +82,7 @@ class Connector(nn.Module):
                             process's own
     """
 
-    momentum = 0.1
+    momentum: float | None = 0.1  # None: running statistics are the mean over all batches, as torch's BatchNorm has it
     eps = 1e-5
 
     running_mean: Tensor | None
@@ -125,8 +125,6 @@ class Connector(nn.Module):
         returns   (z [B, Ct], fm []), float32 or, for float64 input, float64
         """
         u = self.trunk(x)  # [B, Cin, H, W] or [B, Cin]
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
         return ops_of(head).connector_match(
             u,
             self.weight,
@@ -135,6 +133,7 @@ class Connector(nn.Module):
             bn_bias=self.bn_bias,
             running_mean=self.running_mean,
             running_var=self.running_var,
+            num_batches_tracked=self.num_batches_tracked,
             training=self.training,
             momentum=self.momentum,
             eps=self.eps,

@@ -95,7 +95,8 @@ def classifier_loss(
     logits_t  [B, K], any floating dtype
     temperature  > 0, of the KL term only
     gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
-              must belong to this weight, which is not looked at. The CPU keeps its own and needs none
+              must belong to this weight, which is not looked at; its shape, dtype and layout are. The CPU keeps its own
+              and needs none
 
     returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 []
               int64, the number of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts

@@ -46,8 +46,9 @@ def connector_match(
     bn_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
     map_t: Tensor | None = None,
@@ -67,6 +68,9 @@ def connector_match(
     bn_weight     [Ct] or None: no BatchNorm; gets a gradient, as does bn_bias [Ct], which goes with it
     running_mean  [Ct], with running_var: updated in place by `momentum` when training (variance unbiased, as torch's);
                   used otherwise
+    num_batches_tracked  [] int64 or None: counts the batches over whose own statistics BatchNorm was taken, in place
+    momentum      share of the batch in the running statistics; None: of all batches so far they are the plain mean,
+                  for which num_batches_tracked must be given
     training      True: BatchNorm over the batch's own B*H*W positions; False: over the running statistics
     eps           added to the variance
     relu          whether the connector ends in a ReLU (the teacher's map is after its ReLU)
@@ -94,6 +98,11 @@ def connector_match(
             "connector_match: bias must be None with BatchNorm, whose mean would cancel it; bn_bias is the shift"
         )
     batch_stats = bn_weight is not None and training
+    if batch_stats and running_mean is not None and momentum is None and num_batches_tracked is None:
+        raise RuntimeError(
+            "connector_match: momentum None takes the mean over all batches and needs num_batches_tracked, got None: "
+            "give it, or a number as momentum"
+        )
     if bn_weight is not None and not training and (running_mean is None or running_var is None):
         raise RuntimeError("connector_match: running_mean and running_var are needed when training is False")
     if process_group is not None and not batch_stats:
@@ -104,6 +113,7 @@ def connector_match(
         map_t = map_t.to(amp) if map_t is not None else None
     B, positions = u.shape[0], math.prod(u.shape[2:])
     if batch_stats and process_group is None and B * positions == 1:
+        _count(num_batches_tracked)  # as torch's, which refuses a batch that it has counted
         raise RuntimeError(
             f"connector_match: BatchNorm needs more than one position per channel to train, got u {list(u.shape)}"
         )
@@ -127,12 +137,24 @@ def connector_match(
             z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(
                 u, weight, bias, bn_weight, bn_bias, map_t, pooled_t, relu, eps, process_group
             )
+    if batch_stats:
+        _count(num_batches_tracked)
     nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
     if batch_stats and running_mean is not None and running_var is not None and not nothing:
         with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (n_stats / (n_stats - 1))).to(running_var.dtype), momentum)
+            for running, new in ((running_mean, mean), (running_var, var * (n_stats / (n_stats - 1)))):
+                share: float | Tensor | None = momentum
+                if share is None:
+                    assert num_batches_tracked is not None
+                    share = num_batches_tracked.to(running.dtype).reciprocal()  # the host does not wait for the count
+                running.lerp_(new.to(running.dtype), share)
     return z, fm
+
+
+def _count(batches: Tensor | None) -> None:
+    if batches is not None:
+        with torch.no_grad():
+            batches.add_(1)
 
 
 @torch.library.register_fake("ijckd::connector_match")

@@ -23,8 +23,9 @@ def connector_match(
     bn_bias: Tensor | None = None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool = True,
-    momentum: float = 0.1,
+    momentum: float | None = 0.1,
     eps: float = 1e-5,
     relu: bool = True,
     map_t: Tensor | None = None,
@@ -38,6 +39,15 @@ def connector_match(
     if bias is not None:
         y = y + bias.to(acc)[:, None, None]
     if bn_weight is not None:
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        if momentum is None:  # the mean over all batches, as torch's BatchNorm takes it; 0 where nothing is averaged
+            if training and num_batches_tracked is None and running_mean is not None:
+                raise RuntimeError(
+                    "connector_match: momentum None takes the mean over all batches and needs num_batches_tracked, got "
+                    "None: give it, or a number as momentum"
+                )
+            momentum = 1 / float(num_batches_tracked) if training and num_batches_tracked is not None else 0.0
         if training and process_group is not None:
             y = _sync_batch_norm(y, running_mean, running_var, bn_weight, bn_bias, momentum, eps, process_group)
         else:
@@ -75,6 +85,18 @@ def _needed(x: Tensor | None, arg: str) -> Tensor:
     return x
 
 
+def _check_gram(gram: Tensor | None, Ct: int) -> None:
+    if gram is None:
+        return
+    contiguous = gram.layout == torch.strided and gram.is_contiguous()
+    if gram.dtype != torch.bfloat16 or list(gram.shape) != [2, Ct, Ct] or not contiguous:
+        raise RuntimeError(
+            "classifier_loss: gram must be what classifier_gram makes of this weight, contiguous bfloat16 [2, Ct, Ct] ="
+            f" {[2, Ct, Ct]}, got {'' if contiguous else 'non-contiguous '}{str(gram.dtype).removeprefix('torch.')} "
+            f"{list(gram.shape)}: give classifier_gram(weight), or None"
+        )
+
+
 def classifier_loss(
     z: Tensor,
     weight: Tensor,
@@ -99,6 +121,7 @@ def classifier_loss(
     here.
     """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    _check_gram(gram, weight.shape[1])
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
     if logits_t is None and pooled_t is not None:
         logits_t = F.linear(pooled_t.to(weight.dtype), weight, bias)

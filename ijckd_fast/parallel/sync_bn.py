@@ -68,18 +68,25 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = x - mean.view(shape)
         var = self._sum(centred.square().sum(dims)) / n  # [C]
         if self.track_running_stats:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)
-                momentum = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-                self.running_mean.lerp_(mean, momentum)
-                self.running_var.lerp_(var * n / (n - 1), momentum)
+            self._update(mean, var * n / (n - 1))
         y = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return self.act(self.drop(y.to(input.dtype)))
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor) -> None:
+        """Takes in a batch's mean [C] and unbiased variance [C], as torch's BatchNorm does."""
+        count = self.num_batches_tracked  # None in nets from before it was invented
+        if count is not None:
+            count.add_(1)
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            if running is None:
+                continue
+            share: float | Tensor = 0.0 if self.momentum is None else self.momentum
+            if self.momentum is None and count is not None:  # the mean over all batches
+                share = count.to(running.dtype).reciprocal()
+            running.lerp_(new.to(running.dtype), share)
 
     def _sum(self, x: Tensor) -> Tensor:
         total: Tensor = _Sum.apply(x, self.group)

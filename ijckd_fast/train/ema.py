@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Exponential moving average of a module's parameters and floating-point buffers, in float32 on their device.
+    """Exponential moving average of a module's parameters and floating-point buffers, in their dtypes on their device.
 
     After update number n (from 1) the decay is min(decay, (1 + n) / (10 + n)), so that a short run is not dominated by
     its first weights.

@@ -1025,6 +1025,7 @@ void set_schedule(Schedule schedule, unsigned seed) {
 void set_async(Async async) { m.async = async; }
 
 void set_device(int device) { m.device = device; }
+int device() { return m.device; }
 int capture_mode() { return m.capture_mode; }
 int last_error() { return m.last_error; }
 
@@ -1496,6 +1497,7 @@ EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
 
 // For those who load a library that is no Python module.
 extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { return emulator::counts().launches; }
+extern "C" __attribute__((visibility("default"))) void emulated_device(int device) { emulator::set_device(device); }
 
 // What -fsanitize=thread calls; the names are the compiler's.
 extern "C" {

@@ -61,6 +61,7 @@ void set_async(Async async);
 // The current device for what the host asks of it: 0 is of capability 9.0, what the emulated instructions need, 1
 // of 8.6; there is no other.
 void set_device(int device);
+int device();
 
 // What the host leaves behind on its thread: CUDA's codes.
 int capture_mode();

@@ -117,6 +117,14 @@ def test_bad_labels_out_of_range_are_counted_once_a_row():
 # tensor-core tiles
 
 
+@pytest.fixture
+def library():
+    """The emulated kernels: how many were launched, and which GPU is current where the op does not say."""
+    loaded = ctypes.CDLL(str(next((pathlib.Path(ijckd_fast.__file__).parent / "head").glob("_C.so"))))
+    loaded.emulated_launches.restype = ctypes.c_int64
+    return loaded
+
+
 @pytest.fixture(params=[0, 1, 2], ids="stage {}".format)
 def stage(request):
     before = torch.ops.ijckd.limit_stage(request.param)
@@ -237,12 +245,48 @@ def test_tiles_of_a_row_far_from_its_label():
     assert top1 == 0
 
 
-def test_gram_of_another_size_is_refused():
+def test_a_gram_of_another_kind_is_refused_on_a_gpu_too():
     z, weight, bias, labels, keywords = tiled_inputs(5, 24, 90, sr=1.0)
-    with pytest.raises(
-        RuntimeError, match=r"gram must be what classifier_gram makes of this weight, \[2, Ct, Ct\] = \[2, 24, 24\]"
-    ):
-        head.classifier_loss(z, weight, bias, labels, gram=head.classifier_gram(weight[:, :16]), **keywords)
+    gram = head.classifier_gram(weight)
+    for wrong in (head.classifier_gram(weight[:, :16]), gram.float(), gram.half(), gram.transpose(1, 2)):
+        with pytest.raises(
+            RuntimeError,
+            match=r"gram must be what .* makes of this weight, contiguous bfloat16 \[2, Ct, Ct\] = \[2, 24, 24\], got",
+        ):
+            head.classifier_loss(z, weight, bias, labels, gram=wrong, **keywords)
+
+
+@pytest.mark.parametrize("current", [-1, 1], ids=["none", "one of sm_86"])
+@pytest.mark.parametrize("op", ["linear", "map", "loss", "projected loss"])
+def test_the_stage_is_that_of_the_tensors_gpu(op, current, library):
+    """Another GPU is current while the op is called, as with tensors of a second GPU: the same launches and bits."""
+
+    def run():
+        if op == "linear":
+            leaves, keywords = connector_inputs(
+                (9, 24), 40, norm="bias", match="pooled", relu=False, dtype=torch.bfloat16
+            )
+            return run_connector(head.connector_match, leaves, keywords)
+        if op == "map":
+            leaves, keywords = connector_inputs((4, 24, 3, 3), 40, dtype=torch.bfloat16, channels_last=True)
+            return run_connector(head.connector_match, leaves, keywords)
+        if op == "loss":
+            z, weight, *rest, keywords = tiled_inputs(9, 24, 90)
+            return loss_and_grad(head, z, weight, *rest, **keywords)
+        leaves, terms = projected_inputs(9, 24, 40, 90, "ce")
+        return projected(head, leaves, *terms)
+
+    launches, results = [], []
+    for device in (0, current):
+        before = library.emulated_launches()
+        library.emulated_device(device)
+        try:
+            results.append(run())
+        finally:
+            library.emulated_device(0)
+        launches.append(library.emulated_launches() - before)
+    assert launches[0] == launches[1] > 0
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -357,7 +401,7 @@ def test_projected_tiles_no_worse_than_eager(case, dtype, B, Cs, Ct, K, stage):
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("way", ["anchored", "kl", "no gram", "float16"])
-def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradients):
+def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradients, library):
     """Of ours 4, and of torch's none: what a GPU would be given beside them shows as other calls
     than of memory and views."""
     dtype = torch.float16 if way == "float16" else torch.bfloat16
@@ -366,8 +410,6 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
     if way == "kl":
         keywords["kl"] = 0.9
     leaves = [x.requires_grad_(gradients) for x in leaves]
-    count = ctypes.CDLL(str(next((pathlib.Path(ijckd_fast.__file__).parent / "head").glob("_C.so")))).emulated_launches
-    count.restype = ctypes.c_int64
     called = set()
 
     class Recorded(TorchDispatchMode):
@@ -375,12 +417,12 @@ def test_launches_of_a_linear_connector_and_the_classifier_in_tiles(way, gradien
             called.add(func.name().partition("::")[2].partition(".")[0])
             return func(*args, **(kwargs or {}))
 
-    before = count()
+    before = library.emulated_launches()
     with Recorded():
         loss, *_ = head.projected_classifier_loss(*leaves, weight, bias, labels, gram=gram, **keywords)
         if gradients:
             torch.autograd.grad(loss, leaves, torch.full((), 2.0))
-    assert count() - before == 3 + gradients
+    assert library.emulated_launches() - before == 3 + gradients
     assert called <= {
         "projected_classifier_loss",
         "connector_linear_grads",

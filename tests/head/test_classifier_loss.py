@@ -197,6 +197,35 @@ def test_classifier_gram_is_weight_times_weight_in_two_parts(dtype):
     torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-16 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("module", [head, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("op", ["classifier_loss", "projected_classifier_loss"])
+@pytest.mark.parametrize("used", [{"sr": 1.0}, {"ce": 1.0}, {"kl": 1.0}], ids=str)
+def test_a_gram_of_another_kind_is_refused(module, op, used):
+    """Whether or not the loss would read it, where its bytes would be taken for others."""
+    z, weight, bias, labels, _, _, pooled_t = loss_inputs(dtype=torch.float32)
+    gram = head.classifier_gram(weight)  # [2, 6, 6]
+
+    def call(gram):
+        inputs = (z,) if op == "classifier_loss" else (z, torch.eye(6), None)
+        return getattr(module, op)(*inputs, weight, bias, labels, pooled_t=pooled_t, gram=gram, **used)
+
+    call(gram)
+    for wrong, got in (
+        (gram.float(), "float32 [2, 6, 6]"),
+        (gram.double(), "float64 [2, 6, 6]"),
+        (gram.half(), "float16 [2, 6, 6]"),
+        (gram[:1], "bfloat16 [1, 6, 6]"),
+        (gram[0], "bfloat16 [6, 6]"),
+        (head.classifier_gram(weight[:, :5]), "bfloat16 [2, 5, 5]"),
+        (gram[:, :5], "non-contiguous bfloat16 [2, 5, 6]"),
+        (gram.transpose(1, 2), "non-contiguous bfloat16 [2, 6, 6]"),
+        (torch.stack([gram, gram], -1)[..., 0], "non-contiguous bfloat16 [2, 6, 6]"),
+        (gram[:1].expand(2, 6, 6), "non-contiguous bfloat16 [2, 6, 6]"),
+    ):
+        expected = f"contiguous bfloat16 [2, Ct, Ct] = [2, 6, 6], got {got}: give classifier_gram(weight), or None"
+        refused(f"gram must be what classifier_gram makes of this weight, {expected}", lambda wrong=wrong: call(wrong))
+
+
 def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     frozen = head.FrozenClassifier()

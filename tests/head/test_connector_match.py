@@ -240,6 +240,60 @@ def test_connector_match_inference_without_teacher():
     assert not z.requires_grad
 
 
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("module", [head, reference], ids=["fused", "reference"])
+def test_connector_match_counts_batches_as_torch_does(momentum, module):
+    """Training batches of unequal sizes, none counted in eval mode, an empty one counted; momentum None: the mean over
+    all batches so far. A call that torch's layers refuse leaves the count that they leave.
+    """
+    leaves, _ = connector_inputs((6, 6, 3, 4))
+    u, weight = leaves["u"].detach(), leaves["weight"].detach()
+    norm = torch.nn.BatchNorm2d(7, momentum=momentum, dtype=F64).train()
+    torch.nn.init.uniform_(norm.weight)
+    ours = {k: v.clone() for k, v in norm.named_buffers()}
+    affine = {"bn_weight": norm.weight.detach(), "bn_bias": norm.bias.detach()}
+
+    def call(u, **how):
+        return module.connector_match(u, weight, **affine, **ours, momentum=momentum, relu=False, **how)
+
+    def expected(u):
+        return norm(torch.nn.functional.conv2d(u, weight[:, :, None, None])).mean((2, 3))
+
+    for i, (start, stop) in enumerate([(0, 3), (2, 6), (1, 2), (4, 4), (0, 6)], 1):
+        z, _ = call(u[start:stop])
+        assert_equal_to([z], [expected(u[start:stop]).detach()])
+        assert ours["num_batches_tracked"] == norm.num_batches_tracked == i
+        assert_equal_to([ours[k] for k in ("running_mean", "running_var")], [norm.running_mean, norm.running_var])
+        norm.eval()
+        assert_equal_to([call(u, training=False)[0]], [expected(u).detach()])
+        norm.train()
+    for wrong in (u[:, :5], u[:1, :, :1, :1]):
+        for refusing in (call, expected):
+            with pytest.raises((RuntimeError, ValueError)):
+                refusing(wrong)
+        assert ours["num_batches_tracked"] == norm.num_batches_tracked
+
+
+def test_connector_match_counts_under_the_compiler():
+    """The mean over all batches is taken on the device: no number is asked for, so nothing breaks the graph."""
+    leaves, _ = connector_inputs((6, 6, 3, 4))
+    u, weight = leaves["u"].detach(), leaves["weight"].detach()
+    results = []
+    for compiled in (False, True):
+        buffers = torch.zeros(7, dtype=F64), torch.ones(7, dtype=F64), torch.tensor(0)
+
+        def step(u, mean, var, count):
+            return head.connector_match(
+                u, weight, bn_weight=weight[:, 0], bn_bias=weight[:, 1], running_mean=mean, running_var=var,
+                num_batches_tracked=count, momentum=None,
+            )[0]  # fmt: skip
+
+        run = torch.compile(step, fullgraph=True) if compiled else step
+        results.append([run(u, *buffers), run(2 * u, *buffers), *buffers])
+    assert_equal_to(results[1][:-1], results[0][:-1])
+    assert results[0][-1] == results[1][-1] == 2
+
+
 def _sync_worker(rank, world, folder, sizes):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
     leaves, keywords = connector_inputs((sum(sizes), 6, 3, 3))
@@ -252,6 +306,12 @@ def _sync_worker(rank, world, folder, sizes):
         return head.connector_match(*args, **kwargs, process_group=torch.distributed.group.WORLD)
 
     torch.save(run_connector(op, share, keywords), folder / f"rank{rank}.pt")
+    counted = {"running_mean": torch.zeros(7, dtype=F64), "running_var": torch.ones(7, dtype=F64)}
+    counted |= {"num_batches_tracked": torch.tensor(0), "momentum": None}
+    for scale in (1, 2):
+        op(scale * share["u"], *(share[k] for k in ("weight",)), bn_weight=share["bn_weight"], bn_bias=share["bn_bias"],
+           **counted)  # fmt: skip
+    torch.save(counted, folder / f"counted{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -284,6 +344,13 @@ def test_connector_match_sync_batch_norm(tmp_path, sizes):
     assert_equal_to([torch.cat([p[4] for p in parts])], [leaves["u"].grad])
     for i, name in ((5, "weight"), (6, "bn_weight"), (7, "bn_bias")):  # DDP sums what each rank found
         assert_equal_to([parts[0][i] + parts[1][i]], [leaves[name].grad])
+    norm = torch.nn.BatchNorm2d(7, momentum=None, dtype=F64).train()
+    for scale in (1, 2):
+        norm(torch.nn.functional.conv2d(scale * leaves["u"].detach(), leaves["weight"].detach()[:, :, None, None]))
+    for rank in range(2):  # the mean over all batches, and each counted once on every rank
+        counted = torch.load(tmp_path / f"counted{rank}.pt")
+        assert counted["num_batches_tracked"] == norm.num_batches_tracked == 2
+        assert_equal_to([counted[k] for k in ("running_mean", "running_var")], [norm.running_mean, norm.running_var])
 
 
 def test_connector_match_refuses():
@@ -317,6 +384,12 @@ def test_connector_match_refuses():
     refused("bias must be None with BatchNorm", lambda: call(u, weight, torch.zeros(7, dtype=F64), **bn))
     refused("running_mean and running_var are needed", lambda: call(u, weight, **bn, training=False))
     refused("more than one position per channel", lambda: call(u[:1, :, :1, :1], weight, **bn))
+    statistics = {"running_mean": torch.zeros(7, dtype=F64), "running_var": torch.ones(7, dtype=F64)}
+    for each in (call, reference.connector_match):
+        refused(
+            "momentum None takes the mean over all batches and needs num_batches_tracked, got None: give it, or",
+            lambda each=each: each(u, weight, **bn, **statistics, momentum=None),
+        )
     refused("positions and channels must not be empty", lambda: call(u[:, :, :0], weight))
     refused("positions and channels must not be empty", lambda: call(u, weight[:0]))
     refused(

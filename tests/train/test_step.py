@@ -16,6 +16,8 @@ from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.nets import Tapped, create_model
 from ijckd_fast.train import Meter, TrainStep, build_optimizer
+from ijckd_fast.train.ema import Ema
+from ijckd_fast.train.guard import FiniteGuard
 from ijckd_fast.train.step import out_of_memory
 
 CPU = torch.device("cpu")
@@ -212,6 +214,62 @@ def test_buffers_keep_their_dtype(dtype):
     for name, buffer in ours.named_buffers():
         assert buffer.dtype == buffers[name].dtype
         assert torch.equal(buffer, buffers[name])
+
+
+class _OfManyTypes(nn.Module):
+    """A layer and a BatchNorm of each dtype, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(
+            nn.Sequential(nn.BatchNorm1d(4, dtype=dtype), nn.Linear(4, 4, dtype=dtype))
+            for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        )
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x.to(part[1].weight.dtype))
+        return x
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_net_of_several_dtypes_keeps_each(name):
+    """Parameters, statistics and counts, momenta and averages; a step moves them as without a guard, a bad one not at
+    all.
+    """
+    torch.manual_seed(0)
+    ours = _OfManyTypes()
+    theirs = copy.deepcopy(ours)
+    optimizers = _optimizer(ours, name), _optimizer(theirs, name)
+    guard, ema = FiniteGuard(ours, optimizers[0], CPU), Ema(ours, 0.9)
+    expected = theirs.state_dict()
+    assert {value.dtype for value in expected.values()} == {torch.float32, torch.float64, torch.bfloat16, torch.int64}
+    for i, images in enumerate(torch.randn(3, 6, 4)):
+        bad = i == 1 and name != "lamb"  # whose count of steps takes in a bad one
+        for net, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            if net is ours:
+                guard.before_forward()
+            elif bad:
+                continue
+            loss = net(images).double().square().mean() * (math.nan if bad else 1)
+            loss.backward()
+            if net is ours:
+                ok, _ = guard.judge(loss)
+                assert bool(ok) != bad
+                guard.update(ok)
+            else:
+                optimizer.step()
+        ema.update(i + 1)
+        for key, value in ours.state_dict().items():
+            assert value.dtype == expected[key].dtype
+            assert torch.equal(value, theirs.state_dict()[key]), key
+    for parameter, state in optimizers[0].state.items():
+        moments = [value for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
+        assert {value.dtype for value in moments} == {parameter.dtype}
+    with ema.swapped_in():
+        averaged = ours.state_dict()
+        assert [key for key, value in averaged.items() if value.dtype != expected[key].dtype] == []
 
 
 # --- a bad step

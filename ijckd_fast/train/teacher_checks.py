@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _UNFIT_TEACHER = (
     "its classes are probably in another order than the sorted class folders (--class-list), or it expects other"
-    " --mean, --std or --image-size; or its weights are the wrong file"
+    " --teacher-mean, --teacher-std or --image-size; or its weights are the wrong file"
 )
 
 

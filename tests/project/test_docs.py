@@ -36,6 +36,13 @@ def test_links_lead_to_files(page):
     assert [link for link in links if link not in later and not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_prose_has_lines_of_at_most_120_columns(page):
+    """Rows of tables cannot be broken."""
+    lines = page.read_text().splitlines()
+    assert [f"{n}: {line}" for n, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")] == []
+
+
 def test_own_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = write_tree(tmp_path / "data")

@@ -583,7 +583,7 @@ def test_weak_teacher(data, teacher, tmp_path):
     changes = {**distilled(teacher), "allow_weak_teacher": False}
     text = (
         r"has a top-1 of .* near chance \(33.33 %\): it has \d+ hits; .* expected below 0.001 \(from 13 hits on\)\."
-        r".*another order.*--class-list.*--mean.*--allow-weak-teacher"
+        r".*another order.*--class-list.*--teacher-mean.*--allow-weak-teacher"
     )
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path, **changes))

@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
             code = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"], asked)
         except SystemExit as end:
             raise SystemExit(end.code or _require_printed()) from end
+    if arguments is None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left to do is Python's: no traceback for Ctrl-C
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # One of several processes: to leave the usual way could wait for ever for those that are gone.
         sys.stdout.flush()

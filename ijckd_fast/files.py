@@ -48,8 +48,9 @@ def flush(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text`, as `replacing` does: a power cut leaves the old file or the new one."""
-    with replacing(path) as tmp, open(tmp, "w") as file:
+    """Replaces `path` by `text` in UTF-8, as `replacing` does: a power cut leaves the old file or the new one."""
+    # names of files that are not UTF-8 keep their bytes
+    with replacing(path) as tmp, open(tmp, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
 
 

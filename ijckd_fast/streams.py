@@ -81,6 +81,11 @@ def guard() -> None:
         setattr(sys, f"__{name}__", made)
 
 
+def shows_bars() -> bool:
+    """Whether standard error is a terminal, where bars can be watched."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
 def complain(text: str) -> None:
     """One line on standard error, or where that is gone on standard output."""
     print(text, file=sys.stderr, flush=True)

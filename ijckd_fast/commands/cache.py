@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_settings
 from ijckd_fast.errors import one_of
@@ -79,7 +79,7 @@ def run(args: Arguments) -> Outcome:
         verify_seed=args.verify_seed,
         overwrite=args.overwrite,
         console=Console(),
-        progress=sys.stderr.isatty(),
+        progress=streams.shows_bars(),
     )
     for line in wrong:
         print(line)

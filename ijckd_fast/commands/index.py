@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_unset_settings
 
@@ -57,7 +57,7 @@ def run(args: Arguments) -> Outcome:
             workers=args.workers,
             verify="fast" if args.fast else args.verify,
             refresh=args.refresh,
-            progress=sys.stderr.isatty(),
+            progress=streams.shows_bars(),
             least_classes=2,
         )
         classes = found.index.classes

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_unset_settings
 
@@ -58,7 +57,7 @@ def run(args: Arguments) -> Outcome:
         val_labels=args.val_labels,
         unreadable_limit=args.unreadable_limit,
         overwrite=args.overwrite,
-        progress=sys.stderr.isatty(),
+        progress=streams.shows_bars(),
     )
     Console().print(pack_table(rows, args.out))
     return Outcome(rows)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import rows_of_splits
 
@@ -30,4 +29,4 @@ def run(args: Arguments) -> Outcome:
     """Unpacks; a row for each split."""
     from ijckd_fast.data.prepare import prepare_cifar
 
-    return Outcome(rows_of_splits(args.out, prepare_cifar(args.out, args.archive, progress=sys.stderr.isatty())))
+    return Outcome(rows_of_splits(args.out, prepare_cifar(args.out, args.archive, progress=streams.shows_bars())))

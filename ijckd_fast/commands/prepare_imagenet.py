@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import rows_of_splits
 
@@ -37,6 +36,6 @@ def run(args: Arguments) -> Outcome:
         train_tar=args.train_tar,
         val_tar=args.val_tar,
         val_labels=args.val_labels,
-        progress=sys.stderr.isatty(),
+        progress=streams.shows_bars(),
     )
     return Outcome(rows_of_splits(args.out, done))

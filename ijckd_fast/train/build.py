@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijckd_fast import streams
 from ijckd_fast.data import (
     EvalPlan,
     Index,
@@ -102,7 +102,7 @@ def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Seque
         labels=config.val_labels if split == "val" else None,
         verify=config.index_verify,
         trust_folders=not config.check_files,
-        progress=sys.stderr.isatty(),
+        progress=streams.shows_bars(),
         least_classes=2,
         ask_dali=config.data_backend == "dali",
     )

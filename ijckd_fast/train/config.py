@@ -175,7 +175,7 @@ def preset_path(name_or_path: str, folder: Path = PRESET_FOLDER) -> Path:
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML file of 'name: value' lines holds; UserError for anything else."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

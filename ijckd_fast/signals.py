@@ -12,9 +12,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_HEARD = (*ENDING, signal.SIGUSR1)
 # `timeout`, a terminal that closes, and launchers that pass on what the terminal has sent already, send a signal twice.
 _ONE_REQUEST = 1.0  # seconds in which signals are taken for one
 
@@ -61,7 +63,7 @@ def handled(*, program: bool = False) -> Iterator[Asked]:
         yield _asked[0]
         return
     _asked.append(Asked())
-    now = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGUSR1)}
+    now = {number: signal.getsignal(number) for number in _HEARD}
     # None: set by a library in C, which alone can set it again
     _before.update(
         {n: handler for n, handler in now.items() if handler is not None and not _ignored_hangup(n, handler)}
@@ -113,21 +115,24 @@ def at_once() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def kept_from_children() -> Iterator[None]:
-    """Processes that are started inside do not hear the signals that a terminal, or `timeout`, sends to all of a
-    command's processes: until they call `hear`, or for good.
+def start_forkserver() -> None:
+    """Starts the server that multiprocessing's "forkserver" processes are forked from; once it runs, does nothing.
+
+    Neither it nor what it forks hears the signals that a terminal, or `timeout`, sends to all processes of a command:
+    the command decides what becomes of them. A process that calls `hear` does hear them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, signal.SIGUSR1))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
     try:
-        yield
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)  # the tracker, as it starts, unblocks some of them
+        forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def hear() -> None:
-    """Undoes `kept_from_children` in a child."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*ENDING, signal.SIGUSR1))
+    """Hears signals in a process that was forked from `start_forkserver`'s."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
 
 
 def _ignored_hangup(number: int, handler: Any) -> bool:

@@ -9,7 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -74,8 +74,7 @@ def side_by_side(missing: Sequence[tuple[Run, bool]], jobs: int, ended: Callable
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
-    with signals.kept_from_children():
-        forkserver.ensure_running()
+    signals.start_forkserver()
     waiting = list(reversed(missing))
     running: dict[int, tuple[Run, Any, Any]] = {}
     passed_on = False  # the signal, to the runs
@@ -89,11 +88,12 @@ def side_by_side(missing: Sequence[tuple[Run, bool]], jobs: int, ended: Callable
                     process.start()
                     sender.close()  # so that the end of the process ends the pipe
                     running[process.sentinel] = run, process, receiver
+                ready = connection.wait(list(running), timeout=0.5)
                 if asked.signum and not passed_on:
                     passed_on = True
                     for _, process, _ in running.values():
                         process.terminate()  # SIGTERM: it saves first
-                for sentinel in connection.wait(list(running), timeout=0.5):
+                for sentinel in ready:
                     run, process, receiver = running.pop(int(sentinel))  # type: ignore[arg-type]
                     process.join()
                     try:

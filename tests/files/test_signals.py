@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -165,26 +164,45 @@ def test_at_once_a_signal_does_not_wait_for_the_main_thread():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
-def _signals_itself(sender, number) -> None:
-    os.kill(os.getpid(), number)
-    sender.send("unheard")
+_TO_ALL = """
+import multiprocessing, os, signal, sys
+from ijckd_fast import signals
+
+def child(sender):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sender.send("there")
+    while signal.sigpending() == set():
+        pass
+    sender.send("not heard")
     signals.hear()
-    sender.send("heard")
 
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_children_do_not_hear_what_is_sent_to_all(number):
-    context = multiprocessing.get_context("fork")
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    signals.start_forkserver()
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_signals_itself, args=(sender, number))
-    with signals.kept_from_children():
-        child.start()
+    process = context.Process(target=child, args=(sender,))
+    process.start()
     sender.close()
-    assert receiver.recv() == "unheard"
-    with pytest.raises(EOFError):
-        receiver.recv()
-    child.join()
-    assert child.exitcode == -number
+    receiver.recv()
+    number = int(sys.argv[1])
+    with signals.handled():
+        try:
+            os.killpg(0, number)
+        except signals.Stopped:
+            pass
+        print(receiver.recv())
+        process.join()
+    print(process.exitcode)  # which the server says, if it is alive
+"""
+
+
+@pytest.mark.parametrize("number", [*ENDING, signal.SIGUSR1])
+def test_forked_processes_do_not_hear_what_is_sent_to_all(tmp_path, number):
+    script = tmp_path / "script.py"
+    script.write_text(_TO_ALL)
+    command = [sys.executable, str(script), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"not heard\n{-number}\n", "")
 
 
 def test_signals_needs_nothing_that_is_slow():

@@ -15,7 +15,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -76,8 +75,7 @@ def make_shards(shards: Iterator[Shard], workers: int) -> Generator[Done, None, 
         "forkserver"
     )  # a fork of this process might take a lock along that a thread holds
     context.set_forkserver_preload([__name__])
-    with signals.kept_from_children():
-        forkserver.ensure_running()
+    signals.start_forkserver()
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:

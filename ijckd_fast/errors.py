@@ -20,3 +20,8 @@ def one_of(names: Iterable[str]) -> str:
     """'a, b or c', for a sentence."""
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line; the name of its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

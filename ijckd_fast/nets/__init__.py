@@ -8,7 +8,8 @@ in them.
 from ijckd_fast.nets.cost import count_macs, count_parameters, macs
 from ijckd_fast.nets.folding import fold_batch_norm
 from ijckd_fast.nets.names import create_model, is_model_name, library_of, published_normalisation
-from ijckd_fast.nets.probe import Stage, same
+from ijckd_fast.nets.probe import same
+from ijckd_fast.nets.stages import Stage
 from ijckd_fast.nets.tapped import CachedTeacher, Tapped
 from ijckd_fast.nets.weights import fingerprint, require_fit
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ijckd_fast.nets.pointwise import thinned
+
 
 def init_convs(net: nn.Module) -> None:
     """Draws every convolution's weight from N(0, 2 / fan_out), and sets its bias to 0; He et al. 2015."""
@@ -49,9 +51,8 @@ class _BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # [B, Cin, H, W] -> [B, C, H/stride, W/stride]
-        # Positions are left out before the 1x1 convolution, not by its stride: with fewer channels than a vector
-        # register holds, oneDNN's gradient of a strided one writes past its memory (oneDNN issue 6035, in torch 2.14).
-        shortcut = x if self.downsample is None else self.downsample(x[:, :, :: self.stride, :: self.stride])
+        # Positions are left out before the 1x1 convolution, not by its stride: see pointwise.py.
+        shortcut = x if self.downsample is None else self.downsample(thinned(x, (self.stride, self.stride)))
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return F.relu(self.bn2(self.conv2(x)) + shortcut, inplace=True)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.errors import UserError, did_you_mean, one_of, reason_of
 from ijckd_fast.nets import cifar_names
 from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
 from ijckd_fast.nets.tapped import Tapped
 from ijckd_fast.nets.weight_choice import find_weights
 from ijckd_fast.nets.weight_files import read_file
+from ijckd_fast.nets.weights import misfit
 from ijckd_fast.normalisation import Normalisation
 
+_SIDES = (224, 256, 288, 320, 336, 384, 448, 512)  # of images that nets are made for
 _SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's
 
 
@@ -30,6 +33,7 @@ def create_model(
     rename_by_order: bool = False,
     pretrained: bool = False,
     image_size: int = 224,
+    stages: Sequence[str] = (),
 ) -> Tapped:
     """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
 
@@ -43,6 +47,7 @@ def create_model(
     rename_by_order  where names differ and all shapes are equal in their order, take the tensors in that order
     pretrained   the library's published weights (torchvision: IMAGENET1K_V1, which the published pairs use)
     image_size   side in pixels of the images to come; nets of fixed input size are built for it
+    stages       names of its layers whose outputs are to be its stages, see `Tapped`; (): find them
     raises       UserError: unknown name (nearest ones given), unfit or unreadable weights, a class count other than K,
                  no final linear layer
     """
@@ -50,7 +55,7 @@ def create_model(
         raise UserError(f"model {name!r}: expected a checkpoint or published weights, got both: leave out one")
     net = _build(name, num_classes, pretrained, image_size)
     own = net.state_dict()  # in the net's order, which `Tapped` changes
-    model = Tapped(net, name, num_classes, image_size)
+    model = Tapped(net, name, num_classes, image_size, stages)
     if checkpoint is not None:
         found = find_weights(
             read_file(Path(checkpoint)),
@@ -61,9 +66,55 @@ def create_model(
             by_order=rename_by_order,
             left_out=_SIDE_CLASSIFIERS if hasattr(net, "aux_logits") else (),
         )
+        _refuse_other_size(model, image_size, found.weights, str(checkpoint))
         model.load_native(found.weights, str(checkpoint), found.hint)
+        model = Tapped(model.uncut(), name, num_classes, image_size, stages)  # as it is with these weights
         model.notes = found.notes
     return model
+
+
+def _refuse_other_size(model: Tapped, image_size: int, weights: Mapping[str, Tensor], origin: str) -> None:
+    """UserError where weights fit the net as it is built for images of another size, but not for this one."""
+    misshapen = misfit(weights, model.native_state_dict()).misshapen
+    if not misshapen:
+        return
+    published = _published_size(model.name)
+    for side in dict.fromkeys((published, *_SIDES)):
+        if side is None or side == image_size:
+            continue
+        try:
+            with torch.device("meta"):
+                other = _build(model.name, model.num_classes, False, side).state_dict()
+        except UserError:  # not of this size
+            continue
+        if not misfit(weights, other).misshapen:
+            raise UserError(
+                f"{origin} holds weights of {model.name!r} for images of {side}x{side} pixels, expected"
+                f" {image_size}x{image_size}: {next(iter(misshapen.values()))}. Set the image size to {side}"
+                f" (--image-size {side}){_sibling(model.name, side, image_size)}"
+            )
+
+
+def _sibling(name: str, side: int, image_size: int) -> str:
+    """What to add to an error about a net for images of another size: its name for the size asked for, if there is."""
+    other = name.replace(str(side), str(image_size))
+    return f", or take {other!r} with weights of its own" if other != name and is_model_name(other) else ""
+
+
+def _published_size(name: str) -> int | None:
+    """Side of the images that the published weights of a library's net take, if the net is built for a size."""
+    library, short = library_of(name), name.rpartition("/")[2]
+    if library == "torchvision" and short.startswith(("vit_", "maxvit_")):
+        import torchvision
+
+        side: int = next(iter(torchvision.models.get_model_weights(short))).transforms().crop_size[0]
+        return side
+    if library == "timm":
+        import timm
+
+        config = timm.get_pretrained_cfg(short)
+        return config.input_size[-1] if config is not None and config.fixed_input_size else None
+    return None
 
 
 def is_model_name(name: str) -> bool:
@@ -82,7 +133,15 @@ def library_of(name: str) -> str | None:
     library, _, short = name.rpartition("/")
     if library in ("", "torchvision") and short in torchvision.models.list_models(module=torchvision.models):
         return "torchvision"
-    return "timm" if library in ("", "timm") and timm.is_model(short) else None
+    return "timm" if library in ("", "timm") and timm.is_model(short) and _has_tag(short) else None
+
+
+def _has_tag(name: str) -> bool:
+    """Whether timm knows the weights that a name of its own names after a dot, if it does."""
+    import timm
+
+    architecture, _, tag = name.partition(".")
+    return not tag or name in timm.list_pretrained(f"{architecture}.*")
 
 
 def published_normalisation(name: str) -> Normalisation | None:
@@ -148,6 +207,13 @@ def _unknown(name: str) -> UserError:
             f"unknown model {name!r}: expected 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or"
             f" vgg13{did_you_mean(short, cifar_names.NAMES)}"
         )
+    architecture, _, tag = short.partition(".")
+    if library in ("", "timm") and tag and timm.is_model(architecture):
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+        return UserError(
+            f"unknown model {name!r}: timm has no weights {tag!r} of {architecture!r}, expected"
+            f" {f'one of {one_of(tags)}, or ' if tags else ''}the name without a tag{did_you_mean(tag, tags)}"
+        )
     known = {*ours, "mobilenet_v1", *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
     return UserError(
         f"unknown model {name!r}: expected one of ours (resnet20, resnet8x4, mobilenet_v1, ...), of torchvision's or of"
@@ -173,7 +239,7 @@ def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size
     chosen = next(iter(weights))
     _check_published(name, len(chosen.meta["categories"]), num_classes)
     build = functools.partial(torchvision.models.get_model, name, weights=chosen, **options)
-    return _without_side_classifiers(_download(name, build))
+    return _without_side_classifiers(_download(f"torchvision/{name}", image_size, build))
 
 
 def _without_side_classifiers(net: nn.Module) -> nn.Module:
@@ -198,7 +264,8 @@ def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) 
     if config is None or not config.has_weights:
         raise UserError(f"model {name!r} has no published weights in timm: give a checkpoint instead")
     _check_published(name, config.num_classes, num_classes)
-    return _download(name, functools.partial(timm.create_model, name, pretrained=True, **options))
+    build = functools.partial(timm.create_model, name, pretrained=True, **options)
+    return _download(f"timm/{name}", image_size, build)
 
 
 def _check_published(name: str, published: int, num_classes: int) -> None:
@@ -217,11 +284,18 @@ def _construct(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn
         raise unfit_size(name, image_size, error) from error
 
 
-def _download(name: str, build: Callable[[], nn.Module]) -> nn.Module:
+def _download(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # each library and transport has its own family of errors
+        side = _published_size(name)
+        if side not in (None, image_size) and ("size mismatch" in str(error) or "expected value" in str(error)):
+            raise UserError(
+                f"the published weights of {name!r} are for images of {side}x{side} pixels, expected"
+                f" {image_size}x{image_size}: set the image size to {side} (--image-size {side})"
+                f"{_sibling(name, side or 0, image_size)}"
+            ) from error
         raise UserError(
-            f"the published weights of {name!r} could not be loaded ({error}): check the network, or download the file"
-            " elsewhere and give it as the checkpoint"
+            f"the published weights of {name!r} could not be loaded ({reason_of(error)}): check the network, or"
+            " download the file elsewhere and give it as the checkpoint"
         ) from error

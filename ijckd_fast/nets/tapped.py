@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets.cifar_names import small_form_hint
-from ijckd_fast.nets.probe import Probe, Stage
+from ijckd_fast.nets.lively import lively
+from ijckd_fast.nets.pointwise import guard_pointwise
+from ijckd_fast.nets.probe import Probe
+from ijckd_fast.nets.stages import Stage, tensors_in
 from ijckd_fast.nets.weights import misfit, require_fit
 from ijckd_fast.normalisation import Normalisation
 
@@ -30,47 +33,59 @@ class Tapped(nn.Module):
     classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
     name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
     notes            sentences on how a weights file was read, for people; set by `create_model`
-    stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map
+    stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map.
+                     Or the outputs of the layers that were named as stages
 
-    Stages are told apart by the size of what the layers put out, [B, C, H, H] in the map's own layout. A size is a
-    stage if it is larger than the map's and is smaller than all sizes before it. Its map is the last layer output at
-    that size, be it of a whole block or sequence; but not one within a block (any module other than a plain
-    nn.Sequential) that takes this size and gives the next smaller one, which is where the next stage begins. The first
-    size is no stage if just one convolution works at it: a stem. Of ResNets stages are layer1 to layer4, on CIFAR
-    layer1 to layer3. Unlike the last, the others' maps are as the layers leave them: where the activation is part of
-    the next block (WRN), from before it.
+    Stages are told apart by the size of what the layers put out, maps [B, C, H, H] or [B, H, H, C] of the whole batch;
+    of a tuple, list or dict the first such map. The way of the maps through the net is the longest run of layers, in
+    the order of their calls, whose maps never grow; what is made of a map aside (scores of attention, a gate) is no
+    part of it. Each size on it is a stage. Its map is the last layer output at that size, be it of a whole block or
+    sequence; but not one within a block (any module other than a plain nn.Sequential) that takes this size and gives
+    the next smaller one, which is where the next stage begins. The first size is no stage if just one layer works at
+    it: a stem. Of ResNets stages are layer1 to layer4, on CIFAR layer1 to layer3. Unlike the last, the others' maps are
+    as the layers leave them: where the activation is part of the next block (WRN), from before it.
 
-    net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; it is changed in place
+    net          an `nn.Module` [B, 3, S, S] -> logits [B, num_classes]; or a tuple, list or dict of tensors, of which
+                 one is the output of the one classifier. It is changed in place; as it is seen with lively weights and
+                 statistics where it is not trained (`lively`), it may be given before or after it is trained
     image_size   S of the probe forward: eval mode, no gradient, two images of random pixels
-    raises       UserError if the net does not take such images or does not end in a linear layer on a vector
+    stages       names of layers of `net`, in the order in which it calls them: the stages; (): find them
+    raises       UserError if the net does not take such images or does not end in a linear layer on a vector, and for
+                 stages that are no maps, or in another order
     """
 
     classifier: nn.Linear | None
     _input_scale: Tensor | None
     _input_shift: Tensor | None
 
-    def __init__(self, net: nn.Module, name: str, num_classes: int, image_size: int) -> None:
+    def __init__(
+        self, net: nn.Module, name: str, num_classes: int, image_size: int, stages: Sequence[str] = ()
+    ) -> None:
         super().__init__()
-        probe = Probe(net, num_classes, image_size, name)
+        with lively(net):
+            probe = Probe(net, num_classes, image_size, name, stages)
+            parent, _, leaf = probe.classifier_path.rpartition(".")
+            setattr(net.get_submodule(parent), leaf, nn.Identity())
+            probe.check_cut(net)
+        guard_pointwise(net, probe.pointwise)
         self.name = name
         self.notes: tuple[str, ...] = ()
         self.num_classes = num_classes
         self.channels = probe.classifier.in_features
         self.classifier_path = probe.classifier_path
-        parent, _, leaf = probe.classifier_path.rpartition(".")
-        setattr(net.get_submodule(parent), leaf, nn.Identity())
         self.net = net
         self.classifier = probe.classifier
-        probe.check_cut(net)
+        self._answer = probe.answer
 
+        self._handles: list[RemovableHandle] = []
         self._map: Tensor | None = None  # handed from the hook to features() within one forward
-        self._map_nhwc = probe.map_nhwc
-        self._map_relu = probe.map_relu
-        self.map_path = probe.map_path
-        if self.map_path is not None:
+        self._map_tap = probe.map_tap
+        if self._map_tap is not None:
             # A bound method, not a closure: deepcopy (as for an EMA copy) then binds the hook to the copy.
-            net.get_submodule(self.map_path).register_forward_hook(self._keep_map)
-        self.stages: tuple[Stage, ...] = probe.stages
+            layer = net.get_submodule(self._map_tap.path)
+            self._handles.append(layer.register_forward_hook(self._keep_map))
+        self.stages: tuple[Stage, ...] = tuple(stage for stage, _ in probe.stages)
+        self._stage_taps = tuple(tap for _, tap in probe.stages)
         self._kept_stages: tuple[int, ...] = ()  # stages, by their place in `stages`
         self._hooked: set[int] = set()
         self._stage_maps: dict[int, Tensor] = {}
@@ -78,8 +93,12 @@ class Tapped(nn.Module):
             self.register_buffer(buffer, None, persistent=False)
 
     @property
+    def map_path(self) -> str | None:
+        return None if self._map_tap is None else self._map_tap.path
+
+    @property
     def has_map(self) -> bool:
-        return self.map_path is not None
+        return self._map_tap is not None
 
     @property
     def map_channels(self) -> int | None:
@@ -97,11 +116,13 @@ class Tapped(nn.Module):
 
     def require_stages(self) -> None:
         """Raises UserError if this net has no stages."""
-        if not self.has_map:
+        if not self.stages:
             raise UserError(
                 f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a"
-                " 4-D layer output, the last of them), which attention transfer (at) and hints (hint) compare: choose"
-                f" another model, or objective 'kd'{small_form_hint(self.name)}"
+                " 4-D layer output, the last of them), which attention transfer (at) and hints (hint) compare: name the"
+                " layers that are to be its stages (--student-stages, --teacher-stages), choose another model, or"
+                " objective 'kd'"
+                f"{small_form_hint(self.name)}"
             )
 
     def keep_stages(self, places: Sequence[int]) -> None:
@@ -109,9 +130,9 @@ class Tapped(nn.Module):
         self.require_stages()
         self._kept_stages = tuple(range(len(self.stages))[place] for place in places)
         for place in self._kept_stages:
-            if place not in self._hooked and place != len(self.stages) - 1:  # the last is the map
+            if place not in self._hooked and self._stage_taps[place] != self._map_tap:
                 hook = functools.partial(self._keep_stage, place)  # deepcopy binds it to the copy, as it does a method
-                self.net.get_submodule(self.stages[place].path).register_forward_hook(hook)
+                self._handles.append(self.net.get_submodule(self.stages[place].path).register_forward_hook(hook))
                 self._hooked.add(place)
 
     def renormalise(self, given: Normalisation, own: Normalisation) -> None:
@@ -131,15 +152,25 @@ class Tapped(nn.Module):
             scale, shift = (x.to(like.device, torch.float32) for x in (std / std_own, (mean - mean_own) / std_own))
         self._input_scale, self._input_shift = scale, shift
 
+    def uncut(self) -> nn.Module:
+        """The net as it was given, its classifier in its place again; this Tapped is of no more use."""
+        assert self.classifier is not None
+        for handle in self._handles:
+            handle.remove()
+        parent, _, leaf = self.classifier_path.rpartition(".")
+        setattr(self.net.get_submodule(parent), leaf, self.classifier)
+        return self.net
+
     def drop_classifier(self) -> None:
         """Removes the classifier and its parameters, for a student that will answer through the teacher's."""
         self.classifier = None
 
-    def _keep_map(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._map = output
+    def _keep_map(self, module: nn.Module, args: Any, output: Any) -> None:
+        assert self._map_tap is not None
+        self._map = self._map_tap.tensor_of(output)
 
-    def _keep_stage(self, place: int, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._stage_maps[place] = output
+    def _keep_stage(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
+        self._stage_maps[place] = self._stage_taps[place].tensor_of(output)
 
     def features(self, images: Tensor, need_map: bool = False) -> tuple[Tensor | None, Tensor]:
         """Backbone only. Gradients flow to the parameters through both outputs.
@@ -161,21 +192,32 @@ class Tapped(nn.Module):
             self.require_map()
         if self._input_scale is not None and self._input_shift is not None:
             images = (images * self._input_scale + self._input_shift).to(images.dtype)
-        pooled = self.net(images)  # [B, C]
+        pooled = self._pooled_in(self.net(images))  # [B, C]
         kept, self._stage_maps = self._stage_maps, {}
         last, self._map = self._map, None
+        taps = {i: self._stage_taps[i] for i in self._kept_stages}
+        stages = {i: tap.map_of(kept[i]) for i, tap in taps.items() if tap != self._map_tap}
         map_: Tensor | None = None
-        if need_map or len(self.stages) - 1 in self._kept_stages:
+        if need_map or len(stages) < len(taps):
             assert last is not None
-            map_ = self._as_nchw(last)
-            if self._map_relu:
-                map_ = F.relu(map_)
-            kept[len(self.stages) - 1] = map_
-        stages = tuple(kept[i] if kept[i] is map_ else self._as_nchw(kept[i]) for i in self._kept_stages)
-        return map_ if need_map else None, pooled, stages
+            assert self._map_tap is not None
+            map_ = self._map_tap.map_of(last)
+            stages = {i: stages.get(i, map_) for i in taps}
+        return map_ if need_map else None, pooled, tuple(stages[i] for i in self._kept_stages)
 
-    def _as_nchw(self, map_: Tensor) -> Tensor:
-        return map_.permute(0, 3, 1, 2) if self._map_nhwc else map_
+    def _pooled_in(self, output: Any) -> Tensor:
+        """[B, C], of what the net returns."""
+        if isinstance(output, Tensor):
+            return output
+        tensors = tensors_in(output)
+        if self._answer >= len(tensors) or tensors[self._answer].shape[1:] != (self.channels,):
+            mode = "training" if self.training else "eval"
+            raise UserError(
+                f"model {self.name!r} returns {len(tensors)} tensors in {mode} mode, of which number {self._answer} is"
+                " not its classifier's output, as it is in eval mode for random pixels: let its forward return the"
+                " logits in the same place always"
+            )
+        return tensors[self._answer]
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, S, S] -> logits [B, K]"""

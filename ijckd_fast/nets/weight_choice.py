@@ -67,13 +67,10 @@ def find_weights(
     _refuse_pieces(leaves, origin)
     search = Search(own, classifier, left_out)
     sets = search.sets(leaves)
-    notes: list[str] = []
     if not any(search.fits(each) for each in sets) and (plain := without_wrappers(leaves, own)) is not None:
-        inner = search.sets(plain)
-        if any(search.fits(each) for each in inner):
-            leaves, sets = plain, inner
-            notes.append("its names are read without what wrappers of inner layers put into them")
+        leaves, sets = plain, search.sets(plain)
     fitting = [each for each in sets if search.fits(each)]
+    notes: list[str] = []
     # Of sets with the right names and other shapes one is enough: it is for the error.
     candidates = [each for each in fitting if search.shapes_fit(each, leaves)] or fitting[:1]
     if not candidates:
@@ -92,7 +89,7 @@ def find_weights(
             " layers stand in the same order in both nets, which shows in what the net then gets right"
         )
     chosen = _chosen(candidates, leaves, content, choice, origin, notes)
-    notes += _notes(chosen, leaves, own, by_order=not fitting)
+    notes += _notes(chosen, leaves, own, by_order=bool(notes and not fitting))
     _refuse_no_numbers(chosen, leaves, own, origin)
     weights = {name: leaves[full].tensor for name, full in chosen.names.items()}
     # What a net makes of its sizes it has already; BatchNorm does without its counter.

@@ -81,7 +81,7 @@ class Search:
         self.head = [name for name in own if name.startswith(f"{classifier}.")]
 
     def sets(self, leaves: Mapping[str, Leaf]) -> list[WeightSet]:
-        """Every prefix behind which there are names of the net, the one with the most first."""
+        """Every prefix behind which there are names of the net, those with the most first."""
         found: dict[str, dict[str, str]] = defaultdict(dict)
         for full in leaves:
             start = 0
@@ -90,7 +90,7 @@ class Search:
                     found[full[:start]][full[start:]] = full
                 start = full.find(".", start) + 1 or -1
         sets = [self._set(prefix, names, leaves) for prefix, names in found.items()]
-        return sorted(sets, key=lambda each: (len(each.missing), len(each.foreign)))
+        return sorted(sets, key=lambda each: len(each.missing) + len(each.foreign))
 
     def _set(self, prefix: str, names: dict[str, str], leaves: Mapping[str, Leaf]) -> WeightSet:
         missing = [name for name in self.own if name not in names and not is_counter(name)]

@@ -155,6 +155,7 @@ def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) 
         "threads": config.workers,
         "prefetch": config.prefetch,
         "bad_limit": config.unreadable_limit,
+        "channels_last": config.channels_last,
     }
     if config.data_backend == "dali":
         settings |= {"decode": config.decode, "hw_decoder_load": config.hw_decoder_load}
@@ -175,6 +176,7 @@ def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeach
         rename_by_order=config.rename_by_order,
         pretrained=config.teacher_pretrained,
         image_size=config.image_size,
+        stages=config.teacher_stages,
     )
     teacher.renormalise(*normalisations_of(config))
     return teacher
@@ -196,6 +198,7 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
         rename_by_order=config.rename_by_order,
         pretrained=config.student_pretrained,
         image_size=config.image_size,
+        stages=config.student_stages,
     )
     distiller = Distiller(
         student, teacher, objective_of(config), label_smoothing=config.label_smoothing, head=config.head

@@ -97,6 +97,13 @@ class DataAndModels:
         "cache:FOLDER sets this and the teacher's name",
         Trait.FREE | Trait.TEACHER | Trait.WEIGHTS | Trait.PATH,
     )
+    student_stages: tuple[str, ...] = _data(
+        (),
+        "names of the student's layers whose outputs are its stages, from the largest map to the smallest, e.g. "
+        "layer1,layer2,layer3, for objectives that compare stages (fitnet, at, --hint, --at); default: found by the "
+        "sizes of the maps",
+    )
+    teacher_stages: tuple[str, ...] = _data((), "names of the teacher's layers whose outputs are its stages, likewise")
     allow_weak_teacher: bool = _data(
         False, "train even if the teacher's own top-1 is near chance", Trait.FREE | Trait.CACHED
     )
@@ -379,7 +386,7 @@ class Computation:
         "torch.distributed's backend for gradients, with several processes; default: nccl with GPUs, gloo without",
         Trait.FREE,
     )
-    channels_last: bool = _computation(True, "memory layout NHWC", Trait.CACHED)
+    channels_last: bool = _computation(True, "memory layout NHWC, of images and nets", Trait.CACHED)
     head: Literal["fused", "reference"] = _computation("fused", "the C++/CUDA ops, or plain PyTorch to compare with")
     deterministic: bool = _computation(False, "only deterministic GPU algorithms (slower); CPU runs always are")
 

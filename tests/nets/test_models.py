@@ -235,6 +235,17 @@ def test_a_deep_copy_taps_its_own_map():
         ),
         # NHWC
         ("timm/swin_tiny_patch4_window7_224", 56, ["layers.0 96 14", "layers.1 192 7", "layers.2 384 4", "norm 768 2"]),
+        # of other layers than the last NHWC, of which are also scores of attention and a bias by position
+        (
+            "torchvision/swin_v2_t", 64,
+            ["features.1 96 16", "features.3 192 8", "features.5 384 4", "permute 768 2"],
+        ),
+        (
+            "timm/swinv2_tiny_window8_256", 64,
+            ["layers.0 96 16", "layers.1 192 8", "layers.2 384 4", "norm 768 2"],
+        ),
+        # pooled aside to 7x7 for its attention, which is larger than the map
+        ("timm/pvt_v2_b2_li", 128, ["stages.0 64 32", "stages.1 128 16", "stages.2 320 8", "stages 512 4"]),
         ("timm/vit_tiny_patch16_224", 32, []),
     ],
 )  # fmt: skip
@@ -319,6 +330,129 @@ def test_stages_within_one_sequence():
     assert Tapped(Line(), "line", 10, 32).stages == (("rest.1", 6, 16), ("rest", 6, 8))
 
 
+class Pair(nn.Module):
+    """A toolbox's block, which returns what it makes and what that was before the activation."""
+
+    def __init__(self, channels_in: int, channels: int) -> None:
+        super().__init__()
+        self.conv, self.shortcut = nn.Conv2d(channels_in, channels, 3, 2, 1), nn.Conv2d(channels_in, channels, 1, 2)
+
+    def forward(self, x):
+        x = self.conv(x) + self.shortcut(x)
+        return F.relu(x), x
+
+
+class Pairs(nn.Module):
+    """A net of such blocks; `returned` makes what it returns of its maps and its logits."""
+
+    def __init__(self, returned=lambda maps, logits: logits) -> None:
+        super().__init__()
+        self.stem, self.layer1, self.layer2 = nn.Conv2d(3, 4, 3, 1, 1), Pair(4, 6), Pair(6, 8)
+        self.spare, self.fc = nn.Linear(8, 10), nn.Linear(8, 10)
+        self.returned = returned
+
+    def forward(self, images):
+        x, before = self.layer1(self.stem(images))
+        y, _ = self.layer2(x)
+        pooled = y.mean((2, 3))
+        self.aside = self.spare(pooled)
+        return self.returned((x, before, y, pooled), self.fc(pooled))
+
+
+def test_a_stage_and_a_map_in_a_tuple_are_its_first_map():
+    torch.manual_seed(0)
+    model = Tapped(Pairs(), "pairs", 10, 16)
+    assert model.map_path == "layer2"
+    assert model.stages == (("layer1", 6, 8), ("layer2", 8, 4))
+    model.keep_stages([0, 1])
+    images = torch.randn(3, 3, 16, 16)
+    map_, pooled, (first, second) = model.staged_features(images, need_map=True)
+    x, _ = model.net.layer1(model.net.stem(images))
+    torch.testing.assert_close(first, x)
+    assert second is map_
+    torch.testing.assert_close(map_.mean((2, 3)), pooled)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda maps, logits: (maps, logits),
+        lambda maps, logits: (logits, {"feats": list(maps[:3]), "pooled": maps[3]}),
+        lambda maps, logits: {"features": maps, "logits": logits},
+        lambda maps, logits: [logits],
+    ],
+)
+def test_a_net_that_returns_more_than_logits_is_taken(returned):
+    torch.manual_seed(0)
+    net, images = Pairs(returned), torch.randn(3, 3, 16, 16)
+    pooled = net.layer2(net.layer1(net.stem(images))[0])[0].mean((2, 3))
+    expected = net.fc(pooled)
+    model = Tapped(net, "pairs", 10, 16)
+    torch.testing.assert_close(model(images), expected)
+    torch.testing.assert_close(model.features(images)[1], pooled)
+    assert model.has_map
+
+
+def test_a_net_that_returns_the_answers_of_two_classifiers_is_refused():
+    net = Pairs(lambda maps, logits: logits)
+    net.returned = lambda maps, logits: (logits, net.aside)
+    with pytest.raises(UserError, match=r"returns what 2 classifiers say.*'spare', 'fc'.*expected one"):
+        Tapped(net, "pairs", 10, 16)
+
+
+def test_logits_in_another_place_in_training_are_refused():
+    net = Pairs()
+    net.returned = lambda maps, logits: (maps[0], logits) if net.training else (logits, maps[0])
+    model = Tapped(net, "pairs", 10, 16)
+    images = torch.randn(2, 3, 16, 16)
+    assert model.eval()(images).shape == (2, 10)
+    with pytest.raises(UserError, match="returns 2 tensors in training mode, of which number 0 is not its classifier"):
+        model.train()(images)
+
+
+def test_a_net_of_other_classes_is_refused():
+    with pytest.raises(UserError, match="classifies 10 classes, expected 7 as in the data"):
+        Tapped(Toy(F.relu), "toy", 7, 16)
+
+
+def test_stages_by_name():
+    model = create_model("resnet18", 10, image_size=64, stages=["bn1", "layer1", "layer3.0", "layer4"]).eval()
+    assert model.stages == (("bn1", 64, 32), ("layer1", 64, 16), ("layer3.0", 256, 4), ("layer4", 512, 2))
+    model.keep_stages([0, 1, 2, 3])
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        _, _, (bn1, layer1, _, last) = model.staged_features(images)
+        net = model.net
+        before = net.bn1(net.conv1(images))
+        assert torch.equal(bn1, before)  # not what the ReLU in place makes of it
+        assert torch.equal(layer1, net.layer1(net.maxpool(F.relu(before))))
+    assert last.shape == (2, 512, 2, 2)
+
+
+def test_stages_by_name_need_no_map():
+    model = create_model("timm/vit_tiny_patch16_224", 10, image_size=32, stages=["patch_embed.proj"])
+    assert not model.has_map
+    model.keep_stages([0])
+    assert model.staged_features(torch.randn(2, 3, 32, 32))[2][0].shape == (2, 192, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("stages", "text"),
+    [
+        (["layr2"], "no layer 'layr2'.*did you mean 'layer2'"),
+        (
+            ["layer1", "fc"],
+            r"'fc' of model .* puts out no map \[B, C, H, H\].*another layer, such as 'conv1'",
+        ),
+        (["layer2", "layer1"], "another order than the net computes them, expected layer1,layer2"),
+        (["layer1", "layer1"], "named twice"),
+    ],
+)
+def test_names_of_stages_that_are_none_are_refused(stages, text):
+    with pytest.raises(UserError, match=text):
+        create_model("resnet8x0.25", 10, image_size=16, stages=stages)
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_0", "timm/deit_tiny_distilled_patch16_224"])
 def test_a_net_without_one_final_linear_layer_is_refused(name):
     with pytest.raises(UserError, match="does not end in one linear layer"):
@@ -331,6 +465,10 @@ def test_a_net_without_one_final_linear_layer_is_refused(name):
         ("resnet81", "unknown model.*did you mean.*'resnet8'"),
         ("mobilenet_v4", "did you mean.*'mobilenet_v1'"),
         ("timm/resnet18_", "did you mean.*'resnet18'"),
+        (
+            "timm/resnet18.a1_in2k",
+            "timm has no weights 'a1_in2k' of 'resnet18'.*one of a1_in1k,.*did you mean",
+        ),
         ("torchvision/resnet50d", "unknown model 'torchvision/resnet50d'"),
         ("hub/resnet18", "unknown model 'hub/resnet18'"),
         ("resnet8x0", "greater than 0"),
@@ -352,6 +490,23 @@ def test_a_file_given_as_a_name_is_explained(tmp_path):
 def test_an_image_size_that_a_net_does_not_take_is_refused(name):
     with pytest.raises(UserError, match=f"'{name}' does not take 33x33 RGB images"):
         create_model(name, 10, image_size=33)
+
+
+def test_weights_for_images_of_another_size_are_named_as_such(tmp_path):
+    for name, made_for, asked in (("timm/vit_tiny_patch16_384", 384, 224), ("timm/deit_tiny_patch16_224", 224, 32)):
+        net = timm.create_model(name.rpartition("/")[2], img_size=made_for, num_classes=10)
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        with pytest.raises(UserError, match=f"for images of {made_for}x{made_for} pixels.*--image-size {made_for}"):
+            create_model(name, 10, checkpoint=tmp_path / "w.pt", image_size=asked)
+
+
+def test_an_error_without_a_text_is_called_by_its_type():
+    class Silent(nn.Module):
+        def forward(self, images):
+            raise AssertionError
+
+    with pytest.raises(UserError, match=r"RGB images \(AssertionError\)"):
+        Tapped(Silent(), "silent", 10, 32)
 
 
 def test_the_library_can_be_forced():

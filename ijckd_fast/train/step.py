@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, StepOutput
+from ijckd_fast.errors import UserError
 from ijckd_fast.parallel import Processes
 from ijckd_fast.train.ema import Ema
 from ijckd_fast.train.guard import FiniteGuard
@@ -66,7 +67,9 @@ class TrainStep:
         self.ema = Ema(distiller, ema_decay) if ema_decay else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self._distiller: Distiller | DistributedDataParallel = distiller
+        self._exchanged: list[tuple[str, torch.nn.Parameter]] = []  # by name: those whose gradients are shared
         if processes.world > 1:
+            self._exchanged = [(name, p) for name, p in distiller.named_parameters() if p.requires_grad]
             # Running statistics are not sent round in every step: rank 0's are those that are evaluated and saved.
             with warnings.catch_warnings():
                 # its successor is not in every torch that is supported
@@ -150,6 +153,8 @@ class TrainStep:
                         progress=progress,
                     )
                 self.scaler.scale(out.loss / self._accumulate).backward()
+            if not more:
+                _refuse_unused(self._exchanged)
             mine = {"loss": out.loss.detach() / self._accumulate, "correct": out.correct}
             mine |= {name: value / self._accumulate for name, value in out.parts.items()}
             figures = {name: value + figures[name] if name in figures else value for name, value in mine.items()}
@@ -221,6 +226,20 @@ class TrainStep:
         self._optimizer.zero_grad(set_to_none=True)
         self.guard.restore_statistics()
         return images
+
+
+def _refuse_unused(exchanged: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
+    """UserError if one of the parameters has no gradient after a backward, though processes wait for it."""
+    unused = [name for name, p in exchanged if p.grad is None]
+    if unused:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in unused))
+        few = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        raise UserError(
+            f"{len(unused)} parameters got no gradient ({few}), but several processes exchange the gradients of all"
+            " parameters: the net's forward does not use these layers, or what it makes of them is not part of the"
+            " loss. Train with one process, choose another model, or freeze them in a net of your own"
+            " (requires_grad_(False))"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

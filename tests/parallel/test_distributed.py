@@ -11,6 +11,7 @@ import time
 
 import pytest
 import recorded_run
+import timm
 import torch
 from processes import Run, free_port
 from tiny_run import config, differing, distilled, options, settings
@@ -80,6 +81,38 @@ def test_two_processes_with_sync_bn_have_the_gradients_of_one(head, tmp_path):
 
 
 # --- whole runs ---
+
+
+class Idle(nn.Module):
+    """A net with a layer that its forward calls and whose answer it does not use."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.conv, self.spare, self.fc = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        x = self.conv(images)
+        self.spare(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def _train_idle(command: list[str]) -> int:
+    timm.models.register_model(_idle_net)
+    return cli.main(command)
+
+
+def _idle_net(pretrained=False, num_classes=3, **options):
+    return Idle(num_classes)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_without_a_gradient_is_named(data, teacher, tmp_path, accumulate):
+    command = _command(data, tmp_path / "run", teacher, student="_idle_net", accumulate=accumulate)
+    run = Run(tmp_path, 2, _train_idle, command)
+    assert run.ends() == [2, 2]
+    for rank in range(2):
+        assert "2 parameters got no gradient (student.net.spare)" in run.output(rank)
+        assert "Traceback" not in run.output(rank)
 
 
 @pytest.fixture(scope="module")

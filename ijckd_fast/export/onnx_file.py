@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, reason_of
 from ijckd_fast.export.deployed import Deployed, random_images
 
 
@@ -29,8 +31,11 @@ def require_onnx() -> None:
 
 
 def onnx_bytes(module: Deployed, image_size: int, metadata: dict[str, str]) -> bytes:
-    """The module as an ONNX file: input 'images' [batch, 3, S, S], output 'logits' [batch, K], any batch size."""
-    with _quiet():
+    """The module as an ONNX file: input 'images' [batch, 3, S, S], output 'logits' [batch, K], any batch size.
+
+    raises  UserError where the exporter cannot express one of the net's operations
+    """
+    with _quiet(), _explained():
         program = torch.onnx.export(
             module,
             (random_images(image_size),),
@@ -45,6 +50,26 @@ def onnx_bytes(module: Deployed, image_size: int, metadata: dict[str, str]) -> b
             node.metadata_props.clear()
         program.model.metadata_props.update(metadata)
         return program.model_proto.SerializeToString()
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Inside, an error of the exporter or of onnxruntime becomes a UserError: its first cause, and the operation."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # many kinds: of tracing, of translation, of the graph's checks
+        chain: list[BaseException] = [error]
+        while (cause := chain[-1].__cause__) is not None:
+            chain.append(cause)
+        operation = re.search(r"target=torch\.ops\.([\w.]+)", " ".join(map(str, chain)))
+        reason = textwrap.shorten(reason_of(chain[-1]), 200, placeholder=" ...")
+        raise UserError(
+            "the net cannot be written as model.onnx"
+            f"{f': its operation {operation[1]} is beyond the exporter of this torch' if operation else ''} ({reason})."
+            " Leave ONNX out with --no-onnx: the other files do not need it; or train a student without it"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -71,5 +96,6 @@ def onnx_answer(path: Path) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    with _explained():
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.contiguous().numpy()})[0])

@@ -1,4 +1,4 @@
-"""SRRL and DKD against what their authors' code computes, written here in plain torch: no helper of the other tests."""
+"""SRRL, DKD and AT as their authors' code computes them, written here in plain torch: no helper of the other tests."""
 
 import pytest
 import torch
@@ -119,3 +119,54 @@ def test_srrl():
                 p -= 0.1 * g
             for p, g in zip(theirs, expected_grads, strict=True):
                 p -= 0.1 * g
+
+
+def wrn_maps(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    maps = [net.conv1(x)]
+    for block in (net.block1, net.block2, net.block3):  # the last one before its BatchNorm and ReLU
+        maps.append(block(maps[-1]))
+    return maps[1:]
+
+
+def vgg_maps(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    one = net.block1(F.max_pool2d(net.block0(x), 2))
+    two = net.block2(F.max_pool2d(one, 2))
+    three = net.block3(F.max_pool2d(two, 2))
+    return [one, two, three, net.block4(three)]  # the last two of 4x4 pixels
+
+
+def mobile_maps(net: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    maps = []
+    x = net.conv1(x)
+    for i, block in enumerate(net.blocks):
+        x = block(x)
+        if i in (1, 2, 4, 6):  # the last one before the last convolution
+            maps.append(x)
+    return maps
+
+
+@pytest.mark.parametrize(
+    ("preset", "student", "maps_s", "teacher", "maps_t"),
+    [
+        ("cifar100_wrn40_2_wrn16_2", "wrn_16_1", wrn_maps, "wrn_16_1", wrn_maps),
+        ("cifar100_vgg13_vgg8", "vgg8", vgg_maps, "vgg8", vgg_maps),
+        ("cifar100_vgg13_mobilenetv2", "mobilenetv2x0.5", mobile_maps, "vgg8", vgg_maps),
+    ],
+)
+def test_attention_of_the_toolboxes_maps(preset, student, maps_s, teacher, maps_t):
+    """Paired from the first, the larger one pooled; the sum of squared differences of unit vectors, each a mean."""
+    settings = load_preset(preset, "at")
+    torch.manual_seed(0)
+    nets = [
+        create_model(name, K, image_size=32, stages=tuple(settings[f"{role}_stages"])).double()
+        for name, role in ((student, "student"), (teacher, "teacher"))
+    ]
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    out = Distiller(*nets, get_objective("at")).train()(images, torch.tensor([0, 1]))
+    expected = torch.zeros((), dtype=torch.float64)
+    nets[1].eval()
+    for map_s, map_t in zip(maps_s(nets[0].net, images), maps_t(nets[1].net, images), strict=True):
+        side = min(map_s.shape[-1], map_t.shape[-1])
+        a, b = (F.normalize(F.adaptive_avg_pool2d(map_, side).pow(2).mean(1).flatten(1)) for map_ in (map_s, map_t))
+        expected = expected + (a - b).pow(2).mean()
+    torch.testing.assert_close(out.parts["at"], expected.detach(), **CLOSE)

@@ -158,6 +158,39 @@ def test_a_preset_s_settings_of_an_objective(capsys, tmp_path):
     assert build_pair("r56_r20", objective="dkd", dkd_beta=1.0)[1].objective.dkd_beta == 1
 
 
+# The toolboxes' feature lists between the first and the pooled vector, cut to the shorter of the two; the nets that are
+# in none of them have the stages that are found.
+STAGES = {
+    "cifar100_r32x4_shufflenetv2": ("layer1 layer2 layer3", "layer1 layer2 layer3"),
+    "cifar100_r32x4_shufflenetv2x1.5": ("layer1 layer2 layer3", "layer1 layer2 layer3"),
+    "cifar100_wrn40_2_wrn16_2": ("block1 block2 block3", "block1 block2 block3"),
+    "cifar100_wrn40_2_wrn40_1": ("block1 block2 block3", "block1 block2 block3"),
+    "cifar100_wrn40_2_shufflenetv1": ("layer1 layer2 layer3", "block1 block2 block3"),
+    "cifar100_vgg13_vgg8": ("block1 block2 block3 block4", "block1 block2 block3 block4"),
+    "cifar100_r32x4_vgg8": ("block1 block2 block3", "layer1 layer2 layer3"),
+    "cifar100_r50_vgg8": ("block1 block2 block3 block4", "layer1 layer2 layer3 layer4"),
+    "cifar100_r50_mobilenetv2": ("blocks.1 blocks.2 blocks.4 blocks.6", "layer1 layer2 layer3 layer4"),
+    "cifar100_vgg13_mobilenetv2": ("blocks.1 blocks.2 blocks.4 blocks.6", "block1 block2 block3 block4"),
+    "imagenet_r50_mobilenetv1": ("features.32 features.68 features.80", "layer1 layer2 layer3"),
+}
+
+
+@pytest.mark.parametrize("objective", ["at", "fitnet"])
+def test_presets_name_the_toolboxes_stages(objective):
+    named = {}
+    for name in pair_names():
+        values = load_preset(name, objective)
+        assert "student_stages" not in load_preset(name)
+        if "student_stages" in values:
+            named[name] = " ".join(values["student_stages"]), " ".join(values["teacher_stages"])
+    assert named == STAGES
+
+
+def test_a_pair_compares_the_stages_that_its_preset_names():
+    _, distiller = build_pair("cifar100_r32x4_vgg8", objective="at")
+    assert [(s.path, t.path) for s, t in distiller.stage_pairs] == [(f"block{n}", f"layer{n}") for n in (1, 2, 3)]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

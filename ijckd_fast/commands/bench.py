@@ -54,7 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--max-drift",
         type=float,
         default=FIELDS["max_drift"].default,
-        help="mean absolute difference allowed, grey levels",
+        help="mean absolute difference allowed, grey levels; twice as much for a single image",
     )
 
 

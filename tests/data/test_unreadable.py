@@ -141,7 +141,7 @@ def test_a_class_of_which_nothing_can_be_read_ends_training_and_not_an_evaluatio
         Path(own.absolute(i)).unlink()
     with pytest.raises(
         TooManyUnreadable,
-        match=r"no image of class .* can be read any more, the last one was .*is the disk still there",
+        match=r"no image of class .* can be read any more, the last one was .*the disk is still there",
     ):
         collected(TrainPlan(own, WHOLE, 6, seed=0), bad_limit=99)
     got, said, _ = collected(EvalPlan(own, WHOLE, 6), bad_limit=99)
@@ -214,7 +214,10 @@ def test_what_dali_turns_out_not_to_decode_is_decoded_by_pillow(own, ids):
 
 
 def test_what_is_blamed_is_what_fails(own):
-    for damage, advice in (("gone", "is the disk still there?"), ("text", "changed since they were indexed")):
+    for damage, advice in (
+        ("gone", "see whether the disk is still there"),
+        ("text", "changed since they were indexed"),
+    ):
         for i in (3, 9):
             ROT[damage](Path(own.absolute(i)))
         for backend in EXECUTORS:

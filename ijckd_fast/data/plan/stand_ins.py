@@ -18,7 +18,7 @@ class TooManyUnreadable(UserError):
 def what_to_do(reasons: Iterable[str]) -> str:
     """The end of an error's sentence about images that cannot be used any more, for these reasons."""
     if any(why.startswith(CANNOT_BE_READ) for why in reasons):
-        return "is the disk still there?"
+        return "see whether the disk is still there"
     return "the files have changed since they were indexed: build the index again (ijckd-fast index)"
 
 

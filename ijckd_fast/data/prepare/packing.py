@@ -22,7 +22,7 @@ import numpy as np
 
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index import Index, Scan, scan
-from ijckd_fast.data.plan import TooManyUnreadable
+from ijckd_fast.data.plan import TooManyUnreadable, what_to_do
 from ijckd_fast.data.prepare.pack_report import fidelity
 from ijckd_fast.data.prepare.pack_settings import PackSettings, Treatment, packed_sizes
 from ijckd_fast.data.prepare.pack_shards import Shard, make_shards
@@ -257,8 +257,9 @@ def _pack_split(
             if len(left_out) > limit:
                 raise TooManyUnreadable(
                     f"{len(left_out)} files of {index.root}/{index.split} cannot be read any more, more than the "
-                    f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}). Is the disk whole and "
-                    "mounted? Finished shards stay and the same command continues; --unreadable-limit allows more"
+                    f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}); "
+                    f"{what_to_do(why for _, _, why in left_out)}. Finished shards stay and the same command "
+                    "continues; --unreadable-limit allows more"
                 )
     left_out.sort()
     missing = np.array([i for i, _, _ in left_out], np.int64)

@@ -68,8 +68,8 @@ def guard() -> None:
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: SIM115 - to the end
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is not getattr(sys, f"__{name}__") or _is_guarded(name, stream):
+        stream, own = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is not None and (stream is not own or _is_guarded(name, stream)):
             continue
         if stream is None or stream.closed:
             made = _missing(name)
@@ -78,7 +78,8 @@ def guard() -> None:
         else:
             continue
         setattr(sys, name, made)
-        setattr(sys, f"__{name}__", made)
+        if stream is own:
+            setattr(sys, f"__{name}__", made)
 
 
 def shows_bars() -> bool:
@@ -98,9 +99,11 @@ def lost_output() -> OSError | None:
     """The error by which something that was printed did not reach a reader; None where nothing was lost, or nobody
     waits for it any more.
     """
-    sys.stdout.flush()
     file = _file_of("stdout")
-    return file.error if file is not None and file.error is not None and file.wanted else None
+    if file is None:
+        return None
+    sys.stdout.flush()
+    return file.error if file.error is not None and file.wanted else None
 
 
 def _open_nothing(descriptor: int) -> None:

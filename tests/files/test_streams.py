@@ -88,6 +88,12 @@ def test_streams_of_others_are_left_alone():
     assert run(code).stderr == "StringIO\n"
 
 
+def test_no_stream_at_all():
+    """As in a program that has none, or has taken them away."""
+    code = "sys.stdout = sys.stderr = sys.stdin = None; streams.guard(); " + SAY + "streams.complain('text'); "
+    assert run(code + "sys.exit(3 if streams.lost_output() is None else 4)").returncode == 3
+
+
 def test_a_stream_that_must_not_wait_waits():
     """Another process of the terminal may have set it to O_NONBLOCK."""
     code = "os.set_blocking(1, False); print('x' * 1_000_000, flush=True); assert streams.lost_output() is None"

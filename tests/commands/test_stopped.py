@@ -125,7 +125,7 @@ def of_checkpoints(folder: Path, step: int, line: str) -> str:
 def test_first_scan(teacher, undisturbed, tmp_path, said, monkeypatch, number):
     data, folder, opened = write_tree(tmp_path / "data"), tmp_path / "run", []
     check = build.check_image
-    monkeypatch.setattr(build, "check_image", lambda place, full: (opened.append(place.path), check(place, full))[1])
+    monkeypatch.setattr(build, "check_image", lambda place, *rest: (opened.append(place.path), check(place, *rest))[1])
     monkeypatch.setattr(build, "FILES_PER_TASK", 1)
     index = data / ".ijckd-index" / "train.parquet"
     seen = []

@@ -27,6 +27,7 @@ from ijckd_fast.data import build_index
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import write
+from ijckd_fast.export.onnx_file import onnx_bytes
 from ijckd_fast.nets import count_parameters, create_model, fingerprint
 from ijckd_fast.train import build_val_loader, checkpoint, load_run, resolve, train
 
@@ -468,3 +469,15 @@ def test_a_distiller_is_not_changed(trained):
     before = fingerprint(distiller)
     export.deployed_module(distiller, 16)
     assert fingerprint(distiller) == before
+
+
+def test_an_operation_beyond_the_onnx_exporter_is_named():
+    class Attention(nn.Module):
+        """In five dimensions, as hiera's."""
+
+        def forward(self, images):  # [B, 3, S, S] -> [B, 3]
+            x = images[:, None, None].flatten(4)  # [B, 1, 1, 3, S * S]
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x).mean((1, 2, 4))
+
+    with torch.no_grad(), pytest.raises(UserError, match=r"operation aten\.scaled_dot_product_attention.*--no-onnx"):
+        onnx_bytes(Attention(), 8, {})

@@ -135,6 +135,15 @@ def test_memory_layout_inside_the_step(data, teacher, tmp_path, monkeypatch, cha
         assert found["images"] == found["map"] == wanted
 
 
+def test_stages_by_name_are_those_that_are_compared(data, teacher, tmp_path, monkeypatch):
+    compared = []
+    _watch_steps(monkeypatch, lambda distiller, *_: compared.extend(distiller.stage_pairs))
+    stages = {"student_stages": ("layer1", "layer2.0"), "teacher_stages": ("conv1", "layer2", "layer3")}
+    train(config(data, tmp_path, max_steps=1, **{**distilled(teacher), "objective": "at"}, **stages))
+    assert [(s.path, t.path) for s, t in compared] == [("layer1", "layer2"), ("layer2.0", "layer3")]
+    assert tuple(run_folder.read_config(tmp_path)["student_stages"]) == stages["student_stages"]
+
+
 def test_progress_is_in_epochs(data, tmp_path, monkeypatch):
     seen = []
     _watch_steps(monkeypatch, lambda _distiller, _images, _labels, progress: seen.append(progress))

@@ -21,6 +21,8 @@ from ijckd_fast.nets.weights import misfit
 from ijckd_fast.normalisation import Normalisation
 
 _SIDES = (224, 256, 288, 320, 336, 384, 448, 512)  # of images that nets are made for
+# torchvision's nets that convert ImageNet's images themselves (transform_input), if the library loads their weights.
+_CONVERTED = dict.fromkeys(("googlenet", "inception_v3"), Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
 _SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's
 
 
@@ -144,15 +146,18 @@ def _has_tag(name: str) -> bool:
     return not tag or name in timm.list_pretrained(f"{architecture}.*")
 
 
-def published_normalisation(name: str) -> Normalisation | None:
-    """What the images were like that the published weights of a library's net were trained on, by its own record.
+def published_normalisation(name: str, in_file: bool = False) -> Normalisation | None:
+    """What images `create_model`'s net of a name takes with its library's published weights, by the library's record.
 
+    in_file  the weights come from a file, not from the library
     returns  None for a net of ours, for no model's name, and where the library does not say
     """
     library, short = library_of(name), name.rpartition("/")[2]
     if library == "torchvision":
         import torchvision
 
+        if in_file and short in _CONVERTED:
+            return _CONVERTED[short]
         preset = next(iter(torchvision.models.get_model_weights(short))).transforms()  # of those that _build takes
         return Normalisation.of(preset.mean, preset.std)
     if library == "timm":

@@ -181,7 +181,7 @@ def _own_normalisation(
     try:
         run = Saved.read(checkpoint).config
     except UserError:  # weights from elsewhere; a file that cannot be read at all is refused where the net is built
-        return of_other_files or published_normalisation(name)
+        return of_other_files or published_normalisation(name, in_file=True)
     return Normalisation.of(run["mean"], run["std"])
 
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -21,9 +21,6 @@ from ijckd_fast import files
 from ijckd_fast.errors import UserError
 from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import completed
-
-if TYPE_CHECKING:
-    pass
 
 CONFIG, ENVIRONMENT, LOG, SUMMARY = "config.yaml", "env.json", "log.jsonl", "summary.json"
 LAST, BEST, TEACHER, EVENTS = "last.pt", "best.pt", "teacher_val.npz", "tensorboard"

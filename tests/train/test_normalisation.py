@@ -81,6 +81,21 @@ def test_libraries_say_what_their_weights_expect(name, expected):
     assert published_normalisation(name) == expected
 
 
+def test_torchvisions_nets_that_convert_images_themselves_take_others_from_a_file():
+    """Where the library loads the weights, the net is built with transform_input; from a file it is not."""
+    for name in ("googlenet", "inception_v3"):
+        assert published_normalisation(f"torchvision/{name}") == IMAGENET
+        assert published_normalisation(f"torchvision/{name}", in_file=True) == HALF
+    assert published_normalisation("torchvision/resnet18", in_file=True) == IMAGENET
+    net, pixels = create_model("torchvision/googlenet", 10, image_size=64).eval(), torch.rand(2, 3, 64, 64)
+    seen: list[torch.Tensor] = []  # by the first layer: such an untrained net answers the same to everything
+    net.net.conv1.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net(normalised(pixels, HALF))
+    net.net.transform_input = True
+    net(normalised(pixels, IMAGENET))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-5)
+
+
 # --- units
 
 
@@ -137,6 +152,7 @@ CASES = [
     ),
     ({"teacher": LITE, "teacher_checkpoint": "FILE"}, IMAGENET, HALF),
     ({"teacher": LITE, "teacher_checkpoint": "FILE", "mean": GREY.mean, "std": GREY.std}, GREY, GREY),
+    ({"teacher": "torchvision/inception_v3", "teacher_checkpoint": "FILE"}, IMAGENET, HALF),
     ({"teacher": LITE}, IMAGENET, IMAGENET),  # random weights expect nothing
     ({"teacher": "RUN"}, IMAGENET, GREY),
     ({"teacher": "resnet8x0.5", "teacher_checkpoint": "RUN/last.pt"}, IMAGENET, GREY),

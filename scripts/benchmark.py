@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import gc
 import importlib.util
+import itertools
 import json
 import pathlib
 import statistics
@@ -58,7 +59,8 @@ class Workload(NamedTuple):
 
     Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU
     and match the map. kl: the logits are matched by KL at temperature 4, not by their squares. cpu_B: the batch on a
-    CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>.
+    CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>. nchw: the maps are contiguous,
+    not channels-last. fm: whether vectors match pooled features.
     """
 
     B: int
@@ -69,14 +71,16 @@ class Workload(NamedTuple):
     ce_only: bool = False
     cpu_B: int | None = None
     kl: bool = False
+    nchw: bool = False
+    fm: bool = True
 
     @property
     def losses(self) -> str:
         """The terms of the loss, + between them; fm matches pooled features, map the map."""
         if self.ce_only:
             return "ce"
-        match = "map" if self.side else "fm"
-        return match if self.K is None else f"ce+{'kl' if self.kl else 'sr'}+{match}"
+        match = ["map"] if self.side else ["fm"] if self.fm else []
+        return "+".join(match if self.K is None else ["ce", "kl" if self.kl else "sr", *match])
 
     @property
     def projects_in_loss(self) -> bool:
@@ -87,7 +91,7 @@ class Workload(NamedTuple):
     def sizes(self) -> str:
         """One word, for the table."""
         named = [("B", self.B), ("Cs", self.Cs), ("Ct", self.Ct), ("K", self.K)]
-        where = [f"{self.side}x{self.side}"] if self.side else []
+        where = [f"{self.side}x{self.side}{' NCHW' if self.nchw else ''}"] if self.side else []
         return " ".join([f"{name}{size}" for name, size in named if size is not None] + where)
 
 
@@ -109,14 +113,40 @@ WORKLOADS = {
     "C512x21841": Workload(256, None, 512, 21841),
     "C2048x21841": Workload(256, None, 2048, 21841),
     "M1": Workload(64, 256, 512, None, side=7),
+    # sizes of a small data set, of fine-tuning, of a small batch; named after the classifier's K or the maps' side
+    "K10": Workload(512, None, 64, 10),
+    "K10-kl": Workload(512, None, 64, 10, kl=True, fm=False),
+    "K100": Workload(64, None, 512, 100),
+    "K100-kl": Workload(64, None, 512, 100, kl=True, fm=False),
+    "K100-wide": Workload(128, None, 640, 100),
+    "K365": Workload(256, None, 512, 365),
+    "K365-kl": Workload(256, None, 512, 365, kl=True, fm=False),
+    "K1000": Workload(32, None, 512, 1000),
+    "K1000-kl": Workload(32, None, 512, 1000, kl=True, fm=False),
+    "L10": Workload(512, 32, 64, 10),
+    "L100": Workload(128, 256, 640, 100),
+    "L100-kl": Workload(128, 256, 640, 100, kl=True, fm=False),
+    "map4": Workload(64, 256, 512, None, side=4),
+    "map7": Workload(32, 512, 512, None, side=7),
+    "map7-nchw": Workload(32, 512, 512, None, side=7, nchw=True),
+    "map7-B8": Workload(8, 512, 2048, None, side=7),
+    "map8": Workload(64, 64, 256, None, side=8),
+    "map8-nchw": Workload(64, 64, 256, None, side=8, nchw=True),
+    "map8-K100": Workload(64, 256, 256, 100, side=8),
+    "map14": Workload(32, 256, 512, None, side=14),
+    "map14-nchw": Workload(32, 256, 512, None, side=14, nchw=True),
+    "map14-B8": Workload(8, 512, 2048, None, side=14),
     "tiny": Workload(8, 6, 5, 11, side=3),
+    "tiny-nchw": Workload(8, 6, 5, 11, side=3, nchw=True),
     "tiny-ce": Workload(8, None, 24, 50, ce_only=True),
     "tiny-kl": Workload(8, 6, 24, 50, kl=True),
+    "tiny-only-kl": Workload(8, 6, 24, 50, kl=True, fm=False),
 }
 DEFAULT_WORKLOADS = {
     "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl"],
     "cpu": ["C512x1000", "C2048x1000", "C512x21841", "C2048x21841", "M1"],
 }
+SMALL_WORKLOADS = [name for name in WORKLOADS if name.startswith(("K", "L", "map"))]
 SWEEP_K = (100, 300, 1000, 3000, 10_000, 21_841, 50_000, 100_000, 200_000)
 SWEEP_B = {"cuda": (16, 64, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256)}
 
@@ -197,13 +227,14 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
 
     t: dict[str, Tensor] = {}
     positions = (w.side, w.side) if w.side else ()
+    layout = torch.contiguous_format if w.nchw else torch.channels_last
     if w.Cs is None:
         t["z"] = randn(w.B, w.Ct)
     else:
         t["u"] = randn(w.B, w.Cs, *positions).to(dtype)
         t["projection"] = randn(w.Ct, w.Cs, scale=w.Cs**-0.5)
         if w.side:
-            t["u"] = t["u"].relu().contiguous(memory_format=torch.channels_last)  # after the trunk's last ReLU
+            t["u"] = t["u"].relu().contiguous(memory_format=layout)  # after the trunk's last ReLU
             t["bn_weight"], t["bn_bias"] = randn(w.Ct, scale=0.2) + 1, randn(w.Ct, scale=0.2)
         else:
             t["projection_bias"] = randn(w.Ct, scale=0.1)
@@ -211,7 +242,7 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
         leaf.requires_grad_()
     if w.side:
         t["running_mean"], t["running_var"] = torch.zeros(w.Ct, device=device), torch.ones(w.Ct, device=device)
-        t["map_t"] = randn(w.B, w.Ct, *positions).relu().to(dtype).contiguous(memory_format=torch.channels_last)
+        t["map_t"] = randn(w.B, w.Ct, *positions).relu().to(dtype).contiguous(memory_format=layout)
         t["pooled_t"] = t["map_t"].float().mean((2, 3))
     else:
         t["pooled_t"] = randn(w.B, w.Ct)
@@ -240,7 +271,7 @@ def fused_loss(
     if w.K is None:
         return match, z
     terms: dict[str, Any] = {} if w.ce_only else {"kl" if w.kl else "sr": 1.0, "pooled_t": t["pooled_t"]}
-    if not w.side and not w.ce_only:
+    if not w.side and not w.ce_only and w.fm:
         terms["fm"] = 1.0
     weight = t["weight"]
     if frozen is not None and weight.is_cuda:
@@ -269,7 +300,7 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
         z, match = Z.mean((2, 3)), F.mse_loss(Z, t["map_t"])
     elif w.Cs is not None:
         z = F.linear(t["u"], t["projection"], t["projection_bias"])
-    if not w.side and not w.ce_only:
+    if not w.side and not w.ce_only and w.fm:
         match = F.mse_loss(z.float() if z.dtype != torch.float64 else z, t["pooled_t"])
     if w.K is None:
         return match, z
@@ -277,7 +308,8 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
     loss = F.cross_entropy(logits, t["labels"])
     if not w.ce_only:
         logits_t = F.linear(t["pooled_t"], t["weight"], t["bias"])  # [B, K]
-        loss = loss + match + (temperature_kl(logits, logits_t) if w.kl else F.mse_loss(logits, logits_t))
+        loss = loss + (temperature_kl(logits, logits_t) if w.kl else F.mse_loss(logits, logits_t))
+        loss = loss if match is None else loss + match
     return loss, None if w.projects_in_loss else z
 
 
@@ -702,7 +734,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     op.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu")
-    op.add_argument("--workloads", nargs="+", metavar="NAME", help="default: all but tiny on cuda, C* and M1 on cpu")
+    op.add_argument("--workloads", nargs="+", metavar="NAME", help="default: those of --shapes")
+    op.add_argument(
+        "--shapes",
+        choices=("default", "small"),
+        default="default",
+        help="default: W* and I* on cuda, C* and M1 on cpu; small: few classes, small batches and maps (K*, L*, map*)",
+    )
     op.add_argument(
         "--dtype", nargs="+", choices=tuple(DTYPES), help="default: bfloat16 on cuda, float32 bfloat16 on cpu"
     )
@@ -718,7 +756,7 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument(
         "--repeats", type=int, help="steps timed per contender, interleaved; default: 100 on cuda, 15 on cpu"
     )
-    op.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    op.add_argument("--threads", type=int, nargs="+", help="CPU threads, one after the other; default: torch's choice")
     op.add_argument(
         "--sweep", choices=("k", "b"), help="instead of workloads: over K from 100 to 200,000, or over B at K 21841"
     )
@@ -734,7 +772,9 @@ def _cpu_note(w: Workload) -> str:
     return f" (on a CPU B{w.cpu_B})" if w.cpu_B else ""
 
 
-def chosen_workloads(names: list[str] | None, sweep: str | None, device: str) -> dict[str, Workload]:
+def chosen_workloads(
+    names: list[str] | None, sweep: str | None, device: str, shapes: str = "default"
+) -> dict[str, Workload]:
     """The workloads by the names their rows will bear."""
     base = Workload(256, 1024, 2048, 21841) if device == "cuda" else Workload(64, None, 512, 21841)
     if sweep == "k":
@@ -742,7 +782,7 @@ def chosen_workloads(names: list[str] | None, sweep: str | None, device: str) ->
     if sweep == "b":
         return {f"sweep-B{B}": base._replace(B=B) for B in SWEEP_B[device]}
     chosen = {}
-    for name in names or DEFAULT_WORKLOADS[device]:
+    for name in names or (SMALL_WORKLOADS if shapes == "small" else DEFAULT_WORKLOADS[device]):
         if name not in WORKLOADS:
             raise Usage(f"--workloads: there is no {name!r}; choose from {', '.join(WORKLOADS)}")
         w = WORKLOADS[name]
@@ -763,38 +803,41 @@ def run_op(args: argparse.Namespace) -> int:
     repeats = args.repeats if args.repeats is not None else 100 if device == "cuda" else 15
     if repeats < 1:
         raise Usage(f"--repeats must be at least 1, got {repeats}")
+    if (least := min(args.threads or [1])) < 1:
+        raise Usage(f"--threads must be at least 1, got {least}")
     if args.sweep and args.workloads:
         raise Usage("--sweep brings its own workloads: leave --workloads out")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    if args.shapes != "default" and (args.workloads or args.sweep):
+        raise Usage(f"--shapes {args.shapes} brings its own workloads: leave --workloads and --sweep out")
     records.check(args.save, JSON_KEYS + CSV_ONLY_KEYS)
     if "float32" in dtypes:  # TF32 would give eager's convolution another precision than its linear layers, and ours
         torch.backends.cudnn.allow_tf32 = False
-    workloads = chosen_workloads(args.workloads, args.sweep, device)
-    where, timer, rows, failed = records.environment(device), Timer(device), [], False
-    for dtype in dtypes:
-        for name, w in workloads.items():
-            wanted = []
-            for baseline in args.baselines or BASELINES:
-                reason = absent(baseline, w, DTYPES[dtype], device)
-                if reason is None:
-                    wanted.append(baseline)
-                elif args.baselines:
-                    print(f"{name}: {baseline} left out: {reason}", file=sys.stderr)
-            try:
-                measured = measure(name, w, DTYPES[dtype], device, args.mode, wanted, repeats, timer)
-            except WrongResult as wrong:
-                print(f"benchmark: refused to time {name} in {dtype}: {wrong}", file=sys.stderr)
-                failed = True
-                continue
-            except RuntimeError as failure:  # the other workloads' rows are still worth having
-                print(f"benchmark: {name} in {dtype} failed: {failure}", file=sys.stderr)
-                failed = True
-                continue
-            new = make_rows(name, w, dtype, args.mode, measured, where)
-            records.append(args.save, JSON_KEYS + CSV_ONLY_KEYS, new)
-            rows += new
-            print(f"{name} {dtype} done", file=sys.stderr, flush=True)
+    workloads = chosen_workloads(args.workloads, args.sweep, device, args.shapes)
+    timer, rows, failed = Timer(device), [], False
+    for threads, dtype, name in itertools.product(args.threads or [torch.get_num_threads()], dtypes, workloads):
+        torch.set_num_threads(threads)
+        w = workloads[name]
+        wanted = []
+        for baseline in args.baselines or BASELINES:
+            reason = absent(baseline, w, DTYPES[dtype], device)
+            if reason is None:
+                wanted.append(baseline)
+            elif args.baselines:
+                print(f"{name}: {baseline} left out: {reason}", file=sys.stderr)
+        try:
+            measured = measure(name, w, DTYPES[dtype], device, args.mode, wanted, repeats, timer)
+        except WrongResult as wrong:
+            print(f"benchmark: refused to time {name} in {dtype}: {wrong}", file=sys.stderr)
+            failed = True
+            continue
+        except RuntimeError as failure:  # the other workloads' rows are still worth having
+            print(f"benchmark: {name} in {dtype} failed: {failure}", file=sys.stderr)
+            failed = True
+            continue
+        new = make_rows(name, w, dtype, args.mode, measured, records.environment(device))
+        records.append(args.save, JSON_KEYS + CSV_ONLY_KEYS, new)
+        rows += new
+        print(f"{name} {dtype} {threads} threads done", file=sys.stderr, flush=True)
     print_table(rows)
     if args.plot:
         plot(args.plot, rows, args.sweep, device)
@@ -806,6 +849,7 @@ def run_op(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     args = parser().parse_args(argv)
+    threads = torch.get_num_threads()
     try:
         if args.what == "loader":
             return loader_benchmark.run(args, records.environment(args.device))
@@ -817,6 +861,8 @@ def main(argv: list[str] | None = None) -> int:
     except (Usage, UserError) as usage:
         print(f"benchmark: {usage}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

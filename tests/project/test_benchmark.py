@@ -76,7 +76,33 @@ def test_rows_are_appended_with_where_they_were_measured(capsys, tmp_path):
         assert all(row[k] for k in ("machine", "threads", "python", "commit", "date"))
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-ce", "tiny-kl"])
+def test_threads_come_one_after_the_other(capsys, tmp_path):
+    before, path = torch.get_num_threads(), tmp_path / "op.csv"
+    argv = ["--workloads", "tiny", "tiny-nchw", "--threads", "1", "2", "--save", str(path)]
+    assert benchmark.main([*QUICK, *argv]) == 0
+    assert torch.get_num_threads() == before
+    with path.open() as file:
+        rows = [(row["threads"], row["workload"]) for row in csv.DictReader(file)]
+    assert rows == [("1", "tiny"), ("1", "tiny-nchw"), ("2", "tiny"), ("2", "tiny-nchw")]
+
+
+def test_small_shapes_are_a_set_of_their_own():
+    small = benchmark.chosen_workloads(None, None, "cpu", "small")
+    assert not set(small) & set(benchmark.chosen_workloads(None, None, "cpu"))
+    assert {w.losses for w in small.values()} == {"ce+sr+fm", "ce+kl", "map", "ce+sr+map"}
+    assert min(w.K for w in small.values() if w.K) == 10
+    assert {w.side for w in small.values() if w.nchw} >= {7, 14}
+
+
+def test_maps_lie_as_the_workload_says():
+    for name, channels_last in (("tiny", True), ("tiny-nchw", False)):
+        t = benchmark.make_tensors(benchmark.WORKLOADS[name], torch.float32, "cpu")
+        for x in (t["u"], t["map_t"]):
+            assert x.is_contiguous(memory_format=torch.channels_last) is channels_last
+            assert x.is_contiguous() is not channels_last
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-nchw", "tiny-ce", "tiny-kl", "tiny-only-kl"])
 def test_both_programs_compute_what_the_row_says(name):
     w = benchmark.WORKLOADS[name]
     t = benchmark.make_tensors(w, torch.float32, "cpu")
@@ -84,7 +110,8 @@ def test_both_programs_compute_what_the_row_says(name):
     torch.testing.assert_close(ours, eager)
     terms = set(w.losses.split("+"))
     assert terms <= {"ce", "sr", "kl", "fm", "map"}
-    z = torch.nn.functional.linear(t["u"], t["projection"], t["projection_bias"]) if name == "tiny-kl" else t.get("z")
+    projects = w.projects_in_loss
+    z = torch.nn.functional.linear(t["u"], t["projection"], t["projection_bias"]) if projects else t.get("z")
     if z is None:  # a map's own connector
         return
     named = {term: float(term in terms) for term in ("ce", "sr", "kl", "fm")}
@@ -180,6 +207,8 @@ def test_peak_memory_sees_what_a_step_holds():
     [
         (["--workloads", "W9"], "there is no 'W9'; choose from W1, W2"),
         (["--sweep", "k", "--workloads", "W1"], "leave --workloads out"),
+        (["--shapes", "small", "--workloads", "W1"], "leave --workloads and --sweep out"),
+        (["--threads", "1", "0"], "--threads must be at least 1, got 0"),
         (["--dtype", "float16"], "float16 is for the GPU"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--save", "/nowhere/op.csv"], "there is no folder /nowhere"),

@@ -1,17 +1,36 @@
-"""Files that are whole whenever someone looks, folders that one process holds, and a sentence for a full disk."""
+"""Files that are whole whenever someone looks, that tell when they were damaged, folders that one process holds, and a
+sentence for what a disk refuses.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ijckd_fast.errors import UserError
 
 LOCK, HOLDER = "lock", "lock.holder"  # what `lock` leaves in a folder
+CHECK = "check"  # key of a JSON file's own check value
+_CHUNK = 1 << 20
+_REMEDIES = {
+    errno.EACCES: "give this user the right to read it",
+    errno.EPERM: "give this user the right to read it",
+    errno.EISDIR: "it is a folder, expected a file",
+    errno.ENOTDIR: "a part of its path is a file, expected a folder",
+    errno.ELOOP: "its symbolic links lead in a circle, expected one that ends at a file",
+    errno.EIO: "the disk or the network fails, try again or take a copy of the file",
+}
+
+
+class Damaged(UserError):
+    """A file of ours does not hold what was written: cut, changed, or of another kind."""
 
 
 @contextmanager
@@ -58,6 +77,77 @@ def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -
     """Replaces `path` by `data`, as `replacing` does."""
     with replacing(path, durable=durable) as tmp, open(tmp, "wb") as file:
         file.write(data)
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds.
+
+    raises   FileNotFoundError where there is none; UserError, with the system's reason, where it cannot be read
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise cannot_read(path, error) from error
+
+
+def cannot_read(path: Path, error: OSError) -> UserError:
+    """The sentence for a file that the system does not let us read: that says nothing of what is in it."""
+    remedy = _REMEDIES.get(error.errno or 0, "try again")
+    return UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}")
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits; raises as `read_bytes`."""
+    found = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    return found.hexdigest()
+
+
+def check_value(values: Any) -> str:
+    """16 hex digits that depend on all that JSON keeps of `values`, but not on the order of keys or on layout."""
+    text = json.dumps(json.loads(json.dumps(values)), sort_keys=True)  # keys are strings from here on
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replaces `path` by `values` with their check value, which `read_json` compares."""
+    write_text(path, json.dumps({**values, CHECK: check_value(values)}, indent=2) + "\n")
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
+    """What `write_json` wrote, or an older version's file without a check value; None where there is no file.
+
+    raises  Damaged, "PATH is damaged (WHAT): REMEDY"; UserError where the file cannot be read
+    """
+    found = read_checked(path, remedy)
+    return None if found is None else found[0]
+
+
+def read_checked(path: Path, remedy: str) -> tuple[dict[str, Any], bool] | None:
+    """As `read_json`: (the values, whether a check value stands for them)."""
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return None
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8 as well
+        raise Damaged(f"{path} is damaged (not JSON: {' '.join(str(error).split())}): {remedy}") from error
+    if not isinstance(values, dict):
+        raise Damaged(f"{path} is damaged (expected an object, found {type(values).__name__}): {remedy}")
+    value = values.pop(CHECK, None)
+    if value is not None and value != check_value(values):
+        raise Damaged(f"{path} is damaged or was changed (its check value is another): {remedy}")
+    return values, value is not None
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import random
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -246,3 +249,72 @@ def test_an_error_inside_gives_the_folder_back(tmp_path):
         raise KeyError
     with files.lock(tmp_path):
         pass
+
+
+# --- damage, and what cannot be read ---
+
+
+def test_json_comes_back_and_every_flipped_bit_is_noticed_or_harmless(tmp_path):
+    path, values = tmp_path / "a.json", {"b": [1, 2.5, None], "a": {"c": "ü", "d": float("inf")}, "e": (1, 2)}
+    files.write_json(path, values)
+    expected, whole = {**values, "e": [1, 2]}, path.read_bytes()
+    assert files.read_json(path, "make it again") == expected
+    assert files.read_checked(path, "") == (expected, True)
+    said = []
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            found, checked = files.read_checked(path, "make it again")
+        except files.Damaged as error:
+            said.append(str(error))
+        else:
+            assert {name: found[name] for name in expected} == expected
+            assert checked or len(found) == len(expected) + 1  # the name of the check value itself
+    assert all(re.fullmatch(rf"{path} is damaged .*\(.*\): make it again", text) for text in said)
+    assert len(said) > 6 * len(whole)  # the other bits are of blanks, and of the check value's name
+
+
+def test_json_that_is_no_object_or_older_or_not_there(tmp_path):
+    path = tmp_path / "a.json"
+    assert files.read_json(path, "") is None
+    path.write_text('{"a": 1}')
+    assert files.read_checked(path, "") == ({"a": 1}, False)
+    for content in (b"", b"[1]", b'{"a": 1', b"\xff", b"[" * 100_000):
+        path.write_bytes(content)
+        with pytest.raises(files.Damaged, match=r"a\.json is damaged \(.*\): make it again"):
+            files.read_json(path, "make it again")
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("x")
+    for name, text in (
+        ("folder", r"folder cannot be read \(Is a directory\): it is a folder, expected a file"),
+        ("loop", r"loop cannot be read \(Too many levels of symbolic links\): its symbolic links lead in a circle"),
+        ("file/a", r"file/a cannot be read \(Not a directory\): a part of its path is a file"),
+    ):
+        for read in (files.read_bytes, files.digest, lambda path: files.read_json(path, "")):
+            with pytest.raises(UserError, match=text) as caught:
+                read(tmp_path / name)
+            assert not isinstance(caught.value, files.Damaged)
+    monkeypatch.setattr(Path, "open", failing(errno.EACCES))
+    monkeypatch.setattr("builtins.open", failing(errno.EIO))
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): give this user the right"):
+        files.read_bytes(tmp_path / "file")
+    with pytest.raises(UserError, match=r"cannot be read \(Input/output error\): the disk or the network fails"):
+        files.digest(tmp_path / "file")
+
+
+def test_a_digest_is_of_the_bytes(tmp_path):
+    path = tmp_path / "file"
+    found = set()
+    for content in (b"", b"a", b"b", bytes(3 << 20), bytes((3 << 20) + 1)):
+        path.write_bytes(content)
+        found.add(files.digest(path))
+        assert files.digest(path) == hashlib.blake2b(content, digest_size=16).hexdigest()
+    assert len(found) == 5
+    with pytest.raises(FileNotFoundError):
+        files.digest(tmp_path / "none")

@@ -4,10 +4,15 @@ sentence for what a disk refuses.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,20 +46,75 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
 
     durable  the bytes and the folder's entry are flushed to the disk (fsync) first, so that this holds for a power cut
              too; False: it may leave less
-    shared   several processes may write the same file at a time: each has a temporary path of its own. A kill then
-             leaves that behind, where otherwise the next writer takes it over
+    shared   several processes may write the same file at a time: each has a temporary path of its own, see `claimed`.
+             Otherwise the next writer takes over what a kill leaves
     """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    with claimed(path) if shared else contextlib.nullcontext(path.with_name(f"{path.name}.tmp")) as tmp:
+        try:
+            yield tmp
+            if durable:
+                flush(tmp)
+            os.replace(tmp, path)
+            if durable:
+                flush(path.parent)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def claimed(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Gives a new, empty file beside `path`, or a folder, which no other process has and which the block is to rename
+    or remove. What a kill leaves of it goes by `remove_leftovers`.
+    """
+    while True:
+        # in two containers two processes may have the same number
+        tmp = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        tmp.mkdir() if folder else tmp.touch(exist_ok=False)
+        with held(tmp):
+            if tmp.exists():  # not taken for a leftover before it was held
+                yield tmp
+                return
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds a file or folder for this process, which waits while another one does; nothing where the file system has no
+    locks.
+    """
+    descriptor = -1
     try:
-        yield tmp
-        if durable:
-            flush(tmp)
-        os.replace(tmp, path)
-        if durable:
-            flush(path.parent)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes left of `claimed` files and folders in `folder`.
+
+    Nothing that a living one still writes, on whatever machine: the kernel drops a process's lock when it ends.
+
+    name  of the file or folder that was to be written; None: whatever it was
+    """
+    leftover = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+(-[0-9a-f]{{8}})?\.tmp")
+    with contextlib.suppress(OSError):  # what cannot be listed, or removed, is no hindrance to anything
+        for entry in list(os.scandir(folder)):
+            if leftover.fullmatch(entry.name) and not entry.is_symlink():
+                with contextlib.suppress(OSError):
+                    _remove_unless_held(entry)
+
+
+def _remove_unless_held(entry: os.DirEntry[str]) -> None:
+    descriptor = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

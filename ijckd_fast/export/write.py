@@ -52,7 +52,7 @@ def write_export(
         require_onnx()
     distiller, config = run.distiller, run.config
     student = distiller.student
-    with new_folder(folder) as made, torch.no_grad():
+    with new_folder(folder, overwrite) as made, torch.no_grad():
         module = deployed_module(distiller, config.image_size)
         row = describe(module, run)
         row["sha256"][MODEL] = _write_hashed(made / MODEL, _safetensors(module.state_dict()))

@@ -91,9 +91,10 @@ write_digits({str(root)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".d.partial-*/*/*/*.jpg"))) == 299
+    assert len(list(tmp_path.glob(".d.*.tmp/*/*/*.jpg"))) == 299
     assert not root.exists()
     assert len(list(write_digits(root).glob("*/*/*.jpg"))) == 1797
+    assert list(tmp_path.iterdir()) == [root]
 
 
 def test_failure_half_way_cleans_up(tmp_path, monkeypatch):

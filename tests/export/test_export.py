@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ijckd_fast import cli, export
 from ijckd_fast.data import build_index
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
-from ijckd_fast.export import write
+from ijckd_fast.export import folder as export_folder, write
 from ijckd_fast.export.onnx_file import onnx_bytes
 from ijckd_fast.nets import count_parameters, create_model, fingerprint
 from ijckd_fast.train import build_val_loader, checkpoint, load_run, resolve, train
@@ -377,6 +378,58 @@ def test_a_disk_that_does_not_take_it(trained, exported, tmp_path, monkeypatch, 
     assert text in _complaint(capsys, trained("map"), "--out", earlier, "--overwrite", "--no-onnx")
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == old
     assert _left(tmp_path) == ["earlier"]
+
+
+def _killed_while_exporting(folder: Path, overwrite: bool, renames: int) -> None:
+    """A process that writes an export of one file, and is killed with its second folder to be renamed, or before."""
+    child = os.fork()
+    if child == 0:
+        rename, calls = Path.rename, iter(range(9))
+
+        def dying(self, target):
+            if next(calls) == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        Path.rename = dying
+        with export_folder.new_folder(folder, overwrite) as made:
+            (made / "config.json").write_text("the new one")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_what_killed_exports_leave(tmp_path):
+    folder = tmp_path / "[out]"
+    _killed_while_exporting(folder, False, 0)
+    assert len(_left(tmp_path)) == 1
+    export.refuse_occupied(folder, False)
+    assert _left(tmp_path) == []
+    folder.mkdir()
+    (folder / "config.json").write_text("the old one")
+    _killed_while_exporting(folder, True, 1)  # the old one is aside, the new one has no name yet
+    assert not folder.exists()
+    with (
+        pytest.warns(UserWarning, match=r"out\] is the earlier export again"),
+        pytest.raises(UserError, match="earlier"),
+    ):
+        export.refuse_occupied(folder, False)
+    assert (folder / "config.json").read_text() == "the old one"
+    assert _left(tmp_path) == ["[out]"]
+
+
+def test_two_exports_to_one_folder_at_a_time(tmp_path):
+    folder = tmp_path / "out"
+    writing = export_folder.new_folder(folder, False)
+    second = writing.__enter__()
+    (second / "config.json").write_text("second")
+    with export_folder.new_folder(folder, False) as first:
+        (first / "config.json").write_text("first")
+        export.refuse_occupied(folder, False)  # of a third one: the two that are under way stay
+    assert second.is_dir()
+    with pytest.raises(UserError, match="holds an earlier export: give --overwrite"):
+        writing.__exit__(None, None, None)
+    assert (folder / "config.json").read_text() == "first"
+    assert _left(tmp_path) == ["out"]
 
 
 def test_a_module_that_answers_otherwise_is_not_written(trained, exported, tmp_path, monkeypatch, capsys):

@@ -149,6 +149,47 @@ def test_processes_that_write_the_same_file_do_not_share_a_temporary_one(tmp_pat
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_what_a_killed_process_leaves_goes_and_what_a_living_one_writes_stays(tmp_path):
+    """Files and folders; the living one is seen from another process, as from another machine or container."""
+    mine, report, other = tmp_path / "mine", tmp_path / ".report.json", tmp_path / "other"
+    ready, gate = os.pipe(), os.pipe()
+
+    def claiming(ends: bool) -> int:
+        child = os.fork()
+        if child == 0:
+            with files.claimed(mine) as a, files.claimed(mine, folder=True) as b, files.claimed(other) as c:
+                for path in (a, b / "inside", c):
+                    path.write_text("half")
+                os.write(ready[1], b"x")
+                if ends:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.read(gate[0], 1)
+                os.replace(a, mine)
+                os.replace(b, report)
+                c.unlink()
+            os._exit(0)
+        os.read(ready[0], 1)
+        return child
+
+    os.waitpid(claiming(ends=True), 0)
+    (tmp_path / ".mine.123.tmp").write_text("as earlier versions named it")
+    (tmp_path / ".mine.txt").write_text("somebody's")
+    (tmp_path / ".mine.7.tmp").symlink_to(tmp_path / ".mine.txt")
+    dead = {path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp") and not path.is_symlink()}
+    living = claiming(ends=False)
+    alive = {path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")} - dead
+    files.remove_leftovers(tmp_path, "mine")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert alive < left
+    assert {name[:7] for name in left & dead} == {".other."}
+    files.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == alive | {".mine.txt"}
+    os.write(gate[1], b"x")
+    assert os.waitpid(living, 0)[1] == 0
+    assert mine.read_text() == (report / "inside").read_text() == "half"
+    files.remove_leftovers(tmp_path / "not there")
+
+
 @pytest.mark.parametrize(("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)])
 def test_only_a_full_disk_is_said_to_be_full(number, full):
     error = OSError(number, os.strerror(number))

@@ -39,6 +39,7 @@ from ijckd_fast.data.sources import (
 )
 from ijckd_fast.data.sources.passed_over import images_warning, listed, together
 from ijckd_fast.errors import UserError
+from ijckd_fast.files import remove_leftovers
 
 FILES_PER_TASK = 64  # one task of the pool: long enough to hide the pool, short enough for a live progress bar
 SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
@@ -152,6 +153,8 @@ def scan(
         _require_classes(source, len(groups), least_classes)
 
     homes = cache_homes(root, cache_dir)
+    for folder in homes:
+        remove_leftovers(folder)
     known = Files.none() if refresh else load_files(homes, split)
     files = relist(source, groups, known, trust_folders or source.in_shards, progress)
     names, label_of = source.labels(_listed(files), classes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.errors import UserError
+from ijckd_fast.files import claimed, remove_leftovers
 
 NUM_DIGITS = 1797
 _MARKER = ".ijckd-digits.json"
@@ -41,17 +41,17 @@ def write_digits(root: str | Path, *, train: int = 1000, size: int = 32, seed: i
         return root
     images, labels = load_originals()
     root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.partial-", dir=root.parent))
-    try:
-        _write_tree(partial, images, labels, train, size, seed)
-        (partial / _MARKER).write_text(json.dumps(made_with) + "\n")
-        partial.chmod(0o755)  # mkdtemp makes it private
+    remove_leftovers(root.parent, root.name)
+    with claimed(root, folder=True) as partial:
         try:
-            os.rename(partial, root)  # replaces an empty folder, never a full one
-        except OSError:
-            _require_complete(root, made_with)  # another process was first
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_tree(partial, images, labels, train, size, seed)
+            (partial / _MARKER).write_text(json.dumps(made_with) + "\n")
+            try:
+                os.rename(partial, root)  # replaces an empty folder, never a full one
+            except OSError:
+                _require_complete(root, made_with)  # another process was first
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return root
 
 

@@ -17,8 +17,8 @@
 #include "cuda/tiled_loss.h"
 #else
 #include "cpu/class_chunks.h"
-#include "cpu/conv1x1.h"
 #include "cpu/gemm.h"
+#include "cpu/products.h"
 #endif
 
 namespace ijckd {
@@ -41,28 +41,23 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* op,
 
 #ifdef IJCKD_CUDA
 // [B, Ct] times the classifier transposed, z's and d's where there is one; and dlogits [B, K] times the classifier.
-Tensor to_logits(const Tensor& features, const Tensor& weight) {
-  return torch::stable::contiguous(matmul_nt(features, weight));
-}
+Tensor to_logits(const Tensor& features, const Tensor& weight) { return dense(matmul_nt(features, weight)); }
 
 std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
   return {to_logits(z, weight), d ? OptTensor(to_logits(*d, weight)) : OptTensor()};
 }
 
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
-  return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
+  return dense(torch::stable::matmul(dlogits, weight));
 }
 #else
-Tensor to_logits(const Tensor& features, const Tensor& weight) {
-  return by_convolution(features) ? conv_rows(features, weight)
-                                  : torch::stable::contiguous(matmul_nt(features, weight));
-}
+Tensor to_logits(const Tensor& features, const Tensor& weight) { return rows_times_transposed(features, weight); }
 
 // One product for both: of few rows it takes as long as W takes to be read.
 std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
   if (!d) return {to_logits(z, weight), OptTensor()};
   const int64_t B = z.size(0), bytes = B * z.size(1) * int64_t(z.element_size());
-  const Tensor stack = torch::stable::new_empty(z, {2 * B, z.size(1)});
+  const Tensor stack = empty(z, {2 * B, z.size(1)}, z.scalar_type());
   char* to = static_cast<char*>(stack.mutable_data_ptr());
   std::memcpy(to, z.const_data_ptr(), bytes);
   std::memcpy(to + bytes, d->const_data_ptr(), bytes);
@@ -72,11 +67,7 @@ std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d,
 
 // Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& dz) {
-  if (by_convolution(dlogits)) return *conv_rows_backward(dlogits, dz, weight, true, false)[0];  // dz for its shape
-  if (dz.scalar_type() != weight.scalar_type())
-    return torch::stable::contiguous(torch::stable::matmul(dlogits, weight));
-  matmul_out(dlogits, weight, dz);
-  return dz;
+  return rows_times(dlogits, weight, dz.scalar_type() == weight.scalar_type() ? OptTensor(dz) : OptTensor());
 }
 #endif
 
@@ -223,8 +214,8 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
   check(accumulator(dtype(input, op, name_of)) == acc, op, ": ", name_of,
         " and weight must both be float64 or neither, got ", name(input.scalar_type()), " and ",
         name(terms.weight.scalar_type()));
-  terms.labels = torch::stable::contiguous(terms.labels);
-  if (terms.labels_b) terms.labels_b = torch::stable::contiguous(*terms.labels_b);
+  terms.labels = dense(terms.labels);
+  if (terms.labels_b) terms.labels_b = dense(*terms.labels_b);
   check_labels(terms.labels, B, K, op, "labels");
   check_labels(terms.labels_b, B, K, op, "labels_b");
 
@@ -233,7 +224,7 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
   terms.mix = as(terms.mix, acc);
   terms.pooled_t = as(terms.pooled_t, acc);
   const Tensor loss = empty(input, {}, acc), parts = empty(input, {kParts}, acc),
-               top1 = torch::stable::new_empty(input, {}, ScalarType::Long);
+               top1 = empty(input, {}, ScalarType::Long);
   const Tensor dz = empty(input, {grad ? B : 0, Ct}, acc);
   Launch launch(input);
 
@@ -242,8 +233,7 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
 #endif
 
   const Tensor z_acc = projection ? projected(*projection) : as(*z, acc);
-  const Tensor part_rows = empty(input, {kParts, B}, acc),
-               top1_rows = torch::stable::new_empty(input, {B}, ScalarType::Long);
+  const Tensor part_rows = empty(input, {kParts, B}, acc), top1_rows = empty(input, {B}, ScalarType::Long);
   OptTensor d;
   if (terms.pooled_t) {
     d = empty(input, {B, Ct}, acc);

@@ -16,7 +16,8 @@
 #include "cuda/linear_tiles.h"
 #include "cuda/stage.h"
 #else
-#include "cpu/conv1x1.h"
+#include "cpu/linear.h"
+#include "cpu/products.h"
 #endif
 
 namespace ijckd {
@@ -63,21 +64,30 @@ int tile_stage(const Tensor& rows, const Tensor& weight, const Launch& launch) {
 
 #endif
 
+#ifdef IJCKD_CUDA
+// d_out [N, Ct] times weight [Ct, Cs], and d_out transposed times rows [N, Cs]: by the library's GEMM.
+Tensor rows_times(const Tensor& d_out, const Tensor& weight) { return torch::stable::matmul(d_out, weight); }
+Tensor transposed_times(const Tensor& d_out, const Tensor& rows) {
+  return torch::stable::matmul(transposed(d_out), rows);
+}
+#endif
+
 // rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
 Tensor times_weight(const Tensor& rows, const Tensor& weight) {
 #ifndef IJCKD_CUDA
   const DType t = dtype(rows, kOp, "u"), products = product_type(t);
   if (products != t) return as(times_weight(as(rows, products), as(weight, products)), t);
-  if (by_convolution(rows)) return conv_rows(rows, torch::stable::contiguous(weight));
+  return rows_times_transposed(rows, dense(weight));
+#else
+  return dense(matmul_nt(rows, weight));
 #endif
-  return torch::stable::contiguous(matmul_nt(rows, weight));
 }
 
 Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check_projection(u, weight, kOp, "weight");
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
-  const Tensor rows = torch::stable::view(torch::stable::contiguous(u), {N, Cs});
+  const Tensor rows = torch::stable::view(dense(u), {N, Cs});
   Projected out{none(u, t), none(u, acc), none(u, acc)};
   int64_t rows_per_part = kStatRows;
   bool parts_done = false;
@@ -88,7 +98,7 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   };
   Launch launch(u);
 #ifdef IJCKD_CUDA
-  const Tensor w = torch::stable::contiguous(weight);
+  const Tensor w = dense(weight);
   const int stage = B > 0 ? tile_stage(rows, w, launch) : 0;
   if (stage > 0) {
     out.y = empty(u, {B, P, Ct}, t);
@@ -214,7 +224,7 @@ std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& poo
   const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
   Launch launch(p.u);
   if (const int stage = linear_stage(p, {pooled_t}, launch)) {
-    const Tensor rows = torch::stable::contiguous(p.u), w = torch::stable::contiguous(p.weight);
+    const Tensor rows = dense(p.u), w = dense(p.weight);
     const OptTensor target = as(pooled_t, DType::f32);
     const Tensor z = empty(p.u, {B, Ct}, DType::f32), fm = empty(p.u, {}, DType::f32);
     OptTensor squares;
@@ -278,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(
     const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
     const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
   const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, accumulator(dtype(y, kOp, "y")));
-  const Applied o = apply(torch::stable::contiguous(y), a, map_t, pooled_t, relu, eps);
+  const Applied o = apply(dense(y), a, map_t, pooled_t, relu, eps);
   return {o.z, o.fm, o.count, o.yhat, o.res, o.res_yhat};
 }
 
@@ -311,17 +321,10 @@ std::tuple<Tensor, Tensor> product_grads(const Tensor& dy, const Tensor& u, cons
   Tensor du = none(u, t), dweight = none(u, t);
   const DType products = product_type(t);
   const Tensor d_out = as(dy, products);
-#ifndef IJCKD_CUDA
-  if (by_convolution(d_out) && (need_du || need_dweight)) {
-    const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
-    const auto [d_rows, d_weight] = conv_rows_backward(d_out, rows, as(weight, products), need_du, need_dweight);
-    return {d_rows ? torch::stable::view(as(*d_rows, t), {B, P, Cs}) : du, d_weight ? as(*d_weight, t) : dweight};
-  }
-#endif
-  if (need_du) du = torch::stable::view(as(torch::stable::matmul(d_out, as(weight, products)), t), {B, P, Cs});
+  if (need_du) du = torch::stable::view(as(rows_times(d_out, as(weight, products)), t), {B, P, Cs});
   if (need_dweight) {
     const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
-    dweight = as(torch::stable::matmul(torch::stable::transpose(d_out, 0, 1), rows), t);
+    dweight = as(transposed_times(d_out, rows), t);
   }
   return {du, dweight};
 }
@@ -361,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
 #ifdef IJCKD_CUDA
   if (linear_stage({u, weight, {}}, {g, z, target}, launch)) {
     const int64_t Cs = u.size(2);
-    const Tensor rows = torch::stable::contiguous(u), w = torch::stable::contiguous(weight);
+    const Tensor rows = dense(u), w = dense(weight);
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
                  dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
                  dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
@@ -411,14 +414,26 @@ void check_projection(const Tensor& u, const Tensor& weight, const char* op, con
         " and ", weight_arg, " ", shape(weight));
 }
 
+#ifdef IJCKD_CUDA
 Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
+#else
+Tensor projected(const Projection& p) {
+  const DType t = dtype(p.u, kOp, "u"), acc = accumulator(t);
+  const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
+  const Tensor u = dense(p.u);
+  const Tensor y = times_weight(strided(u, {B, Cs}, {Cs, 1}), p.weight);
+  const Tensor z = t == acc ? y : empty(y, {B, Ct}, acc);
+  if (B > 0 && (t != acc || p.bias)) add_bias({t, y.const_data_ptr(), data(p.bias), z.mutable_data_ptr(), B, Ct});
+  return z;
+}
+#endif
 
 #ifdef IJCKD_CUDA
 // Every tensor of teacher channels is read in pieces of 16 bytes.
 int linear_stage(const Projection& p, std::initializer_list<OptTensor> others, const Launch& launch) {
   const bool whole = p.u.size(0) > 0 && p.weight.size(0) % 8 == 0 && aligned(p.bias) &&
                      std::all_of(others.begin(), others.end(), aligned);
-  return whole ? readable_stage(torch::stable::contiguous(p.u), torch::stable::contiguous(p.weight), launch) : 0;
+  return whole ? readable_stage(dense(p.u), dense(p.weight), launch) : 0;
 }
 #endif
 

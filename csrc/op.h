@@ -9,11 +9,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dtype.h"
 
@@ -99,24 +101,49 @@ inline ScalarType scalar(DType t) {
   return ScalarType::Float;
 }
 
+// Itself where it is contiguous; asked here, because a call through torch's dispatcher costs a microsecond.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // `t` in dtype `to`, contiguous; itself where it already is.
 inline Tensor as(const Tensor& t, DType to) {
   const ScalarType type = scalar(to);
-  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  return dense(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
 inline OptTensor as(const OptTensor& t, DType to) { return t ? OptTensor(as(*t, to)) : OptTensor(); }
 
 inline const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size, DType t) {
-  return torch::stable::new_empty(like, size, scalar(t));
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// Uninitialised, on like's device; past the dispatcher too.
+inline Tensor empty(const Tensor& like, Sizes size, ScalarType t) {
+  std::vector<int64_t> strides(size.size(), 1);
+  for (size_t i = size.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(size[i - 1], 1);
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(size.size()), size.data(), strides.data(),
+                                                         static_cast<int32_t>(t), device_type, device_index, &out));
+  return Tensor(out);
 }
 
-// a [M, K] times b [N, K] transposed: [M, N]. The library's GEMM, so every dtype and shape works.
-inline Tensor matmul_nt(const Tensor& a, const Tensor& b) {
-  return torch::stable::matmul(a, torch::stable::transpose(b, 0, 1));
+inline Tensor empty(const Tensor& like, Sizes size, DType t) { return empty(like, size, scalar(t)); }
+
+// A view of these sizes and strides that begins `offset` elements after t; past the dispatcher as well.
+inline Tensor strided(const Tensor& t, Sizes size, Sizes strides, int64_t offset = 0) {
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), int64_t(size.size()), size.data(), strides.data(), offset, &out));
+  return Tensor(out);
 }
+
+// x [M, N] transposed, a view.
+inline Tensor transposed(const Tensor& x) { return strided(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)}); }
+
+// a [M, K] times b [N, K] transposed: [M, N]. The library's GEMM, so every dtype and shape works.
+inline Tensor matmul_nt(const Tensor& a, const Tensor& b) { return torch::stable::matmul(a, transposed(b)); }
 
 #ifdef IJCKD_CUDA
 constexpr const char* kDevice = "cuda";

@@ -18,8 +18,9 @@ inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
 
 // Rows [first, first + n) of t, a view.
 inline Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
-  Tensor same = t;
-  return torch::stable::narrow(same, 0, first, n);
+  std::vector<int64_t> size(t.sizes().begin(), t.sizes().end());
+  size[0] = n;
+  return strided(t, size, t.strides(), first * t.stride(0));
 }
 
 }  // namespace ijckd

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +45,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 def as_rows(x: Tensor) -> Tensor:
     """[B, C, H, W] or [B, C] -> [B, H*W, C]: a view of a channels-last map, a copy of another."""
-    return x.flatten(2).transpose(1, 2) if x.dim() == 4 else x.unsqueeze(1)
+    return x.flatten(2).transpose(1, 2).contiguous() if x.dim() == 4 else x.unsqueeze(1)
 
 
 # Enters an op below its registered autograd. Not public: where a torch no longer has it, the op is entered from above
@@ -79,16 +78,18 @@ def differentiable(
     def library_backward(ctx, *grads):
         return (*backward(ctx, *grads), *ctx.untrained)
 
-    def forward(*args):
+    def forward(ctx, *args):
         with _below_autograd():
-            return op(*args)
+            output = op(*args)
+        setup(ctx, args, output)
+        return output
 
     def eager_backward(ctx, *grads):
         return (*backward(ctx, *grads), *[None] * untrained)
 
-    forward.__dict__["__signature__"] = inspect.signature(forward)  # made once: apply asks for it in every call
     torch.library.register_autograd(op._schema.name, library_backward, setup_context=library_setup)
-    methods = {"forward": forward, "setup_context": setup, "backward": eager_backward}
+    # Not with a setup_context of its own: for that apply binds the arguments to names first, and backward costs more.
+    methods = {"forward": forward, "backward": eager_backward}
     function: Any = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
 
     def call(*args):

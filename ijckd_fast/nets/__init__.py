@@ -7,6 +7,7 @@ in them.
 
 from ijckd_fast.nets.cost import count_macs, count_parameters, macs
 from ijckd_fast.nets.folding import fold_batch_norm
+from ijckd_fast.nets.intact import fault_in, seal
 from ijckd_fast.nets.names import create_model, is_model_name, library_of, published_normalisation
 from ijckd_fast.nets.probe import same
 from ijckd_fast.nets.stages import Stage
@@ -20,6 +21,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "create_model",
+    "fault_in",
     "fingerprint",
     "fold_batch_norm",
     "is_model_name",
@@ -28,4 +30,5 @@ __all__ = [
     "published_normalisation",
     "require_fit",
     "same",
+    "seal",
 ]

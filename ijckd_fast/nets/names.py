@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError, did_you_mean, one_of, reason_of
 from ijckd_fast.nets import cifar_names
+from ijckd_fast.nets.intact import refuse_damaged_download
 from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
 from ijckd_fast.nets.tapped import Tapped
@@ -243,6 +245,7 @@ def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size
     # The first, IMAGENET1K_V1 where there is one: the published pairs start from it, not from the later, stronger V2.
     chosen = next(iter(weights))
     _check_published(name, len(chosen.meta["categories"]), num_classes)
+    refuse_damaged_download(_from_torch_hub(chosen.url))
     build = functools.partial(torchvision.models.get_model, name, weights=chosen, **options)
     return _without_side_classifiers(_download(f"torchvision/{name}", image_size, build))
 
@@ -269,8 +272,26 @@ def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) 
     if config is None or not config.has_weights:
         raise UserError(f"model {name!r} has no published weights in timm: give a checkpoint instead")
     _check_published(name, config.num_classes, num_classes)
+    refuse_damaged_download(
+        _from_hugging_face(config.hf_hub_id) or _from_torch_hub(config.url if isinstance(config.url, str) else None)
+    )
     build = functools.partial(timm.create_model, name, pretrained=True, **options)
     return _download(f"timm/{name}", image_size, build)
+
+
+def _from_torch_hub(url: str | None) -> Path | None:
+    """Where torch.hub keeps what it downloads from an address."""
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]) if url else None
+
+
+def _from_hugging_face(repository: str | None) -> Path | None:
+    """The weights that Hugging Face's cache has of a repository, in the format that timm prefers; None for none."""
+    if not repository or importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository, name) for name in ("model.safetensors", "pytorch_model.bin"))
+    return next((Path(path) for path in found if isinstance(path, str)), None)
 
 
 def _check_published(name: str, published: int, num_classes: int) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PosixPath, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ijckd_fast.errors import UserError
+from ijckd_fast.files import Damaged, cannot_read
+from ijckd_fast.nets.intact import fault_by_neighbours, fault_in
 
 _NUMPY = ("core", "_core")  # where NumPy 1 and 2 have the functions that make its numbers again
 _PATHLIB = ("pathlib", "pathlib._local")  # the same for paths, by versions of Python
@@ -33,28 +37,47 @@ def read_file(path: Path) -> Any:
     The format is told from the bytes, whatever the file is called. Read with weights_only=True, so nothing in it is
     run; command lines, paths and numpy's numbers beside the weights are let through.
 
-    raises  UserError where there is no file, or one of another format: which, and how weights are taken out of it
+    raises  UserError where there is no file, one that cannot be read, or one of another format: which, and how weights
+            are taken out of it; Damaged where its bytes are not those that were written, as far as that can be told
     """
-    if path.is_dir():
-        raise UserError(f"checkpoint {str(path)!r} is a folder, expected a file: {_in_folder(path)}")
-    if not path.is_file():
-        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file")
     try:
-        is_safetensors = _is_safetensors(path)
-        fault = None if is_safetensors else _another_format(path)
+        kind = os.stat(path).st_mode
+        if stat.S_ISDIR(kind):
+            raise UserError(f"checkpoint {str(path)!r} is a folder, expected a file: {_in_folder(path)}")
+        if not stat.S_ISREG(kind):
+            raise UserError(f"checkpoint {str(path)!r} is a device or a pipe, expected a file")
+        with open(path, "rb") as file:
+            return _read(path, file)
+    except FileNotFoundError as error:
+        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file") from error
     except OSError as error:
-        raise UserError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}") from error
-    if fault is not None:
-        raise UserError(f"checkpoint {str(path)!r} {fault}")
+        raise cannot_read(path, error) from error
+
+
+def _read(path: Path, file: BinaryIO) -> Any:
+    is_safetensors = _is_safetensors(path)
+    other = None if is_safetensors else _another_format(path)
+    if other is not None:
+        raise UserError(f"checkpoint {str(path)!r} {other}")
+    what, size = f"checkpoint {str(path)!r}", path.stat().st_size
+    if (fault := fault_in(file)) is not None:
+        raise Damaged(f"{what} ({size} bytes) is damaged or truncated ({fault}): copy or download it again")
+    if (fault := fault_by_neighbours(path, file)) is not None:
+        raise Damaged(
+            f"{what} ({size} bytes) is damaged or was changed ({fault}): copy or download it again, or give it another"
+            " name if it was changed on purpose"
+        )
     try:
         if is_safetensors:
             import safetensors.torch
 
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load(file.read())
         # As an open file: of a path torch would believe the suffix.
-        with open(path, "rb") as file, torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles of other versions; what does not work raises
             return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:
         raise _unreadable(path, error) from error
 
@@ -127,8 +150,8 @@ def _in_zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
-        return None  # truncated
+    except Exception:  # truncated or damaged, which `fault_in` puts into words
+        return None
     last = {name.rpartition("/")[2] for name in names}
     if any("/code/" in name for name in names) or "constants.pkl" in last:
         return (

@@ -1,5 +1,5 @@
-"""Checkpoint files that survive a power cut: written whole, in a thread, and read with suspicion. What is in them:
-state.py.
+"""Checkpoint files that survive a power cut: written whole, with a digest, in a thread, and read with suspicion. What
+is in them: state.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ijckd_fast import files
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets import require_fit
+from ijckd_fast.nets import fault_in, require_fit, seal
 from ijckd_fast.train import run_folder
 
 FORMAT = "ijckd-fast checkpoint 2"
@@ -23,13 +23,14 @@ FORMAT = "ijckd-fast checkpoint 2"
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
     """Writes `state` (tensors, numbers, strings, lists, dicts) to `path` so that the file is always whole, see
-    `files.replacing`.
+    `files.replacing`, with a digest of all of it, see `nets.seal`.
 
     raises  UserError when the disk is full or the folder cannot be written; the old file is then as it was
     """
     path = Path(path)
     buffer = io.BytesIO()  # serialised in memory first: a write error then is a plain OSError of our own write
     torch.save({"format": FORMAT, **state}, buffer)
+    seal(buffer)
     data = buffer.getbuffer()
     try:
         files.write_bytes(path, data)
@@ -110,21 +111,25 @@ def copied(state: Any) -> Any:
 def load(path: str | Path) -> dict[str, Any]:
     """Reads a file written by `save` onto the CPU, with weights_only=True (no code of the file is ever run).
 
-    Raises UserError when it is missing, truncated, not a checkpoint of ours, or holds NaN or infinite weights.
+    Raises UserError when it is missing, cannot be read, is not a checkpoint of ours, or holds NaN or infinite weights;
+    Damaged where its bytes are not those that were written. Checkpoints of earlier versions have no digest: of those
+    the zip's CRCs are compared.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: give the folder of a run, or a last.pt or best.pt in it")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        # which of these a damaged zip gives depends on the place of the damage
-        size = path.stat().st_size
-        other = path.with_name({"last.pt": "best.pt", "best.pt": "last.pt"}.get(path.name, path.name))
-        advice = "train again"
-        if other != path and other.is_file():
-            advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} continues from it)"
-        raise UserError(f"{path} ({size} bytes) is damaged or truncated: {advice}") from error
+        with open(path, "rb") as file:
+            fault = fault_in(file)
+            if fault is not None:
+                raise _damaged(path, fault)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}: give the folder of a run, or a last.pt or best.pt in it") from error
+    except OSError as error:
+        raise files.cannot_read(path, error) from error
+    except UserError:
+        raise
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, type(error).__name__) from error
     except Exception as error:  # pickle.UnpicklingError: not a torch file, or one with objects in it
         raise UserError(f"{path} is not a checkpoint of ijckd-fast (wanted a last.pt or best.pt of a run)") from error
     written_by = state.get("format") if isinstance(state, dict) else None
@@ -142,6 +147,17 @@ def load(path: str | Path) -> dict[str, Any]:
                 "smaller --lr"
             )
     return state
+
+
+def _damaged(path: Path, fault: str) -> files.Damaged:
+    """Says which of the run's other checkpoints there are."""
+    last, best = path.with_name(run_folder.LAST), path.with_name(run_folder.BEST)
+    advice = "take another copy of it, or train again"
+    for other in (last, *reversed(run_folder.kept(path.parent)), best):
+        if other != path and other.is_file() and not other.samefile(path):  # one that is kept may be last.pt by a link
+            advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} continues from it)"
+            break
+    return files.Damaged(f"{path} ({path.stat().st_size} bytes) is damaged or truncated ({fault}): {advice}")
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:

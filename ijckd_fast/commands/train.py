@@ -122,12 +122,12 @@ def _refuse_with_resume(students: list[str], overwrite: bool) -> None:
 
 def _continue(resume: str, given: dict[str, Any]) -> None:
     """Continues a run, a folder or a checkpoint in it, with the settings that are given changed."""
-    from ijckd_fast.train import make_config, run_folder
+    from ijckd_fast.train import make_config, run_folder, settings_of
 
     folder, checkpoint = Path(resume), run_folder.LAST
     if folder.suffix == ".pt":
         folder, checkpoint = folder.parent, folder.name
-    begun = run_folder.read_config(folder)
+    begun = settings_of(folder, checkpoint)
     _refuse_another_batch(folder, begun, given)
     config = make_config({**begun, **_teacher_moved(given), **given, "output_dir": str(folder)})
     _train(config, resume=True, resume_from=checkpoint)
@@ -176,7 +176,8 @@ def _train_each(students: list[str], given: dict[str, Any], overwrite: bool) -> 
     if twice:
         raise UserError(f"two students would be trained in {twice[0]}, expected one each: give each --student once")
     for number, (student, config, folder) in enumerate(zip(students, configs, folders, strict=True), 1):
+        begun = any((folder / name).exists() for name in (run_folder.CONFIG, run_folder.LAST))
         try:
-            _train(config, resume=not overwrite and (folder / run_folder.CONFIG).is_file(), overwrite=overwrite)
+            _train(config, resume=begun and not overwrite, overwrite=overwrite)
         except UserError as error:
             raise UserError(f"student {student} ({number} of {len(students)}): {error}") from error

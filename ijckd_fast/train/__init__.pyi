@@ -1,4 +1,5 @@
 from ijckd_fast.signals import Stopped as Stopped
+from ijckd_fast.train.begun import finished_summary as finished_summary, settings_of as settings_of
 from ijckd_fast.train.build import (
     build_distiller as build_distiller,
     build_indexes as build_indexes,

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from ijckd_fast.distill import PRESETS, Objective
 from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.files import read_bytes
 from ijckd_fast.setting import Setting, Trait, fault, settings_of
 from ijckd_fast.train.settings import Computation, DataAndModels, Goal, Images, Optimisation, Writing
 
@@ -174,9 +175,10 @@ def preset_path(name_or_path: str, folder: Path = PRESET_FOLDER) -> Path:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """What a YAML file of 'name: value' lines holds; UserError for anything else."""
+    data = read_bytes(path)
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(data)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that there is not
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold 'setting: value' lines, found {type(values).__name__}")

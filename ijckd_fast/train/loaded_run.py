@@ -18,6 +18,7 @@ from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import checkpoint, run_folder
+from ijckd_fast.train.begun import refuse_foreign_checkpoint
 from ijckd_fast.train.build import build_distiller, build_val_loader, index_of
 from ijckd_fast.train.config import OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
 from ijckd_fast.train.resolving import amp_dtype_of, resolve
@@ -41,6 +42,7 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
     if path.is_dir():
         path /= run_folder.BEST if best else run_folder.LAST
     saved = Saved.read(path)
+    refuse_foreign_checkpoint(path, saved)
     given = {name: value for name, value in changes.items() if value is not None}
     config = dataclasses.replace(_for_evaluation(saved, given), **given)
     notes: list[str] = []

@@ -12,6 +12,7 @@ from ijckd_fast import files, signals
 from ijckd_fast.data import TooManyUnreadable
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.train import run_folder, stops
+from ijckd_fast.train.begun import finished_summary, refuse_other_run, refuse_other_settings, settings_of
 from ijckd_fast.train.build import (
     begin_state,
     build_distiller,
@@ -24,7 +25,8 @@ from ijckd_fast.train.build import (
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.optimizer import learning_rate
 from ijckd_fast.train.progress import TrainingProgress
-from ijckd_fast.train.resolving import device_of, refuse_other_settings, refuse_to_lose, resolve
+from ijckd_fast.train.resolving import device_of, refuse_to_lose, resolve
+from ijckd_fast.train.state import Saved
 from ijckd_fast.train.teacher_checks import check_parity, digests, judge_teacher
 from ijckd_fast.train.training import Training
 
@@ -51,6 +53,7 @@ def train(
     """
     config = resolve(config)
     folder = Path(config.output_dir or "")
+    begin_at, saved = folder / resume_from, None
     with (
         signals.handled(),
         distributed.started(config.device, config.dist_backend) as processes,
@@ -63,11 +66,14 @@ def train(
         if processes.is_main:
             closing.enter_context(files.lock(folder))
         if resume:
-            refuse_other_settings(folder, config)
-            finished = processes.from_main(run_folder.read_json(folder / run_folder.SUMMARY))
+            refuse_other_settings(folder, config, settings_of(folder, resume_from, show.say))
+            finished = processes.from_main(finished_summary(folder, config, show.say))
             if finished is not None:
                 show.say(f"{folder}: this run is finished, nothing to resume")
                 return finished
+            if processes.from_main(begin_at.exists()) or resume_from != run_folder.LAST:
+                saved = Saved.read(begin_at)
+                refuse_other_run(begin_at, saved, config)
         elif processes.is_main:
             refuse_to_lose(folder, config, overwrite)
         closing.enter_context(stops.told_in(folder, processes.rank))
@@ -88,9 +94,9 @@ def train(
 
         # --- where the run stands
         state = begin_state(config, data, distiller, inputs, device, processes)
-        begin_at = folder / resume_from
-        if resume and (processes.from_main(begin_at.exists()) or resume_from != run_folder.LAST):
-            state.restore(begin_at, show.say)
+        if saved is not None:
+            state.restore(saved, begin_at, show.say)
+            saved = None  # a copy of the weights less
         training = Training(config, folder, data, distiller, state, show, val_loader, device, processes)
         training.introduce()
         if config.data_backend == "dali" and processes.is_main:

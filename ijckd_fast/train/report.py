@@ -51,7 +51,7 @@ def write_report(folder: Path, summary: Mapping[str, Any], rows: Sequence[Mappin
 | schedule | {schedule} |
 | deployed | {deployed} |
 | speed | {_speed(summary, rows)} |
-| memory | {max(row["memory_mb"] for row in rows if row["kind"] == "train"):,.0f} MB at most, in one process |
+| memory | {_memory(rows)} |
 | skipped steps | {summary["skipped_steps"]} (loss or gradient not finite) |
 | unreadable files | {summary["unreadable_files"]} (went bad after they were indexed) |
 
@@ -70,8 +70,16 @@ Weights: `{run_folder.LAST}`, `{run_folder.BEST}`. Every setting: `{run_folder.C
     )
 
 
+def _memory(rows: Sequence[Mapping[str, Any]]) -> str:
+    figures = [row["memory_mb"] for row in rows if row["kind"] == "train"]
+    return f"{max(figures):,.0f} MB at most, in one process" if figures else f"not known without {run_folder.LOG}"
+
+
 def _speed(summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    wait = statistics.median(row["loader_wait_percent"] for row in rows if row["kind"] == "train")
+    waits = [row["loader_wait_percent"] for row in rows if row["kind"] == "train"]
+    if not waits:
+        return f"not known without {run_folder.LOG}; {summary['seconds']:,.0f} s in all"
+    wait = statistics.median(waits)
     processes = "" if summary["processes"] == 1 else f" by {summary['processes']} processes"
     return (
         f"{summary['images_per_s']:,.0f} images/s{processes} (median over the log, loader included), "

@@ -19,12 +19,10 @@ from ijckd_fast.parallel import Processes, processes as distributed
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import (
-    FREE_ON_RESUME,
     OBJECTIVE_FIELDS,
     TrainConfig,
     absolute_paths,
     default_eval_resize,
-    make_config,
 )
 from ijckd_fast.train.state import Saved
 
@@ -243,18 +241,6 @@ def _progressive(sizes: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
     if not all(len(pair) == 2 and pair[0].isdecimal() and pair[1].isdecimal() for pair in pairs):
         raise UserError(f"--sizes must be PIXELS@EPOCH for every change, e.g. 128@0,192@30, got {','.join(sizes)}")
     return tuple((int(epoch), int(side)) for side, epoch in pairs)
-
-
-def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """UserError where the run in `folder` was begun with other settings that its weights depend on."""
-    begun = resolve(make_config({**run_folder.read_config(folder), "output_dir": config.output_dir}))
-    for field in dataclasses.fields(config):
-        old, new = getattr(begun, field.name), getattr(config, field.name)
-        if field.name not in FREE_ON_RESUME and old != new:
-            raise UserError(
-                f"{folder} was begun with {field.name} = {old} and cannot be resumed with {new}: the result would be "
-                "neither run's; leave the setting out, or start a new run in another --output-dir"
-            )
 
 
 def refuse_to_lose(folder: Path, config: TrainConfig, overwrite: bool) -> None:

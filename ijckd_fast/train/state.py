@@ -46,6 +46,7 @@ class Saved:
     inputs         digests of images, teacher and cache, see `teacher_checks.digests`
     threads        torch's on the CPU: the order of a sum depends on it
     code           `code_hash` of the package that wrote it
+    logged         how many rows log.jsonl had, and a digest of them, see `RunLog.logged`; None of earlier versions
     """
 
     learner: dict[str, Tensor]
@@ -65,13 +66,18 @@ class Saved:
     inputs: dict[str, str | None]
     threads: int
     code: str
+    logged: tuple[int, str] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
         """The checkpoint in a file. UserError as `checkpoint.load`, and for parts or settings of another version."""
         values = checkpoint.load(path)
-        parts = [part.name for part in dataclasses.fields(cls)]
-        missing = [name for name in parts if name not in values]
+        parts = [part.name for part in dataclasses.fields(cls) if part.name in values]
+        missing = [
+            part.name
+            for part in dataclasses.fields(cls)
+            if part.name not in values and part.default is dataclasses.MISSING
+        ]
         if missing:
             raise UserError(
                 f"{path} lacks {', '.join(map(repr, missing))}, expected every part of a checkpoint of this version: "
@@ -99,7 +105,7 @@ class RunState:
     learner, optimizer  what is trained, and by what
     update     one training step of them, with its loss scale and averages
     meter      figures since the last row of the log
-    step, skipped_steps, best, evaluated  as in `Saved`
+    step, skipped_steps, best, evaluated, logged  as in `Saved`
     """
 
     config: TrainConfig
@@ -114,6 +120,7 @@ class RunState:
     skipped_steps: int = 0
     best: Row | None = None
     evaluated: Row | None = None
+    logged: tuple[int, str] | None = None
     _seconds_before: float = 0.0  # of the parts of the run before this one
     _started: float = field(default_factory=time.perf_counter)
 
@@ -153,15 +160,17 @@ class RunState:
             inputs=dict(self.inputs),
             threads=torch.get_num_threads(),
             code=code_hash(),
+            logged=self.logged,
         )
 
-    def restore(self, path: Path, say: Callable[[str], None]) -> None:
+    def restore(self, saved: Saved, path: Path, say: Callable[[str], None]) -> None:
         """Puts back what the checkpoint `path` holds; on a CPU the run then ends with the bits it would have had.
 
+        saved   read from it
         say     told of what may make the bits differ
-        raises  UserError where the checkpoint is damaged, or of other images, another teacher or another cache
+        raises  UserError where it is of other images, another teacher or another cache
         """
-        saved, rank = Saved.read(path), self.processes.rank
+        rank = self.processes.rank
         for what, digest in self.inputs.items():
             if saved.inputs.get(what) != digest:
                 again = " (ijckd-fast index looks at every file again)" if "images" in what else ""
@@ -176,7 +185,7 @@ class RunState:
             assert saved.ema is not None  # --ema-decay is not free on resume
             self.update.ema.load_state_dict(saved.ema)
         self.step, self.skipped_steps, self._seconds_before = saved.step, saved.skipped_steps, saved.seconds
-        self.best, self.evaluated = saved.best, saved.evaluated
+        self.best, self.evaluated, self.logged = saved.best, saved.evaluated, saved.logged
         if len(saved.random) == self.processes.world:
             self.meter.load_state_dict(saved.meter[rank])
             set_random_state(saved.random[rank])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -95,18 +94,24 @@ class Training:
     @contextlib.contextmanager
     def leaving_traces(self, resume: bool) -> Iterator[None]:
         """Inside, the folder is this run's: an earlier run is gone, settings and environment are written, the log is
-        open.
+        open. A full disk is said with how the run continues.
         """
-        with self._writer:
+        remedy = f"free some space, then continue with ijckd-fast train --resume {self.folder}"
+        with files.disk_full_told(f"in {self.folder}", remedy), self._writer:
             if self.processes.is_main:
                 if not resume:
                     run_folder.clear(self.folder)
                 run_folder.write_config(self.folder, self.config)
                 run_folder.write_environment(self.folder)
                 self._log = RunLog(
-                    self.folder, self.state.step, tensorboard=self.config.tensorboard, wandb=self.config.wandb
+                    self.folder,
+                    self.state.step,
+                    tensorboard=self.config.tensorboard,
+                    wandb=self.config.wandb,
+                    logged=self.state.logged,
+                    say=self.show.say,
                 )
-            with contextlib.closing(self._log) if self._log is not None else contextlib.nullcontext():
+            with self._log if self._log is not None else contextlib.nullcontext():
                 yield
 
     @contextlib.contextmanager
@@ -262,6 +267,8 @@ class Training:
 
     def save(self, name: str) -> None:
         """Called by all processes, written by the one with rank 0 while training continues."""
+        if self._log is not None:
+            self.state.logged = self._log.logged
         saved = self.state.saved()
         if saved is None:
             return
@@ -304,6 +311,7 @@ class Training:
         if self._log is not None:
             self._log.close()
             rows, state = run_folder.read_log(self.folder), self.state
+            speeds = [row["images_per_s"] for row in rows if row["kind"] == "train"]
             summary = {
                 "complete": True,
                 "config": dataclasses.asdict(self.config),
@@ -315,13 +323,13 @@ class Training:
                 "params": cost[0],
                 "macs": cost[1],
                 "processes": self.processes.world,
-                "images_per_s": statistics.median(row["images_per_s"] for row in rows if row["kind"] == "train"),
+                "images_per_s": statistics.median(speeds) if speeds else None,  # its log may be lost
                 "skipped_steps": state.skipped_steps,
                 "unreadable_files": unreadable,
                 "seconds": state.seconds,
             }
             report.write_report(self.folder, summary, rows)
-            files.write_text(self.folder / run_folder.SUMMARY, json.dumps(summary, indent=2) + "\n")
+            files.write_json(self.folder / run_folder.SUMMARY, summary)
             self.show.say(f"report: {self.folder / run_folder.REPORT}")
         return self.processes.from_main(summary)
 

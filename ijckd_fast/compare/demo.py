@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -101,7 +100,8 @@ def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path) -> Non
 def _write_report(output: Path, rows: Sequence[Mapping[str, Any]], teacher: Mapping[str, Any]) -> None:
     student = load_preset("digits_student")
     config = teacher["config"]
-    environment = json.loads((output / "teacher" / run_folder.ENVIRONMENT).read_text())
+    environment = run_folder.read_environment(output / "teacher")
+    assert environment is not None
     files.write_text(
         output / run_folder.REPORT,
         f"""# Demo: one student, {len(rows)} ways to train it

@@ -55,12 +55,13 @@ def one_by_one(missing: Iterable[tuple[Run, bool]], ended: Callable[[Run, str | 
         try:
             train_here(run.config, resume=resume)
         except Exception as error:
-            ended(run, _reason(error))
+            ended(run, reason(error))
         else:
             ended(run, None)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Why a run failed, in a sentence; the traceback of what is no user's mistake goes to standard error."""
     if isinstance(error, UserError):
         return str(error)
     traceback.print_exception(error, file=sys.stderr)
@@ -120,7 +121,7 @@ def _in_a_process(sender: Any, config: TrainConfig, resume: bool) -> None:
             signals.hear()
             train(config, resume=resume, overwrite=not resume, console=Console(quiet=True))
     except BaseException as raised:
-        error = str(raised) if isinstance(raised, Stopped) else _reason(raised)
+        error = str(raised) if isinstance(raised, Stopped) else reason(raised)
     sender.send(error)
 
 

@@ -104,7 +104,7 @@ def _measured_with(output: Path, finished: Mapping[str, Mapping[str, Summaries]]
     regime, methods = next(iter(finished.items()))
     method, summaries = next(iter(methods.items()))
     seed, summary = next(iter(summaries.items()))
-    environment = run_folder.read_json(folder_of(output, regime, method, seed) / run_folder.ENVIRONMENT)
+    environment = run_folder.read_environment(folder_of(output, regime, method, seed))
     assert environment is not None
     return (
         f"Measured with torch {environment['torch']}, {environment['torch_threads']} thread for the nets of a run and "

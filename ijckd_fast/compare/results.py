@@ -40,7 +40,7 @@ def append_result(path: Path, comparison: str, run: Run, summary: Mapping[str, A
 
 
 def _line(comparison: str, run: Run, summary: Mapping[str, Any]) -> list[Any]:
-    environment = run_folder.read_json(run.folder / run_folder.ENVIRONMENT) or {}
+    environment = run_folder.read_environment(run.folder) or {}
     last = summary["last"]
     dirty = "-dirty" if environment.get("git_changed_files") else ""
     values = {

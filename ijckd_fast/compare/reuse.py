@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from ijckd_fast.compare.runs import Run
@@ -12,8 +12,10 @@ from ijckd_fast.train import (
     build_indexes,
     build_teacher,
     digests,
+    finished_summary,
     open_cache,
     run_folder,
+    settings_of,
     teacher_fingerprint,
 )
 from ijckd_fast.train.code_hash import code_hash
@@ -44,21 +46,27 @@ class InputDigests:
         return digests(train_index, val_index, self._teachers[key], cache)
 
 
-def state_of(run: Run, inputs: Mapping[str, str | None], any_code: bool) -> Literal["finished", "begun", "new"]:
+def state_of(
+    run: Run, inputs: Mapping[str, str | None], any_code: bool, say: Callable[[str], None]
+) -> Literal["finished", "begun", "new"]:
     """What the run's folder holds of it: 'new' also where what is there has other settings, code or inputs.
 
     inputs    `InputDigests.of` its settings
     any_code  accept what other code of ijckd_fast trained, even where it lacked some of the settings
+    say       told where a file is damaged that is written again
+    raises    UserError where what is there is damaged, and whether it is this run cannot be told
     """
-    environment = run_folder.read_json(run.folder / run_folder.ENVIRONMENT)
-    if environment is None or not (any_code or environment["code_hash"] == code_hash()):
+    last = run.folder / run_folder.LAST
+    if not last.exists() and not (run.folder / run_folder.CONFIG).exists():
+        return "new"  # a kill may have left the rest, while an earlier run was being deleted
+    environment = run_folder.read_environment(run.folder)
+    if environment is None or not (any_code or environment.get("code_hash") == code_hash()):
         return "new"
-    found = run_folder.read_config(run.folder)
+    found = settings_of(run.folder, say=say)
     compared = [name for name in FIELDS if name not in REUSED_WITH_ANY and (name in found or not any_code)]
     if any(found.get(name) != getattr(run.config, name) for name in compared):
         return "new"
-    summary = run_folder.read_json(run.folder / run_folder.SUMMARY)
+    summary = finished_summary(run.folder, run.config, say)
     if summary is not None:
         return "finished" if summary.get("inputs") == inputs else "new"
-    last = run.folder / run_folder.LAST
     return "begun" if last.exists() and Saved.read(last).inputs == inputs else "new"

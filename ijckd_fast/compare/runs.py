@@ -9,7 +9,7 @@ from typing import Any
 
 from ijckd_fast.compare.comparison import DIGITS, Comparison
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import TrainConfig, make_config, objective_of, resolve, run_folder
+from ijckd_fast.train import TrainConfig, finished_summary, make_config, objective_of, resolve, run_folder
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class Run:
         return f"{self.regime} {self.method} seed {self.seed}".strip()
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json says once the run has finished."""
-        summary = run_folder.read_json(self.folder / run_folder.SUMMARY)
-        assert summary is not None
+        """What summary.json says once the run has finished. UserError where it is damaged."""
+        said: list[str] = []
+        summary = finished_summary(self.folder, self.config, said.append)
+        if summary is None:
+            raise UserError(said[0] if said else f"{self.folder / run_folder.SUMMARY} is gone: give the command again")
         return summary
 
 

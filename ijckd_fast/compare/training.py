@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from ijckd_fast import files
 from ijckd_fast.compare.comparison import DIGITS, Comparison
-from ijckd_fast.compare.launch import one_by_one, side_by_side, train_here
+from ijckd_fast.compare.launch import one_by_one, reason, side_by_side, train_here
 from ijckd_fast.compare.results import RESULTS, append_result, write_results
 from ijckd_fast.compare.reuse import InputDigests, state_of
 from ijckd_fast.compare.runs import Run, plan
@@ -67,8 +68,8 @@ def train_all(
             teacher = None
             if teacher_config is not None:
                 teacher = _train_teacher(comparison, teacher_config, digests, any_code, console)
-            states = {run: state_of(run, digests.of(run.config), any_code) for run in runs}
-            summaries, failed = _train_missing(comparison, output / RESULTS, states, jobs, console)
+            states, damaged = _states_of(runs, digests, any_code, console)
+            summaries, failed = _train_missing(comparison, output / RESULTS, states, damaged, jobs, console)
         finally:
             torch.set_num_threads(threads)
 
@@ -80,12 +81,30 @@ def train_all(
     return Outcome(teacher, nested, {run.name: error for run, error in failed.items()})
 
 
+def _states_of(
+    runs: Sequence[Run], digests: InputDigests, any_code: bool, console: Console
+) -> tuple[dict[Run, str], dict[Run, str]]:
+    """(`state_of` each run; the errors of those that are damaged). UserError where all have the same error."""
+    states: dict[Run, str] = {}
+    damaged: dict[Run, str] = {}
+    for run in runs:
+        try:
+            states[run] = state_of(run, digests.of(run.config), any_code, functools.partial(say, console))
+        except Exception as error:
+            damaged[run] = reason(error)
+    if not states and len(set(damaged.values())) == 1:  # it is not a matter of the single run
+        raise UserError(next(iter(damaged.values())))
+    for run, why in damaged.items():
+        say(console, f"{run.name} failed: {why}")
+    return states, damaged
+
+
 def _train_teacher(
     comparison: Comparison, config: TrainConfig, digests: InputDigests, any_code: bool, console: Console
 ) -> dict[str, Any]:
     """The summary of the teacher, which is trained unless it is there."""
     run = Run("", "teacher", config.seed, config)
-    state = state_of(run, digests.of(config), any_code)
+    state = state_of(run, digests.of(config), any_code, functools.partial(say, console))
     if state != "finished":
         try:
             train_here(config, resume=state == "begun")
@@ -96,29 +115,39 @@ def _train_teacher(
 
 
 def _train_missing(
-    comparison: Comparison, results: Path, states: Mapping[Run, str], jobs: int, console: Console
+    comparison: Comparison,
+    results: Path,
+    states: Mapping[Run, str],
+    damaged: Mapping[Run, str],
+    jobs: int,
+    console: Console,
 ) -> tuple[dict[Run, dict[str, Any]], dict[Run, str]]:
     """Trains the runs that are not finished yet.
 
     results  runs.csv
-    states   of all runs, see `state_of`
+    states   of all runs but those in `damaged`, see `state_of`
+    damaged  why the others are not looked at
     returns  (the summaries of all runs that are finished then, in the order of `states`; the errors of the others)
     """
     summaries = {run: run.summary() for run, state in states.items() if state == "finished"}
-    failed: dict[Run, str] = {}
+    failed = dict(damaged)
     # Written from what is there, then a line for each run that ends: so it never holds a run twice.
     write_results(results, comparison.name, summaries)
-    longest = max(len(run.name) for run in states)
+    longest = max(len(run.name) for run in (*states, *damaged))
     for run, summary in summaries.items():
         say(console, _line(run.name.ljust(longest), summary, again=True))
 
     def ended(run: Run, error: str | None) -> None:
-        if error is None:
-            summaries[run] = run.summary()
+        try:
+            found = run.summary() if error is None else None
+        except UserError as damage:
+            found, error = None, str(damage)
+        if found is not None:
+            summaries[run] = found
             append_result(results, comparison.name, run, summaries[run])
             say(console, _line(run.name.ljust(longest), summaries[run]))
         else:
-            failed[run] = error
+            failed[run] = str(error)
             say(console, f"{run.name} failed: {error}")
 
     missing: Sequence[tuple[Run, bool]] = [

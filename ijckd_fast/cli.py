@@ -55,7 +55,9 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
         return _complain(f"{error}. `ijckd-fast doctor` says what is missing", 2)
     except OSError as error:
         if not files.is_disk_full(error):
-            raise
+            if error.filename is None or isinstance(error, FileNotFoundError):
+                raise
+            return _complain(str(files.cannot_use(error)), 2)
         place = f" for {error.filename}" if error.filename else ""
         return _complain(f"no space left on the device{place}: free some space", 2)
     except KeyboardInterrupt as stop:

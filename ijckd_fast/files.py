@@ -158,6 +158,12 @@ def cannot_read(path: Path, error: OSError) -> UserError:
     return UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}")
 
 
+def cannot_use(error: OSError) -> UserError:
+    """The sentence for a file that nobody has put into better words: which, and what the system says."""
+    remedy = _REMEDIES.get(error.errno or 0, "try again").replace("read it", "use it")
+    return UserError(f"{os.fsdecode(error.filename)} cannot be used ({error.strerror or error}): {remedy}")
+
+
 def digest(path: Path) -> str:
     """BLAKE2b of a file's bytes, 32 hex digits; raises as `read_bytes`."""
     found = hashlib.blake2b(digest_size=16)

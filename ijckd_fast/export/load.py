@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import nn
 
+from ijckd_fast import files
 from ijckd_fast.distill import build_connector
 from ijckd_fast.errors import UserError
 from ijckd_fast.export.deployed import Deployed, assemble
@@ -26,11 +26,12 @@ def load_exported(folder: str | Path) -> Deployed:
     folder = Path(folder)
     config = _read_config(folder)
     path = folder / MODEL
-    if not path.is_file():
+    try:
+        data = files.read_bytes(path)
+    except FileNotFoundError as error:
         raise UserError(
             f"{folder} holds no {MODEL}, expected beside its {CONFIG}: export the run again with --overwrite"
-        )
-    data = path.read_bytes()
+        ) from error
     digests = config.get("sha256")
     if not isinstance(digests, dict) or hashlib.sha256(data).hexdigest() != digests.get(MODEL):
         raise UserError(
@@ -67,15 +68,9 @@ def load_exported(folder: str | Path) -> Deployed:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    if not path.is_file():
+    config = files.read_json(path, "export the run again with --overwrite")
+    if config is None:
         raise UserError(f"no export in {folder} (it has no {CONFIG}): give the folder that ijckd-fast export wrote")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError:
-        config = None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not of an export, or damaged (expected a JSON object with format {FORMAT!r}): export the run "
-            "again"
-        )
+    if config.get("format") != FORMAT:
+        raise UserError(f"{path} is not of an export (expected format {FORMAT!r}): export the run again")
     return config

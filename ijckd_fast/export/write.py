@@ -58,7 +58,7 @@ def write_export(
         row["sha256"][MODEL] = _write_hashed(made / MODEL, _safetensors(module.state_dict()))
         row["sha256"][STUDENT] = _write_hashed(made / STUDENT, _safetensors(student.native_state_dict()))
         row["timm"] = timm_options(made / STUDENT, student, config.image_size)
-        files.write_text(made / CONFIG, json.dumps(row))  # for load_exported; whole below
+        files.write_json(made / CONFIG, row)  # for load_exported; whole below
         answer = None
         if onnx:
             row["sha256"][ONNX] = _write_hashed(made / ONNX, onnx_bytes(module, config.image_size, _metadata(row)))
@@ -69,7 +69,7 @@ def write_export(
             "runs": runs,
             "parts": measure_cost(module, config.image_size, runs, answer),
         }
-        files.write_text(made / CONFIG, json.dumps(row, indent=2) + "\n")
+        files.write_json(made / CONFIG, row)
     return row
 
 

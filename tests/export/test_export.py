@@ -467,15 +467,18 @@ def test_damaged_and_changed_exports_are_refused(exported, tmp_path):
         return str(refused.value)
 
     def edited(**changes):
-        return lambda data: json.dumps({**json.loads(data), **changes}).encode()
+        """As an earlier version would have written it: without a check value."""
+        return lambda data: json.dumps({**json.loads(data), "check": None, **changes}).encode()
 
     middle = exported.joinpath("model.safetensors").stat().st_size // 2
     flipped = damaged("model.safetensors", lambda data: data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     assert "is not the file that config.json describes" in flipped
     assert "is not the file that config.json describes" in damaged("model.safetensors", lambda data: data[:1000])
-    assert "is not of an export, or damaged" in damaged("config.json", lambda data: data[:300])
-    assert "is not of an export, or damaged" in damaged("config.json", lambda data: b"[]")
-    assert "is not of an export, or damaged" in damaged("config.json", edited(format="ijckd-fast export 0"))
+    assert "config.json is damaged (not JSON" in damaged("config.json", lambda data: data[:300])
+    assert "config.json is damaged (expected an object" in damaged("config.json", lambda data: b"[]")
+    changed = damaged("config.json", lambda data: data.replace(b'"image_size": 16', b'"image_size": 17'))
+    assert "config.json is damaged or was changed (its check value is another): export the run again" in changed
+    assert "config.json is not of an export" in damaged("config.json", edited(format="ijckd-fast export 0"))
     for changes in (
         {"student": "resnet8x0.5"},
         {"classes": ["ant", "bee"]},

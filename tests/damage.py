@@ -20,20 +20,22 @@ def flipped(data: bytes, seed: int, count: int = FLIPS) -> Iterator[bytes]:
         yield bytes(changed)
 
 
+def damages(data: bytes, seed: int, count: int = FLIPS) -> Iterator[tuple[str, bytes]]:
+    """What may become of `data`, each with a word: one bit flipped, `count` times, cut at five places, nothing."""
+    for number, content in enumerate(flipped(data, seed, count)):
+        yield f"flip {number}", content
+    draw = random.Random(seed)
+    for length in [draw.randrange(1, len(data)) for _ in range(5)] if len(data) > 1 else []:
+        yield f"cut at {length}", data[:length]
+    yield "empty", b""
+
+
 def damaged(path: Path, seed: int, count: int = FLIPS) -> Iterator[str]:
-    """Leaves `path` with one bit flipped, `count` times, then cut at five places, then empty; says how each time. What
-    was there comes back at the end.
-    """
+    """Leaves `path` as each of `damages` has it, and says how. What was there comes back at the end."""
     whole = path.read_bytes()
-    cuts = [random.Random(seed).randrange(1, len(whole)) for _ in range(5)] if len(whole) > 1 else []
     try:
-        for number, content in enumerate(flipped(whole, seed, count)):
+        for how, content in damages(whole, seed, count):
             path.write_bytes(content)
-            yield f"flip {number}"
-        for length in cuts:
-            path.write_bytes(whole[:length])
-            yield f"cut at {length}"
-        path.write_bytes(b"")
-        yield "empty"
+            yield how
     finally:
         path.write_bytes(whole)

@@ -16,7 +16,7 @@ from ijckd_fast.caching.views import PlannedViews, Teller, features_of
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data import Index, StandIns, TooManyUnreadable, check_views
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate import evaluate, known_evaluation, save_evaluation
 from ijckd_fast.nets import Tapped
 from ijckd_fast.normalisation import IMAGENET
 from ijckd_fast.teacher_cache import AGAIN, VAL, CacheWriter, plan_settings, refuse_other_folder, val_key
@@ -173,10 +173,8 @@ def _still_teacher(config: TrainConfig, num_classes: int) -> tuple[Tapped, str]:
 def _judge(config: TrainConfig, folder: Path, teacher: Tapped, fingerprint: str, index: Index, tell: Teller) -> None:
     """The teacher's own evaluation, kept in the cache; UserError where it is near chance."""
     key = val_key(fingerprint, index, teacher_view_of(config), config.data_backend)
-    kept = load_evaluation(folder / VAL)
-    if kept is not None and kept[0] == key:
-        evaluation = kept[1]
-    else:
+    evaluation = known_evaluation(folder / VAL, key, tell)
+    if evaluation is None:
         device = torch.device(config.device)
         with build_val_loader(config, index, device, on_bad=tell.bad_file("it is left out")) as loader:
             evaluation = evaluate(teacher, loader, device=device, amp_dtype=amp_dtype_of(config))

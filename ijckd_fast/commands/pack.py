@@ -14,8 +14,9 @@ DESCRIPTION = (
     "made smaller and encoded as JPEG, smaller JPEGs as they are, other formats encoded at their size; validation "
     "images as they are, so that accuracies stay comparable. Random crops of a small part of an image lose detail "
     "below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of training "
-    "images changes is measured and printed. Every shard is read back before it gets its name. Interrupted, it "
-    "continues where it stopped when it is run again. The last line of standard output is one JSON object."
+    "images changes is measured and printed. Every shard is read back before it gets its name, and its checksum is "
+    "kept. Interrupted, it continues where it stopped when it is run again; a finished pack is compared with its "
+    "checksums then, and what is damaged is made again. The last line of standard output is one JSON object."
 )
 STOPPED = ", finished shards are kept: the same command continues where it stopped"
 

@@ -4,7 +4,7 @@
 `write_bound` puts its figures into a page with advice. `against_chance` tests whether answers are better than chance.
 """
 
-from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate.accuracy import Evaluation, evaluate, known_evaluation, load_evaluation, save_evaluation
 from ijckd_fast.evaluate.bound import BoundMeter, Geometry, chain_line, overall, per_class
 from ijckd_fast.evaluate.bound_advice import advise
 from ijckd_fast.evaluate.bound_report import bound_stem, bound_table, write_bound
@@ -22,6 +22,7 @@ __all__ = [
     "bound_table",
     "chain_line",
     "evaluate",
+    "known_evaluation",
     "load_evaluation",
     "overall",
     "per_class",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ijckd_fast.data import Batch
 from ijckd_fast.errors import UserError
-from ijckd_fast.files import replacing
+from ijckd_fast.files import Damaged, disk_full_told, read_bytes, replacing
 from ijckd_fast.parallel import Processes
 
 
@@ -105,25 +107,70 @@ def _agreement(predicted: Tensor, ids: Tensor, teacher: Evaluation) -> float | N
     return 100 * sum(p == t for p, t in both) / len(both) if both else None
 
 
+_KEPT = frozenset({"key", "predictions", "ids", "top1_top5_seconds"})
+
+
 def save_evaluation(path: Path, key: str, evaluation: Evaluation) -> None:
-    """Replaces `path` (.npz) by an evaluation without its agreement; `key` says what it is of."""
-    with replacing(path) as tmp, open(tmp, "wb") as file:
-        np.savez(
-            file,
-            key=key,
-            predictions=evaluation.predictions.numpy(),
-            ids=evaluation.ids.numpy(),
-            top1_top5_seconds=np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
-        )
+    """Replaces `path` (.npz) by an evaluation without its agreement; `key` says what it is of. UserError: disk full."""
+    arrays: dict[str, Any] = {
+        "key": np.array(key),
+        "predictions": evaluation.predictions.numpy(),
+        "ids": evaluation.ids.numpy(),
+        "top1_top5_seconds": np.array([evaluation.top1, evaluation.top5, evaluation.seconds]),
+    }
+    with (
+        disk_full_told(f"for {path}", "free some and run the same command again"),
+        replacing(path) as tmp,
+        open(tmp, "wb") as file,
+    ):
+        np.savez(file, **arrays, digest=np.array(_digest(arrays)))
 
 
-def load_evaluation(path: Path) -> tuple[str, Evaluation] | None:
-    """Key and evaluation that `save_evaluation` wrote, agreement 100 %; None where there is none of this version."""
-    if not path.exists():
+def load_evaluation(path: Path, remedy: str) -> tuple[str, Evaluation] | None:
+    """Key and evaluation that `save_evaluation` wrote, agreement 100 %; None where there is none of this version.
+
+    raises  Damaged, "PATH is damaged (WHAT): REMEDY"; UserError where the file cannot be read
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
         return None
-    kept = np.load(path)
-    if "ids" not in kept:
+    try:
+        with np.load(io.BytesIO(data)) as kept:
+            arrays = {name: kept[name] for name in kept.files}
+        if arrays.keys() == _KEPT - {"ids"}:
+            return None
+        digest = arrays.pop("digest", None)  # earlier versions had none
+        if arrays.keys() != _KEPT or (digest is not None and digest.item() != _digest(arrays)):
+            raise ValueError("its content is not what was written")
+        key, (top1, top5, seconds) = arrays["key"].item(), arrays["top1_top5_seconds"].tolist()
+    except Exception as error:  # zipfile and numpy raise nearly anything on damaged input
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise Damaged(f"{path} is damaged ({what}): {remedy}") from error
+    predictions, ids = torch.from_numpy(arrays["predictions"]), torch.from_numpy(arrays["ids"])
+    return key, Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
+
+
+def known_evaluation(path: Path, key: str, say: Callable[[str], None]) -> Evaluation | None:
+    """The teacher's evaluation in `path` where it is whole and of `key`; None where it is to be made (again), with a
+    sentence where a file is there.
+    """
+    again = "the teacher is evaluated again"
+    try:
+        kept = load_evaluation(path, again)
+    except UserError as error:
+        damaged = isinstance(error, Damaged)
+        say(f"warning: {error}" if damaged else f"warning: {error}; {again}")
         return None
-    predictions, ids = torch.from_numpy(kept["predictions"]), torch.from_numpy(kept["ids"])
-    top1, top5, seconds = kept["top1_top5_seconds"].tolist()
-    return kept["key"].item(), Evaluation(top1, top5, 100.0, len(predictions), seconds, predictions, ids)
+    if kept is not None and kept[0] != key:
+        say(f"{path} is of another teacher, other images or other settings: {again}")
+        return None
+    return None if kept is None else kept[1]
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of the arrays of `_KEPT`: names, types, shapes and bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(_KEPT):
+        digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape} ".encode() + arrays[name].tobytes())
+    return digest.hexdigest()

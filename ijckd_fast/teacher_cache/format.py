@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ijckd_fast.data import Augment, Index
 from ijckd_fast.errors import UserError
-from ijckd_fast.files import write_text
+from ijckd_fast.files import Damaged, read_bytes, write_text
 
 FORMAT = "ijckd-fast teacher cache 1"
 ABOUT, FEATURES, PROGRESS = "cache.json", "features.bin", "progress.jsonl"
 CLASSIFIER, VAL = "classifier.safetensors", "val.npz"
+_AT_ONCE = 1 << 22  # bytes: a read of 2 GiB and more gives less than was asked for
 AGAIN = "the same ijckd-fast cache command"  # what an error tells to run
 
 
@@ -56,6 +58,10 @@ class Layout:
         view, k = divmod(chunk, -(-self.images // self.chunk_images))
         first = k * self.chunk_images
         return view, range(first, min(first + self.chunk_images, self.images))
+
+    def chunk_of(self, view: int, ids: np.ndarray) -> np.ndarray:
+        """[n] int64, the chunks that hold these images [n] int64 of a view."""
+        return view * -(-self.images // self.chunk_images) + ids // self.chunk_images
 
     def place(self, chunk: int) -> tuple[int, int]:
         """(offset, length) of a chunk, bytes."""
@@ -114,19 +120,24 @@ def digest(content: Any) -> str:
 def read_about(folder: Path) -> dict[str, Any] | None:
     """What cache.json says; None where there is none. UserError: damaged, or of another version."""
     path = folder / ABOUT
-    if not path.is_file():
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
         return None
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(content)
         version, own = about["format"], about.pop("checksum")
         if version == FORMAT and own != digest(about):
             raise ValueError("its checksum is not that of its content")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(
             f"{path} is damaged ({error}): restore it, or make the cache again (ijckd-fast cache --overwrite)"
         ) from error
     if version != FORMAT:
-        raise UserError(f"{folder} holds a {version!r}, expected {FORMAT!r}: make the cache again with this version")
+        raise UserError(
+            f"{path} is of a {version!r}, expected {FORMAT!r}: restore it where it is damaged, or make the cache again"
+            " with this version"
+        )
     return about
 
 
@@ -153,7 +164,10 @@ def read_progress(path: Path) -> tuple[dict[int, Done], int]:
     """The finished chunks, and how many bytes of the file say so: a last line that a kill cut off is none."""
     done: dict[int, Done] = {}
     whole = 0
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = read_bytes(path)
+    except FileNotFoundError:
+        content = b""
     for line in content.splitlines(keepends=True):
         try:
             row = json.loads(line)
@@ -161,7 +175,7 @@ def read_progress(path: Path) -> tuple[dict[int, Done], int]:
             if not line.endswith(b"\n"):
                 break
             done[row["chunk"]] = chunk
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
         whole += len(line)
     return done, whole
@@ -170,7 +184,10 @@ def read_progress(path: Path) -> tuple[dict[int, Done], int]:
 def crc32(file: int, layout: Layout, chunk: int) -> int:
     """Of the bytes that features.bin holds of a chunk."""
     offset, length = layout.place(chunk)
-    return zlib.crc32(os.pread(file, length, offset))
+    found = 0
+    for start in range(offset, offset + length, _AT_ONCE):
+        found = zlib.crc32(os.pread(file, min(_AT_ONCE, offset + length - start), start), found)
+    return found
 
 
 def identity(about: Mapping[str, Any], done: Mapping[int, Done], chunks: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from ijckd_fast.data import Augment, Index
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import Evaluation, load_evaluation
+from ijckd_fast.files import Damaged, cannot_read, read_bytes
 from ijckd_fast.nets import CachedTeacher
 from ijckd_fast.normalisation import Normalisation
 from ijckd_fast.teacher_cache.format import (
@@ -36,10 +39,12 @@ from ijckd_fast.teacher_cache.format import (
 )
 
 _CHUNKS_LOOKED_AT = 4
+_THREADS = 8
 
 
 class TeacherCache:
-    """A finished cache, to train from. Opening it reads what is small; features are read as they are asked for.
+    """A finished cache, to train from. Opening it reads what is small; features are read as they are asked for, and
+    a chunk's checksum is compared before the first of them is used.
 
     path         absolute
     name         of the teacher's model
@@ -50,7 +55,8 @@ class TeacherCache:
     normalisation  of the images that the teacher saw
     digest       equal for caches that train to the same bits, wherever they lie
 
-    raises       UserError: `path` holds no cache, an unfinished one, or one whose small files do not fit together
+    raises       UserError: `path` holds no cache, an unfinished one, or one whose small files do not fit together;
+                 Damaged where one of them is not what was written
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,7 +75,7 @@ class TeacherCache:
                 f"the teacher cache {self.path} is not {state}: run {AGAIN} again, which continues where it stopped"
             )
         if finished < layout.chunks or about["digest"] != identity(about, self._done, layout.chunks):
-            raise UserError(
+            raise Damaged(
                 f"{self.path / PROGRESS} is damaged: it does not fit {ABOUT}; run {AGAIN} again, which makes again what"
                 " cannot be trusted"
             )
@@ -82,19 +88,24 @@ class TeacherCache:
         self.unreadable = {i: why for i, (_, why) in unreadable_of(self._done).items()}
         self.normalisation = Normalisation.of(self._settings["mean"], self._settings["std"])
         self.digest: str = about["digest"]
+        self._whole = np.zeros(layout.chunks, bool)  # those whose checksum was compared
 
     @functools.cached_property
     def classifier(self) -> nn.Linear:
         """The teacher's own (Ct -> K), float32 on the CPU. UserError where its file is damaged."""
         path = self.path / CLASSIFIER
         try:
-            weights = safetensors.torch.load_file(path)
+            weights = safetensors.torch.load(read_bytes(path))
             if tensors_digest(weights) != self._classifier_digest:
                 raise ValueError("its checksum is not the one written")
+            if any(tensor.dtype != torch.float32 for tensor in weights.values()):  # of which the checksum says nothing
+                raise ValueError("its numbers are not float32")
             classifier = nn.Linear(self.channels, self.num_classes, bias="bias" in weights)
             classifier.load_state_dict(weights)
+        except UserError:
+            raise
         except Exception as error:  # safetensors has errors of its own
-            raise UserError(
+            raise Damaged(
                 f"{path} is not the classifier that was written ({error}): run {AGAIN} again, which rewrites it"
             ) from error
         return classifier
@@ -104,11 +115,11 @@ class TeacherCache:
         return CachedTeacher(self.classifier, self.name, self.fingerprint)
 
     def check(self, index: Index, augment: Augment, seed: int, data_backend: str) -> None:
-        """UserError unless training by these settings sees the views in the cache, and what is looked at of it is
-        whole.
+        """UserError unless training by these settings sees the views in the cache; Damaged where what is looked at of
+        it is not what was written.
 
-        Looked at are the size of features.bin and the checksums of a few chunks, others each time. `ijckd-fast cache`
-        looks at all of them.
+        Looked at are the size of features.bin and the checksums of a few chunks, others each time: what is copied badly
+        shows before anything is built. The other chunks are compared when `pooled` first reads of them.
         """
         differs = differences(self._settings, plan_settings(index, augment, seed, data_backend))
         if differs:
@@ -117,29 +128,45 @@ class TeacherCache:
                 " or make another cache with these"
             )
         path = self.path / FEATURES
-        size = path.stat().st_size if path.is_file() else 0
+        size = os.fstat(self._file).st_size if path.exists() else 0
         if size != self._layout.bytes:
-            raise UserError(
+            raise Damaged(
                 f"{path} has {size:,} bytes, expected {self._layout.bytes:,}: it was cut off or not copied whole. Copy"
                 f" it again, or run {AGAIN} again, which makes what is missing"
             )
-        few = np.random.default_rng().permutation(self._layout.chunks)[:_CHUNKS_LOOKED_AT].tolist()
-        file = os.open(path, os.O_RDONLY)
-        try:
-            bad = [chunk for chunk in few if crc32(file, self._layout, chunk) != self._done[chunk].crc32]
-        finally:
-            os.close(file)
-        if bad:
-            view, ids = self._layout.part(bad[0])
-            raise UserError(
-                f"{path} is damaged: images {ids.start} to {ids.stop - 1} of view {view} are not what was written. Run"
-                f" {AGAIN} again: it looks at every chunk and makes damaged ones again"
-            )
+        self._compare(np.random.default_rng().permutation(self._layout.chunks)[:_CHUNKS_LOOKED_AT])
 
     @functools.cached_property
-    def _features(self) -> np.ndarray:
-        shape = (self.views, self.images, self.channels)
-        return np.asarray(np.memmap(self.path / FEATURES, np.uint16, "r", shape=shape))
+    def _file(self) -> int:
+        """Descriptor of features.bin. Read, not mapped: what a failing disk or a file that is cut does is then an error
+        that can be told, not the end of the process (SIGBUS).
+        """
+        path = self.path / FEATURES
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise cannot_read(path, error) from error
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
+
+    def _compare(self, chunks: np.ndarray) -> None:
+        """Damaged unless these chunks [n] have the checksums that were written; each is looked at once."""
+        new = chunks[~self._whole[chunks]].tolist()
+        if not new:
+            return
+        try:
+            with ThreadPoolExecutor(min(_THREADS, len(new))) as pool:  # neither reads nor sums hold the interpreter
+                sums = list(pool.map(lambda chunk: crc32(self._file, self._layout, chunk), new))
+        except OSError as error:
+            raise cannot_read(self.path / FEATURES, error) from error
+        for chunk, found in zip(new, sums, strict=True):
+            if found != self._done[chunk].crc32:
+                view, ids = self._layout.part(chunk)
+                raise Damaged(
+                    f"{self.path / FEATURES} is damaged: images {ids.start} to {ids.stop - 1} of view {view} are not"
+                    f" what was written. Run {AGAIN} again: it looks at every chunk and makes damaged ones again"
+                )
+        self._whole[new] = True
 
     def pooled(self, ids: np.ndarray, view: int) -> Tensor:
         """The teacher's pooled features of one view of images.
@@ -147,13 +174,30 @@ class TeacherCache:
         ids      [B] int64, positions in the index
         view     in [0, V)
         returns  [B, Ct] float32 on the CPU, each a bfloat16 number; NaN for an image in `unreadable`
+        raises   Damaged where a chunk of theirs is not what was written; UserError where it cannot be read
         """
-        rows = self._features[view].take(ids, axis=0)  # [B, Ct]
+        self._compare(np.unique(self._layout.chunk_of(view, ids)))
+        rows = np.empty((len(ids), self.channels), np.uint16)  # [B, Ct]
+        size = self.channels * 2
+        try:
+            for row, i in zip(rows, ids.tolist(), strict=True):
+                if os.preadv(self._file, [row.data], (view * self.images + i) * size) != size:
+                    raise Damaged(
+                        f"{self.path / FEATURES} was cut off while it was read: run {AGAIN} again, which makes what is"
+                        " missing"
+                    )
+        except OSError as error:
+            raise cannot_read(self.path / FEATURES, error) from error
         return torch.from_numpy(rows).view(torch.bfloat16).float()
 
     def on_val(self, index: Index, augment: Augment, data_backend: str) -> Evaluation | None:
-        """The teacher's own evaluation; None where what was kept is of other validation images or settings."""
-        kept = load_evaluation(self.path / VAL)
+        """The teacher's own evaluation; None where none was kept, or of other validation images or settings.
+
+        raises  Damaged where it is not what was written
+        """
+        kept = load_evaluation(
+            self.path / VAL, f"run {AGAIN} again, which makes it again, or delete it to do without the agreement"
+        )
         if kept is None or kept[0] != val_key(self.fingerprint, index, augment, data_backend):
             return None
         return kept[1]

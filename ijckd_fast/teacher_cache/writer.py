@@ -92,6 +92,8 @@ class CacheWriter:
         overwrite: bool = False,
     ) -> None:
         self.folder = folder
+        for each in (ABOUT, CLASSIFIER, VAL):
+            (folder / f"{each}.tmp").unlink(missing_ok=True)  # of a killed process
         if overwrite:
             # cache.json last: without it, what a kill leaves is no cache.
             for each in (FEATURES, PROGRESS, CLASSIFIER, VAL, ABOUT):

@@ -117,6 +117,8 @@ def train(
                 batch, pooled_t = next(batches)  # images [B, 3, S, S], labels [B], those of mixing; [B, Ct] of a cache
             except TooManyUnreadable as error:
                 raise stops.too_many_unreadable(error, state.step, folder, saved=training.save_alone()) from error
+            except files.Damaged as error:  # of the cached features
+                raise stops.cache_damaged(error, state.step, folder, saved=training.save_alone()) from error
             lr = learning_rate(
                 state.step,
                 steps_per_epoch=data.steps_per_epoch,

@@ -52,6 +52,12 @@ def too_many_unreadable(error: Exception, step: int, folder: Path, saved: bool) 
     )
 
 
+def cache_damaged(error: Exception, step: int, folder: Path, saved: bool) -> UserError:
+    """The teacher's cached features are not what was written; saved: last.pt is of this step."""
+    kept = "everything is saved" if saved else "the last checkpoint is kept"
+    return UserError(f"{error}. Stopped at step {step}, {kept}: then continue with ijckd-fast train --resume {folder}")
+
+
 def too_many_skipped(skipped: int, step: int, folder: Path) -> UserError:
     """More steps were not finite than --nonfinite-limit allows."""
     what = (

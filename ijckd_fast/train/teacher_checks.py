@@ -16,7 +16,7 @@ import torch
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
-from ijckd_fast.evaluate import LEVEL, Evaluation, against_chance, evaluate, load_evaluation, save_evaluation
+from ijckd_fast.evaluate import LEVEL, Evaluation, against_chance, evaluate, known_evaluation, save_evaluation
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
@@ -130,7 +130,7 @@ def judge_teacher(
     raises  UserError where it is near chance
     """
     if data.cache is None:
-        evaluation = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes)
+        evaluation = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes, say)
     else:
         evaluation = data.cache.on_val(data.val, teacher_view_of(config), config.data_backend)
         if evaluation is None:
@@ -149,6 +149,7 @@ def _teacher_on_val(
     val_loader: Loader,
     inputs: Mapping[str, str | None],
     processes: Processes,
+    say: Callable[[str], None],
 ) -> Evaluation | None:
     """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
     if distiller.teacher is None:
@@ -156,9 +157,9 @@ def _teacher_on_val(
     pixels = f"{teacher_view_of(config)} {config.data_backend} {config.amp_dtype}"
     key = f"{inputs['teacher']} {inputs['validation images']} {pixels}"
     path = folder / run_folder.TEACHER
-    known = processes.from_main(load_evaluation(path) if processes.is_main else None)
-    if known is not None and known[0] == key:
-        return known[1]
+    known = processes.from_main(known_evaluation(path, key, say) if processes.is_main else None)
+    if known is not None:
+        return known
     evaluation = evaluate(
         distiller.eval().teacher_logits,
         val_loader,

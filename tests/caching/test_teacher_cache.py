@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import typing
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import row_of
+from damage import FLIPS, damages
 from processes import Run
 from rich.console import Console
 from tiny_run import SETTINGS, config, differing, options, settings, write_teacher, write_tree
@@ -28,17 +30,20 @@ from ijckd_fast.caching import make
 from ijckd_fast.caching.verify import allowed_difference
 from ijckd_fast.data import PillowLoader, TrainPlan, build_index
 from ijckd_fast.errors import UserError
+from ijckd_fast.evaluate import load_evaluation
 from ijckd_fast.nets import Tapped, create_model, fingerprint
-from ijckd_fast.teacher_cache import CacheWriter, TeacherCache, format as cache_format
+from ijckd_fast.teacher_cache import CacheWriter, TeacherCache, format as cache_format, reader
 from ijckd_fast.train import (
     TrainConfig,
     amp_dtype_of,
     augment_of,
     build as training,
+    build_indexes,
     checkpoint,
     report,
     resolve,
     run_folder,
+    teacher_view_of,
     train as loud_train,
 )
 
@@ -647,6 +652,116 @@ def test_a_damaged_cache_is_refused(cache, data, tmp_path, damage, text):
     damage(cache)
     with pytest.raises(UserError, match=text):
         train(config(data, tmp_path / "run", **_from(cache)))
+
+
+def _seen(folder: Path, data: Path) -> tuple:
+    """All that a training takes from a cache."""
+    settings = resolve(config(data, Path("unused")))
+    train_index, val_index = build_indexes(settings)
+    view = teacher_view_of(settings)
+    cache = TeacherCache(folder)
+    cache.check(train_index, view, settings.seed, settings.data_backend)
+    rows = [cache.pooled(np.arange(IMAGES), view).numpy().tobytes() for view in range(VIEWS)]
+    weights = {name: tensor.tolist() for name, tensor in cache.teacher().classifier.state_dict().items()}
+    on_val = cache.on_val(val_index, view, settings.data_backend)
+    answers = on_val and (on_val.top1, on_val.predictions.tolist(), on_val.ids.tolist())
+    plain = cache.name, cache.fingerprint, cache.published, cache.digest, cache.unreadable, cache.normalisation
+    return *plain, cache.views, cache.num_classes, rows, weights, answers
+
+
+FILES = ["cache.json", "features.bin", "progress.jsonl", "classifier.safetensors", "val.npz"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_damage_is_trained_from(cache, data, name):
+    """Single bits, cuts, another's bytes: what a training sees is the same, or it is refused by the file's name."""
+    expected, sound = _seen(cache, data), (cache / name).read_bytes()
+    refused = 0
+    for what, damaged in [*damages(sound, 5), ("another's", sound[::-1])]:
+        (cache / name).write_bytes(damaged)
+        try:
+            found = _seen(cache, data)
+        except UserError as error:
+            text = str(error)
+            assert str(cache / name) in text or (name == "progress.jsonl" and str(cache) in text), (what, text)
+            assert re.search("the same ijckd-fast cache command again|make the cache again", text), (what, text)
+            refused += 1
+        else:
+            assert found == expected, what
+    assert refused > (FLIPS + 6 if name == "features.bin" else 0.7 * FLIPS)
+
+
+def test_only_what_is_damaged_is_made_again(cache, made, data, weights, capsys):
+    """A chunk of features, and the teacher's answers."""
+    for name, at in (("features.bin", 5000), ("val.npz", 300)):
+        content = (cache / name).read_bytes()
+        (cache / name).write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+    (cache / "cache.json.tmp").write_text("of a killed process")
+    capsys.readouterr()
+    assert cli.main(_words(cache, data, weights)) == 0
+    out = capsys.readouterr().out
+    assert "8 of 9 chunks are there" in out
+    assert "warning: images 0 to 15 of view 2 are not what was written, and are made again" in out
+    assert re.search(rf"warning: {cache}/val.npz is damaged \(.*\): the teacher is evaluated again", out)
+    assert _seen(cache, data) == _seen(made, data)
+    assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in made.iterdir())
+
+
+def test_each_chunk_is_compared_once_when_it_is_read_first(cache, monkeypatch):
+    looked_at = []
+    crc32 = reader.crc32
+    monkeypatch.setattr(reader, "crc32", lambda *arguments: (looked_at.append(arguments[-1]), crc32(*arguments))[1])
+    found = TeacherCache(cache)
+    found.pooled(np.array([0, 35, 1]), 1)
+    assert sorted(looked_at) == [3, 5]
+    found.pooled(np.array([20, 2]), 1)
+    found.pooled(np.arange(IMAGES), 1)
+    assert sorted(looked_at) == [3, 4, 5]
+
+
+def test_damage_met_on_the_way_stops_a_training_with_its_state(cache, data, weights, tmp_path, monkeypatch):
+    """In the second epoch, and on a disk that fails: the run continues once the cache is whole again."""
+    monkeypatch.setattr(reader, "_CHUNKS_LOOKED_AT", 0)
+    train(config(data, tmp_path / "undisturbed", **_from(cache)))
+    sound = (cache / "features.bin").read_bytes()
+    (cache / "features.bin").write_bytes(sound[:2500] + bytes([sound[2500] ^ 1]) + sound[2501:])
+    run = config(data, tmp_path / "run", **_from(cache))
+    with pytest.raises(
+        UserError, match=r"images 0 to 15 of view 1 are not .*at step 4, everything is saved: then cont"
+    ):
+        train(run)
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 4
+    assert cli.main(_words(cache, data, weights)) == 0
+    preadv = os.preadv
+
+    def failing(file, buffers, offset):
+        if offset >= 2 * IMAGES * 64:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(file, buffers, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", failing)
+        with pytest.raises(UserError, match=r"features\.bin cannot be read \(Input/output error\)"):
+            train(run, resume=True)
+    train(run, resume=True)
+    assert _same_weights(tmp_path / "run", tmp_path / "undisturbed") == []
+
+
+def test_a_damaged_teacher_val_of_a_run_is_made_again(data, weights, tmp_path):
+    changes = {"objective": "srrl", "teacher": "resnet8x0.5", "teacher_checkpoint": str(weights), "epochs": 1}
+    run = config(data, tmp_path / "run", **changes, allow_weak_teacher=True)
+    first = train(run)
+    path = tmp_path / "run" / "teacher_val.npz"
+    sound = path.read_bytes()
+    for damaged in (b"", sound[:400] + bytes([sound[400] ^ 2]) + sound[401:]):
+        path.write_bytes(damaged)
+        (tmp_path / "run" / "summary.json").unlink()  # as if it had been killed before the end
+        said = io.StringIO()
+        again = loud_train(run, resume=True, console=Console(file=said, width=1000))
+        assert re.search(r"warning: .*teacher_val\.npz is damaged .*: the teacher is evaluated again", said.getvalue())
+        assert again["last"]["agreement_percent"] == first["last"]["agreement_percent"]
+        assert again["teacher_top1_percent"] == first["teacher_top1_percent"]
+        assert load_evaluation(path, "") is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files that go bad after they were indexed: what stands in for them, what is left out, when it is too many."""
 
 import errno
+import os
 import subprocess
 import sys
 import warnings
@@ -237,3 +238,50 @@ def test_what_dali_says_where_no_file_is_to_blame(own, monkeypatch):
     assert own.absolute(2) in text.split(". Each file")[0]  # in DALI's own last line
     assert "no longer valid" not in text
     assert text.endswith("try --data-backend pillow")
+
+
+# --- files that are rewritten in place ---
+
+
+def rewritten(path: Path, quality: int = 92) -> None:
+    photo(48, 64, seed=77).save(path, quality=quality)
+
+
+@pytest.mark.parametrize("backend", EXECUTORS)
+def test_a_file_that_is_rewritten_in_place_is_named_once_and_used_as_it_is(own, backend):
+    plan = EvalPlan(own, WHOLE, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before, _, _ = collected(plan, backend)
+    path = Path(own.absolute(17))
+    assert own.sizes[17].tolist() == [64, 48]
+    rewritten(path)
+    with make_loader(backend, EvalPlan(own, WHOLE, 6)) as loader, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            after = [(batch.ids.tolist(), batch.images.clone()) for batch in loader]
+    (text,) = [str(warning.message) for warning in caught]
+    size = path.stat().st_size
+    assert text.startswith(f"{path} has changed since it was indexed (now {size:,} bytes, written ")
+    assert text.endswith(f"run ijckd-fast index {own.root}, or start with --check-files, to have it looked at")
+    assert loader.bad_files == []
+    for (ids, _, x), (_, y) in zip(before, after, strict=False):
+        for i, a, b in zip(ids, x, y, strict=True):
+            assert torch.equal(a, b) == (i != 17)
+    fresh = build_index(own.root, "train")  # as the message says
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collected(EvalPlan(fresh, WHOLE, 6), backend)
+
+
+def test_of_many_that_are_rewritten_some_are_named(own):
+    for i in range(len(own)):
+        path = Path(own.absolute(i))
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        collected(EvalPlan(own, WHOLE, 6))
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 9
+    assert sum("has changed since it was indexed (now" in text for text in texts) == 8
+    assert "more files have changed" in texts[-1]

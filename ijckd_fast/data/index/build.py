@@ -24,11 +24,12 @@ from ijckd_fast import signals
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index.ask import AskDali
 from ijckd_fast.data.index.check import CANNOT_BE_READ, By, Verdict, check_image
-from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash
+from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash, stamps_of
 from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
+    Checked,
     Listed,
     PassedOver,
     Place,
@@ -242,7 +243,7 @@ def _check_all(
             if asked.signum:
                 break
             try:
-                checked.append(check_image(_place(source, files, ends, row, path), full, dali))
+                checked.append(check_image(_place(source, files, ends, row, path), full, dali, source.in_shards))
             except OSError as error:
                 checked.append(error)
         return rows[: len(checked)], checked
@@ -290,7 +291,9 @@ def _place(source: Source, files: Files, ends: np.ndarray, row: int, path: bytes
     assert files.members is not None
     shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
     offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
-    return source.place_in_shard(os.path.join(root, shard), offset, length)
+    place = source.place_in_shard(os.path.join(root, shard), offset, length)
+    crc32 = int(files.facts["crc32"][row])
+    return Checked(place, crc32) if crc32 else place  # it has been looked at before, and is to be what it was
 
 
 def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
@@ -298,12 +301,12 @@ def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
     if isinstance(verdict, OSError):
         # It may be fixed without a change of the file (chmod, a mount): not to be remembered.
         reason = files.reasons.number(f"{CANNOT_BE_READ}: {verdict.strerror}")
-        files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, 0, By.DALI, False, True)
+        files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, 0, By.DALI, 0, False, True)
         return
-    width, height, kind, orientation, why, whole, variant, by = verdict
+    width, height, kind, orientation, why, whole, variant, by, crc32 = verdict
     length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
     numbers = files.formats.number(kind), files.reasons.number(why), files.variants.number(variant)
-    files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, whole, True)
+    files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, crc32, whole, True)
 
 
 def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:
@@ -322,7 +325,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
     paths, facts, members = files.paths, files.facts, None
     if files.members is not None:
         shard = np.repeat(np.arange(len(files.groups)), [group.rows for group in files.groups])
-        members = np.stack([shard, files.members["offset"], facts["length"]], 1)
+        members = np.stack([shard, files.members["offset"], facts["length"], facts["crc32"]], 1)
     if len(bad):
         good = facts["reason"] == 0
         paths, facts, labels = paths.filter(pa.array(good)), facts[good], labels[good]
@@ -343,6 +346,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         members,
         source.place_in_shard,
         _odd(files, facts),
+        stamps_of(facts["length"], facts["mtime_ns"]) if members is None else None,
     )
 
 

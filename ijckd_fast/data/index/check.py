@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from enum import IntEnum
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -48,13 +49,15 @@ class Verdict(NamedTuple):
     full: bool  # what verify='full' would say, not only what the header says
     variant: str = PLAIN
     by: By = By.DALI
+    crc32: int = 0  # of its bytes; 0 where nobody asked
 
 
-def check_image(place: Place, full: bool, dali: AskDali | None = None) -> Verdict:
+def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum: bool = False) -> Verdict:
     """Whether one image can be trained on.
 
     full     decode every pixel; otherwise only where header and trailer are not those of an intact plain JPEG
     dali     asked about an image of an odd variant; None: nobody is
+    checksum whether the CRC-32 of its bytes is asked for
     raises   OSError with an errno when it could not be read at all (missing, no permission, I/O error)
     """
     empty = False
@@ -62,7 +65,11 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None) -> Verdic
         with place.open() as file:
             empty = file.seek(0, os.SEEK_END) == 0
             file.seek(0)
-            return _check_open_image(file, full, dali)
+            verdict = _check_open_image(file, full, dali)
+            if checksum:
+                file.seek(0)
+                verdict = verdict._replace(crc32=zlib.crc32(file.read()))
+            return verdict
     except OSError as error:
         if error.errno is not None:
             raise

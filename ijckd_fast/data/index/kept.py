@@ -36,6 +36,7 @@ FACTS = np.dtype(
         ("reason", np.int32),  # a Names number; '': good
         ("variant", np.int32),  # a Names number of what variants.variant_of says; '': plain
         ("by", np.uint8),  # a check.By
+        ("crc32", np.uint32),  # of an image's bytes in a shard; saved with MEMBERS
         ("full", bool),  # whether the verdict is what a full decode says, not only the header's
         ("known", bool),  # whether there is a verdict; not saved
     ]
@@ -155,6 +156,8 @@ def _read(path: Path) -> Files:
         files.facts = np.empty(file.metadata.num_rows, FACTS)
         if "offset" in file.schema_arrow.names:
             files.members = np.empty(file.metadata.num_rows, MEMBERS)
+            if "crc32" not in file.schema_arrow.names:
+                raise ValueError("it is from before images in shards had checksums")
         paths, done = [], 0
         for i in range(file.num_row_groups):
             table = file.read_row_group(i).combine_chunks()
@@ -168,7 +171,7 @@ def _read(path: Path) -> Files:
             facts["known"] = True
             if files.members is not None:
                 members = files.members[done : done + len(table)]
-                members["offset"] = table["offset"].to_numpy()
+                members["offset"], facts["crc32"] = table["offset"].to_numpy(), table["crc32"].to_numpy()
                 members["label"] = files.labels.numbers(table["label"].chunk(0))
             paths.append(table["path"].chunk(0))
             done += len(table)
@@ -221,7 +224,10 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     columns |= {name: pa.array(facts[name]) for name in _PLAIN}
     columns |= {name: getattr(files, names).column(facts[name]) for name, names in _NAMED.items()}
     if members is not None:
-        columns |= {"offset": pa.array(members["offset"]), "label": files.labels.column(members["label"])}
+        columns |= {
+            "offset": pa.array(members["offset"]), "label": files.labels.column(members["label"]),
+            "crc32": pa.array(facts["crc32"]),
+        }  # fmt: skip
     table = pa.table(columns)
     about = {
         "ijckd_index": CACHE_VERSION, "folders": folders, "folders_crc32": _crc32(folders),

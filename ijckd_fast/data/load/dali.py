@@ -31,6 +31,7 @@ from ijckd_fast.data.sources import Place
 from ijckd_fast.errors import UserError
 
 _NOTHING = np.zeros(1, np.uint8)  # encoded, of an image that need not be decoded, or cannot be
+_READ_AT_ONCE = 16  # images that one task of the pool reads from shards
 _NO_PIXELS = np.zeros((1, 1, 3), np.uint8)  # decoded, of an image that DALI decodes itself
 
 
@@ -55,31 +56,45 @@ def _pillows(plan: BatchPlan, i: int) -> np.ndarray | None:
 
 
 class _Fed:
-    """What the pipeline's external source takes of a batch; where Pillow decodes, it begins at once."""
+    """What the pipeline's external source takes of a batch. Where Pillow decodes, or shards are read, it begins at
+    once.
+    """
 
     def __init__(self, plan: BatchPlan, by_pillow: np.ndarray, pool: ThreadPoolExecutor) -> None:
         """by_pillow: [B] bool."""
         self.plan = plan
         self._pixels = {i: pool.submit(_pillows, plan, i) for i in np.flatnonzero(by_pillow).tolist()}
+        rows = np.flatnonzero(~by_pillow).tolist() if plan.places is not None else []
+        parts = [rows[first : first + _READ_AT_ONCE] for first in range(0, len(rows), _READ_AT_ONCE)]
+        self._encoded = [pool.submit(_read, plan, part) for part in parts]
 
     def inputs(self) -> tuple:
         """See `_inputs`. What Pillow cannot decode either is left to DALI, to fail as any other."""
         done = {i: future.result() for i, future in self._pixels.items()}
-        return _inputs(self.plan, {i: pixels for i, pixels in done.items() if pixels is not None})
+        encoded = {i: data for future in self._encoded for i, data in future.result().items()}
+        return _inputs(self.plan, {i: pixels for i, pixels in done.items() if pixels is not None}, encoded)
 
 
-def _inputs(plan: BatchPlan, pixels: Mapping[int, np.ndarray], only: int | None = None) -> tuple:
+def _read(plan: BatchPlan, rows: Sequence[int]) -> dict[int, np.ndarray]:
+    """The encoded images [n] uint8 in these rows of a batch from shards, by row."""
+    assert plan.places is not None
+    return {i: _encoded(plan.places[i]) for i in rows}
+
+
+def _inputs(
+    plan: BatchPlan, pixels: Mapping[int, np.ndarray], encoded: Mapping[int, np.ndarray], only: int | None = None
+) -> tuple:
     """What the pipeline's external source takes of a whole batch, or of one image of it.
 
-    First the paths of files, or from shards the encoded images themselves; last the pixels of those that Pillow has
-    decoded, by row, and which they are.
+    First the paths of files, or from shards the encoded images themselves, by row (where Pillow was to decode one and
+    could not, it is read here); last the pixels of those that Pillow has decoded, by row, and which they are.
     """
     rows = range(len(plan.ids)) if only is None else range(only, only + 1)
     part = slice(rows.start, rows.stop)
     if plan.places is None:
         first = [np.frombuffer(os.fsencode(path), np.uint8) for path in plan.paths[part]]
     else:
-        first = [_NOTHING if i in pixels else _encoded(plan.places[i]) for i in rows]
+        first = [_NOTHING if i in pixels else encoded[i] if i in encoded else _encoded(plan.places[i]) for i in rows]
     target = plan.shape if plan.resize is None else plan.resize
     result = np.full_like(target, plan.image_size)
     given = [np.array(i in pixels) for i in rows], [pixels.get(i, _NO_PIXELS) for i in rows]
@@ -132,6 +147,7 @@ class DaliLoader(Loader):
         self._planned = self.start if step is None else step
         self._ahead: deque[_Fed] = deque()
         self._in_flight: deque[BatchPlan] = deque()
+        self._changed.forget()
         self._release()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="pillow-for-dali")
         self._pipeline = self._build(self._next_batch, self.plan.batch_size, self.prefetch)
@@ -141,6 +157,7 @@ class DaliLoader(Loader):
         while len(self._ahead) < 2 and not self._exhausted(self._planned):  # Pillow has the time of a batch
             plan = self.plan.batch(self._planned)
             assert self._pool is not None
+            self._changed.ask(plan, self._pool)
             self._ahead.append(_Fed(plan, self._by_pillow[plan.ids], self._pool))
             self._planned += 1
         if not self._ahead:
@@ -252,7 +269,7 @@ class DaliLoader(Loader):
         if bad:
             return True
         rows = [(plan, i) for plan, i in rows if not self._by_pillow[plan.ids[i]]]
-        alone = self._build(lambda k: _inputs(rows[k][0], {}, rows[k][1]), batch_size=1, prefetch=1)
+        alone = self._build(lambda k: _inputs(rows[k][0], {}, {}, rows[k][1]), batch_size=1, prefetch=1)
         for plan, i in rows:
             try:
                 alone.run()
@@ -260,6 +277,7 @@ class DaliLoader(Loader):
                 bad = True
                 if not self._by_pillow[plan.ids[i]]:
                     self._by_pillow[plan.ids[i]] = True
+                    self._changed.named(plan.paths[i])
                     warnings.warn(
                         f"{plan.paths[i]} is decoded by Pillow from here on: DALI cannot ({last_line(error)})",
                         stacklevel=2,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ijckd_fast.data.load.changed import ChangedFiles
 from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable, what_to_do
 from ijckd_fast.errors import UserError
 
@@ -100,8 +101,9 @@ class Loader:
     raises    UserError for a nonsensical number; TooManyUnreadable while iterating
     A file that cannot be read any more, or is not what was indexed, does not end the iteration. In training an image
     with the same label stands in for it, always the same one (plan.py:StandIns); evaluation leaves it out, and no other
-    in its place. Neither threads nor prefetch, start or stop change the bits of a step's batch. A batch stays valid
-    while it is referenced, also after close(). Use as a context manager, or close().
+    in its place. A warning names a file whose length or time is another than when it was indexed. Neither threads nor
+    prefetch, start or stop change the bits of a step's batch. A batch stays valid while it is referenced, also after
+    close(). Use as a context manager, or close().
 
     followed  the plan of the batch handed over last, stand-ins and all: what is in it, for the host to know without
               asking the device
@@ -137,6 +139,7 @@ class Loader:
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.bad_limit = max(8, len(plan.index) // 1000) if bad_limit is None else bad_limit
         self.on_bad = on_bad
+        self._changed = ChangedFiles(plan.index)
         self._step: int | None = None  # of the next batch; None = not iterating
 
     def __len__(self) -> int:
@@ -158,6 +161,7 @@ class Loader:
         while True:
             step = self.start if self._step is None else self._step
             if self._exhausted(step):
+                self._changed.tell_rest()
                 self._release()
                 self._step = step  # asked again, the answer is the same
                 raise StopIteration
@@ -169,6 +173,7 @@ class Loader:
                 self.close()
                 raise
             self._step = step + 1
+            self._changed.tell()
             labels, ids = torch.from_numpy(plan.labels), torch.from_numpy(plan.ids)
             if not plan.kept.all():
                 kept = torch.from_numpy(np.flatnonzero(plan.kept))
@@ -186,6 +191,7 @@ class Loader:
         if int(plan.ids[i]) in reasons:
             return
         self.plan.stand_ins.add(int(plan.ids[i]), why)
+        self._changed.named(plan.paths[i])
         self.on_bad(plan.paths[i], why)
         if len(reasons) > self.bad_limit:
             files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
@@ -198,6 +204,7 @@ class Loader:
         """Ends the iteration, its threads and its memory. The next iteration begins at `start` again."""
         self._step = None
         self._release()
+        self._changed.forget()
 
     def __enter__(self) -> Loader:
         return self

@@ -24,7 +24,8 @@ from ijckd_fast.data.index.kept import cache_homes
 from ijckd_fast.data.load.backends import make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
 from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan, what_to_do
-from ijckd_fast.files import replacing
+from ijckd_fast.errors import UserError
+from ijckd_fast.files import CHECK, check_value, read_checked, replacing
 
 _SEED = 0
 _SAMPLE_STREAM = 0x9A217
@@ -206,14 +207,17 @@ def of_dataset(
     folders = cache_homes(Path(train.root), None)
     for folder in folders:
         try:
-            return [Parity(**row) for row in json.loads((folder / name).read_text())["rows"]], True
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: measured again
+            kept = read_checked(folder / name, "it is measured again")
+            if kept is not None and kept[1]:
+                return [Parity(**row) for row in kept[0]["rows"]], True
+        except (UserError, KeyError, TypeError):  # it cannot be read, or is damaged: measured again
             continue
     rows = [
         compare(index, augment, images=_TRAINER_IMAGES, threads=threads, device=device, decode=decode)
         for index in (train, val)
     ]
-    text = json.dumps({**made_with, "rows": [row._asdict() for row in rows]}, indent=1) + "\n"
+    about = {**made_with, "rows": [row._asdict() for row in rows]}
+    text = json.dumps({**about, CHECK: check_value(about)}, indent=1) + "\n"
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,7 @@ class PillowLoader(Loader):
         assert self._pool is not None
         while len(self._ahead) <= self.prefetch and not self._exhausted(self._planned):
             plan = self.plan.batch(self._planned)
+            self._changed.ask(plan, self._pool)
             self._ahead.append((plan, [self._pool.submit(self._normalised, plan, i) for i in range(len(plan.ids))]))
             self._planned += 1
         plan, futures = self._ahead.popleft()

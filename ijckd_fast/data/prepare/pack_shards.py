@@ -24,6 +24,7 @@ from ijckd_fast import files, signals
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import decode
 from ijckd_fast.data.prepare.pack_settings import Treatment
+from ijckd_fast.data.sources.sums import sum_lines
 from ijckd_fast.errors import UserError
 
 _LONGEST = 65500  # pixels: libjpeg's limit
@@ -34,6 +35,9 @@ class Shard:
     """What one shard is to hold, n images.
 
     path       of the finished shard
+    name       the same, relative to the folder of the pack
+    checksum   of the shard that an earlier run made; None where it made none
+    sums       the file of checksums, to which that of a new shard is added before the shard gets its name
     first      id of its first image; the others follow
     sources    [n] absolute paths; labels [n] int64
     stored     [n, 2] int32, (width, height) as indexed; packed [n, 2] int32, as they are to be in the shard
@@ -42,6 +46,9 @@ class Shard:
     """
 
     path: str
+    name: str
+    checksum: str | None
+    sums: str
     first: int
     sources: list[str]
     labels: np.ndarray
@@ -55,14 +62,19 @@ class Shard:
 class Done:
     """A shard that is there.
 
+    name      relative to the folder of the pack; checksum: of the archive
     images    how many it holds; bytes: of the archive
     kept      whether an earlier run had made it
+    damaged   whether an earlier run had made it, and it is not what that run wrote: it is new
     left_out  (id, path, reason) of images that are not in it
     """
 
+    name: str
+    checksum: str
     images: int
     bytes: int
     kept: bool
+    damaged: bool
     left_out: list[tuple[int, str, str]]
 
 
@@ -115,9 +127,10 @@ def _start_worker() -> None:
 
 def _make(shard: Shard) -> Done:
     """Writes a shard unless it is there whole. Raises UserError where it does not read back as it should."""
-    if _is_whole(shard):
-        return Done(len(shard.sources), os.path.getsize(shard.path), True, [])
     path = Path(shard.path)
+    damaged = path.exists() and not _is_as_made(shard)
+    if shard.checksum is not None and not damaged and _has_every_image(shard):
+        return Done(shard.name, shard.checksum, len(shard.sources), path.stat().st_size, True, False, [])
     written: list[tuple[int, int]] = []  # row of the image, checksum of its bytes
     left_out = []
     with files.replacing(path, shared=True) as partial:
@@ -133,8 +146,19 @@ def _make(shard: Shard) -> Done:
                 add_member(tar, f"{shard.first + row:09d}.cls", b"%d" % shard.labels[row])
                 written.append((row, zlib.crc32(data)))
         _verify(partial, shard, written)
-        size = partial.stat().st_size
-    return Done(len(written), size, False, left_out)
+        size, checksum = partial.stat().st_size, files.digest(partial)
+        _add_checksum(Path(shard.sums), shard.name, checksum)
+    return Done(shard.name, checksum, len(written), size, False, damaged, left_out)
+
+
+def _add_checksum(sums: Path, name: str, checksum: str) -> None:
+    """Appends a line, which is on the disk when this returns. What a kill leaves of one is dropped by the next run."""
+    file = os.open(sums, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(file, sum_lines({name: checksum}))
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _packed(shard: Shard, row: int) -> bytes:
@@ -197,8 +221,16 @@ def bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _is_whole(shard: Shard) -> bool:
-    """Whether it is there with all its images, by their names and labels: it has been verified when it got its name."""
+def _is_as_made(shard: Shard) -> bool:
+    """Whether the file that is there has the checksum of the shard that was made."""
+    try:
+        return shard.checksum is not None and files.digest(Path(shard.path)) == shard.checksum
+    except UserError:  # the disk does not give it back
+        return False
+
+
+def _has_every_image(shard: Shard) -> bool:
+    """Whether it is there with all its images, by their names and labels. It lacks those that could not be read."""
     try:
         with tarfile.open(shard.path, "r:") as tar:
             there = [(i, label) for i, label, _ in members_of(tar)]

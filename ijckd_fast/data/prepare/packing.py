@@ -2,15 +2,14 @@
 
 OUT/{train,val}/shard-000000.tar, ... hold for each image, in the index's order, <id, 9 digits>.jpg and <id>.cls (its
 label in ASCII digits): webdataset's layout. The content and not the extension says what a .jpg is. OUT/classes.txt
-names the class of label 0, 1, ... a line each; OUT/pack.json holds settings, the source index's hash, counts and how
-much was lost.
+names the class of label 0, 1, ... a line each; OUT/{train,val}.b2sums hold checksums of all these; OUT/pack.json holds
+settings, the source index's hash, counts and how much was lost.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import time
 import warnings
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ijckd_fast import files
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index import Index, Scan, scan
 from ijckd_fast.data.plan import TooManyUnreadable, what_to_do
@@ -27,10 +27,11 @@ from ijckd_fast.data.prepare.pack_report import fidelity
 from ijckd_fast.data.prepare.pack_settings import PackSettings, Treatment, packed_sizes
 from ijckd_fast.data.prepare.pack_shards import Shard, make_shards
 from ijckd_fast.data.sources import CLASSES_FILE
+from ijckd_fast.data.sources.sums import parse_sums, sum_lines, sums_path
 from ijckd_fast.errors import UserError
-from ijckd_fast.files import replacing
 
 FORMAT = "ijckd-fast pack 1"
+STATE = "pack.json"
 SPLITS = ("train", "val")
 
 _JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with more pictures behind it
@@ -60,7 +61,8 @@ def pack(
     other rounded) and encoded as baseline JPEG, 4:2:0; smaller JPEGs are copied; other formats are encoded at their
     size. Validation images are copied, so that accuracies stay comparable. Metadata is not carried over to what is
     encoded; an EXIF orientation is ignored, as everywhere. A shard is written under another name, read back, each image
-    decoded, and only then gets its name. A shard that lacks an image is made again by the next run.
+    decoded, its checksum noted, and only then gets its name. A shard that lacks an image, or has not its checksum, is
+    made again by the next run.
 
     root, out         data folder, see build_index; folder of the pack
     splits            of 'train', 'val'
@@ -75,8 +77,11 @@ def pack(
     on_bad            called with path and reason of each file that has become unreadable; default: a warning
     returns           a row for each split, see pack.json; of this call 'kept' (shards that were there), 'images_per_s'
                       (of those packed now; None for none) and 'seconds'
+    warns             of shards and class names that are not what an earlier run wrote, and are made again; of a pack
+                      from before there were checksums
     raises            UserError: the data, see build_index; `out` is not empty and no pack, or one of other data or
-                      settings, or cannot be written or is full; a shard that does not read back. TooManyUnreadable
+                      settings, or cannot be written or is full, or another process writes to it; a shard that does not
+                      read back. TooManyUnreadable
     """
     root, out = Path(root).resolve(), Path(out).resolve()
     if not splits or not set(splits) <= set(SPLITS):
@@ -91,6 +96,22 @@ def pack(
                 "folder"
             )
     _require_pack_or_nothing(out)
+    scans = _scan(root, splits, class_list, val_labels, workers, progress)
+    with _faults_told(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with files.lock(out, "folder OUT"):
+            return _pack(out, scans, settings, workers, unreadable_limit, overwrite, progress, on_bad)
+
+
+def _scan(
+    root: Path,
+    splits: Sequence[str],
+    class_list: str | Path | None,
+    val_labels: str | Path | None,
+    workers: int,
+    progress: bool,
+) -> dict[str, Scan]:
+    """Of each split, train first, whose classes val has."""
     scans: dict[str, Scan] = {}
     classes: tuple[str, ...] | None = None
     for split in (name for name in SPLITS if name in splits):
@@ -110,17 +131,40 @@ def pack(
                 "folder that they were made of"
             )
         classes = scans[split].index.classes
-    assert classes is not None
+    return scans
+
+
+def _pack(
+    out: Path,
+    scans: dict[str, Scan],
+    settings: PackSettings,
+    workers: int,
+    unreadable_limit: int | None,
+    overwrite: bool,
+    progress: bool,
+    on_bad: Callable[[str, str], None],
+) -> list[dict[str, Any]]:
+    """Packs what was scanned into a folder that this process holds."""
+    files.remove_leftovers(out)
+    if overwrite:
+        _delete(out)
+    (first, *_) = scans.values()
+    hashes = {split: found.index.hash for split, found in scans.items()}
+    state = _begin(out, settings, first.index.classes, hashes)
+    rows = []
+    for split, found in scans.items():
+        row = _pack_split(out / split, found, settings, workers, unreadable_limit, progress, on_bad)
+        state["splits"][split] = row
+        files.write_json(out / STATE, state)
+        rows.append(row)
+    return rows
+
+
+@contextlib.contextmanager
+def _faults_told(out: Path) -> Iterator[None]:
+    """Inside, what the disk refuses is a UserError, where there is something to do about it."""
     try:
-        if overwrite:
-            _delete(out)
-        state = _begin(out, settings, classes, {split: found.index.hash for split, found in scans.items()})
-        rows = []
-        for split, found in scans.items():
-            row = _pack_split(out / split, found, settings, workers, unreadable_limit, progress, on_bad)
-            state["splits"][split] = row
-            _write_state(out, state)
-            rows.append(row)
+        yield
     except OSError as error:
         wants = {
             errno.ENOSPC: "there is no space left: free some",
@@ -135,12 +179,12 @@ def pack(
             f"{out} cannot be packed into, {wants[error.errno]}. Finished shards stay: the same command continues from "
             "there"
         ) from error
-    return rows
 
 
 def _require_pack_or_nothing(out: Path) -> None:
-    if out.is_dir() and not (out / "pack.json").is_file():
-        inside = sorted(name for name in os.listdir(out) if not name.startswith(".pack.json."))
+    if out.is_dir() and not (out / STATE).is_file():
+        ours = (files.LOCK, files.HOLDER, f"{STATE}.tmp")  # what a kill leaves before there is a pack
+        inside = sorted(name for name in os.listdir(out) if name not in ours and not name.startswith(f".{STATE}."))
         if inside:
             raise UserError(
                 f"expected an empty folder, or an earlier pack to continue, but {out} holds other things "
@@ -153,7 +197,8 @@ def _delete(out: Path) -> None:
     for split in SPLITS:
         for shard in (out / split).glob("shard-*.tar"):
             shard.unlink()
-    for name in (CLASSES_FILE, "pack.json"):  # this last: without it, what a kill leaves is no pack
+        sums_path(out, split).unlink(missing_ok=True)
+    for name in (CLASSES_FILE, STATE):  # this last: without it, what a kill leaves is no pack
         (out / name).unlink(missing_ok=True)
 
 
@@ -162,44 +207,71 @@ def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: 
     odd = [name for name in classes if name != name.strip() or name.splitlines() != [name]]
     if odd:
         raise UserError(f"classes.txt has one class in a line, which {odd[0]!r} does not fit; rename the class folder")
-    names = "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape")
-    path = out / "pack.json"
+    names = os.fsencode("".join(f"{name}\n" for name in classes))
     state: dict[str, Any] = {"format": FORMAT, "settings": settings.recorded(), "splits": {}}
-    if path.is_file():
-        try:
-            there = json.loads(path.read_bytes())
-            differs = [] if there["format"] == FORMAT else [f"format {there['format']!r} where {FORMAT!r} is expected"]
-            for name, value in state["settings"].items():
-                was = there["settings"].get(name)
-                if was != value:
-                    differs.append(f"{name.replace('_', '-')} {was} where {value} is expected")
-            for split, value in hashes.items():
-                if there["splits"].get(split, {}).get("source_hash", value) != value:
-                    differs.append(
-                        f"the {split} images of then (other files, sizes or classes) where those of now are expected"
-                    )
-            if (out / CLASSES_FILE).is_file() and (out / CLASSES_FILE).read_bytes() != names:
-                differs.append("other classes")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); --overwrite begins again") from error
-        if differs:
-            raise UserError(
-                f"{out} holds a pack with {'; '.join(differs)}. To continue it give what it was begun with, or "
-                "another folder; --overwrite deletes it and begins again"
-            )
-        state = there
-    out.mkdir(parents=True, exist_ok=True)
+    path = out / STATE
+    there = files.read_checked(path, "restore it from a copy, or give --overwrite, which begins again")
+    if there is not None:
+        earlier, has_checksums = there
+        _require_same(out, earlier, state["settings"], hashes, names)
+        if not has_checksums:
+            _adopt(out)
+        state = earlier
     for split, value in hashes.items():
         state["splits"][split] = {"source_hash": value, "complete": False}  # until this run has seen every shard
-    _write_state(out, state)
-    with replacing(out / CLASSES_FILE, shared=True) as path:
-        path.write_bytes(names)
+    files.write_json(path, state)
+    files.write_bytes(out / CLASSES_FILE, names)
     return state
 
 
-def _write_state(out: Path, state: dict[str, Any]) -> None:
-    with replacing(out / "pack.json", shared=True) as path:
-        path.write_text(json.dumps(state, indent=1))
+def _require_same(
+    out: Path, there: dict[str, Any], settings: dict[str, Any], hashes: dict[str, str], names: bytes
+) -> None:
+    """UserError unless the pack that is there was made by the same settings of the same images.
+
+    names  what classes.txt is to hold; a warning where it holds something else
+    """
+    try:
+        differs = [] if there["format"] == FORMAT else [f"format {there['format']!r} where {FORMAT!r} is expected"]
+        for name, value in settings.items():
+            was = there["settings"].get(name)
+            if was != value:
+                differs.append(f"{name.replace('_', '-')} {was} where {value} is expected")
+        known = {split: there["splits"].get(split, {}).get("source_hash") for split in hashes}
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{out / STATE} is damaged ({type(error).__name__}: {error}); --overwrite begins again"
+        ) from error
+    others = [split for split, value in hashes.items() if known[split] not in (None, value)]
+    differs += [
+        f"the {split} images of then (other files, sizes or classes) where those of now are expected"
+        for split in others
+    ]
+    classes = out / CLASSES_FILE
+    if classes.is_file() and classes.read_bytes() != names:
+        if others or not any(known.values()):
+            differs.append("other classes")
+        else:  # the hash of the images is also that of the classes
+            warnings.warn(f"{classes} is not what was packed, and is written again", stacklevel=2)
+    if differs:
+        raise UserError(
+            f"{out} holds a pack with {'; '.join(differs)}. To continue it give what it was begun with, or "
+            "another folder; --overwrite deletes it and begins again"
+        )
+
+
+def _adopt(out: Path) -> None:
+    """Notes the checksums of the shards of a pack from before there were any, as they are now."""
+    for split in SPLITS:
+        shards = sorted((out / split).glob("shard-*.tar"))
+        if shards and not sums_path(out, split).exists():
+            warnings.warn(
+                f"{out / split} was packed before shards had checksums: the {len(shards)} that are there are taken as "
+                "they are (--overwrite makes them again), and have checksums from now on",
+                stacklevel=2,
+            )
+            sums = {f"{split}/{shard.name}": files.digest(shard) for shard in shards}
+            files.write_bytes(sums_path(out, split), sum_lines(sums))
 
 
 def _treatments(found: Scan, short: int) -> np.ndarray:
@@ -229,15 +301,20 @@ def _pack_split(
     packed = packed_sizes(index.sizes, 0 if index.split == "val" else settings.short)
     limit = max(8, len(index) // 1000) if unreadable_limit is None else unreadable_limit
     starts = range(0, len(index), settings.shard_images)
+    out, sums = folder.parent, sums_path(folder.parent, index.split)
+    before = parse_sums(sums.read_bytes() if sums.is_file() else b"")[0]
+    files.write_bytes(sums, sum_lines(before))  # without what a kill left of a line
 
     def shards() -> Iterator[Shard]:
         for number, first in enumerate(starts):
             part = slice(first, first + settings.shard_images)
             sources = [os.path.join(index.root, path) for path in index.paths[part]]
-            path = str(folder / f"shard-{number:06d}.tar")
+            path = folder / f"shard-{number:06d}.tar"
+            name = path.relative_to(out).as_posix()
             columns = (index.labels[part], index.sizes[part], packed[part], treatment[part])
-            yield Shard(path, first, sources, *columns, settings.quality)
+            yield Shard(str(path), name, before.get(name), str(sums), first, sources, *columns, settings.quality)
 
+    after = {CLASSES_FILE: files.digest(out / CLASSES_FILE)}
     images = size = kept = packed_now = 0
     left_out: list[tuple[int, str, str]] = []
     workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
@@ -251,6 +328,10 @@ def _pack_split(
             images, size, kept = images + done.images, size + done.bytes, kept + done.kept
             packed_now += 0 if done.kept else done.images
             left_out += done.left_out
+            after[done.name] = done.checksum
+            if done.damaged:
+                what = "was not what its checksum is of" if done.name in before else "had no checksum"
+                warnings.warn(f"{out / done.name} {what} (in {sums}), and has been made again", stacklevel=2)
             bar.advance(line, done.images + len(done.left_out))
             for _, path, why in done.left_out:
                 on_bad(path, why)
@@ -261,6 +342,7 @@ def _pack_split(
                     f"{what_to_do(why for _, _, why in left_out)}. Finished shards stay and the same command "
                     "continues; --unreadable-limit allows more"
                 )
+    files.write_bytes(sums, sum_lines(after))
     left_out.sort()
     missing = np.array([i for i, _, _ in left_out], np.int64)
     _require_every_class(index, missing)

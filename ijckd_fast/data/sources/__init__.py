@@ -12,7 +12,7 @@ from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.label_files import read_class_list, read_labels
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, some
 from ijckd_fast.data.sources.passed_over import PassedOver
-from ijckd_fast.data.sources.places import Extent, Place, WholeFile
+from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile
 from ijckd_fast.data.sources.recognise import SOURCES, open_source
 from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
 from ijckd_fast.data.sources.source import Content, Listed, Source
@@ -21,6 +21,7 @@ __all__ = [
     "CLASSES_FILE",
     "IMAGE_EXTENSIONS",
     "SOURCES",
+    "Checked",
     "ClassFolders",
     "Content",
     "Extent",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 
 class Place(Protocol):
@@ -56,4 +57,29 @@ class Extent(NamedTuple):
             data = os.pread(file.fileno(), self.length, self.offset)
         if len(data) < self.length:
             raise OSError(f"{self.path} ends at byte {self.offset + len(data)}, inside the image")
+        return data
+
+
+class Checked(NamedTuple):
+    """A place whose bytes have a known checksum; what else the place says of itself it says too."""
+
+    place: Place
+    crc32: int
+
+    @property
+    def path(self) -> str:
+        return self.place.path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.place, name)
+
+    def open(self) -> BinaryIO:
+        """The bytes, read and compared at once."""
+        return io.BytesIO(self.read())
+
+    def read(self) -> bytes:
+        """The bytes. Raises OSError; one without an errno where they have another checksum."""
+        data = self.place.read()
+        if zlib.crc32(data) != self.crc32:
+            raise OSError(f"{self.path} has changed since it was indexed, or is damaged (other CRC-32)")
         return data

@@ -25,6 +25,7 @@ from ijckd_fast.data.sources.names import counterparts, did_you_mean, require_di
 from ijckd_fast.data.sources.passed_over import Tally
 from ijckd_fast.data.sources.places import Extent
 from ijckd_fast.data.sources.source import Content, Listed, Source
+from ijckd_fast.data.sources.sums import Sums
 from ijckd_fast.errors import UserError
 
 CLASSES_FILE = "classes.txt"
@@ -48,12 +49,19 @@ class Shards(Source):
         """The tar archives, where nothing else makes them what something was unpacked from."""
         return [name for name in content.others if name.lower().endswith(_ARCHIVES)]
 
+    def __init__(self, content: Content, label_file: str | Path | None) -> None:
+        super().__init__(content, label_file)
+        self._sums = Sums(content.root, content.split)
+
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
-        """The archives, in the order of their names."""
-        return [f"{self.content.split}/{name}" for name in self.recognised_by(self.content)]
+        """The archives, in the order of their names; UserError where others have checksums."""
+        archives = [f"{self.content.split}/{name}" for name in self.recognised_by(self.content)]
+        self._sums.require_all(archives)
+        return archives
 
     def list_group(self, group: str) -> Listing:
-        """See list_shard."""
+        """See list_shard; Damaged where it is not the archive that its checksum is of."""
+        self._sums.require(group)
         return list_shard(str(self.content.root), group)
 
     def unused(self) -> Sequence[str]:
@@ -64,6 +72,8 @@ class Shards(Source):
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """See class_names."""
         assert listed.numbers is not None
+        if classes is None:
+            self._sums.require(CLASSES_FILE)
         names, positions = class_names(self.content.root, listed.labels, classes)
         return names, positions[listed.numbers]
 

@@ -141,7 +141,7 @@ def test_an_image_that_a_disk_damages_after_it_was_indexed_is_left_out_by_name(o
             assert "cannot be read any more" in text
             assert set(expected[2]) - set(ids) <= {4, 5, 6, 7}
             noticed += 1
-    assert noticed >= 5  # most of so small an archive is the filling of its blocks
+    assert noticed >= 3  # most of so small an archive is the filling of its blocks
 
 
 def test_an_index_that_is_damaged_is_built_again_by_name(data, tmp_path):

@@ -136,7 +136,7 @@ class CacheWriter:
             self._progress = open(folder / PROGRESS, "ab")  # noqa: SIM115 - closed by close()
             if self._progress.tell() != whole:
                 self._progress.truncate(whole)
-        self.damaged = [c for c, done in self._done.items() if crc32(self._file, self.layout, c) != done.crc32]
+        self.damaged = [chunk for chunk in self._done if not self._is_whole(chunk)]
         for chunk in self.damaged:
             del self._done[chunk]
         self.pending = [chunk for chunk in range(self.layout.chunks) if chunk not in self._done]
@@ -145,6 +145,12 @@ class CacheWriter:
             write_about(self.folder, self.about)
         with self._full_disk_told():
             write_bytes(folder / CLASSIFIER, safetensors.torch.save(tensors))
+
+    def _is_whole(self, chunk: int) -> bool:
+        try:
+            return crc32(self._file, self.layout, chunk) == self._done[chunk].crc32
+        except OSError:  # the disk does not give it back
+            return False
 
     @property
     def unreadable(self) -> dict[int, tuple[str, str]]:

@@ -707,6 +707,22 @@ def test_only_what_is_damaged_is_made_again(cache, made, data, weights, capsys):
     assert sorted(path.name for path in cache.iterdir()) == sorted(path.name for path in made.iterdir())
 
 
+def test_a_chunk_that_the_disk_does_not_give_back_is_made_again(cache, made, data, weights, capsys, monkeypatch):
+    pread, failed = os.pread, []
+
+    def failing(file, length, offset):
+        if offset == 1024 and not failed:
+            failed.append(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, length, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert cli.main(_words(cache, data, weights)) == 0
+    assert "8 of 9 chunks are there" in capsys.readouterr().out
+    assert failed
+    assert _seen(cache, data) == _seen(made, data)
+
+
 def test_each_chunk_is_compared_once_when_it_is_read_first(cache, monkeypatch):
     looked_at = []
     crc32 = reader.crc32

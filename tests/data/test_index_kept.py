@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from image_tree import photo, same_index, write_split
 
+from ijckd_fast import files
 from ijckd_fast.data import Index, build_index
 from ijckd_fast.data.index import build, kept
 from ijckd_fast.data.sources import listing
@@ -362,3 +364,41 @@ def test_a_long_scan_saves_what_it_has(root, checked, monkeypatch):
     monkeypatch.setattr(build, "check_image", look)
     build_index(root, "train", workers=1)
     assert saved == [14]
+
+
+def test_what_a_killed_scan_left_goes(root):
+    build_index(root, "train")
+    home = root / ".ijckd-index"
+    for name in (".train.parquet.4711.tmp", ".val.quarantine.json.1-0123abcd.tmp"):
+        (home / name).write_bytes(b"half")
+    with files.replacing(home / "val.parquet", shared=True) as path:  # of a scan that is under way
+        build_index(root, "train")
+        assert sorted(os.listdir(home)) == sorted([path.name, "train.parquet", "train.quarantine.json"])
+    assert (home / "val.parquet").exists()
+
+
+def test_an_index_of_shards_without_checksums_is_built_again(data_of_shards):
+    first = build_index(data_of_shards, "train")
+    path = data_of_shards / ".ijckd-index" / "train.parquet"
+    about = pq.ParquetFile(path).metadata.metadata
+    table = pq.read_table(path).drop_columns(["crc32"])
+    with pq.ParquetWriter(path, table.schema) as writer:
+        writer.write_table(table)
+        writer.add_key_value_metadata({key: value for key, value in about.items() if key != b"ARROW:schema"})
+    with pytest.warns(UserWarning, match="is built again .it is from before images in shards had checksums"):
+        again = build_index(data_of_shards, "train")
+    assert np.array_equal(again.members, first.members)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build_index(data_of_shards, "train")
+
+
+@pytest.fixture
+def data_of_shards(tmp_path):
+    with_folders = tmp_path / "folders"
+    write_split(with_folders, "train", {"cat": 2, "dog": 2}, size=(20, 20))
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    with tarfile.open(tmp_path / "shards" / "train" / "a.tar", "w") as tar:
+        for path in sorted((with_folders / "train").rglob("*.jpg")):
+            tar.add(path, path.relative_to(with_folders / "train"))
+    return tmp_path / "shards"

@@ -139,6 +139,10 @@ def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -
         file.write(data)
 
 
+class Unreadable(UserError):
+    """The system does not let us read a file: nothing is known of what is in it."""
+
+
 def read_bytes(path: Path) -> bytes:
     """What a file holds.
 
@@ -152,10 +156,10 @@ def read_bytes(path: Path) -> bytes:
         raise cannot_read(path, error) from error
 
 
-def cannot_read(path: Path, error: OSError) -> UserError:
-    """The sentence for a file that the system does not let us read: that says nothing of what is in it."""
+def cannot_read(path: Path, error: OSError) -> Unreadable:
+    """The sentence for a file that the system does not let us read."""
     remedy = _REMEDIES.get(error.errno or 0, "try again")
-    return UserError(f"{path} cannot be read ({error.strerror or error}): {remedy}")
+    return Unreadable(f"{path} cannot be read ({error.strerror or error}): {remedy}")
 
 
 def cannot_use(error: OSError) -> UserError:
@@ -184,9 +188,11 @@ def check_value(values: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replaces `path` by `values` with their check value, which `read_json` compares."""
-    write_text(path, json.dumps({**values, CHECK: check_value(values)}, indent=2) + "\n")
+def write_json(path: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces `path` by `values` with their check value, which `read_json` compares; returns all that it holds."""
+    whole = {**values, CHECK: check_value(values)}
+    write_text(path, json.dumps(whole, indent=2) + "\n")
+    return whole
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from ijckd_fast.compare.plots import ACCURACY, plot_accuracy
 from ijckd_fast.compare.runs import folder_of
 from ijckd_fast.compare.tables import comparison_table, markdown_table
 from ijckd_fast.compare.training import train_all
+from ijckd_fast.console import say
 from ijckd_fast.distill import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.plots import figure
@@ -75,23 +76,29 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
     rows = [method_row(method, summaries) for method, summaries in runs.items()]
     console.print(comparison_table(f"the same student by {len(rows)} methods, {rows[0]['seeds']} seeds each", rows))
     plot_accuracy(output / ACCURACY, outcome.runs, {"": outcome.teacher["last"]["top1_percent"]})
-    _plot_curves(output / "curves.png", runs, output)
+    _plot_curves(output / "curves.png", runs, output, console)
     _write_report(output, rows, outcome.teacher)
     console.print(f"{time.perf_counter() - start:.0f} s in all; report: {output / run_folder.REPORT}", highlight=False)
     return rows
 
 
-def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path) -> None:
-    """Validation top-1 over the epochs: thin lines the seeds, thick their mean."""
+def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path, console: Console) -> None:
+    """Validation top-1 over the epochs: thin lines the seeds, thick their mean. Says which logs are damaged."""
     drawing, ((axes,),) = figure(1)
     for number, (method, summaries) in enumerate(runs.items()):
-        curves = []
+        seen: dict[float, list[float]] = {}  # top-1 of the seeds at each epoch; a damaged log has fewer
         for seed in summaries:
-            rows = [row for row in run_folder.read_log(folder_of(output, "", method, seed)) if row["kind"] == "eval"]
-            curves.append([row["top1_percent"] for row in rows])
-            axes.plot([row["epoch"] for row in rows], curves[-1], color=f"C{number}", linewidth=0.5, alpha=0.6)
-        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
-        axes.plot([row["epoch"] for row in rows], mean, color=f"C{number}", linewidth=2, label=method)
+            folder = folder_of(output, "", method, seed)
+            log = run_folder.examine_log(folder)
+            if log.damaged:
+                say(console, f"warning: {folder / run_folder.LOG} is damaged: curves.png is without its damaged lines")
+            rows = [row for row in log.rows if row["kind"] == "eval"]
+            for row in rows:
+                seen.setdefault(row["epoch"], []).append(row["top1_percent"])
+            points = [(row["epoch"], row["top1_percent"]) for row in rows]
+            axes.plot(*zip(*points, strict=True), color=f"C{number}", linewidth=0.5, alpha=0.6)
+        mean = [(epoch, statistics.mean(values)) for epoch, values in sorted(seen.items())]
+        axes.plot(*zip(*mean, strict=True), color=f"C{number}", linewidth=2, label=method)
     axes.set(xlabel="epoch", ylabel="validation top-1 %")
     axes.legend(fontsize="small", loc="lower right")
     drawing.savefig(path, dpi=150)

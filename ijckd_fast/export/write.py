@@ -69,7 +69,7 @@ def write_export(
             "runs": runs,
             "parts": measure_cost(module, config.image_size, runs, answer),
         }
-        files.write_json(made / CONFIG, row)
+        row = files.write_json(made / CONFIG, row)
     return row
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ijckd_fast import files
 from ijckd_fast.data import Augment
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
@@ -135,6 +136,8 @@ def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
         )
     try:
         name = Saved.read(path).config["student"]
+    except (files.Damaged, files.Unreadable):
+        raise
     except UserError as error:
         raise UserError(f"{error}; weights from elsewhere need --{role} NAME --{role}-checkpoint {path}") from error
     return dataclasses.replace(config, **{role: name, f"{role}_checkpoint": str(path)})

@@ -82,7 +82,11 @@ def _last_good(folder: Path) -> str:
     last = folder / run_folder.LAST
     if not last.exists():
         return "no checkpoint had been written yet"
-    return f"the last good checkpoint is {last} (step {checkpoint.load(last)['step']})"
+    try:
+        step = checkpoint.load(last)["step"]
+    except UserError as error:  # why the run stops is still what matters
+        return f"there is no good checkpoint: {error}"
+    return f"the last good checkpoint is {last} (step {step})"
 
 
 def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | None) -> UserError:

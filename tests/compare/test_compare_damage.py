@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_run import SETTINGS, write_teacher
 
 from ijckd_fast import cli
-from ijckd_fast.compare import Comparison, Outcome, launch, report as comparison_report, reuse, train_all
+from ijckd_fast.compare import Comparison, Outcome, demo, launch, report as comparison_report, reuse, train_all
 from ijckd_fast.train import report, run_folder
 
 
@@ -121,6 +121,15 @@ def test_files_of_another_run(comparison, trained, output):
     outcome, table, said = _again(comparison, output)
     assert "it is of a run with seed = 1, expected 0" in said
     assert table.splitlines()[1].split(",")[4:9] == (trained / "runs.csv").read_text().splitlines()[1].split(",")[4:9]
+
+
+def test_a_damaged_log_leaves_the_demos_curves(comparison, output, tmp_path):
+    log = output / "ce-seed0" / "log.jsonl"
+    log.write_text(log.read_text().replace('"kind": "eval"', '"kind": "ever"'))
+    said = io.StringIO()
+    demo._plot_curves(tmp_path / "curves.png", {"ce": {0: {}, 1: {}}}, output, Console(file=said, width=2000))
+    assert said.getvalue() == f"warning: {log} is damaged: curves.png is without its damaged lines\n"
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_the_command_says_it_and_ends_with_1(comparison, output, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,12 @@ def settings_of(
 def _differing(saved: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, value in the checkpoint, value in config.yaml) of the settings that both have and are not the same."""
     pairs = [(name, saved[name], recorded[name]) for name in saved if name in recorded]
-    return [(name, a, b) for name, a, b in pairs if json.dumps(a) != json.dumps(b, default=str)]
+    return [(name, a, b) for name, a, b in pairs if _plain(a) != _plain(b)]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as any file gives it: JSON and YAML have no tuples, and may write 1.0 as 1."""
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _named(differing: list[tuple[str, Any, Any]], checkpoint: str) -> str:
@@ -140,7 +144,7 @@ def _fault_of(summary: Mapping[str, Any], config: TrainConfig) -> str | None:
     if not isinstance(theirs, dict):
         return "it has no settings"
     for name, value in theirs.items():
-        if name in FIELDS and name not in FREE_ON_RESUME and json.dumps(value) != json.dumps(getattr(config, name)):
+        if name in FIELDS and name not in FREE_ON_RESUME and _plain(value) != _plain(getattr(config, name)):
             return f"it is of a run with {name} = {value}, expected {getattr(config, name)}"
     return None
 

@@ -258,6 +258,12 @@ def test_settings_that_differ_from_the_checkpoints(data, whole, run, tmp_path, c
     assert "last.pt was made with seed = 0, config.yaml beside it has 7" in complaint(capsys, *resume)
     with pytest.raises(UserError, match=r"last\.pt does not belong .* in config\.yaml seed is 7, last\.pt has 0"):
         load_run(run)
+    # numbers and lists as another file format has them
+    same = {**settings, "ce": 1, "milestones": list(settings["milestones"])}
+    run_folder.write_config(run, config(data, run, **same))
+    assert "ce: 1\n" in path.read_text()
+    assert _resume(run)[0]
+    load_run(run)
     # free settings are what config.yaml says: another start of the run has written it
     run_folder.write_config(run, config(data, run, **{**settings, "workers": 1}))
     assert settings_of(run)["workers"] == 1

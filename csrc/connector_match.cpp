@@ -420,8 +420,9 @@ Tensor projected(const Projection& p) { return linear_match(p, {}).first; }
 Tensor projected(const Projection& p) {
   const DType t = dtype(p.u, kOp, "u"), acc = accumulator(t);
   const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
-  const Tensor u = dense(p.u);
-  const Tensor y = times_weight(strided(u, {B, Cs}, {Cs, 1}), p.weight);
+  const Tensor u = dense(p.u), rows = strided(u, {B, Cs}, {Cs, 1});
+  if (by_inner_product(rows)) return inner_product(rows, dense(p.weight), p.bias);
+  const Tensor y = times_weight(rows, p.weight);
   const Tensor z = t == acc ? y : empty(y, {B, Ct}, acc);
   if (B > 0 && (t != acc || p.bias)) add_bias({t, y.const_data_ptr(), data(p.bias), z.mutable_data_ptr(), B, Ct});
   return z;

@@ -116,9 +116,11 @@ IJCKD_CLONES void sample_bf16(const RowLoss& r, int64_t b, float* scratch) {
   sample<c10::BFloat16, float>(r, b, scratch);
 }
 
+constexpr int64_t kRowCost = 64;  // a row of few classes takes as long as so many: sums in lanes, ends of loops
+
 template <typename A, typename Sample>
 void every_sample(const RowLoss& r, const Sample& one) {
-  parallel_for(r.B, row_grain(r.K, 1 << 13), [&](int64_t first, int64_t last) {
+  parallel_for(r.B, row_grain(r.K + kRowCost, 1 << 13), [&](int64_t first, int64_t last) {
     std::vector<A> scratch(kScratch * r.K);
     for (int64_t b = first; b < last; ++b) one(r, b, scratch.data());
   });

@@ -23,11 +23,11 @@ constexpr int64_t kInnerWork = 1 << 22;   // multiplications of a gradient from 
 constexpr int64_t kInnerDepth = 4096;     // a longer sum it would share between threads
 constexpr int64_t kWeightWork = 1 << 25;  // as kInnerWork, for a weight's gradient by convolution
 
-// x [M, L] times w [N, L] transposed, by oneDNN: [M, N]. w may be a transposed view.
-inline Tensor inner_product(const Tensor& x, const Tensor& w) {
-  AtenTensorHandle out = nullptr;
+// x [M, L] times w [N, L] transposed, by oneDNN, and bias [N] added: [M, N]. w may be a transposed view.
+inline Tensor inner_product(const Tensor& x, const Tensor& w, const OptTensor& bias = {}) {
+  AtenTensorHandle out = nullptr, added = bias ? bias->get() : nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu__linear_pointwise(x.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &out));
+      aoti_torch_cpu__linear_pointwise(x.get(), w.get(), bias ? &added : nullptr, "none", nullptr, 0, nullptr, &out));
   return dense(Tensor(out));
 }
 

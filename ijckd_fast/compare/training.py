@@ -21,7 +21,7 @@ from ijckd_fast.console import say
 from ijckd_fast.data import write_digits
 from ijckd_fast.errors import UserError
 from ijckd_fast.parallel import world_size
-from ijckd_fast.train import TrainConfig
+from ijckd_fast.train import Saved, TrainConfig, run_folder
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,15 @@ def _train_teacher(
     """The summary of the teacher, which is trained unless it is there."""
     run = Run("", "teacher", config.seed, config)
     state = state_of(run, digests.of(config), any_code, functools.partial(say, console))
-    if state != "finished":
-        try:
+    try:
+        if state != "finished":
             train_here(config, resume=state == "begun")
-        except UserError as error:
-            raise UserError(f"teacher of {comparison.name}: {error}") from error
+        Saved.read(run.folder / run_folder.LAST)  # which every run begins with
+    except files.Damaged as error:
+        again = f"or delete {run.folder}, and the same command trains it again"
+        raise UserError(f"teacher of {comparison.name}: {error}; {again}") from error
+    except UserError as error:
+        raise UserError(f"teacher of {comparison.name}: {error}") from error
     say(console, _line("teacher", run.summary(), again=state == "finished"))
     return run.summary()
 

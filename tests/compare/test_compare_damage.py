@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from tiny_run import SETTINGS, write_teacher
 
 from ijckd_fast import cli
 from ijckd_fast.compare import Comparison, Outcome, demo, launch, report as comparison_report, reuse, train_all
+from ijckd_fast.errors import UserError
 from ijckd_fast.train import report, run_folder
 
 
@@ -121,6 +123,24 @@ def test_files_of_another_run(comparison, trained, output):
     outcome, table, said = _again(comparison, output)
     assert "it is of a run with seed = 1, expected 0" in said
     assert table.splitlines()[1].split(",")[4:9] == (trained / "runs.csv").read_text().splitlines()[1].split(",")[4:9]
+
+
+def test_a_damaged_teacher(comparison, tmp_path):
+    """All runs begin with it: one sentence, with what to do, and the same command makes it again."""
+    base = {name: value for name, value in comparison.base.items() if not name.startswith("teacher")}
+    own = dataclasses.replace(
+        comparison, base=base, teacher={**base, "student": "resnet8x0.5", "objective": "ce"}, seeds=1
+    )
+    before = _again(own, tmp_path)[1]
+    last = tmp_path / "teacher" / "last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 8
+    last.write_bytes(data)
+    text = rf"teacher of c: {last} .* is damaged .* or delete {last.parent}, and the same command trains it again"
+    with pytest.raises(UserError, match=text):
+        _again(own, tmp_path)
+    shutil.rmtree(last.parent)
+    assert _again(own, tmp_path)[1] == before
 
 
 def test_a_damaged_log_leaves_the_demos_curves(comparison, output, tmp_path):

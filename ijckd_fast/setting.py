@@ -31,6 +31,8 @@ class Trait(enum.Flag):
     WEIGHTS         says where the teacher's weights come from
     TRAINING        means nothing once the weights are there: an evaluation of the run takes its default
     PATH            a path, which a run keeps in absolute form
+    PER_PROCESS     may differ between the processes of a run, as a PATH may: it says where something lies on a machine,
+                    or how fast it is read there
     """
 
     FREE_ON_RESUME = enum.auto()
@@ -43,6 +45,7 @@ class Trait(enum.Flag):
     WEIGHTS = enum.auto()
     TRAINING = enum.auto()
     PATH = enum.auto()
+    PER_PROCESS = enum.auto()
     FREE = FREE_ON_RESUME | REUSED
 
 

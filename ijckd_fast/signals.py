@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,7 @@ _asked: list[Asked] = []  # of the blocks that are open, the outermost first
 _before: dict[int, Any] = {}  # the handlers that `handled` has replaced
 _again: dict[int, Any] = {}  # the handlers for a second signal
 _first_came = 0.0  # time.monotonic
+_overheard = False
 
 
 @contextlib.contextmanager
@@ -115,6 +117,24 @@ def at_once() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def overheard(end: socket.socket) -> Iterator[None]:
+    """Inside, the numbers of signals, a byte each, are also sent to `end`, as soon as they come: where the main thread
+    is in C code, its handlers are called late, or never. `end` must not block. In another thread nothing happens.
+    """
+    global _overheard
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.set_wakeup_fd(end.fileno(), warn_on_full_buffer=False)
+    _overheard = True
+    try:
+        yield
+    finally:
+        _overheard = False
+        signal.set_wakeup_fd(before)
+
+
 def start_forkserver() -> None:
     """Starts the server that multiprocessing's "forkserver" processes are forked from; once it runs, does nothing.
 
@@ -172,8 +192,12 @@ def _replaced(handler: Callable[[int, Any], None] | signal.Handlers, numbers: It
 
 def _forget() -> None:
     """A process that was forked is not the command, and what its parent was asked is none of its business."""
+    global _overheard
     for number, handler in _before.items():
         signal.signal(number, handler)
+    if _overheard:
+        _overheard = False
+        signal.set_wakeup_fd(-1)
     for each in (_asked, _before, _again):
         each.clear()
 

@@ -59,6 +59,10 @@ class Run:
     def signal(self, number: int, rank: int = 0) -> None:
         os.kill(self.processes[rank].pid, number)
 
+    def has_begun(self, rank: int = 0) -> bool:
+        """Whether there is an output of this process yet."""
+        return self._outputs[rank].exists()
+
     def output(self, rank: int = 0) -> str:
         return self._outputs[rank].read_text()
 

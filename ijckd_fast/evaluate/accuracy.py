@@ -75,7 +75,7 @@ def evaluate(
     start = time.perf_counter()
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
     predictions, seen = [], []
-    for images, labels, ids, *_ in loader:
+    for images, labels, ids, *_ in processes.each(loader):
         with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
             logits = logits_of(images)  # [B, K]
         highest = logits.topk(min(5, logits.shape[1]), 1).indices  # [B, 5]

@@ -5,6 +5,7 @@
 nothing.
 """
 
+from ijckd_fast.parallel.agreement import refuse_differences
 from ijckd_fast.parallel.processes import Processes, local_world_size, lost_contact, started, world_size
 from ijckd_fast.parallel.sync_bn import SyncBatchNorm, synchronise_batch_norm
 
@@ -13,6 +14,7 @@ __all__ = [
     "SyncBatchNorm",
     "local_world_size",
     "lost_contact",
+    "refuse_differences",
     "started",
     "synchronise_batch_norm",
     "world_size",

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,17 @@ from torch import Tensor, nn
 
 from ijckd_fast import signals
 from ijckd_fast.errors import UserError
+from ijckd_fast.parallel.agreement import agree, refuse_differences
+from ijckd_fast.parallel.watch import Watch
 
+T = TypeVar("T")
 MEETING = datetime.timedelta(minutes=10)  # that the processes have for finding each other
-# Waiting for rank 0 to scan the images for the first time, not for a peer that is gone: that one closes its connection.
+PATIENCE = datetime.timedelta(minutes=10)  # without a sign of life from a process
+# For one that gives signs of life: rank 0, say, which scans the images for the first time.
 _LONGEST_WAIT = datetime.timedelta(hours=24)
+# NCCL ends a process in its own words; the watch has told by then.
+_AFTER_THE_WATCH = datetime.timedelta(minutes=5)
+_starts = itertools.count()  # what an earlier run of these processes has left in a launcher's store is not read
 
 
 @dataclass(frozen=True)
@@ -33,12 +41,14 @@ class Processes:
     local_rank   which of those on this machine: its GPU
     control      group in which the processes exchange Python objects over the CPU and wait for one another; None: world
                  is 1
+    watch        the signs of life of all of them; None: world is 1, or the caller has connected them
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     control: dist.ProcessGroup | None = None
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -99,6 +109,37 @@ class Processes:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def each(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches. One that takes longer to come than a process may be silent ends this one: its disk hangs."""
+        return iter(batches) if self.watch is None else self.watch.each(batches)
+
+    def at_step(self, step: int) -> None:
+        """Lets the others know where this process is, for what they say when it gives no sign of life any more."""
+        if self.watch is not None:
+            self.watch.step = step
+
+    def resumed_by(self, how: str) -> None:
+        """What a sentence says in its end that ends this process because another one is missing."""
+        if self.watch is not None:
+            self.watch.resume = how
+
+    @contextlib.contextmanager
+    def telling(self, told: Callable[[str], None]) -> Iterator[None]:
+        """Inside, `told` is called with that sentence too, from another thread."""
+        if self.watch is None:
+            yield
+            return
+        self.watch.last_words.append(told)
+        try:
+            yield
+        finally:
+            self.watch.last_words.remove(told)
+
+    def leave(self) -> None:
+        """From here on this process needs none of the others, and they may end."""
+        if self.watch is not None:
+            self.watch.leave()
+
 
 def world_size() -> int:
     """How many processes the launcher (torchrun, or srun without it) says this run has; 1 without a launcher."""
@@ -116,16 +157,25 @@ def _by_srun() -> bool:
 
 
 @contextlib.contextmanager
-def started(device: str, backend: str | None = None) -> Iterator[Processes]:
+def started(
+    device: str,
+    backend: str | None = None,
+    *,
+    facts: Mapping[str, str] | None = None,
+    patience: datetime.timedelta = PATIENCE,
+) -> Iterator[Processes]:
     """Inside, this process is one of those that the launcher started.
 
     torchrun says so by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. srun says so by SLURM_PROCID,
     SLURM_NTASKS and SLURM_LOCALID; MASTER_ADDR and MASTER_PORT must then be set as well.
 
-    device   'cpu' or 'cuda'; for 'cuda' this process's GPU becomes the current one
-    backend  'nccl' or 'gloo' for gradients; None: nccl with GPUs, gloo without
-    raises   UserError where they cannot meet, where torch lacks the backend, where a machine has fewer GPUs than
-             processes, and where another process of the run has ended
+    device    'cpu' or 'cuda'; for 'cuda' this process's GPU becomes the current one
+    backend   'nccl' or 'gloo' for gradients; None: nccl with GPUs, gloo without
+    facts     what must be equal in all of them, by names that an error may call them
+    patience  without a sign of life from another process, after which this one ends: with a sentence, at once and with
+              exit code 2, because it may wait in C code
+    raises    UserError where they cannot meet, where torch lacks the backend, where a machine has fewer GPUs than
+              processes, where `facts` differ, and where another process of the run has ended
     """
     world = world_size()
     if world == 1:
@@ -134,19 +184,80 @@ def started(device: str, backend: str | None = None) -> Iterator[Processes]:
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
     if dist.is_initialized():  # by a caller that has a use of its own for it
-        yield Processes(rank, world, local_rank, _control_group())
+        processes = Processes(rank, world, local_rank, _control_group())
+        refuse_differences(processes.gather(facts or {}))
+        yield processes
         return
     if device == "cuda":
-        gpus = torch.cuda.device_count()
-        if gpus == 1:
-            # The batch system shows each process a GPU of its own and no other, or this is the only process here.
-            local_rank = 0
-        if local_rank >= gpus or (gpus == 1 and local_world_size() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ):
+        local_rank = _own_gpu(local_rank)
+    backend = _backend(device, backend)
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    watch = Watch(rank, world, patience.total_seconds(), where)
+    with watch.hearing():
+        control = _connected(watch, backend, facts or {})
+        try:
+            # Before the first step only the one with rank 0 keeps anything; the others wait for it, in C code.
+            with signals.at_once() if rank else contextlib.nullcontext():
+                processes = Processes(rank, world, local_rank, control, watch)
+                yield processes
+                processes.wait()  # the one that serves the store must not be the first to end
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            why = watch.explained() or ("one of them has ended, and what it says for itself stands in its own output")
             raise UserError(
-                f"{local_world_size()} processes of this machine want a GPU each, but torch finds {gpus}: start at most"
-                f" {gpus} processes a machine (torchrun --nproc-per-node), or use --device cpu"
-            )
-        torch.cuda.set_device(local_rank)
+                f"process {rank} of {world} lost contact with the others: {why} ({_first_line(error)}). {watch.resume}"
+            ) from error
+    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+
+
+def _connected(watch: Watch, backend: str, facts: Mapping[str, str]) -> dist.ProcessGroup:
+    """Meets the other processes, compares `facts` with theirs, and connects them; returns the control group."""
+    rank, world = watch.rank, watch.world
+    try:
+        store, *_ = next(dist.rendezvous("env://", rank, world, timeout=MEETING))
+        store = dist.PrefixStore(f"ijckd_fast {next(_starts)}", store)
+        watch.meet(store.clone())
+        agree(store, rank, world, facts)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("default", store),
+            rank=rank,
+            world_size=world,
+            timeout=_LONGEST_WAIT if backend == "gloo" else _nccl_timeout(watch.patience),
+        )
+        return _control_group()
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:  # a taken port, nobody there (DistNetworkError); no MASTER_ADDR
+        raise UserError(
+            f"process {rank} of {world} could not meet the others at {watch.where} ({_first_line(error)}): is the port"
+            " free, the address that of the first machine, and are all processes started? torchrun --standalone finds"
+            " a free port on one machine"
+        ) from error
+
+
+def _nccl_timeout(patience: float) -> datetime.timedelta:
+    return max(MEETING, datetime.timedelta(seconds=patience) + _AFTER_THE_WATCH)
+
+
+def _own_gpu(local_rank: int) -> int:
+    """The number of this process's GPU, which becomes the current one."""
+    gpus = torch.cuda.device_count()
+    if gpus == 1:
+        # The batch system shows each process a GPU of its own and no other, or this is the only process here.
+        local_rank = 0
+    if local_rank >= gpus or (gpus == 1 and local_world_size() > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ):
+        raise UserError(
+            f"{local_world_size()} processes of this machine want a GPU each, but torch finds {gpus}: start at most"
+            f" {gpus} processes a machine (torchrun --nproc-per-node), or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return local_rank
+
+
+def _backend(device: str, backend: str | None) -> str:
+    """The backend for gradients."""
     backend = backend or ("nccl" if device == "cuda" else "gloo")
     if backend == "nccl" and (device != "cuda" or not dist.is_nccl_available()):
         found = "--device cpu" if device != "cuda" else "a torch without it"
@@ -154,29 +265,7 @@ def started(device: str, backend: str | None = None) -> Iterator[Processes]:
             f"NCCL shares the gradients of GPUs, got {found}: use --dist-backend gloo, or a CUDA build of torch with"
             " GPUs"
         )
-    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    try:
-        dist.init_process_group(backend, init_method="env://", rank=rank, world_size=world, timeout=MEETING)
-        control = _control_group()
-    except (RuntimeError, ValueError) as error:  # a taken port, nobody there (DistNetworkError); no MASTER_ADDR
-        raise UserError(
-            f"process {rank} of {world} could not meet the others at {where} ({_first_line(error)}): is the port free,"
-            " the address that of the first machine, and are all processes started? torchrun --standalone finds a free"
-            " port on one machine"
-        ) from error
-    try:
-        # Before the first step only the one with rank 0 keeps anything; the others wait for it, in C code.
-        with signals.at_once() if rank else contextlib.nullcontext():
-            yield Processes(rank, world, local_rank, control)
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        raise UserError(
-            f"process {rank} of {world} lost contact with the others: one of them has ended, and what it says for"
-            f" itself stands in its own output ({_first_line(error)}). Continue all of them with ijckd-fast train"
-            " --resume from the last checkpoint"
-        ) from error
-    dist.destroy_process_group()  # not after an error: it would wait for those that are gone
+    return backend
 
 
 def _control_group() -> dist.ProcessGroup:

@@ -14,8 +14,9 @@ from typing import Any
 ROOMS = ("parallel", "head", "nets", "distill", "data", "evaluate", "teacher_cache", "train")
 # Files of these rooms that only look at a run, or say what happened in it.
 ONLOOKERS = (
-    "evaluate/bound.py", "evaluate/bound_advice.py", "evaluate/bound_report.py", "train/code_hash.py",
-    "train/loaded_run.py", "train/pairs.py", "train/progress.py", "train/report.py",
+    "evaluate/bound.py", "evaluate/bound_advice.py", "evaluate/bound_report.py", "parallel/agreement.py",
+    "parallel/watch.py", "train/code_hash.py", "train/loaded_run.py", "train/pairs.py", "train/progress.py",
+    "train/report.py", "train/same_run.py",
 )  # fmt: skip
 
 

@@ -71,6 +71,7 @@ UNCACHED_FIELDS = _those(Trait.UNCACHED)
 INDEX_FIELDS = _those(Trait.INDEXES)
 TEACHER_FIELDS = _those(Trait.TEACHER)
 TEACHER_WEIGHTS = _those(Trait.WEIGHTS)
+PER_PROCESS = frozenset(_those(Trait.PATH) + _those(Trait.PER_PROCESS))
 OBJECTIVE_FIELDS = tuple(settings_of(Objective))  # settings that replace a field of the objective
 MADE_BY_COMPARISON = {name: about.of_comparison for name, about in SETTINGS.items() if about.of_comparison}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from ijckd_fast import files, signals
 from ijckd_fast.data import TooManyUnreadable
 from ijckd_fast.parallel import processes as distributed
-from ijckd_fast.train import run_folder, stops
+from ijckd_fast.train import run_folder, same_run, stops
 from ijckd_fast.train.begun import finished_summary, refuse_other_run, refuse_other_settings, settings_of
 from ijckd_fast.train.build import (
     begin_state,
@@ -54,9 +55,13 @@ def train(
     config = resolve(config)
     folder = Path(config.output_dir or "")
     begin_at, saved = folder / resume_from, None
+    facts = {}
+    if distributed.world_size() > 1:
+        facts = same_run.facts(config, resume=resume, resume_from=resume_from, overwrite=overwrite)
+    patience = datetime.timedelta(minutes=config.dist_timeout)
     with (
         signals.handled(),
-        distributed.started(config.device, config.dist_backend) as processes,
+        distributed.started(config.device, config.dist_backend, facts=facts, patience=patience) as processes,
         contextlib.ExitStack() as closing,
     ):
         console = (console or Console()) if processes.is_main else Console(quiet=True)
@@ -76,7 +81,8 @@ def train(
                 refuse_other_run(begin_at, saved, config)
         elif processes.is_main:
             refuse_to_lose(folder, config, overwrite)
-        closing.enter_context(stops.told_in(folder, processes.rank))
+        closing.enter_context(stops.told_in(folder, processes))
+        processes.resumed_by(stops.how_to_resume(folder))
         device = device_of(config, processes)
         set_up_torch(config)
 
@@ -90,6 +96,7 @@ def train(
             distiller = build_distiller(config, data.train.num_classes, device)
         cost = distiller.deployed_cost(config.image_size)
         inputs = digests(data.train, data.val, distiller.teacher, data.cache)
+        same_run.refuse_other_inputs(config, inputs, processes)
         prepare(config, distiller, processes)
 
         # --- where the run stands
@@ -97,6 +104,7 @@ def train(
         if saved is not None:
             state.restore(saved, begin_at, show.say)
             saved = None  # a copy of the weights less
+            same_run.refuse_other_state(state, processes)
         training = Training(config, folder, data, distiller, state, show, val_loader, device, processes)
         training.introduce()
         if config.data_backend == "dali" and processes.is_main:

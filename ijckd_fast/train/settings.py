@@ -46,7 +46,10 @@ class DataAndModels:
         Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.PATH,
     )
     output_dir: str | None = _data(
-        None, "folder of this run; default: runs/<objective>-<student>-seed<seed>", Trait.FREE, of_comparison="--output"
+        None,
+        "folder of this run; default: runs/<objective>-<student>-seed<seed>",
+        Trait.FREE | Trait.PER_PROCESS,
+        of_comparison="--output",
     )
     student: str = _data(
         "resnet18",
@@ -248,7 +251,7 @@ class Images:
         0,
         "decoding threads; 0: with a GPU one for each core this process may use but one, without 2, since the "
         "nets compute there",
-        Trait.FREE | Trait.CACHED,
+        Trait.FREE | Trait.CACHED | Trait.PER_PROCESS,
         least=0,
     )
     decode: Literal["cpu", "hybrid", "gpu"] = _image(
@@ -260,9 +263,9 @@ class Images:
     hw_decoder_load: float = _image(
         0.65,
         "decode gpu: share of the images for the GPU's JPEG engine, in [0, 1]; the more threads, the less of it",
-        Trait.CACHED,
+        Trait.CACHED | Trait.PER_PROCESS,
     )
-    prefetch: int = _image(2, "batches decoded ahead", Trait.FREE | Trait.CACHED, least=1)
+    prefetch: int = _image(2, "batches decoded ahead", Trait.FREE | Trait.CACHED | Trait.PER_PROCESS, least=1)
 
 
 @dataclass(frozen=True)
@@ -385,6 +388,13 @@ class Computation:
         None,
         "torch.distributed's backend for gradients, with several processes; default: nccl with GPUs, gloo without",
         Trait.FREE,
+    )
+    dist_timeout: float = _computation(
+        10.0,
+        "minutes without a sign of life from one of several processes (it was stopped, its machine is gone, its disk "
+        "hangs) after which the others end with a sentence; one that is at work gives signs",
+        Trait.FREE,
+        above=0,
     )
     channels_last: bool = _computation(True, "memory layout NHWC, of images and nets", Trait.CACHED)
     head: Literal["fused", "reference"] = _computation("fused", "the C++/CUDA ops, or plain PyTorch to compare with")

@@ -8,26 +8,39 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ijckd_fast.errors import UserError
+from ijckd_fast.parallel import Processes
 from ijckd_fast.signals import Stopped
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.config import TrainConfig
 
 
 @contextlib.contextmanager
-def told_in(folder: Path, rank: int) -> Iterator[None]:
+def told_in(folder: Path, processes: Processes) -> Iterator[None]:
     """Inside, what ends the run before its last step is also written to stopped.txt in its folder, which is there when
     the console is gone; of a process other than that with rank 0 to stopped-RANK.txt. An earlier one is deleted.
     """
-    path = folder / (run_folder.STOPPED if rank == 0 else f"stopped-{rank}.txt")
+    path = folder / (run_folder.STOPPED if processes.is_main else f"stopped-{processes.rank}.txt")
     path.unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException as error:
-        in_words = isinstance(error, (UserError, ImportError, Stopped))
-        text = f"{error}\n" if in_words else "".join(traceback.format_exception(error))
+
+    def tell(text: str) -> None:
         with contextlib.suppress(OSError):  # a full disk: the error itself is what matters
             path.write_text(text, encoding="utf-8", errors="backslashreplace")
-        raise
+
+    with processes.telling(lambda text: tell(f"{text}\n")):
+        try:
+            yield
+        except BaseException as error:
+            in_words = isinstance(error, (UserError, ImportError, Stopped))
+            tell(f"{error}\n" if in_words else "".join(traceback.format_exception(error)))
+            raise
+
+
+def how_to_resume(folder: Path, step: int | None = None) -> str:
+    """Said by each of several processes that cannot continue without another one; step: that of last.pt, where this
+    process has written it.
+    """
+    there = "" if step is None else f"; {folder / run_folder.LAST} is of step {step}"
+    return f"Continue all of them with ijckd-fast train --resume {folder}{there}"
 
 
 def stopped_by(signum: int, step: int, total_steps: int, folder: Path) -> Stopped:

@@ -122,7 +122,7 @@ class Training:
         Each with the teacher's pooled features [B, Ct] of its images, where they come from a cache.
         """
         self._loader = loader
-        stream = iter(loader)
+        stream = self.processes.each(loader)
         if self.config.head == "fused":
             ops.take_bad_rows(self.device)  # what this process did before is not this run's
         with signals.noted() as self._asked, self.show:
@@ -147,6 +147,7 @@ class Training:
     def count(self, figures: Mapping[str, Tensor], images: int) -> None:
         """Takes in the figures of a step; the host waits for nothing."""
         self.state.step += 1
+        self.processes.at_step(self.state.step)
         self.state.meter.add(figures)
         self._watch.count(images)
         self.show.step(self.state.step)
@@ -190,10 +191,10 @@ class Training:
         if config.head == "fused":
             self._look_at_bad_rows()
         if state.skipped_steps > config.nonfinite_limit:
-            self._writer.wait()
+            self._end_together()
             raise stops.too_many_skipped(state.skipped_steps, state.step, self.folder)
         if row.get("loss_scale", 1.0) < 1.0:
-            self._writer.wait()
+            self._end_together()
             raise stops.loss_scale_gone(state.step, self.folder)
 
     def _look_at_bad_rows(self) -> None:
@@ -262,7 +263,7 @@ class Training:
                 self.save(run_folder.LAST)
             self._saved_at = time.perf_counter()
         if signum and not self._at_end:
-            self._writer.wait()
+            self._end_together()
             raise stops.stopped_by(signum, state.step, self.data.total_steps, self.folder)
 
     def save(self, name: str) -> None:
@@ -272,13 +273,21 @@ class Training:
         saved = self.state.saved()
         if saved is None:
             return
-        keep = None
-        if name == run_folder.LAST and self.config.keep_checkpoints > 1:
-            kept_as = f"checkpoint-{self.state.step}.pt"
-            keep = functools.partial(run_folder.keep_as, self.folder, kept_as, self.config.keep_checkpoints)
-        self._writer.save(self.folder / name, saved.as_dict(), keep)
+        then = functools.partial(self._written, saved.step) if name == run_folder.LAST else None
+        self._writer.save(self.folder / name, saved.as_dict(), then)
+
+    def _written(self, step: int) -> None:
+        """last.pt of a step is there."""
+        self.processes.resumed_by(stops.how_to_resume(self.folder, step))
+        if self.config.keep_checkpoints > 1:
+            run_folder.keep_as(self.folder, f"checkpoint-{step}.pt", self.config.keep_checkpoints)
 
     # --- where a run ends ---
+
+    def _end_together(self) -> None:
+        """All processes end at this step; those that write nothing need not wait for the one that does."""
+        self.processes.leave()
+        self._writer.wait()
 
     def save_alone(self) -> bool:
         """Writes last.pt where this process can do so alone, before an error of its own ends it; returns whether it
@@ -331,6 +340,7 @@ class Training:
             report.write_report(self.folder, summary, rows)
             files.write_json(self.folder / run_folder.SUMMARY, summary)
             self.show.say(f"report: {self.folder / run_folder.REPORT}")
+        self.processes.resumed_by(f"The run in {self.folder} is finished")
         return self.processes.from_main(summary)
 
 

@@ -13,7 +13,12 @@ import warnings
 from typing import Any
 
 from ijckd_fast import files, signals, streams
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import OutOfMemory, UserError, out_of_memory, ran_out
+
+_SMALLER = (
+    "give it less to hold at once (a smaller --batch-size or --image-size, fewer --workers, where it takes them), free "
+    "memory, or take a machine with more"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,28 +54,38 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
         outcome = command.run(args)
     except signals.Stopped as stop:
         return _stopped(stop, command)
-    except UserError as error:
+    except OutOfMemory as error:
         return _complain(str(error), 2)
-    except ImportError as error:
-        return _complain(f"{error}. `ijckd-fast doctor` says what is missing", 2)
-    except OSError as error:
-        if not files.is_disk_full(error):
-            if error.filename is None or isinstance(error, FileNotFoundError):
-                raise
-            return _complain(str(files.cannot_use(error)), 2)
-        place = f" for {error.filename}" if error.filename else ""
-        return _complain(f"no space left on the device{place}: free some space", 2)
+    except Exception as error:
+        if not out_of_memory(error):
+            return _failed(error, asked, command)
+        name = (
+            "" if command is None else command.__name__.rpartition("commands.")[2].replace("_", "-").replace(".", " ")
+        )
+        return _complain(str(ran_out(f"in ijckd-fast {name}".rstrip(), _SMALLER, error)), 2)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", 128 + signal.SIGINT)
-    except Exception:
-        if not asked.signum:
-            raise
-        return _stopped(signals.Stopped(asked.signum), command)  # a library in C has made another error of it
     if outcome.rows is not None:
         print(json.dumps({"rows": outcome.rows}))
     if asked.signum:  # a library has kept it to itself
         return _stopped(signals.Stopped(asked.signum), command)
     return outcome.code if outcome.in_files else _require_printed() or outcome.code
+
+
+def _failed(error: Exception, asked: signals.Asked, command: Any) -> int:
+    """Says what an error that ended the command means to a user; raises it where that is not known."""
+    if isinstance(error, UserError):
+        return _complain(str(error), 2)
+    if isinstance(error, ImportError):
+        return _complain(f"{error}. `ijckd-fast doctor` says what is missing", 2)
+    if isinstance(error, OSError) and files.is_disk_full(error):
+        place = f" for {error.filename}" if error.filename else ""
+        return _complain(f"no space left on the device{place}: free some space", 2)
+    if isinstance(error, OSError) and error.filename is not None and not isinstance(error, FileNotFoundError):
+        return _complain(str(files.cannot_use(error)), 2)
+    if asked.signum:
+        return _stopped(signals.Stopped(asked.signum), command)  # a library in C has made another error of it
+    raise error
 
 
 def _stopped(stop: signals.Stopped, command: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ijckd_fast.data import Batch
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, memory_told
 from ijckd_fast.files import Damaged, disk_full_told, read_bytes, replacing
 from ijckd_fast.parallel import Processes
 
@@ -76,15 +76,17 @@ def evaluate(
     hits = torch.zeros(2, dtype=torch.int64, device=device)  # top-1, top-5
     predictions, seen = [], []
     for images, labels, ids, *_ in processes.each(loader):
-        with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-            logits = logits_of(images)  # [B, K]
-        highest = logits.topk(min(5, logits.shape[1]), 1).indices  # [B, 5]
-        hit = highest == labels[:, None]
-        hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
-        predictions.append(highest[:, 0])
-        seen.append(ids)
-        if note is not None:
-            note(labels, ids)
+        size = f"{len(images)} images of {images.shape[-1]} pixels at once on {device}"
+        with memory_told(f"evaluating, with {size}", "give a smaller --batch-size, or free memory"):
+            with torch.autocast(device.type, amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
+                logits = logits_of(images)  # [B, K]
+            highest = logits.topk(min(5, logits.shape[1]), 1).indices  # [B, 5]
+            hit = highest == labels[:, None]
+            hits += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+            predictions.append(highest[:, 0])
+            seen.append(ids)
+            if note is not None:
+                note(labels, ids)
     none = torch.zeros(0, dtype=torch.int64)
     mine = torch.cat(predictions).cpu() if predictions else none, torch.cat(seen).cpu() if seen else none, hits.cpu()
     everyone = processes.gather(mine)

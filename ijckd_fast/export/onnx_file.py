@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ijckd_fast.errors import UserError, reason_of
+from ijckd_fast.errors import UserError, out_of_memory, ran_out, reason_of
 from ijckd_fast.export.deployed import Deployed, random_images
 
 
@@ -57,9 +57,9 @@ def _explained() -> Iterator[None]:
     """Inside, an error of the exporter or of onnxruntime becomes a UserError: its first cause, and the operation."""
     try:
         yield
-    except MemoryError:
-        raise
     except Exception as error:  # many kinds: of tracing, of translation, of the graph's checks
+        if out_of_memory(error):
+            raise ran_out("writing model.onnx", "leave it out with --no-onnx, or free memory", error) from error
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__) is not None:
             chain.append(cause)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijckd_fast.errors import UserError, did_you_mean, one_of, reason_of
+from ijckd_fast.errors import UserError, did_you_mean, one_of, out_of_memory, reason_of
 from ijckd_fast.nets import cifar_names
 from ijckd_fast.nets.intact import refuse_damaged_download
 from ijckd_fast.nets.mobilenet import MobileNetV1
@@ -314,6 +314,8 @@ def _download(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.
     try:
         return build()
     except Exception as error:  # each library and transport has its own family of errors
+        if out_of_memory(error):
+            raise unfit_size(name, image_size, error) from error
         side = _published_size(name)
         if side not in (None, image_size) and ("size mismatch" in str(error) or "expected value" in str(error)):
             raise UserError(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijckd_fast.errors import UserError, reason_of
+from ijckd_fast.errors import UserError, out_of_memory, ran_out, reason_of
 from ijckd_fast.nets.pointwise import PointwiseCalls
 from ijckd_fast.nets.stages import Call, Found, Stage, Tap, find_stages, first_map, named_stages, tensor_at, tensors_in
 
@@ -45,7 +45,9 @@ class Probe:
             # The map of a stride-32 net is 1x1 on tiny images, not to be told from its mean: look at larger ones.
             try:
                 self._run(net, num_classes, 128)
-            except Exception:  # a net of fixed input size: the first verdict stands
+            except Exception as error:  # a net of fixed input size: the first verdict stands
+                if out_of_memory(error):
+                    raise unfit_size(name, 128, error) from error
                 self._run(net, num_classes, image_size)
 
     @torch.no_grad()
@@ -145,6 +147,8 @@ class Probe:
         try:
             pooled = tensor_at(net(self.images), self.answer)
         except Exception as error:  # e.g. the forward reads the layer's weight
+            if out_of_memory(error):
+                raise unfit_size(self.name, self.images.shape[-1], error) from error
             raise self._no_classifier() from error
         if pooled.shape == self.pooled.shape:
             if same(pooled, self.pooled):
@@ -165,6 +169,12 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def unfit_size(name: str, image_size: int, error: Exception) -> UserError:
     """What to raise for a net that cannot be built for images of this size, or refuses them with `error`."""
+    if out_of_memory(error):
+        return ran_out(
+            f"building {name!r} and asking it about 2 images of {image_size}x{image_size} pixels",
+            "choose a smaller net or image size, free memory, or take a machine with more",
+            error,
+        )
     return UserError(
         f"model {name!r} does not take {image_size}x{image_size} RGB images ({reason_of(error)}): choose another image"
         " size or net"

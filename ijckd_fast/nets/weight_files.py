@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory, ran_out
 from ijckd_fast.files import Damaged, cannot_read
 from ijckd_fast.nets.intact import fault_by_neighbours, fault_in
 
@@ -79,6 +79,10 @@ def _read(path: Path, file: BinaryIO) -> Any:
     except OSError:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise ran_out(
+                f"reading the weights in {path}", "free memory, or take a machine with more", error
+            ) from error
         raise _unreadable(path, error) from error
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ijckd_fast.data import Augment, Index
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 from ijckd_fast.evaluate import Evaluation, load_evaluation
 from ijckd_fast.files import Damaged, cannot_read, read_bytes
 from ijckd_fast.nets import CachedTeacher
@@ -105,6 +105,8 @@ class TeacherCache:
         except UserError:
             raise
         except Exception as error:  # safetensors has errors of its own
+            if out_of_memory(error):
+                raise
             raise Damaged(
                 f"{path} is not the classifier that was written ({error}): run {AGAIN} again, which rewrites it"
             ) from error

@@ -82,6 +82,7 @@ def train(
         elif processes.is_main:
             refuse_to_lose(folder, config, overwrite)
         closing.enter_context(stops.told_in(folder, processes))
+        closing.enter_context(stops.memory_told_of(config))
         processes.resumed_by(stops.how_to_resume(folder))
         device = device_of(config, processes)
         set_up_torch(config)

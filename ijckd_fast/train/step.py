@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, StepOutput
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 from ijckd_fast.parallel import Processes
 from ijckd_fast.train.ema import Ema
 from ijckd_fast.train.guard import FiniteGuard
@@ -240,15 +240,6 @@ def _refuse_unused(exchanged: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
             " loss. Train with one process, choose another model, or freeze them in a net of your own"
             " (requires_grad_(False))"
         )
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    )
 
 
 class _Inputs(NamedTuple):

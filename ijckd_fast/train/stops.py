@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import OutOfMemory, UserError, memory_told
 from ijckd_fast.parallel import Processes
 from ijckd_fast.signals import Stopped
 from ijckd_fast.train import checkpoint, run_folder
@@ -102,7 +102,17 @@ def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {last} (step {step})"
 
 
-def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | None) -> UserError:
+def memory_told_of(config: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    """Inside, memory that runs out between the steps, or before them, is a sentence with what takes most of it."""
+    return memory_told(
+        f"in a run with batches of {config.batch_size} images of {config.image_size} pixels on {config.device}, before "
+        "or after a step",
+        "give a smaller --batch-size or --image-size, a smaller net, fewer --workers or a smaller --prefetch, or free "
+        "memory; what was saved continues with --resume",
+    )
+
+
+def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | None) -> OutOfMemory:
     """fits: images that went through when tried; None where that was not tried."""
     whole = config.batch_size // config.accumulate
     what = (
@@ -110,7 +120,7 @@ def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | Non
         f"{_last_good(folder)}. "
     )
     if fits == 0:
-        return UserError(
+        return OutOfMemory(
             f"{what}Not even one image fits: choose a smaller student, a smaller --image-size, or a machine with more "
             "memory"
         )
@@ -118,7 +128,7 @@ def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | Non
         tried, parts = "Half of them may fit", 2
     else:
         tried, parts = f"{fits} fit", next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= fits)
-    return UserError(
+    return OutOfMemory(
         f"{what}{tried}: start again with --accumulate {parts * config.accumulate} (the same update "
         f"but for BatchNorm's "
         "statistics) or a smaller --batch-size, or resume where more memory is free"

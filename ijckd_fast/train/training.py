@@ -18,7 +18,7 @@ from torch import Tensor
 from ijckd_fast import files, head as ops, signals
 from ijckd_fast.data import Batch, Loader
 from ijckd_fast.distill import Distiller
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 from ijckd_fast.evaluate import BoundMeter, Evaluation, chain_line, evaluate, overall
 from ijckd_fast.nets import Tapped
 from ijckd_fast.normalisation import IMAGENET
@@ -31,7 +31,6 @@ from ijckd_fast.train.meters import Stopwatch, memory_mb
 from ijckd_fast.train.progress import TrainingProgress
 from ijckd_fast.train.resolving import amp_dtype_of, normalisations_of
 from ijckd_fast.train.state import RunState
-from ijckd_fast.train.step import out_of_memory
 
 
 @dataclass

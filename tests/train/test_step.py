@@ -14,9 +14,9 @@ from torch import nn
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, get_objective
+from ijckd_fast.errors import out_of_memory
 from ijckd_fast.nets import Tapped, create_model
 from ijckd_fast.train import Ema, FiniteGuard, Meter, TrainStep, build_optimizer
-from ijckd_fast.train.step import out_of_memory
 
 CPU = torch.device("cpu")
 OPTIMIZERS = ["sgd", "adamw", "lamb"]

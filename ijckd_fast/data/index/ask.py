@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL
 
+from ijckd_fast.errors import out_of_memory
+
 if TYPE_CHECKING:
     from ijckd_fast.data.index.dali import DaliDecoder
 
@@ -53,7 +55,9 @@ class AskDali:
         assert self._decoder is not None
         try:
             theirs = self._decoder.decode(encoded, *rgb.shape[:2])
-        except RuntimeError:
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             return None
         if theirs.shape != rgb.shape:
             return False

@@ -15,6 +15,7 @@ from ijckd_fast.data.index.ask import AskDali
 from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.index.variants import PLAIN, variant_of
 from ijckd_fast.data.sources import Place
+from ijckd_fast.errors import out_of_memory
 
 # Pillow also opens GIF and AVIF, which DALI does not, and float, 32-bit and LAB pixels, which libraries turn into RGB
 # in ways of their own.
@@ -71,10 +72,12 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum:
                 verdict = verdict._replace(crc32=zlib.crc32(file.read()))
             return verdict
     except OSError as error:
-        if error.errno is not None:
+        if error.errno is not None or out_of_memory(error):
             raise
         return Verdict(0, 0, "", 1, _reason(place.path, error, empty), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input, and that is the verdict
+        if out_of_memory(error):
+            raise
         return Verdict(0, 0, "", 1, _reason(place.path, error, empty), True)
 
 
@@ -127,7 +130,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
     try:
         tag = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata around an intact image, which is as good as any
+    except Exception as error:  # damaged metadata around an intact image, which is as good as any
+        if out_of_memory(error):
+            raise
         return 1
     return tag if tag in range(1, 9) else 1
 

@@ -28,7 +28,7 @@ from ijckd_fast.data.load.loader import Loader, Unreadable
 from ijckd_fast.data.load.pillow import as_indexed, make_image, stored_image
 from ijckd_fast.data.plan import BatchPlan, EvalPlan, Plan
 from ijckd_fast.data.sources import Place
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 
 _NOTHING = np.zeros(1, np.uint8)  # encoded, of an image that need not be decoded, or cannot be
 _READ_AT_ONCE = 16  # images that one task of the pool reads from shards
@@ -244,6 +244,8 @@ class DaliLoader(Loader):
                 stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
                 (images,) = self._pipeline.run(stream)
             except RuntimeError as error:  # of which file, DALI often does not say; and the pipeline is no longer valid
+                if out_of_memory(error):
+                    raise
                 failed = list(self._in_flight)
                 if not self._find_culprits(failed):  # not the data's fault, so DALI's own text stands
                     raise UserError(
@@ -274,6 +276,8 @@ class DaliLoader(Loader):
             try:
                 alone.run()
             except RuntimeError as error:  # the next image is none the worse for it
+                if out_of_memory(error):
+                    raise
                 bad = True
                 if not self._by_pillow[plan.ids[i]]:
                     self._by_pillow[plan.ids[i]] = True

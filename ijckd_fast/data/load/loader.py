@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ijckd_fast.data.load.changed import ChangedFiles
 from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable, what_to_do
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 
 
 class Batch(NamedTuple):
@@ -74,7 +74,7 @@ _NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 def blames_file(error: BaseException) -> bool:
     """Whether an error in reading a file is the file's."""
-    return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in _NOT_THE_FILE
+    return not out_of_memory(error) and getattr(error, "errno", None) not in _NOT_THE_FILE
 
 
 def _warn(path: str, why: str) -> None:

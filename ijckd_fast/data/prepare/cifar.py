@@ -19,7 +19,7 @@ from PIL import Image
 
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.sources import CLASSES_FILE
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory
 from ijckd_fast.files import write_bytes, write_text
 
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -178,6 +178,8 @@ def unpickled(data: bytes, where: str) -> dict[str, Any]:
     try:
         found = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()  # Python 2's strings, and an array's bytes
     except Exception as error:  # pickle raises nearly anything on damaged input
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{where}: expected a pickle of names, numbers and numpy arrays alone, found another "
             f"({type(error).__name__}: {error}); nothing of it was used; {_FETCH}"

@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import Any
 
-from ijckd_fast import files, signals, streams
+from ijckd_fast import files, home, signals, streams
 from ijckd_fast.errors import OutOfMemory, UserError, out_of_memory, ran_out
 
 _SMALLER = (
@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     streams.guard()
     with signals.handled(program=True) as asked, warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        home.ensure()
         try:
             code = _run((sys.argv[1:] if arguments is None else arguments) or ["--help"], asked)
         except SystemExit as end:
@@ -59,10 +60,8 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
     except Exception as error:
         if not out_of_memory(error):
             return _failed(error, asked, command)
-        name = (
-            "" if command is None else command.__name__.rpartition("commands.")[2].replace("_", "-").replace(".", " ")
-        )
-        return _complain(str(ran_out(f"in ijckd-fast {name}".rstrip(), _SMALLER, error)), 2)
+        words = "" if command is None else command.__name__.rpartition("commands.")[2].replace("_", "-")
+        return _complain(str(ran_out(f"in ijckd-fast {words.replace('.', ' ')}".rstrip(), _SMALLER, error)), 2)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", 128 + signal.SIGINT)
     if outcome.rows is not None:

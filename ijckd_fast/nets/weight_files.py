@@ -80,9 +80,7 @@ def _read(path: Path, file: BinaryIO) -> Any:
         raise
     except Exception as error:
         if out_of_memory(error):
-            raise ran_out(
-                f"reading the weights in {path}", "free memory, or take a machine with more", error
-            ) from error
+            raise ran_out(f"reading the weights in {path}", "free memory", error) from error
         raise _unreadable(path, error) from error
 
 

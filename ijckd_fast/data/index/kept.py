@@ -123,8 +123,12 @@ def cache_homes(root: Path, cache_dir: str | Path | None) -> list[Path]:
     """Folders to look in and to write to, in order of preference."""
     if cache_dir is not None:
         return [Path(cache_dir)]
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / CACHE_FOLDER, user_cache / "ijckd-fast" / hashlib.sha256(os.fsencode(root)).hexdigest()[:16]]
+    homes = [root / CACHE_FOLDER]
+    # os.path's: Path.home() raises where the user has none
+    user_cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(user_cache):
+        homes.append(Path(user_cache, "ijckd-fast", hashlib.sha256(os.fsencode(root)).hexdigest()[:16]))
+    return homes
 
 
 def load_files(homes: Iterable[Path], split: str) -> Files:
@@ -263,7 +267,9 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
         except OSError as error:  # read-only data folder: the next home
             failure = error
     warnings.warn(
-        f"the index could not be saved, so that every start will check all files again ({failure})", stacklevel=4
+        f"the index could not be saved, so that every start will check all files again ({failure}): make "
+        f"{' or '.join(str(home.parent) for home in homes)} writable, or set XDG_CACHE_HOME to a folder that is",
+        stacklevel=4,
     )
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 
 
@@ -16,17 +17,11 @@ class OutOfMemory(UserError):
     """Memory ran out: what was being done, and what to make smaller."""
 
 
-# What torch, CUDA's libraries, the C++ library, DALI, the loader of shared libraries and threads say where memory runs
+# What torch, CUDA's libraries, oneDNN (whose JIT finds none), the C++ library, DALI, the loader of shared libraries and threads say where memory runs
 # out: most of them as a RuntimeError.
-_NO_MEMORY = (
-    "out of memory",
-    "not enough memory",
-    "allocate memory",
-    "bad_alloc",
-    "alloc_failed",
-    "could not create a memory",
-    "failed to map segment",
-    "can't start new thread",
+_NO_MEMORY = re.compile(
+    "out of memory|not enough memory|allocate memory|bad_alloc|alloc_failed|could not create a memory"
+    "|could not create a primitive(?! desc)|failed to map segment|can't start new thread"
 )
 
 
@@ -49,7 +44,7 @@ def _says_no_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     said = str(error).lower()
-    return isinstance(error, (RuntimeError, OSError, ImportError)) and any(text in said for text in _NO_MEMORY)
+    return isinstance(error, (RuntimeError, OSError, ImportError)) and _NO_MEMORY.search(said) is not None
 
 
 def ran_out(what: str, remedy: str, error: BaseException) -> OutOfMemory:

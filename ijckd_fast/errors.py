@@ -17,8 +17,8 @@ class OutOfMemory(UserError):
     """Memory ran out: what was being done, and what to make smaller."""
 
 
-# What torch, CUDA's libraries, oneDNN (whose JIT finds none), the C++ library, DALI, the loader of shared libraries and threads say where memory runs
-# out: most of them as a RuntimeError.
+# What torch, CUDA's libraries, oneDNN (which finds none for its code), the C++ library, DALI, the loader of shared
+# libraries and threads say where memory runs out: most of them as a RuntimeError.
 _NO_MEMORY = re.compile(
     "out of memory|not enough memory|allocate memory|bad_alloc|alloc_failed|could not create a memory"
     "|could not create a primitive(?! desc)|failed to map segment|can't start new thread"

@@ -61,7 +61,6 @@ class Watch:
         self._line = min(_BETWEEN_LINES, patience / 10)
         self._stoppable = min(_STOPPABLE, patience / 4)
         self._main = threading.current_thread()
-        self._lock = threading.Lock()
         self._closing = threading.Event()
         self._look = threading.Event()  # there is something to exchange at once
         self._wakes, self._wake = socket.socketpair()
@@ -77,6 +76,7 @@ class Watch:
         self._left: str | None = None
         self._end: str | None = None  # what ends all of them, as rank 0 has found
         self._place, self._still = "", 0.0  # where the main thread is, and since when (self._awake)
+        self._waits = False  # whether that is where the processes wait for one another
         self._spot: object = None
         self._expecting: float | None = None
         self._told = 0
@@ -103,8 +103,8 @@ class Watch:
     def meet(self, store: dist.Store) -> None:
         """From here on signs are exchanged, through a client of the store that nothing else uses."""
         store.set_timeout(_WHOLE_DAY)
-        self._met = True
         self._fresh = dict.fromkeys(range(self.world), self._awake)
+        self._met = True
         self._start(self._exchange, store)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
@@ -236,8 +236,6 @@ class Watch:
             self._spot, self._still = spot, self._awake
         self._place = " > ".join(reversed(names))
 
-    _waits = False
-
     def _hear(self, heard: bytes, now: float) -> None:
         for number in heard:
             if number not in signals.ENDING:
@@ -246,6 +244,8 @@ class Watch:
                 self._first = number, now
             elif number != signal.SIGHUP and now - self._first[1] >= _ONE_REQUEST and self._second is None:
                 self._second = number, now
+        if self._awake - self._still < _OF_MAIN_THREAD:
+            return  # the main thread runs Python: its handlers do what is to be done
         if self._second is not None and now - self._second[1] >= _OF_MAIN_THREAD:
             number = self._second[0]
             self._finish(f"stopped at once by a second signal, {signal.Signals(number).name}", 128 + number)

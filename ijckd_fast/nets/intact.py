@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ijckd_fast.errors import out_of_memory
 from ijckd_fast.files import Damaged, cannot_read
 
 _MARK = b"ijckd-fast BLAKE2b "  # the comment of a zip of ours: this, then 32 hex digits
@@ -70,6 +71,8 @@ def _fault_in(file: BinaryIO) -> str | None:
             raise
         return "it is no whole zip archive"
     except Exception as error:  # what a damaged entry gives depends on the place of the damage
+        if out_of_memory(error):
+            raise
         return f"it is no whole zip archive: {' '.join(str(error).split()) or type(error).__name__}"
     if cut:
         return "its digest is cut off"

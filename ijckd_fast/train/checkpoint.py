@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ijckd_fast import files
-from ijckd_fast.errors import UserError
+from ijckd_fast.errors import UserError, out_of_memory, ran_out
 from ijckd_fast.nets import fault_in, require_fit, seal
 from ijckd_fast.train import run_folder
 
@@ -129,6 +129,8 @@ def load(path: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if out_of_memory(error):
+            raise ran_out(f"reading {path}", "free memory", error) from error
         raise _damaged(path, type(error).__name__) from error
     except Exception as error:  # pickle.UnpicklingError: not a torch file, or one with objects in it
         raise UserError(f"{path} is not a checkpoint of ijckd-fast (wanted a last.pt or best.pt of a run)") from error

@@ -48,6 +48,15 @@ def test_no_damage_gives_other_answers(path, tmp_path):
     assert damaged > 100  # the others are in the archive's times and versions
 
 
+def test_what_was_edited_is_not_taken(path):
+    """Under right checksums of the archive."""
+    arrays = dict(np.load(path))
+    arrays["predictions"][1] = 0
+    np.savez(path, **arrays)
+    with pytest.raises(Damaged, match=r"its content is not what was written\): make it again"):
+        load_evaluation(path, "make it again")
+
+
 def test_what_is_not_there_is_made_without_a_word(path, tmp_path):
     assert known_evaluation(tmp_path / "none.npz", "of this", pytest.fail) is None
     assert same(known_evaluation(path, "of this", pytest.fail))

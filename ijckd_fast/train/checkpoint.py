@@ -159,7 +159,7 @@ def _damaged(path: Path, fault: str) -> files.Damaged:
         if other != path and other.is_file() and not other.samefile(path):  # one that is kept may be last.pt by a link
             advice = f"use the run's other checkpoint, {other} (ijckd-fast train --resume {other} continues from it)"
             break
-    return files.Damaged(f"{path} ({path.stat().st_size} bytes) is damaged or truncated ({fault}): {advice}")
+    return files.Damaged(f"{path} ({path.stat().st_size} bytes) is damaged or truncated: {advice} (found: {fault})")
 
 
 def load_into(module: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:

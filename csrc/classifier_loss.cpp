@@ -40,30 +40,14 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* op,
 }
 
 #ifdef IJCKD_CUDA
-// [B, Ct] times the classifier transposed, z's and d's where there is one; and dlogits [B, K] times the classifier.
+// [B, Ct] times the classifier transposed, and dlogits [B, K] times the classifier.
 Tensor to_logits(const Tensor& features, const Tensor& weight) { return dense(matmul_nt(features, weight)); }
-
-std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
-  return {to_logits(z, weight), d ? OptTensor(to_logits(*d, weight)) : OptTensor()};
-}
 
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
   return dense(torch::stable::matmul(dlogits, weight));
 }
 #else
 Tensor to_logits(const Tensor& features, const Tensor& weight) { return rows_times_transposed(features, weight); }
-
-// One product for both: of few rows it takes as long as W takes to be read.
-std::pair<Tensor, OptTensor> to_both_logits(const Tensor& z, const OptTensor& d, const Tensor& weight) {
-  if (!d) return {to_logits(z, weight), OptTensor()};
-  const int64_t B = z.size(0), bytes = B * z.size(1) * int64_t(z.element_size());
-  const Tensor stack = empty(z, {2 * B, z.size(1)}, z.scalar_type());
-  char* to = static_cast<char*>(stack.mutable_data_ptr());
-  std::memcpy(to, z.const_data_ptr(), bytes);
-  std::memcpy(to + bytes, d->const_data_ptr(), bytes);
-  const Tensor both = to_logits(stack, weight);  // [2 B, K]
-  return {rows_of(both, 0, B), rows_of(both, B, B)};
-}
 
 // Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
 Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& dz) {
@@ -77,17 +61,37 @@ void whole_rows(const LossRows& r, const Launch& launch) {
   const DType t = r.dtype;
   const int64_t B = r.z.size(0), Ct = r.z.size(1), K = terms.weight.size(0);
   // logits - logits_t = W (z - pooled_t): the bias cancels and the difference is exact to the accumulator's precision.
-  OptTensor teacher;
-  if (terms.match() && !r.d) teacher = as(*terms.logits_t, t);
-  // [B, K] each; the logits become the rows' gradient in place
-  const auto [logits, delta] = to_both_logits(as(r.z, t), terms.match() ? as(r.d, t) : OptTensor(), terms.weight);
+  // One product for both: of few rows it takes as long as W takes to be read.
+  const bool teacher = terms.match() && terms.logits_t, stacked = terms.match() && !teacher;
+  Tensor features = stacked ? empty(r.z, {2 * B, Ct}, t) : as(r.z, t);
+  OptTensor far;
+  if (stacked) {
+    // The KL alone needs the teacher's logits; the logit match is best taken from d.
+    if (terms.weights.kl != 0) far = empty(r.z, {B}, ScalarType::Byte);
+    launched(stack_rows({.dtype = t,
+                         .z = r.z.const_data_ptr(),
+                         .d = data(r.d),
+                         .pooled_t = far ? data(terms.pooled_t) : nullptr,
+                         .stack = features.mutable_data_ptr(),
+                         .far = far ? far->mutable_data_ptr<uint8_t>() : nullptr,
+                         .B = B,
+                         .Ct = Ct},
+                        launch.stream),
+             "classifier_loss's rows");
+  }
+  const Tensor product = to_logits(features, terms.weight);          // [B or 2 B, K]
+  const Tensor logits = stacked ? rows_of(product, 0, B) : product;  // become the rows' gradient in place
+  const void* delta = stacked ? rows_of(product, B, B).const_data_ptr() : nullptr;
+  OptTensor logits_t;
+  if (teacher) logits_t = as(*terms.logits_t, accumulator(t));
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
   launched(row_loss({.dtype = t,
                      .logits = logits.mutable_data_ptr(),
                      .bias = data(terms.bias),
-                     .delta = data(delta),
-                     .logits_t = data(teacher),
+                     .delta = delta,
+                     .far = far ? far->const_data_ptr<uint8_t>() : nullptr,
+                     .logits_t = data(logits_t),
                      .labels = labels_of(terms.labels),
                      .labels_b = labels_of(terms.labels_b),
                      .mix = data(terms.mix),
@@ -133,7 +137,7 @@ Tensor classifier(const Tensor& weight, DType rounding) {
 // By class chunks where they serve; else some rows after others, as many as rows_at_once says.
 void all_rows(LossRows r, const Launch& launch) {
   const int64_t B = r.z.size(0), K = r.terms.weight.size(0);
-  if (in_class_chunks(r.terms.weights, r.d.has_value(), r.dtype, B, K, r.z.size(1))) return chunked_loss(r);
+  if (in_class_chunks(r.terms.weights, r.d && !r.terms.logits_t, r.dtype, B, K, r.z.size(1))) return chunked_loss(r);
   const int64_t most = rows_at_once(B, K);
   r.terms.weight = as(as(r.terms.weight, r.rounding), r.dtype);
   if (most == B) return whole_rows(r, launch);
@@ -142,6 +146,7 @@ void all_rows(LossRows r, const Launch& launch) {
     LossRows some = r;
     some.z = rows_of(r.z, first, n);
     some.d = maybe_rows_of(r.d, first, n);
+    some.terms.pooled_t = maybe_rows_of(r.terms.pooled_t, first, n);
     some.terms.logits_t = maybe_rows_of(r.terms.logits_t, first, n);
     some.terms.labels = rows_of(r.terms.labels, first, n);
     some.terms.labels_b = maybe_rows_of(r.terms.labels_b, first, n);

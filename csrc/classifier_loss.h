@@ -27,7 +27,8 @@ struct RowLoss {
   void* logits;             // [B, K] T  in: z W^T without bias; out: the gradient if `grad`
   const void* bias;         // [K] A, or null
   const void* delta;        // [B, K] T: W d = logits - logits_t, or null
-  const void* logits_t;     // [B, K] T, or null; read only where delta is null
+  const uint8_t* far;       // [B], or null: rows of delta that are W pooled_t, the teacher's logits without bias
+  const void* logits_t;     // [B, K] A, or null; read only where delta is null
   const int64_t* labels;    // [B]; a label outside [0, K) makes the row's loss NaN
   const int64_t* labels_b;  // [B], or null
   const void* mix;          // [B] A: share of `labels` in the target, with labels_b
@@ -39,6 +40,19 @@ struct RowLoss {
   bool grad;
 };
 int row_loss(const RowLoss& r, void* stream);
+
+// The rows of the one product that gives logits and delta of RowLoss: z, and beneath it d = z - pooled_t, or pooled_t
+// itself in a row where d is large beside it (row_math.h:far_from).
+struct StackRows {
+  DType dtype;           // T
+  const void* z;         // [B, Ct] A
+  const void* d;         // [B, Ct] A
+  const void* pooled_t;  // [B, Ct] A, or null: d in every row
+  void* stack;           // [2, B, Ct] T  out
+  uint8_t* far;          // [B]  out, with pooled_t
+  int64_t B, Ct;
+};
+int stack_rows(const StackRows& s, void* stream);
 
 // Means of the parts over B in index order (NaN where B is 0, as torch's), their weighted sum, and the top-1 count.
 struct LossSum {

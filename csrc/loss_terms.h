@@ -17,7 +17,7 @@ struct LossTerms {
   OptTensor labels_b;  // [B] int64, with
   OptTensor mix;       // [B]: share of `labels` in the target
   OptTensor pooled_t;  // [B, Ct]
-  OptTensor logits_t;  // [B, K], any dtype; read only where pooled_t is not given
+  OptTensor logits_t;  // [B, K], any floating dtype: the teacher's, also where pooled_t is given, which then serves fm
   OptTensor gram;      // [2, Ct, Ct] bfloat16, classifier_gram of this weight; read on a GPU only
   LossWeights weights;
 

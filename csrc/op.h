@@ -139,6 +139,13 @@ inline Tensor strided(const Tensor& t, Sizes size, Sizes strides, int64_t offset
   return Tensor(out);
 }
 
+// Rows [first, first + n) of t, a view.
+inline Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
+  std::vector<int64_t> size(t.sizes().begin(), t.sizes().end());
+  size[0] = n;
+  return strided(t, size, t.strides(), first * t.stride(0));
+}
+
 // x [M, N] transposed, a view.
 inline Tensor transposed(const Tensor& x) { return strided(x, {x.size(1), x.size(0)}, {x.stride(1), x.stride(0)}); }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "conv1x1.h"
@@ -30,14 +31,17 @@ constexpr int64_t kColumns = 64;  // columns of W per task when its rows are sum
 // The anchor is raised once a logit lies this far above it: e^60 times any number of classes is still a float.
 constexpr int kFar = 60;
 
-// What a row has gathered over the chunks so far. Exponentials are relative to `anchor`, at first the label's logit.
+// What a row has gathered over the chunks so far. Exponentials are relative to `anchor`, at first the label's logit; of
+// two labels that with the larger logit is `label`, so that both lie within what is summed.
 template <typename A>
 struct Row {
-  A anchor, label_logit, label_b_logit;
+  int64_t label, other;  // other: the second label
+  A share, share_other;  // of each in the target
+  A anchor, label_logit, other_logit;
   A others = 0;      // s: sum of exponentials but the label's
   A label_term = 1;  // the label's exponential
   A rescale = 1;     // by which the last chunk's new anchor scales what was gathered before
-  A logits = 0;      // sum of the logits, for label smoothing
+  A below = 0;       // sum of best - logit, for label smoothing
   A best = -std::numeric_limits<A>::infinity();
   int64_t best_class = -1;
 };
@@ -52,12 +56,13 @@ IJCKD_INLINE void chunk_row_body(T* logits, const A* bias, A* x, int64_t first_c
     for (int64_t k = 0; k < n; ++k) x[k] = load(logits, k);
   const A top = lane_max(n, x);
   if (top > row.best) {
+    if (smoothing && first_class > 0) row.below += A(first_class) * (top - row.best);
     row.best = top;
     int64_t k = 0;
     while (x[k] != top) ++k;
     row.best_class = first_class + k;
   }
-  if (smoothing) row.logits += lane_sum<A>(n, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
+  if (smoothing) row.below += lane_sum<A>(n, [&](int64_t k) __attribute__((always_inline)) { return row.best - x[k]; });
   row.rescale = 1;
   if (top - row.anchor > A(kFar)) {
     row.rescale = std::exp(row.anchor - top);
@@ -212,8 +217,18 @@ class Chunks {
       };
       for (int64_t b = first; b < last; ++b) {
         Row<A>& row = rows[b];
-        row.anchor = row.label_logit = logit(b, labels[b]);
-        row.label_b_logit = labels_b ? logit(b, labels_b[b]) : row.label_logit;
+        row.label = row.other = labels[b];
+        row.label_logit = row.other_logit = logit(b, row.label);
+        row.share = 1, row.share_other = 0;
+        if (labels_b) {
+          row.other = labels_b[b], row.other_logit = logit(b, row.other);
+          row.share = mix[b], row.share_other = A(1) - mix[b];
+          if (row.other_logit > row.label_logit) {
+            std::swap(row.label, row.other), std::swap(row.label_logit, row.other_logit);
+            std::swap(row.share, row.share_other);
+          }
+        }
+        row.anchor = row.label_logit;
         // An infinite anchor would hide itself: every other exponential is 0, and the loss that of a perfect sample.
         if (!(row.anchor < std::numeric_limits<A>::infinity())) row.others = std::numeric_limits<A>::quiet_NaN();
         if (c.grad) std::fill_n(dz + b * Ct, Ct, A(0));
@@ -235,7 +250,7 @@ class Chunks {
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<A> x(n);
       for (int64_t b = first; b < last; ++b)
-        chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, labels[b], smoothing != 0, rows[b]);
+        chunk_row(l + b * n, bias ? bias + k : nullptr, x.data(), k, n, rows[b].label, smoothing != 0, rows[b]);
     });
     if (!c.grad) return;
     Tensor dz_w = product;
@@ -283,15 +298,14 @@ class Chunks {
       std::vector<T> scratch;
       for (int64_t b = first; b < last; ++b) {
         const Row<A>& row = rows[b];
-        const int64_t a = labels[b];
-        const A share = labels_b ? mix[b] : A(1), sum = row.others + row.label_term;
-        hits[b] = row.best_class == a;
+        const A sum = row.others + row.label_term;
+        hits[b] = row.best_class == labels[b];
 
         A ce = 0;
         if (weights.ce != 0) {
           ce = row.anchor == row.label_logit ? std::log1p(row.others) : row.anchor - row.label_logit + std::log(sum);
-          if (labels_b) ce += q * (A(1) - share) * (row.label_logit - row.label_b_logit);
-          if (smoothing != 0) ce += smoothing * (row.label_logit - row.logits / A(K));
+          if (labels_b) ce += q * row.share_other * (row.label_logit - row.other_logit);
+          if (smoothing != 0) ce += smoothing * (row.label_logit - row.best + row.below / A(K));
         }
         parts[kPartCe * B + b] = ce;
         // Not below 0, as |W d|^2 is not; NaN stays NaN.
@@ -303,8 +317,9 @@ class Chunks {
         A* out = dz + b * Ct;
         if (weights.ce != 0) {
           // p_a - q_a = (1 - share of a in the target) - s / sum: a confident sample's gradient keeps its digits
-          add(out, ce_weight / sum, ce_weight * ((A(1) - q * share) - row.others / sum), weight_row(a, scratch), Ct);
-          if (labels_b) add(out, A(1), -ce_weight * q * (A(1) - share), weight_row(labels_b[b], scratch), Ct);
+          add(out, ce_weight / sum, ce_weight * ((smoothing + q * row.share_other) - row.others / sum),
+              weight_row(row.label, scratch), Ct);
+          if (labels_b) add(out, A(1), -ce_weight * q * row.share_other, weight_row(row.other, scratch), Ct);
           if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), columns.data(), Ct);
         } else {
           std::fill_n(out, Ct, A(0));
@@ -337,13 +352,13 @@ class Chunks {
 
 }  // namespace
 
-bool in_class_chunks(const LossWeights& weights, bool pooled_t, DType t, int64_t B, int64_t K, int64_t Ct) {
+bool in_class_chunks(const LossWeights& weights, bool by_features, DType t, int64_t B, int64_t K, int64_t Ct) {
   if (weights.kl != 0) return false;  // its gradient needs both softmaxes whole
   if (weights.sr == 0) return B * K > kWhole;
   // G d takes Ct / K of the time of W d; where G is float32 and W bfloat16, 4.4 times that (measured with AVX-512
   // BF16).
   const bool gram_pays = t == DType::bf16 ? 6 * Ct <= K : 3 * Ct <= 2 * K;
-  return pooled_t && K * Ct >= kLeastWeight && gram_pays;
+  return by_features && K * Ct >= kLeastWeight && gram_pays;
 }
 
 void chunked_loss(const LossRows& c) {

@@ -11,8 +11,8 @@
 namespace ijckd {
 
 // Whether the chunks serve these terms and pay for this size; a function of the arguments alone, so that equal calls
-// give equal bits.
-bool in_class_chunks(const LossWeights& weights, bool pooled_t, DType t, int64_t B, int64_t K, int64_t Ct);
+// give equal bits. by_features: the teacher's logits are those of pooled_t.
+bool in_class_chunks(const LossWeights& weights, bool by_features, DType t, int64_t B, int64_t K, int64_t Ct);
 
 // Of all of r's rows; r.terms.weight is contiguous: T, float32 or bfloat16.
 void chunked_loss(const LossRows& r);

@@ -1,24 +1,72 @@
 // CPU loops of classifier_loss: one task per sample.
 #include "classifier_loss.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "loops.h"
+#include "row_math.h"
 #include "vectorise.h"
 
 namespace ijckd {
 namespace {
 
-constexpr int64_t kScratch =
-    4;  // rows of scratch that one sample needs: logits, gradient, exponentials, logits - logits_t
+constexpr int64_t kScratch = 5;  // rows of scratch that one sample needs
 
-// x[k] = e^(scale (l[k] - top)); returns the sum over k.
+// Cross-entropy of logits l, whose largest is l[best] = top; g [K] becomes its gradient.
 template <typename A>
-IJCKD_INLINE A exponentials(const A* l, A top, A scale, int64_t n, A* x) {
-  for (int64_t k = 0; k < n; ++k) x[k] = exponential((l[k] - top) * scale);
-  return lane_sum<A>(n, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
+IJCKD_INLINE A cross_entropy(const RowLoss& r, const A* l, int64_t best, A top, const Target<A>& q, A* g) {
+  const int64_t K = r.K;
+  const auto total = [&](const auto& item) __attribute__((always_inline)) { return lane_sum<A>(K, item); };
+  const bool valid = q.a >= 0 && q.a < K && q.b >= 0 && q.b < K;
+  // Relative to the largest logit, whose own exponential, 1, is left out: lse - top = log1p(others) keeps the digits
+  // of a confident sample. An infinite logit would hide itself that way.
+  for (int64_t k = 0; k < K; ++k) g[k] = exponential(l[k] - top);
+  g[best] = 0;
+  const A others = valid && std::abs(top) < std::numeric_limits<A>::infinity()
+                       ? total([&](int64_t k) __attribute__((always_inline)) { return g[k]; })
+                       : std::numeric_limits<A>::quiet_NaN();
+  if (valid) {
+    const std::pair<int64_t, A> targets[] = {{q.a, g[q.a]}, {q.b, g[q.b]}, {best, A(1)}};
+    for (const auto& [k, x] : targets) g[k] = q.scaled_grad(k, x, best, others);
+  }
+  const A scale = A(r.weights.ce) / (A(1) + others), uniform = A(r.weights.ce) * q.uniform;
+  for (int64_t k = 0; k < K; ++k) g[k] = scale * g[k] - uniform;
+  if (!valid) return others;
+  const A below =
+      q.eps != 0 ? total([&](int64_t k) __attribute__((always_inline)) { return top - l[k]; }) / A(K) : A(0);
+  return q.cross_entropy(std::log1p(others), top - l[q.a], top - l[q.b], below, r.labels_b != nullptr);
+}
+
+// T^2 KL of logits l [K] to the teacher's, whose gradient is added to g. With `near`, t [K] is scratch and diff the
+// difference of both; else t has the teacher's logits. l, t and diff are overwritten, x is scratch.
+template <typename A>
+IJCKD_INLINE A divergence(const RowLoss& r, bool near, A top, A* l, A* t, A* diff, A* x, A* g) {
+  const int64_t K = r.K;
+  const A temperature = A(r.weights.temperature), cold = A(1) / temperature, c = A(r.weights.kl) * temperature;
+  for (int64_t k = 0; k < K; ++k) l[k] -= top;
+  if (near)
+    for (int64_t k = 0; k < K; ++k) t[k] = l[k] - diff[k];
+  const A top_t = lane_max(K, t);
+  for (int64_t k = 0; k < K; ++k) {
+    const A a_t = t[k] - top_t;
+    diff[k] = (near ? diff[k] + top_t : l[k] - a_t) * cold;
+    x[k] = exponential(l[k] * cold);
+    t[k] = exponential(a_t * cold);
+  }
+  const A sum = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
+  const A sum_t = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return t[k]; });
+  const RowKl<A> kl(sum, sum_t,
+                    lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return t[k] * diff[k]; }));
+  for (int64_t k = 0; k < K; ++k) g[k] += c * kl.grad(x[k], t[k]);
+  const A excess =
+      kl.small()
+          ? lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return kl.excess(x[k], t[k], diff[k]); })
+          : A(0);
+  return temperature * temperature * kl.value(excess);
 }
 
 // One sample: all losses on its logits, and the gradient in their place.
@@ -27,22 +75,26 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   const int64_t B = r.B, K = r.K;
   const LossWeights& w = r.weights;
   T* logits = static_cast<T*>(r.logits) + b * K;
-  A *l = scratch, *g = l + K, *x = g + K, *diff = x + K;  // [K] each
+  A *l = scratch, *g = l + K, *x = g + K, *diff = x + K, *t = diff + K;  // [K] each
   const A* bias = static_cast<const A*>(r.bias);
-  const auto total = [&](const A* v) __attribute__((always_inline)) {
-    return lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return v[k]; });
+  const auto with_bias = [&](const T* from, A* to) __attribute__((always_inline)) {
+    if (bias)
+      for (int64_t k = 0; k < K; ++k) to[k] = load(from, k) + bias[k];
+    else
+      for (int64_t k = 0; k < K; ++k) to[k] = load(from, k);
   };
 
-  if (bias)
-    for (int64_t k = 0; k < K; ++k) l[k] = load(logits, k) + bias[k];
-  else
-    for (int64_t k = 0; k < K; ++k) l[k] = load(logits, k);
-  if (r.delta) {
-    const T* delta = static_cast<const T*>(r.delta) + b * K;
+  with_bias(logits, l);
+  const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
+  const bool near = delta && !(r.far && r.far[b]);
+  if (near) {
     for (int64_t k = 0; k < K; ++k) diff[k] = load(delta, k);
-  } else if (r.logits_t) {
-    const T* logits_t = static_cast<const T*>(r.logits_t) + b * K;
-    for (int64_t k = 0; k < K; ++k) diff[k] = l[k] - load(logits_t, k);
+  } else if (delta || r.logits_t) {
+    if (delta)
+      with_bias(delta, t);
+    else
+      std::copy_n(static_cast<const A*>(r.logits_t) + b * K, K, t);
+    for (int64_t k = 0; k < K; ++k) diff[k] = l[k] - t[k];
   }
   const A top = lane_max(K, l);
   int64_t best = 0;
@@ -52,32 +104,10 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
 
   A ce = 0;
   if (w.ce != 0) {
-    const A eps = A(w.label_smoothing), q = A(1) - eps, share = r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1);
-    const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
-    // Relative to the largest logit, whose own exponential, 1, is left out: lse - top = log1p(others) keeps the digits
-    // of a confident sample. An infinite logit would hide itself that way.
-    for (int64_t k = 0; k < K; ++k) g[k] = exponential(l[k] - top);
-    g[best] = 0;
-    const A others =
-        valid && std::abs(top) < std::numeric_limits<A>::infinity() ? total(g) : std::numeric_limits<A>::quiet_NaN();
-    const A sum = A(1) + others, scale = A(w.ce) / sum, uniform = A(w.ce) * eps / A(K);
-    ce = others;
-    if (valid) {
-      ce = (top - l[label_a]) + std::log1p(others);
-      if (r.labels_b) ce += q * (A(1) - share) * (l[label_a] - l[label_b]);
-      if (eps != 0) ce += eps * (l[label_a] - total(l) / A(K));
-      // Softmax minus target, times `sum`; where the label is the best class, 1 - sum would cancel.
-      if (best == label_a) {
-        g[best] = (A(1) - q * share) * sum - others;
-      } else {
-        g[best] = 1;
-        g[label_a] -= q * share * sum;
-      }
-      if (r.labels_b) g[label_b] -= q * (A(1) - share) * sum;
-    }
-    for (int64_t k = 0; k < K; ++k) g[k] = scale * g[k] - uniform;
+    const A eps = A(w.label_smoothing), share = r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1);
+    ce = cross_entropy(r, l, best, top, Target<A>{label_a, label_b, share, eps, eps / A(K)}, g);
   } else {
-    for (int64_t k = 0; k < K; ++k) g[k] = 0;
+    std::fill_n(g, K, A(0));
   }
 
   A sr = 0;
@@ -87,20 +117,7 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     for (int64_t k = 0; k < K; ++k) g[k] += c * diff[k];
   }
 
-  A kl = 0;
-  if (w.kl != 0) {
-    const A temperature = A(w.temperature), cold = A(1) / temperature, c = A(w.kl) * temperature;
-    const A sum_s = exponentials(l, top, cold, K, x), lse_s = top * cold + std::log(sum_s);
-    for (int64_t k = 0; k < K; ++k) {
-      g[k] += c / sum_s * x[k];
-      l[k] -= diff[k];  // the teacher's logits from here on
-    }
-    const A top_t = lane_max(K, l);
-    const A sum_t = exponentials(l, top_t, cold, K, x), shift = lse_s - (top_t * cold + std::log(sum_t));
-    kl = temperature * temperature / sum_t *
-         lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return x[k] * (shift - diff[k] * cold); });
-    for (int64_t k = 0; k < K; ++k) g[k] -= c / sum_t * x[k];
-  }
+  const A kl = w.kl != 0 ? divergence(r, near, top, l, t, diff, x, g) : A(0);
 
   A* rows = static_cast<A*>(r.part_rows);
   rows[kPartCe * B + b] = ce;
@@ -124,6 +141,30 @@ void every_sample(const RowLoss& r, const Sample& one) {
     std::vector<A> scratch(kScratch * r.K);
     for (int64_t b = first; b < last; ++b) one(r, b, scratch.data());
   });
+}
+
+template <typename T, typename A>
+IJCKD_INLINE void stack(const StackRows& s, int64_t first, int64_t last) {
+  const int64_t n = s.Ct;
+  for (int64_t b = first; b < last; ++b) {
+    const A *z = static_cast<const A*>(s.z) + b * n, *d = static_cast<const A*>(s.d) + b * n, *from = d;
+    if (s.pooled_t) {
+      const A* pooled_t = static_cast<const A*>(s.pooled_t) + b * n;
+      const auto square = [&](const A* v) __attribute__((always_inline)) {
+        return lane_sum<A>(n, [&](int64_t i) __attribute__((always_inline)) { return v[i] * v[i]; });
+      };
+      s.far[b] = far_from(square(d), square(pooled_t));
+      if (s.far[b]) from = pooled_t;
+    }
+    T *to = static_cast<T*>(s.stack) + b * n, *beneath = to + s.B * n;
+    for (int64_t i = 0; i < n; ++i) store(to, i, z[i]);
+    for (int64_t i = 0; i < n; ++i) store(beneath, i, from[i]);
+  }
+}
+IJCKD_CLONES void stack_f32(const StackRows& s, int64_t first, int64_t last) { stack<float, float>(s, first, last); }
+IJCKD_CLONES void stack_f64(const StackRows& s, int64_t first, int64_t last) { stack<double, double>(s, first, last); }
+IJCKD_CLONES void stack_bf16(const StackRows& s, int64_t first, int64_t last) {
+  stack<c10::BFloat16, float>(s, first, last);
 }
 
 template <typename T, typename A>
@@ -153,6 +194,14 @@ int row_loss(const RowLoss& r, void*) {
   by_dtype(
       r.dtype, [&] { every_sample<float>(r, sample_f32); }, [&] { every_sample<double>(r, sample_f64); },
       [&] { every_sample<float>(r, sample_bf16); });
+  return 0;
+}
+
+int stack_rows(const StackRows& s, void*) {
+  const auto run = [&](auto part) {
+    parallel_for(s.B, row_grain(s.Ct, 1 << 15), [&](int64_t first, int64_t last) { part(s, first, last); });
+  };
+  by_dtype(s.dtype, [&] { run(stack_f32); }, [&] { run(stack_f64); }, [&] { run(stack_bf16); });
   return 0;
 }
 

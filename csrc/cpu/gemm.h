@@ -16,11 +16,4 @@ inline void matmul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference to `out` off the stack
 }
 
-// Rows [first, first + n) of t, a view.
-inline Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
-  std::vector<int64_t> size(t.sizes().begin(), t.sizes().end());
-  size[0] = n;
-  return strided(t, size, t.strides(), first * t.stride(0));
-}
-
 }  // namespace ijckd

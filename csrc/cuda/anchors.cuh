@@ -25,9 +25,9 @@ struct RowLabels {
 
 // Sums over some of a row's channels.
 struct RowDots {
-  float a = 0, b = 0, square = 0;  // z . w_a and z . w_b of the rounded z, |z - pooled_t|^2
+  float a = 0, b = 0, square = 0, pooled = 0;  // z . w_a and z . w_b of the rounded z, |z - pooled_t|^2, |pooled_t|^2
 
-  __device__ __forceinline__ void add(const RowDots& o) { a += o.a, b += o.b, square += o.square; }
+  __device__ __forceinline__ void add(const RowDots& o) { a += o.a, b += o.b, square += o.square, pooled += o.pooled; }
 
   // Two neighbouring channels, from c, of row `row`: stores what becomes of them.
   template <typename T>
@@ -43,7 +43,9 @@ struct RowDots {
     if (!pooled_t) return;
     const float2 t = load_pair(pooled_t + at), d{z.x - t.x, z.y - t.y};
     square += d.x * d.x + d.y * d.y;
+    pooled += t.x * t.x + t.y * t.y;
     if (p.d_t) store_pair(static_cast<T*>(p.d_t) + at, d);
+    if (p.pooled) store_pair(static_cast<T*>(p.pooled) + at, t);
     if (p.d_split) {
       __nv_bfloat16 *high = static_cast<__nv_bfloat16*>(p.d_split) + at, *low = high + B * Ct;
       store_pair(high, d);
@@ -57,6 +59,7 @@ struct RowDots {
                                         int64_t B) const {
     const int64_t at = part * B + row;
     if (p.rows.fm) p.rows.fm[at] = square;
+    if (p.rows.pooled) p.rows.pooled[at] = pooled;
     if (!p.rows.anchor) return;
     const bool biased = part == 0 && p.bias;
     p.rows.anchor[at] = labels.valid ? a + (biased ? p.bias[labels.a] : 0) : NAN;
@@ -64,5 +67,12 @@ struct RowDots {
     if (part == 0 && !labels.valid) count_row(p.counts, kBadLabels);
   }
 };
+
+// The sum over the parts of a row.
+__device__ __forceinline__ float row_total(const float* parts, int n, int64_t B, int64_t b) {
+  float sum = 0;
+  for (int part = 0; part < n; ++part) sum += parts[part * B + b];
+  return sum;
+}
 
 }  // namespace ijckd

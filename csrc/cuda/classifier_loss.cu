@@ -15,7 +15,34 @@ __global__ void row_loss_kernel(RowLoss r) {
   __shared__ RowTops<A> tops[kThreads / 32];
   __shared__ RowExponentials<A> exponentials[kThreads / 32];
   __shared__ A kl[kThreads / 32];
-  row_loss_by_block<kThreads, T>(r, blockIdx.x, static_cast<T*>(r.logits), r.K, RowSlots<A>{tops, exponentials, kl});
+  const int64_t b = blockIdx.x;
+  row_loss_by_block<kThreads, T>(r, b, r.far && r.far[b], static_cast<T*>(r.logits), r.K,
+                                 RowSlots<A>{tops, exponentials, kl});
+}
+
+// One block per row.
+template <typename T, typename A>
+__global__ void stack_rows_kernel(const StackRows s) {
+  __shared__ A slots[kThreads / 32];
+  const int64_t b = blockIdx.x, at = b * s.Ct;
+  const A *z = static_cast<const A*>(s.z) + at, *from = static_cast<const A*>(s.d) + at;
+  if (s.pooled_t) {
+    const A* pooled_t = static_cast<const A*>(s.pooled_t) + at;
+    const auto square = [&](const A* v) {
+      A sum = 0;
+      for (int64_t c = threadIdx.x; c < s.Ct; c += kThreads) sum += v[c] * v[c];
+      return block_reduce<kThreads>(sum, slots, Sum{});
+    };
+    const A square_d = square(from);
+    const bool far = far_from(square_d, square(pooled_t));
+    if (threadIdx.x == 0) s.far[b] = far;
+    if (far) from = pooled_t;
+  }
+  T *to = static_cast<T*>(s.stack) + at, *beneath = to + s.B * s.Ct;
+  for (int64_t c = threadIdx.x; c < s.Ct; c += kThreads) {
+    store(to, c, z[c]);
+    store(beneath, c, from[c]);
+  }
 }
 
 // One block: means over B by a fixed tree, the weighted sum, the hits.
@@ -59,6 +86,12 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 int row_loss(const RowLoss& r, void* stream) {
   return dispatch(r.dtype, [&](auto t, auto a) {
     return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r);
+  });
+}
+
+int stack_rows(const StackRows& s, void* stream) {
+  return dispatch(s.dtype, [&](auto t, auto a) {
+    return launch(stack_rows_kernel<decltype(t), decltype(a)>, s.B, kThreads, stream, s);
   });
 }
 

@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRo
     dots.meet<T>(p.anchors, labels, load_pair(p.z + b * p.Ct + c), p.pooled_t, b, c, p.B, p.Ct);
   const auto sum = [&](float v) { return block_reduce<kRowThreads>(v, slots, Sum{}); };
   dots.a = sum(dots.a), dots.b = sum(dots.b), dots.square = sum(dots.square);
+  if (p.anchors.rows.pooled) dots.pooled = sum(dots.pooled);
   if (threadIdx.x == 0) dots.store(p.anchors, labels, 0, b, p.B);
 }
 
@@ -52,18 +53,20 @@ __device__ void store_losses(const Losses& losses, LossSums sums, const LossWeig
   if (threadIdx.x == 0) *losses.loss = float(loss), *losses.top1 = int64_t(hits);
 }
 
-// The sum over the parts of a row.
-__device__ float row_total(const float* parts, int n, int64_t B, int64_t b) {
-  float sum = 0;
-  for (int part = 0; part < n; ++part) sum += parts[part * B + b];
-  return sum;
-}
+// Of row b's labels the one with the larger logit, the first if they are equal, anchors its exponentials.
+struct RowAnchor {
+  float logit;  // NaN where it is not finite: it would hide itself, every other exponential 0 and the loss that of a
+                // perfect sample
+  float other;  // labels_b's logit, or that of `labels` where labels_b anchors
+  bool second;  // whether labels_b does
+};
 
-// NaN where it is not finite: an infinite anchor would hide itself, every other exponential 0 and the loss that of a
-// perfect sample.
-__device__ float row_anchor(const RowParts& rows, int64_t B, int64_t b) {
-  const float anchor = row_total(rows.anchor, rows.parts, B, b);
-  return fabsf(anchor) < INFINITY ? anchor : NAN;
+__device__ RowAnchor row_anchor(const RowParts& rows, bool two_labels, int64_t B, int64_t b) {
+  const float logit_a = row_total(rows.anchor, rows.parts, B, b);
+  const float logit_b = two_labels ? row_total(rows.logit_b, rows.parts, B, b) : logit_a;
+  const bool second = logit_b > logit_a;
+  const float logit = second ? logit_b : logit_a;
+  return {fabsf(logit) < INFINITY ? logit : NAN, second ? logit_a : logit_b, second};
 }
 
 // --------------------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ struct Top {
 // What a row has gathered in one tile: summed over the 4 lanes that share the row, then, through shared memory, over
 // warps.
 struct RowSums {
-  float others = 0, logits = 0;
+  float others = 0, logits = 0;  // logits: above the anchor
   Top top;
 
   __device__ void add(const RowSums& o) {
@@ -90,6 +93,12 @@ struct RowSums {
     logits += o.logits;
     top.meet(o.top.value, o.top.index);
   }
+};
+
+// A row's anchor, and its label where that lies in the tile, else -1.
+struct InTile {
+  float logit;
+  int label;
 };
 
 // e_k and the sums of one tile of classes.
@@ -100,24 +109,22 @@ __device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, 
   multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), tile_at<B::kByColumn>(from, m0, n0));
 
   __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
-  RowSums* rows = reinterpret_cast<RowSums*>(shared);                            // [kM, kWarpsN]
-  float* anchors = reinterpret_cast<float*>(rows + Shape::kM * Shape::kWarpsN);  // [kM]
-  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads)
-    anchors[m] = m0 + m < p.B ? row_anchor(p.rows, p.B, m0 + m) : 0;
+  RowSums* rows = reinterpret_cast<RowSums*>(shared);                              // [kM, kWarpsN]
+  InTile* anchors = reinterpret_cast<InTile*>(rows + Shape::kM * Shape::kWarpsN);  // [kM]
+  for (int m = threadIdx.x; m < Shape::kM; m += Shape::kThreads) {
+    const int64_t b = m0 + m;
+    anchors[m] = {0, -1};
+    if (b >= p.B) continue;
+    const RowAnchor anchor = row_anchor(p.rows, p.labels_b, p.B, b);
+    const int64_t from_n0 = (anchor.second ? p.labels_b : p.labels)[b] - p.first_class - n0;
+    anchors[m] = {anchor.logit, from_n0 >= 0 && from_n0 < Shape::kN ? int(from_n0) : -1};
+  }
   __syncthreads();
   const float* bias = p.bias ? p.bias + p.first_class : nullptr;
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i) {
     RowSums sums[2];
-    float anchor[2];
-    int label[2];  // in the tile; outside it, somewhere else
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = tile_row<Shape>(i, half), b = m0 + m;
-      anchor[half] = anchors[m];
-      const int64_t from_n0 = b < p.B ? p.labels[b] - p.first_class - n0 : -1;
-      label[half] = from_n0 >= 0 && from_n0 < Shape::kN ? int(from_n0) : -1;
-    }
+    const InTile anchor[2] = {anchors[tile_row<Shape>(i, 0)], anchors[tile_row<Shape>(i, 1)]};
 #pragma unroll
     for (int j = 0; j < Shape::kBlocksN; ++j) {
       const int in_tile = tile_column<Shape>(j), k = n0 + in_tile;
@@ -130,10 +137,10 @@ __device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, 
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
           const float x = acc[i][j][2 * half + n] + add[n];
-          if (real[n]) row.logits += x, row.top.meet(x, k + n);
-          float above = x - anchor[half];
+          float above = x - anchor[half].logit;
+          if (real[n]) row.logits += above, row.top.meet(x, k + n);
           if (above > kSaturation) above = kSaturation;  // NaN goes through
-          e[n] = real[n] && in_tile + n != label[half] ? exp2f(above * kLog2e) : 0;
+          e[n] = real[n] && in_tile + n != anchor[half].label ? exp2f(above * kLog2e) : 0;
           row.others += e[n];
         }
         const int64_t b = m0 + tile_row<Shape>(i, half);
@@ -246,6 +253,17 @@ __device__ float row_others(const GradRows& p, int64_t b, float anchor) {
   return anchor == anchor ? s : NAN;
 }
 
+// What the target gives to the label that anchors, and to the other.
+struct LabelShares {
+  float anchor, other;
+};
+
+__device__ LabelShares label_shares(const GradRows& p, int64_t b, const RowAnchor& anchor) {
+  if (!p.labels_b) return {1, 0};
+  const float a = p.mix[b], rest = 1 - a;
+  return anchor.second ? LabelShares{rest, a} : LabelShares{a, rest};
+}
+
 // The losses of all rows and their means, by one block; rows are shared out in a fixed way.
 template <int kThreads>
 __device__ void mean_losses(const GradRows& p, double* slots) {
@@ -256,18 +274,17 @@ __device__ void mean_losses(const GradRows& p, double* slots) {
     const Top top = row_top(p, b);
     sums.hits += top.index == p.labels[b];
     if (w.ce != 0) {
-      const float anchor = row_anchor(p.rows, p.B, b);
-      float row = log1pf(row_others(p, b, anchor)), logits = 0;
+      const RowAnchor anchor = row_anchor(p.rows, p.labels_b, p.B, b);
+      float row = log1pf(row_others(p, b, anchor.logit));
       // Of each tile only its largest logit: off by less than log K, of more than kSaturation.
-      if (saturated(top, anchor)) {
+      if (saturated(top, anchor.logit)) {
         float sum = 0;
         for (int t = 0; t < p.sums.class_tiles; ++t) sum += expf(p.sums.best[t * p.B + b] - top.value);
-        row = top.value - anchor + logf(sum);
+        row = top.value - anchor.logit + logf(sum);
         count_row(p.counts, kSaturated);
       }
-      if (p.sums.logits) logits = row_total(p.sums.logits, p.sums.class_tiles, p.B, b);
-      if (p.labels_b) row += (1 - eps) * (1 - p.mix[b]) * (anchor - row_total(p.rows.logit_b, p.rows.parts, p.B, b));
-      row += eps * (anchor - logits / float(p.K));
+      if (p.labels_b) row += (1 - eps) * label_shares(p, b, anchor).other * (anchor.logit - anchor.other);
+      if (p.sums.logits) row -= eps * (row_total(p.sums.logits, p.sums.class_tiles, p.B, b) / float(p.K));
       sums.part[kPartCe] += row;
     }
     if (w.sr != 0) {
@@ -287,12 +304,16 @@ struct RowScale {
 
 __device__ RowScale row_scale(const GradRows& p, int64_t b) {
   if (p.weights.ce == 0) return {};
-  const float anchor = row_anchor(p.rows, p.B, b), s = row_others(p, b, anchor), total = 1 + s,
-              c = float(p.weights.ce / double(p.B));
-  const float share = p.labels_b ? p.mix[b] : 1, q = 1 - float(p.weights.label_smoothing);
-  if (saturated(row_top(p, b), anchor)) return {0, -c * q * share, -c * q * (1 - share), true};
-  // p_a - q_a = (1 - share of a in the target) - s / total: a confident sample's gradient keeps its digits
-  return {c / total, c * ((1 - q * share) - s / total), -c * q * (1 - share), false};
+  const RowAnchor anchor = row_anchor(p.rows, p.labels_b, p.B, b);
+  const LabelShares share = label_shares(p, b, anchor);
+  const float s = row_others(p, b, anchor.logit), total = 1 + s, c = float(p.weights.ce / double(p.B)),
+              eps = float(p.weights.label_smoothing), other = -c * (1 - eps) * share.other;
+  RowScale scale{0, -c * (1 - eps) * share.anchor, other, saturated(row_top(p, b), anchor.logit)};
+  // p - q of the label that anchors = (1 - its share of the target) - s / total: a confident sample's gradient keeps
+  // its digits
+  if (!scale.saturated) scale.e = c / total, scale.a = c * ((eps + (1 - eps) * share.other) - s / total);
+  if (anchor.second) scale.b = scale.a, scale.a = other;
+  return scale;
 }
 
 // Shared memory of exact_row: for each warp its columns, its largest logit, its sum.

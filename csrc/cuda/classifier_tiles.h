@@ -14,9 +14,10 @@
 // to it and no tile of classes needs another:
 //   e_k = exp(l_k - l_a) for k != a, else 0;   s = sum of e_k;   cross-entropy = log1p(s);
 //   dCE/dz = (sum of e_k w_k - s w_a) / (1 + s).
-// The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the anchor. A row whose
-// largest logit lies more than kSaturation nats above the label's is saturated: it is counted, its loss is taken from
-// the largest logits of the tiles, and its gradient from logits computed again, which is slow.
+// Of two labels `a` is the one with the larger logit, so that both lie within the sum: no part of the cross-entropy is
+// below 0 then. The e_k are kept as bfloat16, whose exponent is float's, so their accuracy does not depend on the
+// anchor. A row whose largest logit lies more than kSaturation nats above the label's is saturated: it is counted, its
+// loss is taken from the largest logits of the tiles, and its gradient from logits computed again, which is slow.
 //
 // Logit match. With G = W^T W, |W d|^2 = d^T G d and its gradient is 2 G d, at a cost that does not grow with K. d and
 // G are each split into two bfloat16 numbers, high + low, and three products of four are summed in float.
@@ -35,6 +36,7 @@ struct RowParts {
   float* anchor;   // [parts, B], or null: the label's logit of the rounded z; NaN where a label lies outside [0, K)
   float* logit_b;  // [parts, B], with anchor: labels_b's logit
   float* fm;       // [parts, B], or null: d^2
+  float* pooled;   // [parts, B], or null: pooled_t^2
   int parts;
 };
 
@@ -46,6 +48,7 @@ struct Anchors {
   const int64_t* labels_b;  // [B], or null
   void* z_t;                // [B, Ct] T  out: z rounded
   void* d_t;                // [B, Ct] T  out, or null: d = z - pooled_t, formed in float, rounded
+  void* pooled;             // [B, Ct] T  out, or null: pooled_t rounded
   void* d_split;            // [2, B, Ct] bfloat16  out, or null: d's high and low parts
   RowParts rows;            // out
   int64_t* counts;          // [kCounts] in and out, with rows.anchor: counts.h
@@ -73,7 +76,7 @@ struct Losses {
 // each.
 struct TileSums {
   float* others;    // sum of e_k
-  float* logits;    // sum of l_k; null without label smoothing
+  float* logits;    // sum of l_k - l_a; null without label smoothing
   float* best;      // largest l_k
   int* best_class;  // and its class, the first on a tie
   float* square;    // [gram tiles, B]: d . (G d); null without logit match
@@ -91,11 +94,11 @@ struct LogitsExp {
   const void* weight;  // [K, Ct] bfloat16
   const float* bias;   // [K], or null
   RowParts rows;
-  const int64_t* labels;
-  void* e;              // [B, stride_e] bfloat16  out, or null: not needed; columns past the classes are 0
-  int64_t stride_e;     // classes rounded up to a multiple of 8
-  TileSums sums;        // out
-  int first_tile;       // of these classes among all tiles
+  const int64_t *labels, *labels_b;  // [B], [B] or null
+  void* e;                           // [B, stride_e] bfloat16  out, or null: not needed; columns past the classes are 0
+  int64_t stride_e;                  // classes rounded up to a multiple of 8
+  TileSums sums;                     // out
+  int first_tile;                    // of these classes among all tiles
   const void* gram;     // [2, Ct, Ct] bfloat16: G's high and low parts; null: no logit match, or not in this call
   const void* d_split;  // [2, B, Ct] bfloat16, with gram
   const float* z;       // [B, Ct], with gram
@@ -137,10 +140,11 @@ int grad_rows(const GradRows& g, void* stream);
 struct LogitRows {
   int stage;           // 1 or 2
   DType dtype;         // T: bfloat16 or float16
-  const void* stack;   // [B, Ct] T: z; with rows.delta [2, B, Ct]: d too
+  const void* stack;   // [B, Ct] T: z; with rows.delta [2, B, Ct]: d too; with squares.pooled [3, B, Ct]: and pooled_t
   const void* weight;  // [K, Ct] T
-  RowLoss rows;    // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
-  void* gradient;  // [B, stride] T  out, with rows.grad; columns past K are 0
+  RowLoss rows;  // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
+  RowParts squares;  // fm and pooled say which rows are far (row_math.h): delta is W pooled_t there. pooled null: none
+  void* gradient;    // [B, stride] T  out, with rows.grad; columns past K are 0
   int64_t Ct, stride;  // stride: K rounded up to a multiple of 8
 };
 int logit_rows(const LogitRows& l, void* stream);

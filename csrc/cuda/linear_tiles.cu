@@ -35,6 +35,7 @@ __device__ __forceinline__ void store_anchors(const LinearTiles& p, const typena
         other.a = shuffle_xor(dots.a, mask);
         other.b = shuffle_xor(dots.b, mask);
         other.square = shuffle_xor(dots.square, mask);
+        other.pooled = shuffle_xor(dots.pooled, mask);
         dots.add(other);
       }
       if (threadIdx.x % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = dots;

@@ -1,6 +1,7 @@
 // Kernel of classifier_tiles.h:logit_rows.
 #include <cooperative_groups.h>
 
+#include "anchors.cuh"
 #include "cuda/classifier_tiles.h"
 #include "hopper_tile.cuh"
 #include "row_loss.cuh"
@@ -8,26 +9,63 @@
 namespace ijckd {
 namespace {
 
+// Whether W pooled_t serves row b instead of W d.
+__device__ __forceinline__ bool far_row(const LogitRows& p, int64_t b) {
+  const RowParts& s = p.squares;
+  if (!s.pooled) return false;
+  return far_from(row_total(s.fm, s.parts, p.rows.B, b), row_total(s.pooled, s.parts, p.rows.B, b));
+}
+
+// Which row of logits, with delta beneath them, is row `row` of the stack's product; -1: none.
+__device__ __forceinline__ int64_t row_of(const LogitRows& p, int64_t row) {
+  const int64_t B = p.rows.B;
+  if (row < B || !p.squares.pooled) return row;
+  const bool of_pooled = row >= 2 * B;
+  if (far_row(p, row - (of_pooled ? 2 * B : B)) != of_pooled) return -1;
+  return of_pooled ? row - B : row;
+}
+
+// Whether one of the kRows rows from m0 does. All warps come to the same answer, each by itself.
+template <int kRows>
+__device__ __forceinline__ bool serves(const LogitRows& p, int m0, int64_t stacked) {
+  int found = 0;
+  for (int64_t row = m0 + threadIdx.x % 32; row < m0 + kRows && row < stacked; row += 32)
+    if (row_of(p, row) >= 0) found = 1;
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) found += shuffle_xor(found, mask);
+  return found != 0;
+}
+
+__host__ __device__ inline int64_t stacked_rows(const LogitRows& p) {
+  return p.rows.B * (p.squares.pooled ? 3 : p.rows.delta ? 2 : 1);
+}
+
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
-// each takes rows of its own. One with nothing to multiply helps with the rows.
+// each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
+// out: where all rows are far, or none is, the third part of the stack costs nothing.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  const int64_t rows = p.rows.B, K = p.rows.K, stacked = p.rows.delta ? 2 * rows : rows;
+  const int64_t rows = p.rows.B, K = p.rows.K, stacked = stacked_rows(p);
   const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),
             steps = ceil_div(p.Ct, kDepth);
   float* logits = static_cast<float*>(p.rows.logits);
-  for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x, before += steps) {
+  for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x) {
     const int m0 = tile % tiles_m * Shape::kM, n0 = tile / tiles_m * Shape::kN;
+    if (p.squares.pooled && !serves<Shape::kM>(p, m0, stacked)) continue;
     typename Shape::Accumulators acc = {};
     T* shared = reinterpret_cast<T*>(stages);
     if constexpr (Shape::kHopper)
       multiply<Shape, B::kByColumn>(acc, shared, steps, tile_at<B::kByColumn>(from, m0, n0), before);
     else
       multiply<Shape, B::kByColumn>(acc, shared, steps, tile_at<B::kByColumn>(from, m0, n0));
+    before += steps;
+    int64_t row_before = -1, at = -1;
     for_pairs<Shape>(acc, m0, n0, stacked, K, [&](int64_t row, int k, float2 v) {
-      float* to = logits + row * K + k;  // rows of an odd number of floats are not aligned to pairs
+      if (row != row_before) row_before = row, at = row_of(p, row);
+      if (at < 0) return;
+      float* to = logits + at * K + k;  // rows of an odd number of floats are not aligned to pairs
       to[0] = v.x;
       if (k + 1 < K) to[1] = v.y;
     });
@@ -38,12 +76,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages),
                               reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages)};
   for (int64_t b = blockIdx.x; b < rows; b += gridDim.x)
-    row_loss_by_block<Shape::kThreads, float>(p.rows, b, static_cast<T*>(p.gradient), p.stride, slots);
+    row_loss_by_block<Shape::kThreads, float>(p.rows, b, far_row(p, b), static_cast<T*>(p.gradient), p.stride, slots);
 }
 
 template <typename T>
 int start(const LogitRows& l, void* stream) {
-  const int64_t rows = l.rows.B, K = l.rows.K, stacked = l.rows.delta ? 2 * rows : rows;
+  const int64_t rows = l.rows.B, K = l.rows.K, stacked = stacked_rows(l);
   return with_tile(l.stage, stacked, K, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<T, Shape> from{};

@@ -13,7 +13,7 @@ template <typename A>
 struct RowTops {
   int64_t index;  // of the largest logit, the first on a tie; K where all are NaN
   A value;        // that logit
-  A value_t;      // the teacher's largest
+  A value_t;      // the teacher's largest, where its logits are given
   A square;       // sum of (logits - logits_t)^2
 
   // NaN is never larger.
@@ -36,10 +36,18 @@ struct JoinTops {
 template <typename A>
 struct RowExponentials {
   A others, s, t;  // all but the largest's; at the temperature; the teacher's at the temperature
-  A logits;        // sum of them
+  A weighted;      // row_math.h:RowKl's
+  A below;         // sum of how far logits lie below the largest
 
   __device__ RowExponentials operator+(const RowExponentials& o) const {
-    return {others + o.others, s + o.s, t + o.t, logits + o.logits};
+    return {others + o.others, s + o.s, t + o.t, weighted + o.weighted, below + o.below};
+  }
+};
+
+struct Larger {
+  template <typename A>
+  __device__ A operator()(A a, A b) const {
+    return b > a ? b : a;
   }
 };
 
@@ -52,22 +60,25 @@ struct RowSlots {
   A* kl;
 };
 
-// Three passes over the row, which stays in L2: largest logits and the logit match; exponentials; KL and the gradient,
-// which may take the logits' place. Sums in A, in fixed order: deterministic. A label outside [0, K) gives a NaN loss
-// and is counted. The gradient's row, of type G, is 0 between K and `stride`. Ends with a barrier.
+// Passes over the row, which stays in L2: largest logits and the logit match; the teacher's largest logit where it
+// follows from the student's; exponentials; KL and the gradient, which may take the logits' place. Sums in A, in fixed
+// order: deterministic. A label outside [0, K) gives a NaN loss and is counted. The gradient's row, of type G, is 0
+// between K and `stride`. `far`: as RowLoss says of the row. Ends with a barrier.
 template <int kThreads, typename T, typename A, typename G>
-__device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int64_t stride, const RowSlots<A>& slots) {
+__device__ void row_loss_by_block(const RowLoss& r, int64_t b, bool far, G* gradient, int64_t stride,
+                                  const RowSlots<A>& slots) {
   const int64_t K = r.K;
   const T* logits = static_cast<const T*>(r.logits) + b * K;
   const A* bias = static_cast<const A*>(r.bias);
   const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
-  const T* logits_t = r.logits_t ? static_cast<const T*>(r.logits_t) + b * K : nullptr;
+  const A* logits_t = r.logits_t ? static_cast<const A*>(r.logits_t) + b * K : nullptr;
   const LossWeights& w = r.weights;
-  const bool match = w.sr != 0 || w.kl != 0;
+  const bool match = w.sr != 0 || w.kl != 0, near = delta && !far;
   const A temp = A(w.temperature);
 
   const auto logit = [&](int64_t k) { return load<A>(logits, k) + (bias ? bias[k] : A(0)); };
-  const auto diff = [&](int64_t k, A l) { return delta ? load<A>(delta, k) : l - load<A>(logits_t, k); };
+  const auto logit_t = [&](int64_t k) { return delta ? load<A>(delta, k) + (bias ? bias[k] : A(0)) : logits_t[k]; };
+  const auto diff = [&](int64_t k, A l) { return near ? load<A>(delta, k) : l - logit_t(k); };
 
   RowTops<A> tops{K, -INFINITY, -INFINITY, 0};
   for (int64_t k = threadIdx.x; k < K; k += kThreads) {
@@ -75,10 +86,23 @@ __device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int6
     tops.meet(l, k);
     if (!match) continue;
     const A d = diff(k, l);
-    if (l - d > tops.value_t) tops.value_t = l - d;
+    if (!near && logit_t(k) > tops.value_t) tops.value_t = logit_t(k);
     tops.square += d * d;
   }
   tops = block_reduce<kThreads>(tops, slots.tops, JoinTops{});
+  if (near && w.kl != 0) {
+    A top_t = -INFINITY;
+    for (int64_t k = threadIdx.x; k < K; k += kThreads)
+      top_t = Larger{}(top_t, (logit(k) - tops.value) - load<A>(delta, k));
+    tops.value_t = block_reduce<kThreads>(top_t, slots.kl, Larger{});
+  }
+  // The teacher's logit below its largest, and by how much more the student's, `below`, lies below its own.
+  const auto below_t = [&](int64_t k, A below) {
+    return (near ? below - load<A>(delta, k) : logit_t(k)) - tops.value_t;
+  };
+  const auto moved = [&](int64_t k, A below) {
+    return (near ? load<A>(delta, k) + tops.value_t : below - below_t(k, below)) / temp;
+  };
 
   const long long label_a = r.labels[b], label_b = r.labels_b ? r.labels_b[b] : label_a;
   const bool valid = label_a >= 0 && label_a < K && label_b >= 0 && label_b < K;
@@ -90,50 +114,50 @@ __device__ void row_loss_by_block(const RowLoss& r, int64_t b, G* gradient, int6
   RowExponentials<A> sums{};
   if (w.ce != 0 || w.kl != 0)
     for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-      const A l = logit(k);
-      sums.logits += l;
-      if (w.ce != 0 && k != tops.index) sums.others += exp(l - tops.value);
+      const A below = logit(k) - tops.value;
+      sums.below -= below;
+      if (w.ce != 0 && k != tops.index) sums.others += exp(below);
       if (w.kl == 0) continue;
-      sums.s += exp((l - tops.value) / temp);
-      sums.t += exp((l - diff(k, l) - tops.value_t) / temp);
+      const A e_t = exp(below_t(k, below) / temp);
+      sums.s += exp(below / temp);
+      sums.t += e_t;
+      sums.weighted += e_t * moved(k, below);
     }
   sums = block_reduce<kThreads>(sums, slots.exponentials, Sum{});
   // The largest logit's own exponential is left out, so that a confident sample keeps its digits; an infinite one would
   // hide itself.
   if (!valid || !(fabs(tops.value) < A(INFINITY))) sums.others = NAN;
 
-  A kl = 0;
-  const A shift = (tops.value - tops.value_t) / temp + (log(sums.s) - log(sums.t));  // of the logarithms of both sums
+  A excess = 0;
+  const RowKl<A> kl(sums.s, sums.t, sums.weighted);
   const A c_sr = A(2 * w.sr) / A(K), c_kl = A(w.kl) * temp;
   if (r.grad || w.kl != 0)
     for (int64_t k = threadIdx.x; k < K; k += kThreads) {
-      const A l = logit(k), d = match ? diff(k, l) : A(0);
+      const A l = logit(k), below = l - tops.value;
       A g = 0;
-      if (w.ce != 0) g += A(w.ce) * q.grad(k, exp(l - tops.value), tops.index, sums.others);
-      if (w.sr != 0) g += c_sr * d;
+      if (w.ce != 0) g += A(w.ce) * q.grad(k, exp(below), tops.index, sums.others);
+      if (w.sr != 0) g += c_sr * diff(k, l);
       if (w.kl != 0) {
-        const A e_t = exp((l - d - tops.value_t) / temp);
-        kl += e_t * (shift - d / temp);
-        g += c_kl * (exp((l - tops.value) / temp) / sums.s - e_t / sums.t);
+        const A e = exp(below / temp), e_t = exp(below_t(k, below) / temp);
+        if (kl.small()) excess += kl.excess(e, e_t, moved(k, below));
+        g += c_kl * kl.grad(e, e_t);
       }
       if (r.grad) store(gradient + b * stride, k, g);
     }
   if (r.grad)
     for (int64_t k = K + threadIdx.x; k < stride; k += kThreads) store(gradient + b * stride, k, A(0));
-  kl = block_reduce<kThreads>(kl, slots.kl, Sum{});
+  excess = block_reduce<kThreads>(excess, slots.kl, Sum{});
   if (threadIdx.x != 0) return;
   A ce = 0;
   if (w.ce != 0) {
     ce = sums.others;
-    if (valid) {
-      ce = (tops.value - l_a) + log1p(sums.others) + (A(1) - smoothing) * (A(1) - q.mix) * (l_a - l_b);
-      if (smoothing != 0) ce += smoothing * (l_a - sums.logits / A(K));
-    }
+    if (valid)
+      ce = q.cross_entropy(log1p(ce), tops.value - l_a, tops.value - l_b, sums.below / A(K), r.labels_b != nullptr);
   }
   A* rows = static_cast<A*>(r.part_rows);
   rows[kPartCe * r.B + b] = ce;
   rows[kPartSr * r.B + b] = w.sr != 0 ? tops.square : A(0);
-  rows[kPartKl * r.B + b] = w.kl != 0 ? temp * temp / sums.t * kl : A(0);
+  rows[kPartKl * r.B + b] = w.kl != 0 ? temp * temp * kl.value(excess) : A(0);
   r.top1_rows[b] = tops.index == label_a;
   if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
 }

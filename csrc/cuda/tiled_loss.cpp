@@ -85,7 +85,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   const int parts = first_parts(t, stage);
   const Tensor z_t = empty(z, {B, Ct}, DType::bf16), sums_of_rows = empty(z, {3, parts, B}, DType::f32);
   float* anchor = sums_of_rows.mutable_data_ptr<float>();
-  const RowParts rows{anchor, anchor + parts * B, t.terms.pooled_t ? anchor + 2 * parts * B : nullptr, parts};
+  const RowParts rows{anchor, anchor + parts * B, t.terms.pooled_t ? anchor + 2 * parts * B : nullptr, nullptr, parts};
   OptTensor d_split, gram_d, e, weight_sums;
   if (match) d_split = empty(z, {2, B, Ct}, DType::bf16), gram_d = empty(z, {B, Ct}, DType::f32);
   if (t.grad) e = empty(z, {B, stride_e}, DType::bf16);
@@ -123,6 +123,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                         labels_b,
                         z_t.mutable_data_ptr(),
                         nullptr,
+                        nullptr,
                         out<void>(d_split),
                         rows,
                         counts,
@@ -138,6 +139,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                          .bias = in<float>(t.terms.bias),
                          .rows = rows,
                          .labels = labels,
+                         .labels_b = labels_b,
                          .e = out<void>(e),
                          .stride_e = round_up(n, 8),
                          .sums = tile_sums,
@@ -195,17 +197,21 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                 stride = round_up(K, 8);
   const Tensor z = t.z ? *t.z : empty(t.terms.weight, {B, Ct}, DType::f32);
   const DType type = dtype(t.terms.weight, "classifier_loss", "weight");
-  const bool match = t.terms.weights.sr != 0 || t.terms.weights.kl != 0, features = match && t.terms.pooled_t;
-  const int64_t stacked = features ? 2 * B : B;  // z's rows, then d's: one product reads W once for both
+  const bool match = t.terms.match(), features = match && !t.terms.logits_t;
+  // The KL alone needs the teacher's logits, which d does not give where it is large beside pooled_t.
+  const bool either = features && t.terms.weights.kl != 0;
+  // z's rows, then d's and pooled_t's: one product reads W once for all
+  const int64_t stacked = (1 + features + either) * B;
   const int parts = first_parts(t, stage);
-  const Tensor stack = empty(z, {stacked, Ct}, type), logits = empty(z, {stacked, K}, DType::f32);
+  const Tensor stack = empty(z, {stacked, Ct}, type), logits = empty(z, {(1 + features) * B, K}, DType::f32);
   const Tensor part_rows = empty(z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(z, {B}, ScalarType::Long);
-  OptTensor logits_t, fm;
+  OptTensor logits_t, squares;
   if (match && !features) logits_t = as(*t.terms.logits_t, DType::f32);
-  if (t.terms.pooled_t) fm = empty(z, {parts, B}, DType::f32);
+  if (t.terms.pooled_t) squares = empty(z, {2, parts, B}, DType::f32);
   char* z_t = static_cast<char*>(stack.mutable_data_ptr());
   float* l = logits.mutable_data_ptr<float>();
-  const RowParts rows{nullptr, nullptr, out<float>(fm), parts};
+  float* fm = out<float>(squares);
+  const RowParts rows{nullptr, nullptr, fm, either ? fm + parts * B : nullptr, parts};
   first_launch(t, stage, type, z,
                {.weight = data(t.terms.weight),
                 .bias = nullptr,
@@ -213,6 +219,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                 .labels_b = nullptr,
                 .z_t = z_t,
                 .d_t = features ? z_t + B * Ct * 2 : nullptr,
+                .pooled = either ? z_t + 2 * B * Ct * 2 : nullptr,
                 .d_split = nullptr,
                 .rows = rows,
                 .counts = nullptr,
@@ -228,6 +235,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                                 .logits = l,
                                 .bias = data(t.terms.bias),
                                 .delta = features ? l + B * K : nullptr,
+                                .far = nullptr,
                                 .logits_t = data(logits_t),
                                 .labels = in<int64_t>(t.terms.labels),
                                 .labels_b = in<int64_t>(t.terms.labels_b),
@@ -239,6 +247,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                                 .K = K,
                                 .weights = t.terms.weights,
                                 .grad = t.grad},
+                       .squares = rows,
                        .gradient = out<void>(gradient),
                        .Ct = Ct,
                        .stride = stride},
@@ -278,7 +287,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   if (tile_stage == 0) return false;
   const bool few = B * K <= kMostLogits, match = t.terms.weights.sr != 0;
   // By G the logit match costs three products of Ct columns, by the logits' own difference one of K.
-  const bool by_gram = t.terms.gram && t.terms.pooled_t && (!few || 2 * B * Ct * (3 * Ct - K) < kRowPass);
+  const bool by_gram = t.terms.gram && !t.terms.logits_t && (!few || 2 * B * Ct * (3 * Ct - K) < kRowPass);
   const bool by_anchor = bf16 && t.terms.weights.kl == 0 && (!match || by_gram);
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;

@@ -76,11 +76,13 @@ def classifier_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's frozen classifier on the student's features, and every loss on its logits.
 
-    logits = z weight^T + bias; logits_t = pooled_t weight^T + bias, or as given;
+    logits = z weight^T + bias; logits_t as given, otherwise pooled_t weight^T + bias;
     loss = ce CE(logits, labels) + sr mean (logits - logits_t)^2 over B, K + fm mean (z - pooled_t)^2 over B, Ct
          + kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), mean over B. All in nats.
-    The gradient is made in the forward pass; where pooled_t is given, logits - logits_t is weight (z - pooled_t), with
-    the difference formed before any rounding.
+    The gradient is made in the forward pass. Where pooled_t gives logits_t, logits - logits_t is weight (z - pooled_t),
+    with the difference formed before any rounding, except for the KL of a row whose |z - pooled_t| is more than half of
+    |pooled_t|. KL is never below 0, 0 where both rows are equal, and does not change with a constant that is added to
+    all logits of a row, as far as these still hold their differences.
 
     z         [B, Ct], float32/bfloat16 (float16 on a GPU), or float64 with a float64 weight; the only tensor that gets
               a gradient
@@ -92,7 +94,8 @@ def classifier_loss(
     mix       [B] in [0, 1], the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b)
     label_smoothing  in [0, 1], as torch's cross_entropy
     pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
-    logits_t  [B, K], any floating dtype
+    logits_t  [B, K], any floating dtype, read in float32 (float64 for float64), also under autocast; the teacher's logits
+              for sr and kl, also where pooled_t is given, which then serves fm alone
     temperature  > 0, of the KL term only
     gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
               must belong to this weight, which is not looked at; its shape, dtype and layout are. The CPU keeps its own

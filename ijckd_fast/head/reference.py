@@ -117,8 +117,8 @@ def classifier_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contract: `ijckd_fast.head.classifier_loss`.
 
-    Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL. `gram` is a short cut, not taken
-    here.
+    Method: L = ce CE + sr ||l - l_t||^2/(B K) + fm ||z - h_t||^2/(B Ct) + kl T^2 KL. l_t is logits_t where that is
+    given, also beside pooled_t. `gram` is a short cut, not taken here.
     """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     _check_gram(gram, weight.shape[1])

@@ -331,6 +331,8 @@ WEIGHTS = {"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0, "labe
 ROW_LOSSES: dict[str, dict[str, Any]] = {
     "all": {},
     "weights of one": {"ce": 1, "sr": 1, "kl": 1},
+    "either": {"teacher": "either"},
+    "either, no bias": {"teacher": "either", "bias": False, "ce": 0},
     "teacher's logits": {"teacher": "logits_t"},
     "teacher's logits, no bias": {"teacher": "logits_t", "bias": False},
     "plain": {"ce": 1, "sr": 0, "kl": 0, "label_smoothing": 0, "teacher": None, "two_labels": False, "bias": False},
@@ -347,6 +349,14 @@ ROW_LOSSES: dict[str, dict[str, Any]] = {
 def log_softmax(x: Array) -> Array:
     x = x - x.max(1, keepdims=True)
     return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def excess_kl(log_p_t: Array, v: Array) -> Array:
+    """KL of rows that differ by v over the temperature, with the digits of a small one."""
+    p_t = np.exp(log_p_t)
+    v = v - (p_t * v).sum(1, keepdims=True)
+    taylor = v * v * (1 / 2 + v * (1 / 6 + v * (1 / 24 + v * (1 / 120 + v / 720))))
+    return np.log1p((p_t * np.where(abs(v) < 1e-3, taylor, np.expm1(v) - v)).sum(1))
 
 
 def row_loss(
@@ -380,20 +390,41 @@ def row_loss(
     elif edit == "inf":  # whose own exponential is left out: it must not hide itself
         logits64[0, K // 2] = np.inf
         logits = t.encode(logits64)
+    elif edit == "ahead":  # labels_b's logit far above all others, and its share nearly all of the target
+        logits = t.encode(logits64 + 40 * (np.arange(K) == labels_b[:, None]))
+        logits64 = t.decode(logits)
     elif edit == "labels":  # what no check on the host can catch without waiting for the GPU
         labels[:4] = [K, -1, np.iinfo(np.int64).max, np.iinfo(np.int64).min]
         labels_b[4:6] = [K, -1]
     b, b64 = data.normal_acc(K)
-    x = logits64 + (b64 if bias and edit != "ties" else 0)
-    far = 2000 if edit == "large" else 0.5  # the teacher's largest logit is another class's, far above
-    delta, delta64 = data.normal(B, K, scale=far)
-    logits_t, logits_t64 = data.normal(B, K, scale=2)
+    bias = bias and edit not in ("ties", "alike")
+    x = logits64 + (b64 if bias else 0)
+    apart = 2000 if edit == "large" else 0.5  # the teacher's largest logit is another class's, far above
+    delta, delta64 = data.normal(B, K, scale=apart)
+    logits_t, logits_t64 = data.normal_acc(B, K, scale=2)
+    if (
+        edit == "alike"
+    ):  # to digits that no logit has; the last three equal, equal but for a constant, and not at all alike
+        delta64 *= 8 ** -np.arange(B, dtype=np.float64)[:, None]
+        delta64[-3], delta64[-2] = 0, 1.5
+        delta64[-1] *= 4 * 8 ** (B - 1)
+        delta = t.encode(delta64)
+        delta64 = t.decode(delta)
+        logits_t = (x - delta64).astype(t.accumulator)
+        logits_t64 = logits_t.astype(np.float64)
     mix = data.random.random(B).astype(t.accumulator)
-    d = delta64 if teacher == "delta" else x - logits_t64 if teacher == "logits_t" else np.zeros((B, K))
+    if edit == "ahead":
+        mix = mix * t.accumulator(1e-3) + t.accumulator(1e-6)
+    far = np.arange(B) % 3 == 0 if teacher == "either" else np.zeros(B, bool)
+    raw_t64 = delta64 + (b64 if bias else 0)  # where far
+    d = np.where(far[:, None], x - raw_t64, delta64) if teacher in ("delta", "either") else np.zeros((B, K))
+    if teacher == "logits_t":
+        d = x - logits_t64
     parts, top1, counts = data.out(4, B), np.full(B, -7), np.array([3, 5])
     arrays = {
-        "bias": b if bias and edit != "ties" else None,
-        "delta": delta if teacher == "delta" else None,
+        "bias": b if bias else None,
+        "delta": delta if teacher in ("delta", "either") else None,
+        "far": far.astype(np.uint8) if teacher == "either" else None,
         "logits_t": logits_t if teacher is not None else None,  # not read where there is a delta
         "labels": labels,
         "labels_b": labels_b if two_labels else None,
@@ -429,6 +460,13 @@ def row_loss(
     close("sr", parts[1], np.square(d).sum(1) if w["sr"] else 0, t)
     close("the pooled match's rows", parts[2], np.nan, t)  # another kernel's
     close("kl", parts[3], kl if w["kl"] else 0, t, scale=T * size)
+    if edit == "alike":
+        np.testing.assert_array_equal(parts[3, -3:-1], 0 if teacher == "delta" else [0, parts[3, -2]])
+        if teacher == "delta":
+            close("kl's digits", parts[3, :-3], excess_kl(p_t, d / T)[:-3] * T * T, t, scale=0)
+    if edit == "ahead":
+        close("cross-entropy's digits", parts[0], ce, t, scale=0)
+    assert not (parts[3] < 0).any()
     if grad:
         close("gradient", logits, g, t, stored=True, scale=max(1, size / 8), least=float(K == 1))
     else:
@@ -437,6 +475,24 @@ def row_loss(
         np.testing.assert_array_equal(top1, hits)
     np.testing.assert_array_equal(counts, [3 + (~valid).sum(), 5])
     return [parts, top1, logits, counts]
+
+
+def stack_rows(kernels: ModuleType, t: DType, B: int, Ct: int, pooled: bool) -> list[Array]:
+    """Rows near and far in turn, the first and the last just so."""
+    data = Data(t, f"stack_rows {B} {Ct}")
+    (z, _), (d, d64), (pooled_t, pooled64) = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.normal_acc(B, Ct)
+    far = np.arange(B) % 2 == 0
+    sizes = np.linalg.norm(pooled64, axis=1) / np.linalg.norm(d64, axis=1) * np.where(far, 0.502, 0.498)
+    d = (d64 * sizes[:, None]).astype(t.accumulator)
+    stack, flags = data.out_stored(2, B, Ct), np.full(B, 7, np.uint8)
+    kernels.stack_rows(
+        dtype=t.name, z=z, d=d, pooled_t=pooled_t if pooled else None, stack=stack, far=flags if pooled else None, B=B,
+        Ct=Ct,
+    )  # fmt: skip
+    np.testing.assert_array_equal(flags, far if pooled else 7)
+    want = np.stack([z, np.where(far[:, None] & pooled, pooled_t, d)])
+    np.testing.assert_array_equal(stack, t.encode(want))
+    return [stack, flags]
 
 
 def take_counts(kernels: ModuleType, t: DType, first: int) -> list[Array]:
@@ -568,6 +624,14 @@ def all_cases() -> dict[str, Case]:
         add(row_loss, t, 1, 21841, teacher="logits_t")
         add(row_loss, t, 4, 300, edit="large")
         add(row_loss, t, 5, 600, edit="ties")
+        for teacher in ("delta", "logits_t"):
+            for B, K in ((8, 1), (8, 5), (10, 300)):
+                add(row_loss, t, B, K, edit="alike", teacher=teacher)
+        for options in (ROW_LOSSES["mixup"], ROW_LOSSES["mixup"] | {"label_smoothing": 0.01}):
+            add(row_loss, t, 5, 300, edit="ahead", **options)
+        for B, Ct in ((1, 1), (2, 255), (3, 256), (4, 257)):
+            for pooled in (True, False):
+                add(stack_rows, t, B, Ct, pooled)
         add(row_loss, t, 3, 300, edit="nan")
         add(row_loss, t, 3, 300, edit="inf", **ROW_LOSSES["plain"])
         add(row_loss, t, 7, 40, edit="labels")

@@ -58,7 +58,7 @@ class Call {
   Affine affine() { return {in("mean"), in("var"), in("gamma"), in("beta"), real("eps")}; }
   RowParts row_parts(emulator::Access access) {
     const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
-    return {floats("anchor"), floats("logit_b"), floats("fm_rows"), int(integer("row_parts"))};
+    return {floats("anchor"), floats("logit_b"), floats("fm_rows"), floats("pooled_rows"), int(integer("row_parts"))};
   }
   Losses losses() { return {out<float>("loss"), out<float>("parts"), out<int64_t>("top1")}; }
   Anchors anchors() {
@@ -68,6 +68,7 @@ class Call {
             in<int64_t>("labels_b"),
             out("z_t"),
             out("d_t"),
+            out("pooled"),
             out("d_split"),
             row_parts(emulator::Access::out),
             inout<int64_t>("counts"),
@@ -159,11 +160,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
                           nullptr);
   });
   def("row_loss", [](Call& c) {
-    return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in("logits_t"),
+    return row_loss({c.dtype(), c.inout("logits"), c.in("bias"), c.in("delta"), c.in<uint8_t>("far"), c.in("logits_t"),
                      static_cast<const int64_t*>(c.in("labels")), static_cast<const int64_t*>(c.in("labels_b")),
                      c.in("mix"), c.out("part_rows"), static_cast<int64_t*>(c.out("top1_rows")),
                      c.inout<int64_t>("counts"), c.integer("B"), c.integer("K"), c.weights(), c.flag("grad")},
                     nullptr);
+  });
+  def("stack_rows", [](Call& c) {
+    return stack_rows({c.dtype(), c.in("z"), c.in("d"), c.in("pooled_t"), c.out("stack"), c.out<uint8_t>("far"),
+                       c.integer("B"), c.integer("Ct")},
+                      nullptr);
   });
   def("take_counts",
       [](Call& c) { return take_counts({c.inout<int64_t>("counts"), static_cast<int64_t*>(c.out("out"))}, nullptr); });
@@ -178,12 +184,27 @@ PYBIND11_MODULE(emulated_kernels, module) {
         {c.dtype(), c.in<float>("z"), c.in<float>("pooled_t"), c.anchors(), c.integer("B"), c.integer("Ct")}, nullptr);
   });
   def("logits_exp", [](Call& c) {
-    return logits_exp(
-        {int(c.integer("stage")), c.in("z_t"), c.in("weight"), c.in<float>("bias"), c.row_parts(emulator::Access::in),
-         c.in<int64_t>("labels"), c.out("e"), c.integer("stride_e"), c.sums(emulator::Access::out),
-         int(c.integer("first_tile")), c.in("gram"), c.in("d_split"), c.in<float>("z"), c.in<float>("pooled_t"),
-         c.out<float>("gram_d"), c.integer("B"), c.integer("Ct"), c.integer("first_class"), c.integer("classes")},
-        nullptr);
+    return logits_exp({int(c.integer("stage")),
+                       c.in("z_t"),
+                       c.in("weight"),
+                       c.in<float>("bias"),
+                       c.row_parts(emulator::Access::in),
+                       c.in<int64_t>("labels"),
+                       c.in<int64_t>("labels_b"),
+                       c.out("e"),
+                       c.integer("stride_e"),
+                       c.sums(emulator::Access::out),
+                       int(c.integer("first_tile")),
+                       c.in("gram"),
+                       c.in("d_split"),
+                       c.in<float>("z"),
+                       c.in<float>("pooled_t"),
+                       c.out<float>("gram_d"),
+                       c.integer("B"),
+                       c.integer("Ct"),
+                       c.integer("first_class"),
+                       c.integer("classes")},
+                      nullptr);
   });
   def("grad_rows", [](Call& c) {
     return grad_rows({int(c.integer("stage")),
@@ -247,6 +268,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
               logits,
               c.in("bias"),
               c.flag("features") ? logits + B * K : nullptr,
+              nullptr,
               c.in("logits_t"),
               c.in<int64_t>("labels"),
               c.in<int64_t>("labels_b"),
@@ -258,6 +280,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
               K,
               c.weights(),
               c.flag("grad")};
+    l.squares = c.row_parts(emulator::Access::in);
     l.gradient = c.out("gradient");
     l.Ct = c.integer("Ct");
     l.stride = c.integer("stride");

@@ -85,12 +85,15 @@ def anchor_rows(
     )
     z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
     anchor, logit_b, fm_rows, counts = data.out(B), data.out(B), data.out(B), np.array([3, 5])
+    pooled, pooled_rows = data.out_stored(B, Ct), data.out(B)
     kernels.anchor_rows(
         dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, classifier=weight,
         classifier_bias=b if bias else None, labels=labels, labels_b=labels_b if two_labels else None, z_t=z_t,
-        d_t=d_t if teacher == "rounded" else None, d_split=d_split if teacher == "split" else None,
-        anchor=anchor if anchors else None, logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None,
-        row_parts=1, counts=counts if anchors else None, B=B, K=K, Ct=Ct,
+        d_t=d_t if teacher == "rounded" else None, pooled=pooled if teacher == "rounded" else None,
+        d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
+        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None,
+        pooled_rows=pooled_rows if teacher == "rounded" else None, row_parts=1, counts=counts if anchors else None,
+        B=B, K=K, Ct=Ct,
     )  # fmt: skip
     np.testing.assert_array_equal(t.decode(z_t), t.decode(t.encode(z)))
     if anchors:
@@ -107,9 +110,11 @@ def anchor_rows(
         assert not np.isfinite(fm_rows[~finite]).any()
         if teacher == "rounded":
             np.testing.assert_array_equal(d_t, t.encode(d))
+            np.testing.assert_array_equal(pooled, t.encode(pooled_t))
+            close("pooled_rows", pooled_rows, np.square(pooled64).sum(1), t)
         else:
             np.testing.assert_array_equal(d_split[:, finite], _split(d)[0][:, finite])
-    return [z_t, d_t, d_split, anchor, fm_rows]
+    return [z_t, d_t, pooled, d_split, anchor, fm_rows, pooled_rows]
 
 
 def _in_parts(data: Data, x: Array, parts: int) -> tuple[Array, Array]:
@@ -136,6 +141,7 @@ def logits_exp(
     bias: bool = True,
     store: bool = True,
     parts: int = 1,
+    two_labels: bool = False,
     stage: int = 1,
     odd: str = "",
     edit: str = "",
@@ -163,6 +169,13 @@ def logits_exp(
     if edit == "nan":  # also where it is only infinite
         anchor[:3] = [np.nan, np.inf, -np.inf]
     in_parts, anchor = _in_parts(data, anchor, parts)
+    labels_b = data.labels(B, K)
+    b_in_parts, logit_b = _in_parts(data, logits[np.arange(B), labels_b].astype(np.float32), parts)
+    if two_labels:  # the one with the larger logit anchors
+        labels_of, second = labels, logit_b > anchor
+        labels, anchor = np.where(second, labels_b, labels), np.where(second, logit_b, anchor)
+    else:
+        labels_of = labels
     anchor[~np.isfinite(anchor)] = np.nan
     stride_e = -(-classes // 8) * 8
     tile = kernels.class_tile(stage, B, classes)
@@ -180,7 +193,8 @@ def logits_exp(
         kernels.logits_exp,
         stage=stage, z_t=cases.at_odd_address(z_t) if odd == "z_t" else z_t, 
         weight=cases.at_odd_address(weight) if odd == "weight" else weight, bias=b if bias else None, anchor=in_parts,
-        logit_b=None, fm_rows=None, row_parts=parts, labels=labels, e=e if store else None,
+        logit_b=b_in_parts if two_labels else None, fm_rows=None, pooled_rows=None, row_parts=parts, labels=labels_of,
+        labels_b=labels_b if two_labels else None, e=e if store else None,
         stride_e=stride_e, others=others, logits=sums if smoothing else None, best=best, best_class=best_class,
         square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
         gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
@@ -213,7 +227,7 @@ def logits_exp(
         total = part.sum(1)
         close(f"others of tile {i}", others[at] / np.where(total > 0, total, 1), np.sign(total), t_sum)
         if smoothing:
-            close(f"logits of tile {i}", sums[at], own[:, a:z_].sum(1), t, scale=10)
+            close(f"logits of tile {i}", sums[at], (own - anchor[:, None])[:, a:z_].sum(1), t, scale=10)
         sound = ~np.isnan(own).any(1)  # a row of nothing but NaN has no largest logit
         assert np.isneginf(best[at][~sound]).all()
         assert (best_class[at][~sound] == -1).all()
@@ -279,7 +293,7 @@ def grad_rows(
         np.int32
     )
     square, square64 = data.normal_acc(gram_tiles, B)
-    (anchor, anchor64), (logit_b, logit_b64), (fm_rows, fm_rows64) = (data.normal_acc(B) for _ in range(3))
+    (anchor, _), (logit_b, _), (fm_rows, _) = (data.normal_acc(B) for _ in range(3))
     labels, labels_b = data.labels(B, K), data.labels(B, K)
     mix = data.random.random(B).astype(np.float32)
     top = best_class[best.argmax(0), np.arange(B)]
@@ -293,14 +307,14 @@ def grad_rows(
     elif edit.startswith("saturated"):
         saturated[[0, B - 1]] = True
         anchor[saturated] -= 500
-        anchor64[saturated] -= 500
+        logit_b[saturated] -= 500
     elif edit == "nan":
-        anchor[B // 2] = anchor64[B // 2] = np.nan
+        anchor[B // 2] = np.nan
         labels[B // 2] = -1
         # its logits are NaN too: no class is the best, not even -1
         best[:, B // 2], best_class[:, B // 2] = -np.inf, -1
         top[B // 2] = K
-        anchor[B - 1] = anchor64[B - 1] = np.inf
+        anchor[B - 1] = np.inf
         labels[B - 1] = K
     if edit == "saturated":
         # logits so far apart that exponentials relative to another row's, or warp's, largest would not do
@@ -317,7 +331,9 @@ def grad_rows(
     (anchor, in_all), (logit_b, b_in_all), (fm_rows, fm_in_all) = (
         _in_parts(data, x, row_parts) for x in (anchor, logit_b, fm_rows)
     )
-    anchor64, logit_b64, fm_rows64 = (x.astype(np.float64) for x in (in_all, b_in_all, fm_in_all))
+    anchor64, other64, fm_rows64 = (x.astype(np.float64) for x in (in_all, b_in_all, fm_in_all))
+    second = (other64 > anchor64) & two_labels  # of two labels the one with the larger logit anchors
+    anchor64, other64 = np.where(second, other64, anchor64), np.where(second, anchor64, other64)
     anchor64[~np.isfinite(anchor64)] = np.nan
     smoothing = bool(w["ce"] and w["label_smoothing"])
     kernels.grad_rows(
@@ -327,8 +343,8 @@ def grad_rows(
         weight_sums_out=sums_out if smoothing and grad and not last else None, others=others,
         logits=logits if smoothing else None, best=best, best_class=best_class, square=square if gram else None,
         class_tiles=class_tiles, gram_tiles=gram_tiles if gram else 0, z_t=z_t, bias=biases if bias else None,
-        anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, row_parts=row_parts, labels=labels,
-        labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z,
+        anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, pooled_rows=None, row_parts=row_parts,
+        labels=labels, labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z,
         pooled_t=pooled_t if pooled else None, gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1,
         counts=counts, B=B, K=K, Ct=Ct, **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
     )  # fmt: skip
@@ -343,14 +359,15 @@ def grad_rows(
                 close("weight_sums_out", sums_out, column_sums, t, scale=K**0.5)
         return [dz, sums_out]
     eps, share = w["label_smoothing"], mix.astype(np.float64) if two_labels else np.ones(B)
+    share = np.where(second, 1 - share, share)  # of the label that anchors
     s = others.astype(np.float64).sum(0)
     s = np.where(np.isnan(anchor64), np.nan, s)
     best64 = best.astype(np.float64)
     with np.errstate(divide="ignore"):
         ce_rows = np.where(saturated, np.log(np.exp(best64).sum(0)) - anchor64, np.log1p(s))
     if two_labels:
-        ce_rows = ce_rows + (1 - eps) * (1 - share) * (anchor64 - logit_b64)
-    ce_rows = ce_rows + eps * (anchor64 - logits64.sum(0) / K)
+        ce_rows = ce_rows + (1 - eps) * (1 - share) * (anchor64 - other64)
+    ce_rows = ce_rows - eps * logits64.sum(0) / K
     ce = ce_rows.mean() if w["ce"] else 0
     sr = np.maximum(square64.sum(0), 0).mean() / K if sr_weight else 0
     fm = fm_rows64.mean() / Ct if fm_weight else 0
@@ -371,6 +388,7 @@ def grad_rows(
     want = np.zeros((B, Ct))
     if w["ce"]:
         a, b = weight64[np.clip(labels, 0, K - 1)], weight64[labels_b]
+        a, b = np.where(second[:, None], b, a), np.where(second[:, None], a, b)
         want = (c / total)[:, None] * raw + (c * ((1 - (1 - eps) * share) - s / total))[:, None] * a
         exact = np.exp(log_softmax(t.decode(z_t) @ weight64.T + (biases64 if bias else 0))) @ weight64
         want[saturated] = c * (exact - ((1 - eps) * share)[:, None] * a)[saturated]
@@ -395,18 +413,32 @@ def logit_rows(kernels: ModuleType, t: DType, B: int, K: int, stage: int = 1, **
     class Product:
         @staticmethod
         def row_loss(
-            dtype: str, logits: Array, delta: Array | None, logits_t: Array | None, grad: bool, **rest: Any
+            dtype: str,
+            logits: Array,
+            delta: Array | None,
+            far: Array | None,
+            logits_t: Array | None,
+            grad: bool,
+            **rest: Any,
         ) -> None:
-            rows = [logits] if delta is None else [logits, delta]
+            rows, squares = [logits] if delta is None else [logits, delta], {"fm_rows": None, "pooled_rows": None}
+            if far is not None:  # what does not serve is other than what does
+                assert delta is not None
+                other = t.encode(np.full((B, K), np.nan))
+                rows = [logits, np.where(far[:, None], other, delta), np.where(far[:, None], delta, other)]
+                pooled = np.where(far, 3.96, 4.04) * np.array([[0.25], [0.75]])
+                squares = {"fm_rows": np.full((2, B), 0.5, np.float32), "pooled_rows": pooled.astype(np.float32)}
             stack = t.encode(np.zeros((len(rows) * B, Ct)))
             stack[:, :K] = np.concatenate(rows)
-            product = np.full((len(rows) * B, K), np.nan, np.float32)
+            served = [logits] if delta is None else [logits, delta]
+            wanted = t.decode(np.concatenate(served))
+            product = np.full((len(served) * B, K), np.nan, np.float32)
             kernels.logit_rows(
                 stage=stage, dtype=t.name, stack=stack, weight=weight, logits=product, features=delta is not None,
-                logits_t=None if logits_t is None else t.decode(logits_t).astype(np.float32), grad=grad,
-                gradient=gradient if grad else None, Ct=Ct, stride=stride, **rest,
+                logits_t=logits_t, grad=grad, gradient=gradient if grad else None, anchor=None, logit_b=None,
+                **squares, row_parts=2, Ct=Ct, stride=stride, **rest,
             )  # fmt: skip
-            np.testing.assert_array_equal(product, t.decode(stack)[:, :K])
+            np.testing.assert_array_equal(product, wanted)
             bits.append(product)
             if grad:
                 np.testing.assert_array_equal(t.decode(gradient[:, K:]), 0)
@@ -428,8 +460,9 @@ def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage:
     parts, top1, counts = data.out(4, B), np.full(B, -7), np.zeros(2, np.int64)
     call = functools.partial(
         kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None,
-        bias=None, labels=labels, labels_b=None, mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True,
-        gradient=gradient, B=B, K=K, Ct=Ct, stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
+        anchor=None, logit_b=None, fm_rows=None, pooled_rows=None, row_parts=1, bias=None, labels=labels, labels_b=None,
+        mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True, gradient=gradient, B=B, K=K, Ct=Ct,
+        stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
     )  # fmt: skip
     if odd:
         return _refused(call)
@@ -478,8 +511,8 @@ def times_classifier(
     call = functools.partial(
         kernels.times_classifier, stage=stage, dtype=t.name, grad=grad, **operands, z=z,
         pooled_t=pooled_t if pooled else None, dz=dz if grad else None, part_rows=rows, anchor=None, logit_b=None,
-        fm_rows=fm_rows if pooled else None, row_parts=row_parts, top1_rows=top1_rows, loss=loss, parts=parts,
-        top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
+        fm_rows=fm_rows if pooled else None, pooled_rows=None, row_parts=row_parts, top1_rows=top1_rows, loss=loss,
+        parts=parts, top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
     )  # fmt: skip
     if odd:
         return _refused(call)
@@ -560,16 +593,19 @@ def linear_tiles(
     parts, K = kernels.linear_parts(stage, B, Ct), 40
     (classifier, classifier64), (c, c64) = data.normal(K, Ct), data.normal_acc(K)
     z_t, d_t, d_split = data.out_stored(B, Ct), data.out_stored(B, Ct), BF16.encode(np.full((2, B, Ct), np.nan))
-    anchor, logit_b, fm_rows = (data.out(parts, B) for _ in range(3))
+    anchor, logit_b, fm_rows, pooled_rows = (data.out(parts, B) for _ in range(4))
+    rounded_t, either = data.out_stored(B, Ct), pooled and not anchors  # as logit_rows takes it
     labels, labels_b, counts = data.labels(B, K), data.labels(B, K) if two_labels else None, np.array([3, 5])
     want = u64 @ weight64.T + (b64 if bias else 0)
     if anchored:
         _, _, valid = _anchored(data, want, classifier64, labels, labels_b, None, edit)
         options = {
             "classifier": classifier, "classifier_bias": c if bias else None, "labels": labels, "labels_b": labels_b,
-            "z_t": z_t, "d_t": None if anchors else d_t, "d_split": d_split if pooled and anchors else None,
+            "z_t": z_t, "d_t": None if anchors else d_t, "pooled": rounded_t if either else None,
+            "d_split": d_split if pooled and anchors else None,
             "anchor": anchor if anchors else None, "logit_b": logit_b if anchors else None,
-            "fm_rows": fm_rows if pooled else None, "row_parts": parts, "counts": counts, "K": K,
+            "fm_rows": fm_rows if pooled else None, "pooled_rows": pooled_rows if either else None, "row_parts": parts,
+            "counts": counts, "K": K,
         }  # fmt: skip
     kernels.linear_tiles(
         stage=stage, dtype=t.name, u=u, weight=weight, bias=b if bias else None, pooled_t=pooled_t if pooled else None,
@@ -590,12 +626,15 @@ def linear_tiles(
             d = z - pooled_t
             np.testing.assert_array_equal(*((d_split, _split(d)[0]) if anchors else (d_t, t.encode(d))))
             close("fm_rows", fm_rows.astype(np.float64).sum(0) / np.square(d.astype(np.float64)).sum(1), np.ones(B), t)
+        if either:
+            np.testing.assert_array_equal(rounded_t, t.encode(pooled_t))
+            close("pooled_rows", pooled_rows.astype(np.float64).sum(0) / np.square(pooled64).sum(1), np.ones(B), t)
     elif pooled:
         distance = np.square(want - pooled64).sum()
         close("squares' share", squares.astype(np.float64).sum() / distance * np.ones(1), 1, t)
     else:
         assert fm == 0
-    return [z, squares, fm, z_t, d_t, d_split, anchor, logit_b, fm_rows]
+    return [z, squares, fm, z_t, d_t, d_split, anchor, logit_b, fm_rows, pooled_rows, rounded_t]
 
 
 def linear_grad_tiles(
@@ -671,6 +710,7 @@ def all_cases() -> dict[str, Case]:
             add(logit_rows, t, B, K, stage=stage, **options)
         for edit in ("large", "ties", "labels"):
             add(logit_rows, t, 7, 300, edit=edit, stage=stage)  # more tiles than blocks
+        add(logit_rows, t, 67, 70, teacher="either", stage=stage)
         for B, K, Ct in ((1, 1, 8), (35, 71, 24), (5, 72, 24), (33, 203, 264)):
             add(logit_rows_of, t, B, K, Ct, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
@@ -696,6 +736,7 @@ def all_cases() -> dict[str, Case]:
         add(logits_exp, BF16, 5, 150, 72, first_class=256, stage=stage)
         add(logits_exp, BF16, 5, 150, 72, store=False, stage=stage)
         add(logits_exp, BF16, 66, 150, 72, parts=3, stage=stage)
+        add(logits_exp, BF16, 66, 150, 72, parts=2, two_labels=True, stage=stage)
         for edit in ("ties", "far", "nan", "broken"):
             add(logits_exp, BF16, 5, 150, 72, edit=edit, stage=stage)
         add(logits_exp, BF16, 5, 70, 136, gram=True, stage=stage)  # its last stage is the first in memory

@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         (200, ["emulator/gpu_ops.py"]),
         (200, [f"head/test_{op}.py" for op in ("connector_match", "classifier_loss", "projected_classifier_loss")]),
         (3, ["head/test_numerics.py"]),
+        (100, ["head/test_loss_edges.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -39,7 +40,7 @@ def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path):
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
         "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
-        "or one_class or empty_batch or bad_values or hard_cases or linear or of_the_tensors_gpu"
+        "or one_class or empty_batch or bad_values or hard_cases or linear or of_the_tensors_gpu or edges"
     )
     names = [pathlib.Path(source).name for source in sources]
     done = subprocess.run(

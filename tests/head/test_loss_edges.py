@@ -130,7 +130,7 @@ def test_kl_of_a_broken_logit_is_eagers(where, value, dtype):
 def test_kl_of_a_student_far_from_its_teacher_is_no_worse_than_eagers(dtype, apart):
     """Half of the rows: the others are close, and keep the difference."""
     squares = torch.zeros(2, dtype=F64)
-    for seed in range(2 if CUDA else 8):
+    for seed in range(8):
         g = torch.Generator().manual_seed(seed)
         weight = (torch.randn(75, 24, generator=g) / 3).to(dtype)
         pooled_t = torch.randn(16, 24, generator=g)
@@ -199,20 +199,18 @@ def test_logits_t_is_read_in_its_own_precision(terms, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("K", [75, 30000])
-@pytest.mark.parametrize("label_smoothing", [0.0, 1e-6])
+@pytest.mark.parametrize(("K", "label_smoothing"), [(75, 0.0), (75, 1e-6)] + ([] if CUDA else [(30000, 1e-6)]))
 @pytest.mark.parametrize("ahead", ["labels", "labels_b"])
-def test_mixup_keeps_the_digits_of_a_small_share(ahead, label_smoothing, K, dtype):
+def test_mixup_keeps_the_digits_of_a_small_share(ahead, K, label_smoothing, dtype):
     """The label with nearly all of the target is far ahead, and the other, which has the rest, far behind."""
-    if CUDA and K > 75:
-        pytest.skip("one size is enough for emulated kernels")
     g = torch.Generator().manual_seed(0)
     acc = accumulator(dtype)
     weight = torch.randn(K, 8, generator=g).to(dtype)
-    z = (4 * weight[1] + 0.25 * torch.randn(48, 8, generator=g).to(dtype)).to(dtype).to(acc)
-    behind, first = (z.double() @ weight.double().T).argmin(1), torch.ones(48, dtype=torch.int64)
+    weight[1] *= 3
+    z = (4 * weight[1] + 0.25 * torch.randn(36, 8, generator=g).to(dtype)).to(dtype).to(acc)
+    behind, first = (z.double() @ weight.double().T).argmin(1), torch.ones(36, dtype=torch.int64)
     labels, labels_b, mix = (first, behind, 1 - 1e-4) if ahead == "labels" else (behind, first, 1e-6)
-    mix = torch.full((48,), mix, dtype=acc)
+    mix = torch.full((36,), mix, dtype=acc)
     mixed = {"labels_b": labels_b, "label_smoothing": label_smoothing}
     oracle = reference.classifier_loss(z.double(), weight.double(), None, labels, mix=mix.double(), **mixed)[0].item()
     loss = head.classifier_loss(z, weight, None, labels, mix=mix, **mixed)[0].item()

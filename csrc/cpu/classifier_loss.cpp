@@ -51,12 +51,13 @@ IJCKD_INLINE A divergence(const RowLoss& r, bool near, A top, A* l, A* t, A* dif
   if (near)
     for (int64_t k = 0; k < K; ++k) t[k] = l[k] - diff[k];
   const A top_t = lane_max(K, t);
-  for (int64_t k = 0; k < K; ++k) {
-    const A a_t = t[k] - top_t;
-    diff[k] = (near ? diff[k] + top_t : l[k] - a_t) * cold;
-    x[k] = exponential(l[k] * cold);
-    t[k] = exponential(a_t * cold);
-  }
+  for (int64_t k = 0; k < K; ++k) t[k] -= top_t;
+  if (near)
+    for (int64_t k = 0; k < K; ++k) diff[k] = (diff[k] + top_t) * cold;
+  else
+    for (int64_t k = 0; k < K; ++k) diff[k] = (l[k] - t[k]) * cold;
+  for (int64_t k = 0; k < K; ++k) x[k] = exponential(l[k] * cold);
+  for (int64_t k = 0; k < K; ++k) t[k] = exponential(t[k] * cold);
   const A sum = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return x[k]; });
   const A sum_t = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return t[k]; });
   const RowKl<A> kl(sum, sum_t,

@@ -94,8 +94,8 @@ def classifier_loss(
     mix       [B] in [0, 1], the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b)
     label_smoothing  in [0, 1], as torch's cross_entropy
     pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
-    logits_t  [B, K], any floating dtype, read in float32 (float64 for float64), also under autocast; the teacher's logits
-              for sr and kl, also where pooled_t is given, which then serves fm alone
+    logits_t  [B, K], any floating dtype, read in float32 (float64 for float64), also under autocast; the teacher's
+              logits for sr and kl, also where pooled_t is given, which then serves fm alone
     temperature  > 0, of the KL term only
     gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
               must belong to this weight, which is not looked at; its shape, dtype and layout are. The CPU keeps its own

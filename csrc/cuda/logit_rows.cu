@@ -25,12 +25,16 @@ __device__ __forceinline__ int64_t row_of(const LogitRows& p, int64_t row) {
   return of_pooled ? row - B : row;
 }
 
-// Whether one of the kRows rows from m0 does. All warps come to the same answer, each by itself.
+// at [kRows] = row_of the rows from m0; whether any serves. All warps come to the same answer, each by itself; at is
+// there after the next barrier.
 template <int kRows>
-__device__ __forceinline__ bool serves(const LogitRows& p, int m0, int64_t stacked) {
+__device__ __forceinline__ bool find_rows(const LogitRows& p, int m0, int64_t stacked, int* at) {
   int found = 0;
-  for (int64_t row = m0 + threadIdx.x % 32; row < m0 + kRows && row < stacked; row += 32)
-    if (row_of(p, row) >= 0) found = 1;
+  for (int m = threadIdx.x % 32; m < kRows; m += 32) {
+    const int row = m0 + m < stacked ? int(row_of(p, m0 + m)) : -1;
+    if (threadIdx.x < 32) at[m] = row;
+    if (row >= 0) found = 1;
+  }
 #pragma unroll
   for (int mask = 1; mask < 32; mask *= 2) found += shuffle_xor(found, mask);
   return found != 0;
@@ -47,13 +51,14 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  __shared__ int at[Shape::kM];  // where the tile's rows go
   const int64_t rows = p.rows.B, K = p.rows.K, stacked = stacked_rows(p);
   const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),
             steps = ceil_div(p.Ct, kDepth);
   float* logits = static_cast<float*>(p.rows.logits);
   for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x) {
     const int m0 = tile % tiles_m * Shape::kM, n0 = tile / tiles_m * Shape::kN;
-    if (p.squares.pooled && !serves<Shape::kM>(p, m0, stacked)) continue;
+    if (!find_rows<Shape::kM>(p, m0, stacked, at)) continue;
     typename Shape::Accumulators acc = {};
     T* shared = reinterpret_cast<T*>(stages);
     if constexpr (Shape::kHopper)
@@ -61,15 +66,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     else
       multiply<Shape, B::kByColumn>(acc, shared, steps, tile_at<B::kByColumn>(from, m0, n0));
     before += steps;
-    int64_t row_before = -1, at = -1;
     for_pairs<Shape>(acc, m0, n0, stacked, K, [&](int64_t row, int k, float2 v) {
-      if (row != row_before) row_before = row, at = row_of(p, row);
-      if (at < 0) return;
-      float* to = logits + at * K + k;  // rows of an odd number of floats are not aligned to pairs
+      const int to_row = at[row - m0];
+      if (to_row < 0) return;
+      float* to = logits + to_row * K + k;  // rows of an odd number of floats are not aligned to pairs
       to[0] = v.x;
       if (k + 1 < K) to[1] = v.y;
     });
-    __syncthreads();  // the last stage has been read
+    __syncthreads();  // the last stage has been read, and `at`
   }
   cooperative_groups::this_grid().sync();
 

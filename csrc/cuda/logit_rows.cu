@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   __shared__ int at[Shape::kM];  // where the tile's rows go
-  const int64_t rows = p.rows.B, K = p.rows.K, stacked = stacked_rows(p);
+  // Few registers are left beside a large tile's: sizes in 32 bits, addresses when they are needed.
+  const int rows = int(p.rows.B), K = int(p.rows.K), stacked = int(stacked_rows(p));
   const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),
             steps = ceil_div(p.Ct, kDepth);
-  float* logits = static_cast<float*>(p.rows.logits);
   for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x) {
     const int m0 = tile % tiles_m * Shape::kM, n0 = tile / tiles_m * Shape::kN;
     if (!find_rows<Shape::kM>(p, m0, stacked, at)) continue;
@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
     for_pairs<Shape>(acc, m0, n0, stacked, K, [&](int64_t row, int k, float2 v) {
       const int to_row = at[row - m0];
       if (to_row < 0) return;
-      float* to = logits + to_row * K + k;  // rows of an odd number of floats are not aligned to pairs
+      // rows of an odd number of floats are not aligned to pairs
+      float* to = static_cast<float*>(p.rows.logits) + to_row * p.rows.K + k;
       to[0] = v.x;
       if (k + 1 < K) to[1] = v.y;
     });

@@ -47,8 +47,10 @@ __host__ __device__ inline int64_t stacked_rows(const LogitRows& p) {
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
 // each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
 // out: where all rows are far, or none is, the third part of the stack costs nothing.
+// The large tile of mma.sync takes more registers than two blocks to a multiprocessor leave; its stages do not fit
+// twice either, but on Hopper, which has its own tile.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kHopper || Shape::kThreads < 256 ? 2 : 1)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   __shared__ int at[Shape::kM];  // where the tile's rows go

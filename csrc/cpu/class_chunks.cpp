@@ -9,7 +9,7 @@
 
 #include "conv1x1.h"
 #include "gemm.h"
-#include "gram.h"
+#include "logit_match.h"
 #include "loops.h"
 #include "vectorise.h"
 
@@ -265,33 +265,18 @@ class Chunks {
     if (smoothing != 0) add_column_sums(static_cast<const T*>(w_chunk.const_data_ptr()), columns.data(), n, Ct);
   }
 
-  // to [B, Ct] = d G, some rows of G (its own columns) after others.
-  void times_gram(const Tensor& g, const Tensor& to) {
-    const int64_t most = std::max(kConvWeights / Ct, kLeastClasses);
-    for (int64_t first = 0; first < Ct; first += most) {
-      const int64_t n = std::min(most, Ct - first);
-      const Tensor part = conv_rows(*c.d, rows_of(g, first, n));  // [B, n]
-      const A* from = static_cast<const A*>(part.const_data_ptr());
-      A* out = static_cast<A*>(to.mutable_data_ptr());
-      for (int64_t b = 0; b < B; ++b) std::copy_n(from + b * n, n, out + b * Ct + first);
-    }
-  }
-
   void finish() {
     const LossWeights& weights = c.terms.weights;
     const A ce_weight = A(weights.ce) / A(B), q = A(1) - smoothing;
     const A c_sr = A(2 * weights.sr / (double(B) * double(K))), c_fm = A(2 * weights.fm / (double(B) * double(Ct)));
     const A* d = static_cast<const A*>(data(c.d));
-    OptTensor matched;
+    OptTensor squares, matched;
     if (match) {
-      const Tensor g = gram(c.terms.weight, t, c.rounding, hashes);
-      matched = empty(z, {B, Ct}, acc);
-      if (by_convolution(*c.d))
-        times_gram(g, *matched);
-      else
-        matmul_out(*c.d, g, *matched);
+      squares = empty(z, {B}, acc), matched = empty(z, {B, Ct}, acc);
+      logit_match(c, hashes, *squares, *matched);
     }
-    const A* gd = static_cast<const A*>(data(matched));  // [B, Ct] G d
+    const A* square = static_cast<const A*>(data(squares));  // [B] |W d|^2
+    const A* gd = static_cast<const A*>(data(matched));      // [B, Ct] W^T W d
     A* parts = static_cast<A*>(c.part_rows.mutable_data_ptr());
     int64_t* hits = c.top1_rows.mutable_data_ptr<int64_t>();
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
@@ -308,9 +293,7 @@ class Chunks {
           if (smoothing != 0) ce += smoothing * (row.label_logit - row.best + row.below / A(K));
         }
         parts[kPartCe * B + b] = ce;
-        // Not below 0, as |W d|^2 is not; NaN stays NaN.
-        const A square = match ? dot(d + b * Ct, gd + b * Ct, Ct) : A(0);
-        parts[kPartSr * B + b] = square < 0 ? A(0) : square;
+        parts[kPartSr * B + b] = match ? square[b] : A(0);
         parts[kPartKl * B + b] = 0;
 
         if (!c.grad) continue;

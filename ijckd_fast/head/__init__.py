@@ -1,7 +1,8 @@
 """The fused head: connector projection, the teacher's classifier and every loss on them, as ops. Needs torch alone.
 
 connector.py and classifier.py have the contract and the gradient of each op, dispatch.py what every call of one goes
-through, libraries.py loads the compiled C++ of csrc/, reference.py is the same ops in plain PyTorch: the oracle.
+through, frozen.py what a GPU keeps of the frozen classifier, libraries.py loads the compiled C++ of csrc/, reference.py
+is the same ops in plain PyTorch: the oracle.
 
 The names below are imported when they are asked for: the ops need the compiled libraries, of which `ijckd-fast doctor`
 can say that they are missing.

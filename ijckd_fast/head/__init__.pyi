@@ -1,13 +1,15 @@
 from ijckd_fast.head.classifier import (
     BadRows as BadRows,
-    FrozenClassifier as FrozenClassifier,
-    classifier_gram as classifier_gram,
     classifier_loss as classifier_loss,
     projected_classifier_loss as projected_classifier_loss,
     take_bad_rows as take_bad_rows,
 )
 from ijckd_fast.head.connector import connector_match as connector_match
 from ijckd_fast.head.dispatch import HAS_CUDA_LIBRARY as HAS_CUDA_LIBRARY
+from ijckd_fast.head.frozen import (
+    FrozenClassifier as FrozenClassifier,
+    classifier_gram as classifier_gram,
+)
 from ijckd_fast.head.libraries import (
     REBUILD as REBUILD,
     kernels_for as kernels_for,

@@ -248,52 +248,6 @@ _projected_classifier_loss = differentiable(
 )
 
 
-@torch.no_grad()
-def classifier_gram(weight: Tensor) -> Tensor:
-    """G = weight^T weight of a frozen classifier, as `classifier_loss` takes it on a GPU: |W d|^2 = d^T G d.
-
-    weight    [K, Ct], any floating dtype; summed in float64, 4096 classes at a time
-    returns   [2, Ct, Ct] bfloat16: G rounded, and what the rounding left out
-    """
-    g = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    for rows in weight.detach().split(4096):  # [<= 4096, Ct]
-        g.addmm_(rows.double().T, rows.double())
-    high = g.bfloat16()
-    return torch.stack([high, (g - high.double()).bfloat16()])
-
-
-class FrozenClassifier:
-    """What `classifier_loss` can use of a frozen classifier on a GPU besides its weight; made once, and again when that
-    changes.
-    """
-
-    def __init__(self) -> None:
-        self._made_from: tuple[object, ...] = ()
-        self._prepared: tuple[Tensor, Tensor | None] | None = None
-        self._weight: Tensor | None = None  # kept, so that no other classifier can come to lie at its address
-
-    def prepared(self, weight: Tensor, *, match: bool) -> tuple[Tensor, Tensor | None]:
-        """(weight in autocast's dtype, its gram or None) for `classifier_loss`.
-
-        Autocast itself would cast a frozen weight again in every step: it keeps casts only of what is trained.
-
-        weight  [K, Ct], no gradient
-        match   whether the loss has a logit match, for which the gram is made where it can be the cheaper way
-                (bfloat16; 3 Ct < K, or channels so few that its products take less time than a pass over whole rows of
-                logits)
-        """
-        dtype = autocast_dtype(weight) or weight.dtype
-        made_from = (weight.data_ptr(), weight._version, weight.device, weight.shape, dtype, match)
-        if self._prepared is None or made_from != self._made_from:
-            rounded = weight.detach().to(dtype)
-            K, Ct = weight.shape
-            gram_pays = match and dtype == torch.bfloat16 and (3 * Ct < K or Ct <= 1024)
-            self._prepared = rounded, classifier_gram(rounded) if gram_pays else None
-            self._made_from = made_from
-            self._weight = weight.detach()
-        return self._prepared
-
-
 class BadRows(NamedTuple):
     """How many rows `classifier_loss` could not serve as asked.
 

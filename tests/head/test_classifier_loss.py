@@ -226,28 +226,6 @@ def test_a_gram_of_another_kind_is_refused(module, op, used):
         refused(f"gram must be what classifier_gram makes of this weight, {expected}", lambda wrong=wrong: call(wrong))
 
 
-def test_a_frozen_classifier_is_prepared_once_and_again_when_it_changes():
-    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    frozen = head.FrozenClassifier()
-    plain, gram = frozen.prepared(weight, match=True)
-    assert torch.equal(plain, weight)
-    assert gram is None  # float32 goes another way
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded, gram = frozen.prepared(weight, match=True)
-        assert torch.equal(rounded, weight.bfloat16())
-        wanted = rounded.double().T @ rounded.double()
-        torch.testing.assert_close(gram.double().sum(0), wanted, rtol=0, atol=2**-15 * wanted.abs().max().item())
-        assert frozen.prepared(weight, match=True)[1] is gram
-        assert frozen.prepared(weight, match=False)[1] is None
-        weight.mul_(2)
-        again, doubled = frozen.prepared(weight, match=True)
-        assert torch.equal(again, 2 * rounded)
-        torch.testing.assert_close(doubled, 4 * gram)
-        assert frozen.prepared(torch.randn(24, 8), match=True)[1] is not None  # K = 3 Ct, but few channels
-        assert frozen.prepared(torch.randn(24, 1032), match=True)[1] is None  # W d is cheaper
-    assert frozen.prepared(weight.double(), match=True)[0].dtype == torch.float64
-
-
 def test_classifier_loss_refuses():
     z, weight, bias, labels, labels_b, mix, pooled_t = loss_inputs()
     call = head.classifier_loss

@@ -3,7 +3,9 @@
 #include "classifier_loss.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -38,6 +40,30 @@ void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* op,
   (void)K;
 #endif
 }
+
+#ifndef IJCKD_CUDA
+// A share is one of [0, 1]. What is not finite makes its row's loss NaN, as any other argument's does. On a GPU the
+// host would have to wait.
+template <typename A>
+void check_shares(const Tensor& mix, const char* op) {
+  const A* m = static_cast<const A*>(mix.const_data_ptr());
+  for (int64_t b = 0; b < mix.size(0); ++b)
+    check((m[b] >= 0 && m[b] <= 1) || !std::isfinite(m[b]), op, ": mix must lie in [0, 1], got ", m[b], " at position ",
+          b);
+}
+
+template <typename A>
+bool all_finite(const Tensor& x) {
+  const A* values = static_cast<const A*>(x.const_data_ptr());
+  return std::all_of(values, values + x.numel(), [](A v) { return std::isfinite(v); });
+}
+
+// z - pooled_t where the bias is not finite: in a difference of logits it cancels in our algebra alone.
+template <typename A>
+void spoil(const Tensor& d) {
+  std::fill_n(static_cast<A*>(d.mutable_data_ptr()), d.numel(), std::numeric_limits<A>::quiet_NaN());
+}
+#endif
 
 #ifdef IJCKD_CUDA
 // [B, Ct] times the classifier transposed, and dlogits [B, K] times the classifier.
@@ -196,10 +222,13 @@ void check_terms(const char* op, const LossTerms& terms, int64_t B, int64_t Ct, 
                                {pooled_t, "pooled_t"},
                                {logits_t, "logits_t"},
                                {gram, "gram"}})
-    check_device(x, op, arg);
+    check_device(x, op, arg), check_floating(x, op, arg);
+  for (const auto& [x, arg] : {std::pair{w.ce, "ce"}, {w.sr, "sr"}, {w.fm, "fm"}, {w.kl, "kl"}})
+    check(std::isfinite(x), op, ": the weight ", arg, " must be a finite number, got ", x);
   check(w.fm == 0 || pooled_t, op, ": fm = ", w.fm, " needs pooled_t");
   check(!terms.match() || pooled_t || logits_t, op, ": sr = ", w.sr, " and kl = ", w.kl, " need pooled_t or logits_t");
   check(w.temperature > 0, op, ": temperature must be > 0, got ", w.temperature);
+  check(std::isfinite(w.temperature), op, ": temperature must be finite, got ", w.temperature);
   check(w.label_smoothing >= 0 && w.label_smoothing <= 1, op, ": label_smoothing must lie in [0, 1], got ",
         w.label_smoothing);
 }
@@ -228,6 +257,10 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
   terms.bias = as(terms.bias, acc);
   terms.mix = as(terms.mix, acc);
   terms.pooled_t = as(terms.pooled_t, acc);
+#ifndef IJCKD_CUDA
+  const bool wide = acc == DType::f64;
+  if (terms.mix) wide ? check_shares<double>(*terms.mix, op) : check_shares<float>(*terms.mix, op);
+#endif
   const Tensor loss = empty(input, {}, acc), parts = empty(input, {kParts}, acc),
                top1 = empty(input, {}, ScalarType::Long);
   const Tensor dz = empty(input, {grad ? B : 0, Ct}, acc);
@@ -247,6 +280,11 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
       launched(feature_diff({acc, z_acc.const_data_ptr(), data(terms.pooled_t), d->mutable_data_ptr(), fm_rows, B, Ct},
                             launch.stream),
                "classifier_loss's feature match");
+#ifndef IJCKD_CUDA
+    if (terms.match() && !terms.logits_t && terms.bias &&
+        !(wide ? all_finite<double>(*terms.bias) : all_finite<float>(*terms.bias)))
+      wide ? spoil<double>(*d) : spoil<float>(*d);
+#endif
   }
   if (B > 0) all_rows({t, asked, z_acc, terms, d, part_rows, top1_rows, dz, grad, B}, launch);
   launched(loss_sum({.dtype = acc,
@@ -280,6 +318,7 @@ Loss projected_classifier_loss(const Tensor& u, const Tensor& projection, const 
   check(u.size(1) == 1, op, ": u must be vectors [B, 1, Cs], got ", shape(u));
   check_shape(projection_bias, {projection.size(0)}, op, "projection_bias", "[Ct]");
   check_device(projection_bias, op, "projection_bias");
+  check_floating(projection_bias, op, "projection_bias");
   const Projection from{u, projection, as(projection_bias, accumulator(dtype(u, op, "u")))};
   return loss_of(op, {}, from, LossTerms::from(op, tensors, numbers), grad, product);
 }

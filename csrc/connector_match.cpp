@@ -3,6 +3,7 @@
 #include "connector_match.h"
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <tuple>
 #include <utility>
@@ -34,6 +35,12 @@ struct AffineTensors {
 
 AffineTensors affine(const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
                      const OptTensor& var, DType acc) {
+  for (const auto& [x, arg] : {std::pair{&bias, "bias"},
+                               {&bn_weight, "bn_weight"},
+                               {&bn_bias, "bn_bias"},
+                               {&mean, "running_mean"},
+                               {&var, "running_var"}})
+    check_device(*x, kOp, arg), check_floating(*x, kOp, arg);
   return {as(mean, acc), as(var, acc), as(bn_weight, acc), as(bn_weight ? bn_bias : bias, acc)};
 }
 
@@ -150,19 +157,21 @@ struct Applied {
 };
 
 // Everything that Z, a map [B, P, Ct] made of u, meets.
-void check_match(const Tensor& u, int64_t Ct, const AffineTensors& a, const OptTensor& map_t,
-                 const OptTensor& pooled_t) {
+void check_match(const Tensor& u, int64_t Ct, const AffineTensors& a, const OptTensor& map_t, const OptTensor& pooled_t,
+                 double eps) {
   const int64_t B = u.size(0), P = u.size(1);
+  check(std::isfinite(eps) && eps >= 0, kOp, ": eps must be finite and not negative, got ", eps);
   check(!(map_t && pooled_t), kOp, ": give map_t or pooled_t, not both");
   check_shape(map_t, {B, P, Ct}, kOp, "map_t", "the teacher's map of Z's size, as rows [B, P, Ct]");
   check_shape(pooled_t, {B, Ct}, kOp, "pooled_t", "[B, Ct]");
-  for (const auto& [p, arg] :
-       {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "bn_weight"}, {&a.beta, "bias"}}) {
+  for (const auto& [p, arg] : {std::pair{&a.mean, "running_mean"},
+                               {&a.var, "running_var"},
+                               {&a.gamma, "bn_weight"},
+                               {&a.beta, a.gamma ? "bn_bias" : "bias"}})
     check_shape(*p, {Ct}, kOp, arg, "[Ct]");
-    check_device(*p, kOp, arg);
-  }
   check_device(map_t, kOp, "map_t");
   check_device(pooled_t, kOp, "pooled_t");
+  check_floating(pooled_t, kOp, "pooled_t");
   check(!map_t || map_t->scalar_type() == u.scalar_type(), kOp, ": map_t must have u's dtype ", name(u.scalar_type()),
         ", got ", map_t ? name(map_t->scalar_type()) : "");
 }
@@ -171,7 +180,7 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
               double eps) {
   const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
   const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2);
-  check_match(y, Ct, a, map_t, pooled_t);
+  check_match(y, Ct, a, map_t, pooled_t, eps);
   const OptTensor target = as(map_t, t);
   Applied out{empty(y, {B, Ct}, acc), empty(y, {}, acc), empty(y, {B, Ct}, acc),
               empty(y, {B, Ct}, acc), none(y, acc),      none(y, acc)};
@@ -266,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   if (is_linear(u, bn_weight, map_t, relu)) {
     const AffineTensors a = affine(bias, {}, {}, {}, {}, acc);
-    check_match(u, weight.size(0), a, {}, pooled_t);
+    check_match(u, weight.size(0), a, {}, pooled_t, eps);
     const auto [z, fm] = linear_match({u, weight, a.beta}, pooled_t);
     const auto unused = [&] { return none(u, acc); };
     return {z, fm, unused(), unused(), none(u, t), unused(), unused(), unused(), unused()};

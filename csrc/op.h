@@ -64,6 +64,18 @@ inline const char* name(ScalarType t) {
       return "int64";
     case ScalarType::Int:
       return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return "another dtype";
   }
@@ -86,6 +98,12 @@ inline DType dtype(ScalarType t, const char* op, const char* arg) {
 }
 
 inline DType dtype(const Tensor& t, const char* op, const char* arg) { return dtype(t.scalar_type(), op, arg); }
+
+// Of an argument whose own dtype is no matter, as long as it is one of those: no integer or complex number is converted
+// on the quiet.
+inline void check_floating(const OptTensor& t, const char* op, const char* arg) {
+  if (t) dtype(*t, op, arg);
+}
 
 inline ScalarType scalar(DType t) {
   switch (t) {

@@ -22,6 +22,7 @@ from ijckd_fast.head.dispatch import (
     ops,
     own_products,
     refuse_double_backward,
+    refuse_kinds,
 )
 
 
@@ -88,15 +89,16 @@ def classifier_loss(
               a gradient
     weight    [K, Ct] the teacher's classifier, float64/float32/bfloat16 (float16 on a GPU); frozen: refused if it
               requires grad
-    bias      [K] or None
+    bias      [K], any floating dtype, or None
     labels    [B] int64 in [0, K)
     labels_b  [B] int64, the second labels of mixup or cutmix, with
-    mix       [B] in [0, 1], the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b)
+    mix       [B] in [0, 1], any floating dtype, the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b).
+              On a CPU another number is refused; on a GPU, where the host would have to wait, it is taken as it is
     label_smoothing  in [0, 1], as torch's cross_entropy
     pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
     logits_t  [B, K], any floating dtype, read in float32 (float64 for float64), also under autocast; the teacher's
               logits for sr and kl, also where pooled_t is given, which then serves fm alone
-    temperature  > 0, of the KL term only
+    temperature  > 0 and finite, of the KL term only; the weights ce, sr, fm, kl are finite, too
     gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
               must belong to this weight, which is not looked at; its shape, dtype and layout are. The CPU keeps its own
               and needs none
@@ -171,7 +173,7 @@ def projected_classifier_loss(
 def _loss(
     name: str,
     op: Callable[..., tuple[Tensor, ...]],
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Any, ...],
     terms: LossTerms,
     trained: str,
     dtype: torch.dtype | None,
@@ -183,18 +185,21 @@ def _loss(
     grad = torch.is_grad_enabled()
     if grad:
         for i, x in enumerate(tensors):
-            if x is not None and x.requires_grad:  # the op would make no gradient of it
+            if isinstance(x, Tensor) and x.requires_grad:  # the op would make no gradient of it
                 raise RuntimeError(
                     f"{name}: {terms._fields[i]} must not require grad: the classifier and the teacher are frozen "
                     f"and only {trained} trained; detach it"
                 )
-        grad = any(x is not None and x.requires_grad for x in inputs)
-    with own_products(terms.weight):
+        grad = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    with own_products(inputs[0]):
         loss, parts, top1, _ = op(*inputs, tensors, numbers, grad, dtype)
     return loss, parts, top1
 
 
-def _fake_loss(like, Ct, grad):
+def _fake_loss(op, inputs, tensors, Ct, grad):
+    # torch takes this for a mixture of real tensors and tensors without memory, too
+    refuse_kinds(op, [*inputs.items(), *zip(LossTerms._fields, tensors, strict=False)])
+    like = next(iter(inputs.values()))
     acc = accumulator(like.dtype)
     dz = like.new_empty(like.shape[0] if grad else 0, Ct, dtype=acc)
     return like.new_empty((), dtype=acc), like.new_empty(4, dtype=acc), like.new_empty((), dtype=torch.int64), dz
@@ -202,12 +207,13 @@ def _fake_loss(like, Ct, grad):
 
 @torch.library.register_fake("ijckd::classifier_loss")
 def _(z, tensors, numbers, grad, dtype):
-    return _fake_loss(z, z.shape[1], grad)
+    return _fake_loss("classifier_loss", {"z": z}, tensors, z.shape[1], grad)
 
 
 @torch.library.register_fake("ijckd::projected_classifier_loss")
 def _(u, projection, projection_bias, tensors, numbers, grad, dtype):
-    return _fake_loss(u, projection.shape[0], grad)
+    inputs = {"u": u, "projection": projection, "projection_bias": projection_bias}
+    return _fake_loss("projected_classifier_loss", inputs, tensors, projection.shape[0], grad)
 
 
 def _setup(ctx, inputs, output):
@@ -226,7 +232,9 @@ def _backward(ctx, grad_loss, *_):
     return ((dz * grad_loss).to(ctx.dtype),)
 
 
-_classifier_loss = differentiable(ops.classifier_loss.default, _setup, _backward, trained=1)
+_classifier_loss = differentiable(
+    ops.classifier_loss.default, _setup, _backward, trained=1, listed=LossTerms._fields[:_TENSORS]
+)
 
 
 def _projected_setup(ctx, inputs, output):
@@ -244,7 +252,11 @@ def _projected_backward(ctx, grad_loss, *_):
 
 
 _projected_classifier_loss = differentiable(
-    ops.projected_classifier_loss.default, _projected_setup, _projected_backward, trained=3
+    ops.projected_classifier_loss.default,
+    _projected_setup,
+    _projected_backward,
+    trained=3,
+    listed=LossTerms._fields[:_TENSORS],
 )
 
 

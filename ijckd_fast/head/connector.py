@@ -22,6 +22,7 @@ from ijckd_fast.head.dispatch import (
     ops,
     own_products,
     refuse_double_backward,
+    refuse_kinds,
 )
 
 
@@ -69,10 +70,10 @@ def connector_match(
     running_mean  [Ct], with running_var: updated in place by `momentum` when training (variance unbiased, as torch's);
                   used otherwise
     num_batches_tracked  [] int64 or None: counts the batches over whose own statistics BatchNorm was taken, in place
-    momentum      share of the batch in the running statistics; None: of all batches so far they are the plain mean,
-                  for which num_batches_tracked must be given
+    momentum      share of the batch in the running statistics, in [0, 1]; None: of all batches so far they are the
+                  plain mean, for which num_batches_tracked must be given
     training      True: BatchNorm over the batch's own B*H*W positions; False: over the running statistics
-    eps           added to the variance
+    eps           added to the variance; finite, not negative
     relu          whether the connector ends in a ReLU (the teacher's map is after its ReLU)
     map_t         [B, Ct, H, W] (or [B, Ct] for vectors), dtype of u: match the whole map; or
     pooled_t      [B, Ct], any floating dtype: match the pooled features; neither: fm is 0. The teacher gets no gradient
@@ -89,22 +90,9 @@ def connector_match(
                   requires grad, and on double backward
     """
     check_library(u, "connector_match")
-    if u.dim() not in (2, 4):
-        raise RuntimeError(f"connector_match: u must be [B, Cs, H, W] or [B, Cs], got {list(u.shape)}")
-    if (bn_weight is None) != (bn_bias is None):
-        raise RuntimeError("connector_match: bn_weight and bn_bias go together: give both or neither")
-    if bn_weight is not None and bias is not None:
-        raise RuntimeError(
-            "connector_match: bias must be None with BatchNorm, whose mean would cancel it; bn_bias is the shift"
-        )
     batch_stats = bn_weight is not None and training
-    if batch_stats and running_mean is not None and momentum is None and num_batches_tracked is None:
-        raise RuntimeError(
-            "connector_match: momentum None takes the mean over all batches and needs num_batches_tracked, got None: "
-            "give it, or a number as momentum"
-        )
-    if bn_weight is not None and not training and (running_mean is None or running_var is None):
-        raise RuntimeError("connector_match: running_mean and running_var are needed when training is False")
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, momentum)
+    _check(u, weight, bias, map_t, norm, training)
     if process_group is not None and not batch_stats:
         process_group = None  # only the batch's own statistics are shared
 
@@ -151,6 +139,66 @@ def connector_match(
     return z, fm
 
 
+class Norm(NamedTuple):
+    """BatchNorm as `connector_match` is given it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batches: Tensor | None
+    momentum: float | None
+
+
+def _check(u: Tensor, weight: Tensor, bias: Tensor | None, map_t: Tensor | None, norm: Norm, training: bool) -> None:
+    """Raises RuntimeError where the arguments do not go together, as far as the op itself does not see it."""
+    op = "connector_match"
+    if u.dim() not in (2, 4):
+        raise RuntimeError(f"{op}: u must be [B, Cs, H, W] or [B, Cs], got {list(u.shape)}")
+    for name, x in (("weight", weight), ("map_t", map_t)):  # which are reshaped before torch looks for a kernel
+        if x is not None and (not isinstance(x, Tensor) or x.layout is not torch.strided):
+            refuse_kinds(op, [("u", u), (name, x)])
+    if weight.dim() != 2 and (weight.dim() != 4 or weight.shape[2:] != (1, 1)):
+        raise RuntimeError(f"{op}: weight must be [Ct, Cs] or [Ct, Cs, 1, 1], got {list(weight.shape)}")
+    if (norm.weight is None) != (norm.bias is None):
+        raise RuntimeError(f"{op}: bn_weight and bn_bias go together: give both or neither")
+    if norm.weight is None:
+        return
+    if bias is not None:
+        raise RuntimeError(f"{op}: bias must be None with BatchNorm, whose mean would cancel it; bn_bias is the shift")
+    if not training:
+        if norm.running_mean is None or norm.running_var is None:
+            raise RuntimeError(f"{op}: running_mean and running_var are needed when training is False")
+        return
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise RuntimeError(f"{op}: running_mean and running_var go together: give both or neither")
+    batches = norm.batches
+    if batches is not None and (batches.dtype != torch.int64 or batches.dim() != 0):
+        got = f"{str(batches.dtype).removeprefix('torch.')} {list(batches.shape)}"
+        raise RuntimeError(f"{op}: num_batches_tracked must be int64 [], got {got}")
+    if norm.running_mean is None:
+        return
+    if norm.momentum is None:
+        if batches is None:
+            raise RuntimeError(
+                f"{op}: momentum None takes the mean over all batches and needs num_batches_tracked, got None: give "
+                "it, or a number as momentum"
+            )
+    elif not 0 <= norm.momentum <= 1:
+        raise RuntimeError(f"{op}: momentum must lie in [0, 1], or be None, got {norm.momentum}")
+    for name, running in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
+        if not isinstance(running, Tensor) or running.layout is not torch.strided or running.device != u.device:
+            refuse_kinds(op, [("u", u), (name, running)])
+        assert running is not None
+        if running.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{op}: {name} must not require grad (a statistic); detach it")
+        if not running.is_floating_point():
+            got = str(running.dtype).removeprefix("torch.")
+            raise RuntimeError(f"{op}: {name} must be a floating-point tensor, got {got}")
+        if list(running.shape) != [weight.shape[0]]:
+            raise RuntimeError(f"{op}: {name} must be [Ct] = [{weight.shape[0]}], got {list(running.shape)}")
+
+
 def _count(batches: Tensor | None) -> None:
     if batches is not None:
         with torch.no_grad():
@@ -159,6 +207,10 @@ def _count(batches: Tensor | None) -> None:
 
 @torch.library.register_fake("ijckd::connector_match")
 def _(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps):
+    # torch takes this for a mixture of real tensors and tensors without memory, too
+    affine = {"bias": bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": mean, "running_var": var}
+    given = {"u": u, "weight": weight, **affine, "map_t": map_t, "pooled_t": pooled_t}
+    refuse_kinds("connector_match", given.items())
     y, mean_out, var_out = _fake_project(u, weight)
     if bn_weight is None or mean is not None:
         mean_out, var_out = mean_out.new_empty(0), var_out.new_empty(0)

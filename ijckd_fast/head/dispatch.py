@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,11 +16,37 @@ ops = torch.ops.ijckd  # as csrc/bindings.cpp lists them
 
 
 def check_library(x: Tensor, op: str) -> None:
-    """Raises RuntimeError where x lies on a GPU and the ops for GPUs were not built."""
-    if x.is_cuda and not HAS_CUDA_LIBRARY:
+    """Raises RuntimeError where no kernels of ours, or none that were built, serve x, the first argument of an op."""
+    if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_quantized:
+        refuse_kinds(op, [("the first argument", x)])
+    if x.is_cpu:
+        return
+    if not x.is_cuda:
+        raise RuntimeError(f"{op}: tensors must be on a CPU or a CUDA GPU, got {x.device}")
+    if not HAS_CUDA_LIBRARY:
         raise RuntimeError(
             f"{op}: tensors on a GPU need _C_cuda.so, which was not built: install nvcc and run {REBUILD}"
         )
+
+
+def refuse_kinds(op: str, arguments: Iterable[tuple[str, Any]]) -> None:
+    """Raises RuntimeError where one of the arguments, (name, value), is a tensor of a kind that no op takes, or lies
+    elsewhere than the first. Called where torch has found no kernel: its own words name backends.
+    """
+    device: torch.device | None = None
+    for name, x in arguments:
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise RuntimeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        device = device or x.device
+        if x.layout is not torch.strided:
+            layout = str(x.layout).removeprefix("torch.").removeprefix("_")
+            raise RuntimeError(f"{op}: {name} must be a dense tensor, got the layout {layout}: use .to_dense()")
+        if x.is_quantized:
+            raise RuntimeError(f"{op}: {name} must be a floating-point tensor, got {x.dtype}: use .dequantize()")
+        if x.device != device:
+            raise RuntimeError(f"{op}: {name} must be on {device} like the first argument, got {x.device}")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -53,8 +79,16 @@ def as_rows(x: Tensor) -> Tensor:
 _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
 
 
+# Whether torch.func is at work, whose tensors an autograd.Function would meet. Not public, either.
+_in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
 def differentiable(
-    op: Any, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]], trained: int
+    op: Any,
+    setup: Callable[..., None],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    trained: int,
+    listed: tuple[str, ...] = (),
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Registers the gradient of `op`; returns the op to call.
 
@@ -63,6 +97,7 @@ def differentiable(
 
     setup      (ctx, inputs, output), as torch.library.register_autograd expects it
     backward   (ctx, *gradients of the outputs) -> gradients of the first `trained` arguments; the others get none
+    listed     names of the tensors in the op's list of tensors
     """
     untrained = len(op._schema.arguments) - trained
 
@@ -92,9 +127,26 @@ def differentiable(
     methods = {"forward": forward, "backward": eager_backward}
     function: Any = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
 
+    def tensors_of(args) -> Iterator[tuple[str, Any]]:
+        for argument, value in zip(op._schema.arguments, args, strict=True):
+            if isinstance(value, list) and listed and len(value) == len(listed):
+                yield from zip(listed, value, strict=True)
+            elif "Tensor" in str(argument.type):
+                yield {"mean": "running_mean", "var": "running_var"}.get(argument.name, argument.name), value
+
     def call(*args):
-        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return function.apply(*args) if eager else op(*args)
+        if torch.compiler.is_compiling():
+            return op(*args)
+        if _in_transform():
+            raise RuntimeError(
+                f"{op._opname}: torch.func's transforms (grad, vmap, jacrev and the like) are not supported: use "
+                "torch.autograd, and a loop or a larger batch instead of vmap"
+            )
+        try:
+            return function.apply(*args) if torch.is_grad_enabled() else op(*args)
+        except Exception:
+            refuse_kinds(op._opname, tensors_of(args))
+            raise
 
     return call
 

@@ -5,6 +5,7 @@ Selected by a test or by `--head reference`; never a silent fallback. Imports no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -97,6 +98,22 @@ def _check_gram(gram: Tensor | None, Ct: int) -> None:
         )
 
 
+def _check_numbers(weights: dict[str, float], temperature: float, label_smoothing: float, mix: Tensor | None) -> None:
+    for name, value in weights.items():
+        if not math.isfinite(value):
+            raise RuntimeError(f"classifier_loss: the weight {name} must be a finite number, got {value:g}")
+    if not temperature > 0:
+        raise RuntimeError(f"classifier_loss: temperature must be > 0, got {temperature:g}")
+    if temperature == math.inf:
+        raise RuntimeError(f"classifier_loss: temperature must be finite, got {temperature:g}")
+    if not 0 <= label_smoothing <= 1:
+        raise RuntimeError(f"classifier_loss: label_smoothing must lie in [0, 1], got {label_smoothing:g}")
+    if mix is not None and mix.is_cpu:  # elsewhere the host would have to wait
+        for position, share in enumerate(mix.tolist()):
+            if math.isfinite(share) and not 0 <= share <= 1:
+                raise RuntimeError(f"classifier_loss: mix must lie in [0, 1], got {share:g} at position {position}")
+
+
 def classifier_loss(
     z: Tensor,
     weight: Tensor,
@@ -122,6 +139,7 @@ def classifier_loss(
     """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     _check_gram(gram, weight.shape[1])
+    _check_numbers({"ce": ce, "sr": sr, "fm": fm, "kl": kl}, temperature, label_smoothing, mix)
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
     if logits_t is None and pooled_t is not None:
         logits_t = F.linear(pooled_t.to(weight.dtype), weight, bias)

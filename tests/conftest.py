@@ -10,6 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--search-for", type=float, default=0.0, help="seconds for which test_search.py goes on with random mixes"
+    )
+
+
 def pytest_collection_finish() -> None:
     """What the imports have made stays: walking through it at each collection takes a fifth of small tests' time."""
     gc.collect()

@@ -272,8 +272,8 @@ HARD: dict[str, list[Any]] = {
     "label smoothing": each(
         Loss(ce=0.8, logits=20.0), label_smoothing=[0.1, 1.0], labels=["best", "worst"], dtype=HALF
     ),
-    "label smoothing, common bias": each(ONLY["ce"], label_smoothing=[0.1, 0.9], bias=[1e3, 1e5, 1e8])
-    + [Loss(B=96, K=12000, Ct=16, ce=1.0, label_smoothing=0.1, bias=1e4)],
+    "label smoothing, common bias": each(ONLY["ce"], label_smoothing=[0.1, 0.9], bias=[1e3, 1e5, 1e8]),
+    "label smoothing, common bias, many classes": [Loss(B=96, K=12000, ce=1.0, label_smoothing=0.1, bias=1e4)],
     "by W^T W": each(GRAM, apart=[1e-4, 0.3], dtype=HALF),
     "by W^T W, one row far larger": each(
         dataclasses.replace(GRAM, weight="large row"), direction=["any", "avoiding"], dtype=HALF
@@ -389,8 +389,9 @@ def drawn(number: int, *, on_a_gpu: bool = False) -> Loss | Connector:
         apart=often(0.3, 0.0, 1e-4, 1e-2, 3.0, 100.0, share=0.4),
         direction=r.choice(["any", "avoiding"]),
         weight=often("normal", "large row", "common"),
-        bias=often(0.0, None, 1e3, 1e5, 1e8, share=0.5),
-        first_bias=often(0.0, 30.0, 1e3, 1e8, share=0.8),
+        # a larger one leaves eager the same logit for every class in half types, which is right by luck where they agree
+        bias=often(0.0, None, 1e3, *([1e5, 1e8] if dtype == "float32" else [30.0]), share=0.5),
+        first_bias=often(0.0, 30.0, 1e3, *([1e8] if dtype == "float32" else []), share=0.8),
         teacher=teacher,
         logits_t=often("float32", "bfloat16", "float64"),
         layout=often("plain", "strided", "transposed", "expanded"),

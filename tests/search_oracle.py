@@ -26,8 +26,8 @@ def exponential_rest(e: Tensor) -> Tensor:
 def kl_rows(logits: Tensor, l_t: Tensor, difference: Tensor) -> tuple[Tensor, Tensor]:
     """(KL(softmax(l_t) || softmax(logits)) [B], softmax(logits) - softmax(l_t) [B, K]).
 
-    difference: logits - l_t up to a constant for each row, more exactly than by subtraction. With r = difference and the
-    mean taken over p_t: KL = log mean exp(r - mean r), in which nothing cancels.
+    difference: logits - l_t up to a constant for each row, more exactly than by subtraction. With r = difference and
+    means over p_t: KL = log mean exp(r - mean r), in which nothing cancels.
     """
     p, log_p = softmax(logits)
     p_t, log_p_t = softmax(l_t)

@@ -25,10 +25,11 @@ ROOT = pathlib.Path(__file__).parents[2]
         (200, [f"head/test_{op}.py" for op in ("connector_match", "classifier_loss", "projected_classifier_loss")]),
         (3, ["head/test_numerics.py"]),
         (100, ["head/test_loss_edges.py"]),
+        (80, ["head/test_search.py", "search_cases.py", "search_oracle.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path):
+def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path, request):
     """The comparisons with reference.py in `sources`, at least so many, with the CUDA kernels behind."""
     package = tmp_path / "ijckd_fast"
     shutil.copytree(ROOT / "ijckd_fast", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
@@ -40,11 +41,12 @@ def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path):
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
         "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
-        "or one_class or empty_batch or bad_values or hard_cases or linear or of_the_tensors_gpu or edges"
+        "or one_class or empty_batch or bad_values or hard_cases or linear or of_the_tensors_gpu or edges or search"
     )
     names = [pathlib.Path(source).name for source in sources]
+    longer = f"--search-for={request.config.getoption('--search-for')}"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *names],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, longer, *names],
         cwd=tests,
         env=dict(os.environ, PYTHONPATH=str(tmp_path), IJCKD_KERNELS="cuda"),
         capture_output=True,

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        "--search-for", type=float, default=0.0, help="seconds for which test_search.py goes on with random mixes"
+        "--search-for", type=float, default=0.0, help="seconds for which test_search.py tries more random mixes"
     )
 
 

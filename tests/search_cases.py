@@ -126,17 +126,19 @@ def loss_inputs(c: Loss, seed: int) -> tuple[list[Tensor | None], list[Any], dic
         z = unit(weight)[torch.randint(0, c.K, (c.B,), generator=g)] + 0.05 * unit(randn(c.B, c.Ct))
     else:
         z = randn(c.B, c.Ct)
+    # not the same in every batch: eager might round that one well
+    logits = c.logits * (0.7 + 0.3 * torch.rand(1, generator=g, dtype=F64).item())
     trained: list[Tensor | None] = []
     if c.Cs:
         u, projection = randn(c.B, c.Cs), randn(c.Ct, c.Cs) / c.Cs**0.5
-        projection *= c.logits / largest(u @ projection.T @ weight.T)
+        projection *= logits / largest(u @ projection.T @ weight.T)
         half = F32 if c.dtype == "autocast" else STORED[c.dtype][1]
         if c.dtype == "autocast":  # what autocast rounds would otherwise be the input's error, not the op's
             u, projection = u.to(BF16), projection.to(BF16)
         trained = [u.to(half), projection.to(half), (0.1 * randn(c.Ct)).to(own)]
         z = trained[0].double() @ trained[1].double().T + trained[2].double()
     else:
-        z = (z * c.logits / largest(z @ weight.T)).to(own).double()
+        z = (z * logits / largest(z @ weight.T)).to(own).double()
         trained = [z.to(own)]
 
     d = randn(c.B, c.Ct)
@@ -212,7 +214,8 @@ def connector_inputs(c: Connector, seed: int) -> tuple[dict[str, Tensor], dict[s
     for some in (leaves, keywords):
         some |= {k: x.to(acc) for k, x in some.items() if isinstance(x, Tensor) and k not in ("u", "weight")}
     if c.match == "map":
-        keywords["map_t"] = laid_out(randn(B, c.Ct, *side).relu().to(stored), c.layout)
+        half = BF16 if c.dtype == "autocast" else stored  # which autocast makes of it, as a teacher under it does
+        keywords["map_t"] = laid_out(randn(B, c.Ct, *side).relu().to(half).to(stored), c.layout)
     elif c.match == "pooled":
         keywords["pooled_t"] = laid_out(randn(B, c.Ct).abs().to(acc), "plain" if c.layout == "NCHW" else c.layout)
     return leaves, keywords, randn(B, c.Ct).to(acc)
@@ -349,29 +352,28 @@ def drawn(number: int, *, on_a_gpu: bool = False) -> Loss | Connector:
     if r.random() < 0.3:
         side = r.choice([1, 2, 3, 5, 7, 8, 14])
         norm = r.choice(["train", "train", "eval", "bias", "none"])
-        B = r.choice([2, 3, 6, 17])
-        vectors = r.random() < 0.2
+        batch_norm = norm in ("train", "eval")
+        B, Cs = r.choice([2, 3, 6, 17]), r.choice([3, 8, 17])
+        means = [10.0, 30.0] if dtype != "float32" else [10.0, 1e3, 1e5]
         return Connector(
             dtype=dtype,
-            shape=(B * 40, r.choice([3, 8]))
-            if vectors
-            else (B, r.choice([1, 3, 8, 17]), side, r.choice([side, side + 2])),
+            shape=(B * 40, Cs) if r.random() < 0.2 else (B, Cs, side, r.choice([side, side + 2])),
             Ct=r.choice([1, 5, 16, 33]),
             norm=norm,
             match=r.choice(["map", "pooled", None]),
             relu=r.random() < 0.7,
-            mean=often(0.0, 10.0, 1e3, 1e5 if dtype == "float32" else 30.0, share=0.5)
-            if norm in ("train", "eval")
-            else 0.0,
-            layout=often("NCHW", "channels-last", "strided", "transposed", "expanded", share=0.3),
+            mean=often(0.0, *means, share=0.5) if batch_norm else 0.0,
+            layout=often("NCHW", "channels-last", "strided", "transposed", share=0.3),
         )
+    # What all classes share, eager's half types round alike for every class, with it and without: right by luck.
+    single = dtype == "float32"
     teacher = often("pooled", "logits", "both", share=0.5)
     terms = {part: r.choice([0.0, 0.3, 1.0]) for part in ("ce", "sr", "kl")}
     terms["fm"] = r.choice([0.0, 0.5]) if teacher != "logits" else 0.0
     if not any(terms.values()):
         terms["kl"] = 1.0
-    share = often(None, -1.0, 1e-6, 1e-3, 1.0)
     K = r.choice([1, 2, 3, 10, 37, 100, 257, 1000])
+    share = often(None, -1.0, 1e-6, 1e-3, 1.0)
     return Loss(
         dtype=dtype,
         B=r.choice([1, 2, 7, 24, 64]),
@@ -380,7 +382,7 @@ def drawn(number: int, *, on_a_gpu: bool = False) -> Loss | Connector:
         Cs=often(0, 3, 8, 17, share=0.7),
         **terms,
         temperature=r.choice([0.5, 1.0, 2.0, 4.0, 20.0]),
-        label_smoothing=often(0.0, 0.1, 0.9),
+        label_smoothing=often(0.0, 0.1, 0.9) if K > 1 else 0.0,  # which is 1 with its rest to a rounding only
         labels=r.choice(["random", "best", "worst"]),
         share=share,
         labels_b=r.choice(["random", "best"]),
@@ -388,10 +390,9 @@ def drawn(number: int, *, on_a_gpu: bool = False) -> Loss | Connector:
         features=r.choice(["normal", "class"]),
         apart=often(0.3, 0.0, 1e-4, 1e-2, 3.0, 100.0, share=0.4),
         direction=r.choice(["any", "avoiding"]),
-        weight=often("normal", "large row", "common"),
-        # a larger one leaves eager the same logit for every class in half types, which is right by luck where they agree
-        bias=often(0.0, None, 1e3, *([1e5, 1e8] if dtype == "float32" else [30.0]), share=0.5),
-        first_bias=often(0.0, 30.0, 1e3, *([1e8] if dtype == "float32" else []), share=0.8),
+        weight=often("normal", "large row", *(["common"] if single else [])),
+        bias=often(0.0, None, 30.0, *([1e3, 1e5, 1e8] if single else []), share=0.5),
+        first_bias=often(0.0, 30.0, *([1e3, 1e8] if single else []), share=0.8),
         teacher=teacher,
         logits_t=often("float32", "bfloat16", "float64"),
         layout=often("plain", "strided", "transposed", "expanded"),

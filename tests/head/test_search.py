@@ -37,8 +37,6 @@ FAILING: dict[str | int, str] = {
     "connector of 12,000 vectors": "float32 sums taken one after the other",
     "maps of 112 x 112": "float32 sums taken one after the other",
     "BatchNorm of a channel mean": "float32 sums taken one after the other",
-    "by W^T W, one row far larger": "d^T G d loses digits",
-    "by W^T W, rows share a vector": "d^T G d loses digits",
     2: "float32 sums taken one after the other",
     3: "float32 sums taken one after the other",
 }

@@ -167,7 +167,7 @@ def size(c: Loss | Connector) -> int:
     return c.B * c.K * (c.Ct + c.Cs) if isinstance(c, Loss) else math.prod(c.shape) * c.Ct
 
 
-@pytest.mark.parametrize("name", map(unless_failing, CASES))
+@pytest.mark.parametrize("name", [*map(unless_failing, CASES)])
 def test_search_hard_case(name, request):
     cases = CASES[name] if KERNELS == "cpu" or request.config.getoption("--search-for") else CASES[name][::4]
     if found := report(c for c in cases if size(c) < LARGEST):
@@ -178,7 +178,7 @@ def drawn(numbers: Iterable[int]) -> Iterator[Loss | Connector]:
     return (c for n in numbers if size(c := search_cases.drawn(n, on_a_gpu=KERNELS == "cuda")) < LARGEST)
 
 
-@pytest.mark.parametrize("eighth", map(unless_failing, range(8)))
+@pytest.mark.parametrize("eighth", [*map(unless_failing, range(8))])
 def test_search_random_mixes(eighth):
     if found := report(drawn(range(eighth, DRAWN, 8))):
         pytest.fail(found)

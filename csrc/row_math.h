@@ -40,6 +40,14 @@ struct Pooled {
   A res = 0;       // sum of (Z - F_t) over on
   A res_yhat = 0;  // sum of (Z - F_t) * yhat over on
 
+  // A float sum over thousands of positions, one after the other, would lose digits: runs of some are added up in
+  // double.
+  template <typename R>
+  IJCKD_HD void add(const Pooled<R>& run) {
+    out += run.out, count += run.count, yhat += run.yhat;
+    square += run.square, res += run.res, res_yhat += run.res_yhat;
+  }
+
   IJCKD_HD void add(const Channel<A>& ch, A y, bool relu) {
     const A h = ch.normalised(y), pre = ch.affine(h);
     const bool on = passes(pre, relu);

@@ -13,6 +13,7 @@ namespace {
 constexpr int kThreads = 128;  // passes over maps
 constexpr int kBatch = 7;      // positions that a thread loads at once: 7 x 7 is the usual map
 constexpr int kStatLanes = 8;  // row lanes of a part
+constexpr int kRun = 64;       // positions of a map that are added up one after the other in A
 constexpr int kSumLanes = 16;  // image or part lanes of sums over [B, Ct] or [parts, Ct]
 constexpr int kStatThreads = kColumns * kStatLanes, kSumThreads = kColumns * kSumLanes;
 
@@ -25,7 +26,8 @@ int by_width(bool pairs, const F& run) {
 }
 
 // One part of V channels per thread column; blocks go through the channels of a part, then to the next part. A thread
-// keeps its rows in registers, so that the second pass, over the distances from the mean, reads nothing.
+// keeps its rows in registers, so that the second pass, over the distances from the mean, reads nothing. Both passes
+// take the rows relative to the part's first: beside a large mean the sum of the rows would keep few digits.
 template <typename T, typename A, int V>
 __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStats s) {
   constexpr int kRows = kStatRows / kStatLanes;  // of a thread
@@ -40,13 +42,15 @@ __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStat
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
     if (inside && int(threadIdx.y) + i * kStatLanes < rows) loaded[i] = load_together<V>(y, i * kStatLanes * s.Ct);
+  A origin[V] = {};  // the part's first row
+  if (inside) take_apart<T, V>(load_together<V>(y, -int64_t(threadIdx.y) * s.Ct), origin);
   const auto for_rows = [&](const auto& use) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
       if (inside && int(threadIdx.y) + i * kStatLanes < rows) {
         A x[V];
         take_apart<T, V>(loaded[i], x);
-        for (int v = 0; v < V; ++v) use(v, x[v]);
+        for (int v = 0; v < V; ++v) use(v, x[v] - origin[v]);
       }
   };
 
@@ -58,39 +62,40 @@ __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStat
   sum_lanes(m2, slots);
   if (!inside || threadIdx.y != 0) return;
   for (int v = 0; v < V; ++v) {
-    static_cast<A*>(s.part_mean)[part * s.Ct + c + v] = mean[v];
+    static_cast<A*>(s.part_mean)[part * s.Ct + c + v] = origin[v] + mean[v];
     static_cast<A*>(s.part_m2)[part * s.Ct + c + v] = m2[v];
   }
 }
 
 // A block per kColumns channels. With all parts at hand, Chan's formula for two of them becomes: the mean of the means,
-// then the sum of m2 and of the means' squared distances from it; nothing cancels, and lanes work side by side.
+// then the sum of m2 and of the means' squared distances from it; nothing cancels, and lanes work side by side. In
+// double: a lane adds many parts one after the other.
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats s) {
-  __shared__ A slots[1][kSumLanes][kColumns];
+  __shared__ double slots[1][kSumLanes][kColumns];
   const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x, parts = stat_parts(s.N, s.rows_per_part);
   const bool inside = c < s.Ct;
   const auto rows = [&](int64_t i) {
     const int64_t left = s.N - i * s.rows_per_part;
-    return A(left < s.rows_per_part ? left : s.rows_per_part);
+    return double(left < s.rows_per_part ? left : s.rows_per_part);
   };
   struct Part {
     A mean, m2;
   };
   const auto load = [&](int64_t i) { return Part{part_mean[i * s.Ct + c], part_m2[i * s.Ct + c]}; };
-  A mean[1] = {0}, m2[1] = {0};
+  double mean[1] = {0}, m2[1] = {0};
   for_lane<kSumLanes, 8>(inside ? parts : 0, load,
                          [&](int64_t i, const Part& part) { mean[0] += rows(i) * part.mean; });
   sum_lanes(mean, slots);
-  mean[0] /= A(s.N);
+  mean[0] /= double(s.N);
   for_lane<kSumLanes, 8>(inside ? parts : 0, load, [&](int64_t i, const Part& part) {
     m2[0] += part.m2 + rows(i) * (part.mean - mean[0]) * (part.mean - mean[0]);
   });
   sum_lanes(m2, slots);
   if (!inside || threadIdx.y != 0) return;
-  static_cast<A*>(s.mean)[c] = mean[0];
-  static_cast<A*>(s.var)[c] = m2[0] / A(s.N);
+  static_cast<A*>(s.mean)[c] = A(mean[0]);
+  static_cast<A*>(s.var)[c] = A(m2[0] / double(s.N));
 }
 
 // The image and the first channel of a thread that owns V channels of one image; b >= B for threads past the end. In
@@ -157,44 +162,58 @@ __device__ __forceinline__ void for_positions(const T* y, const T* map_t, int64_
   }
 }
 
-// A thread per image and V channels: reads y and map_t once, keeps row_math.h:Pooled in registers.
-template <typename T, typename A, int V, bool kMatched>
+// A thread per image and V channels: reads y and map_t once, keeps row_math.h:Pooled in registers. kLong: of a map of
+// more than kRun positions, whose runs are added up in double.
+template <typename T, typename A, int V, bool kMatched, bool kLong>
 __global__ void __launch_bounds__(kThreads) match_forward_kernel(MatchForward m) {
   const Place at = place<V>(m.Ct);
   if (at.b >= m.B) return;
   Channel<A> ch[V];
-  Pooled<A> sum[V];
+  Pooled<std::conditional_t<kLong, double, A>> sum[V];
   for (int v = 0; v < V; ++v) ch[v] = channel<A>(m.affine, at.c + v);
   const int64_t first = at.b * m.P * m.Ct + at.c;
   const T *y = static_cast<const T*>(m.y) + first, *map_t = static_cast<const T*>(m.map_t);
   if constexpr (kMatched) map_t += first;
-  for_positions<T, A, V, kMatched>(y, map_t, m.Ct, int(m.P), [&](int, const A(&y_p)[V], const A(&target)[V]) {
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kMatched)
-        sum[v].add_matched(ch[v], y_p[v], m.relu, target[v]);
-      else
-        sum[v].add(ch[v], y_p[v], m.relu);
+  const auto add_positions = [&](Pooled<A>(&to)[V], int P) {
+    for_positions<T, A, V, kMatched>(y, map_t, m.Ct, P, [&](int, const A(&y_p)[V], const A(&target)[V]) {
+      for (int v = 0; v < V; ++v) {
+        if constexpr (kMatched)
+          to[v].add_matched(ch[v], y_p[v], m.relu, target[v]);
+        else
+          to[v].add(ch[v], y_p[v], m.relu);
+      }
+    });
+  };
+  if constexpr (kLong) {
+    for (int left = int(m.P); left > 0; left -= kRun) {
+      Pooled<A> run[V];
+      add_positions(run, left < kRun ? left : kRun);
+      for (int v = 0; v < V; ++v) sum[v].add(run[v]);
+      y += kRun * m.Ct;
+      if constexpr (kMatched) map_t += kRun * m.Ct;
     }
-  });
+  } else {
+    add_positions(sum, int(m.P));
+  }
   const auto out = [&](void* to, auto value) {
     A x[V];
-    for (int v = 0; v < V; ++v) x[v] = value(sum[v]);
+    for (int v = 0; v < V; ++v) x[v] = A(value(sum[v]));
     store_together(static_cast<A*>(to), at.b * m.Ct + at.c, x);
   };
-  out(m.z, [&](const Pooled<A>& s) { return s.out / A(m.P); });
-  out(m.count, [](const Pooled<A>& s) { return s.count; });
-  out(m.yhat, [](const Pooled<A>& s) { return s.yhat; });
+  out(m.z, [&](const auto& s) { return s.out / A(m.P); });
+  out(m.count, [](const auto& s) { return s.count; });
+  out(m.yhat, [](const auto& s) { return s.yhat; });
   if constexpr (kMatched) {
-    out(m.square, [](const Pooled<A>& s) { return s.square; });
-    out(m.res, [](const Pooled<A>& s) { return s.res; });
-    out(m.res_yhat, [](const Pooled<A>& s) { return s.res_yhat; });
+    out(m.square, [](const auto& s) { return s.square; });
+    out(m.res, [](const auto& s) { return s.res; });
+    out(m.res_yhat, [](const auto& s) { return s.res_yhat; });
   }
 }
 
 // A block per kColumns channels of one of the three arrays.
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
-  __shared__ A slots[1][kSumLanes][kColumns];
+  __shared__ double slots[1][kSumLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const void* x = blockIdx.y == 0 ? s.square : blockIdx.y == 1 ? s.res : s.res_yhat;
   void* out = blockIdx.y == 0 ? s.square_sum : blockIdx.y == 1 ? s.res_sum : s.res_yhat_sum;
@@ -202,11 +221,11 @@ __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
   if (c < s.Ct && threadIdx.y == 0) static_cast<A*>(out)[c] = total;
 }
 
-// A block per kColumns channels, its lanes through the images. grad_fm is read from device memory: no host
-// synchronisation.
+// A block per kColumns channels, its lanes through the images, many for each: their sums are in double. grad_fm is read
+// from device memory: no host synchronisation.
 template <typename A, bool kPooled>
 __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads g) {
-  __shared__ A slots[2][kSumLanes][kColumns];
+  __shared__ double slots[2][kSumLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const bool inside = c < g.Ct;
   const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
@@ -224,7 +243,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
     if constexpr (kPooled) v += c_pooled * (z[i] - pooled_t[i]);
     return Image{v, count ? count[i] : A(g.P), yhat ? yhat[i] : A(0)};
   };
-  A sums[2] = {0, 0};  // of v * count, v * yhat
+  double sums[2] = {0, 0};  // of v * count, v * yhat
   for_lane<kSumLanes, 8>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
     static_cast<A*>(g.grad_out)[b * g.Ct + c] = image.v;
     sums[0] += image.v * image.count;
@@ -233,9 +252,9 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   sum_lanes(sums, slots);
   if (!inside || threadIdx.y != 0) return;
   const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
-  static_cast<A*>(g.d_beta)[c] = sums[0] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
+  static_cast<A*>(g.d_beta)[c] = A(sums[0] / A(g.P)) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
   if (yhat)
-    static_cast<A*>(g.d_gamma)[c] = sums[1] / A(g.P) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
+    static_cast<A*>(g.d_gamma)[c] = A(sums[1] / A(g.P)) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
 }
 
 // A thread per image and V channels, positions in a loop: dL/dy, row_math.h:position_grad.
@@ -295,8 +314,10 @@ int match_forward(const MatchForward& m, void* stream) {
                        aligned(2 * sizeof(A), {m.z, m.count, m.yhat, m.square, m.res, m.res_yhat});
     return by_width<T>(pairs, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      const auto kernel = m.map_t ? match_forward_kernel<T, A, V, true> : match_forward_kernel<T, A, V, false>;
-      return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m);
+      const auto start = [&](auto kernel) { return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m); };
+      if (m.P > kRun)
+        return start(m.map_t ? match_forward_kernel<T, A, V, true, true> : match_forward_kernel<T, A, V, false, true>);
+      return start(m.map_t ? match_forward_kernel<T, A, V, true, false> : match_forward_kernel<T, A, V, false, false>);
     });
   });
 }

@@ -199,14 +199,15 @@ __device__ __forceinline__ void for_lane(int64_t rows, const Load& load, const U
   }
 }
 
-// Sum over the rows of column c of x [rows, cols], by the block's lanes; 0 where c lies past the last column.
+// Sum over the rows of column c of x [rows, cols], by the block's lanes; 0 where c lies past the last column. In
+// double: a lane adds many rows one after the other.
 template <int kLanes, typename A>
-__device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, A (&slots)[1][kLanes][kColumns]) {
-  A s[1] = {0};
+__device__ A column_total(const A* x, int64_t rows, int64_t cols, int64_t c, double (&slots)[1][kLanes][kColumns]) {
+  double s[1] = {0};
   for_lane<kLanes, 8>(
       c < cols ? rows : 0, [&](int64_t r) { return x[r * cols + c]; }, [&](int64_t, A v) { s[0] += v; });
   sum_lanes(s, slots);
-  return s[0];
+  return A(s[0]);
 }
 
 }  // namespace ijckd

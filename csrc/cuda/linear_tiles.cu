@@ -171,11 +171,12 @@ __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared
                    [&](int64_t row, int col, float2 v) { store_pair(static_cast<T*>(out) + row * p.Cs + col, v); });
 }
 
-// dbias of channels [col, col + 64), from dz before its rounding. warps [kThreads / 32, 64].
+// dbias of channels [col, col + 64), from dz before its rounding; in double, for a thread adds many rows one after the
+// other. warps [kThreads / 32, 64].
 template <bool kPooled>
-__device__ __forceinline__ void bias_columns(const LinearGradTiles& p, float* warps, int col) {
+__device__ __forceinline__ void bias_columns(const LinearGradTiles& p, double* warps, int col) {
   Window<kPooled> window(p);
-  float sums[kChunk] = {};
+  double sums[kChunk] = {};
   for (int row = 0; row < p.B; row += kDepth) {
     window.load(p, row, col);
 #pragma unroll
@@ -192,9 +193,9 @@ __device__ __forceinline__ void bias_columns(const LinearGradTiles& p, float* wa
   __syncthreads();
   const int n = threadIdx.x;
   if (n >= kDepth || col + n >= p.Ct) return;
-  float sum = 0;
+  double sum = 0;
   for (int warp = 0; warp < GradTile::kThreads / 32; ++warp) sum += warps[warp * kDepth + n];
-  p.dbias[col + n] = sum;
+  p.dbias[col + n] = float(sum);
 }
 
 // A block per tile of du, whose sums are the longest, then of dweight, then per 64 channels of dbias.
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(GradTile::kThreads, 2)
   else if (block < du_tiles + dweight_tiles)
     product_tile<A::kByDepth, kPooled>(p, shared, block - du_tiles, p.u, p.dweight, p.Ct, p.B);
   else
-    bias_columns<kPooled>(p, reinterpret_cast<float*>(stages), (block - du_tiles - dweight_tiles) * kDepth);
+    bias_columns<kPooled>(p, reinterpret_cast<double*>(stages), (block - du_tiles - dweight_tiles) * kDepth);
 }
 
 template <typename T>

@@ -46,7 +46,7 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const A* x,  // [rows, cols]
                                                                  A* out,      // [cols] out
                                                                  int64_t rows, int64_t cols, A scale) {
-  __shared__ A slots[1][kLanes][kColumns];
+  __shared__ double slots[1][kLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const A s = column_total(x, rows, cols, c, slots);
   if (c < cols && threadIdx.y == 0) out[c] = s * scale;
@@ -57,8 +57,8 @@ template <typename A>
 __global__ void __launch_bounds__(kSumThreads) array_sum_kernel(const A* x,  // [n]
                                                                 A* out,      // [1] out
                                                                 int64_t n, A scale) {
-  __shared__ A slots[kSumThreads / 32];
-  A s = 0;
+  __shared__ double slots[kSumThreads / 32];
+  double s = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += kSumThreads) s += x[i];
   s = block_reduce<kSumThreads>(s, slots, Sum{});

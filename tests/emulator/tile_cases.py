@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import cases
-from .cases import BF16, F16, F32, WEIGHTS, Array, Case, Data, DType, close, log_softmax
+from .cases import BF16, F16, F32, WEIGHTS, Array, Case, Data, DType, close, log_softmax, strict
 
 SATURATION = 76.0  # csrc/cuda/classifier_tiles.h:kSaturation
 
@@ -646,10 +646,11 @@ def linear_grad_tiles(
     pooled: bool = False,
     scaled: bool = False,
     wanted: str = "du dweight dbias",
+    shift: float = 0,
 ) -> list[Array]:
     data = Data(t, f"linear_grad_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
-    (grad_z, _), (z, _), (pooled_t, _) = (data.normal_acc(B, Ct) for _ in range(3))
+    (grad_z, _), (z, _), (pooled_t, _) = (data.normal_acc(B, Ct, shift=shift) for _ in range(3))
     scale = np.full((), 0.37, np.float32)
     grad_fm = np.full((), 3 * B * Ct, np.float32)  # so that the match weighs as much as grad_z
     outs = {"du": data.out_stored(B, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
@@ -666,7 +667,12 @@ def linear_grad_tiles(
     for name, out in outs.items():
         if name in wanted.split():
             close(
-                name, out, want[name], t, stored=name != "dbias", scale=10 * max(B, Ct) ** 0.5 if name == "dbias" else 4
+                name,
+                out,
+                want[name],
+                strict(t) if shift else t,
+                stored=name != "dbias",
+                scale=4 if name != "dbias" else 1 if shift else 10 * max(B, Ct) ** 0.5,
             )
         else:
             assert np.isnan(t.decode(out) if name != "dbias" else out).all()
@@ -694,6 +700,7 @@ def all_cases() -> dict[str, Case]:
             add(linear_grad_tiles, t, 67, 72, 136, pooled=pooled, scaled=True)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
             add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
+        add(linear_grad_tiles, t, 12000, 8, 8, wanted="dbias", shift=3)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
         add(anchor_rows, t, 7, 1, 24, edit="labels")

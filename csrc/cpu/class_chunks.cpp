@@ -38,10 +38,10 @@ struct Row {
   int64_t label, other;  // other: the second label
   A share, share_other;  // of each in the target
   A anchor, label_logit, other_logit;
-  A others = 0;      // s: sum of exponentials but the label's
-  A label_term = 1;  // the label's exponential
-  A rescale = 1;     // by which the last chunk's new anchor scales what was gathered before
-  A below = 0;       // sum of best - logit, for label smoothing
+  double others = 0;  // s: sum of exponentials but the label's
+  A label_term = 1;   // the label's exponential
+  A rescale = 1;      // by which the last chunk's new anchor scales what was gathered before
+  double below = 0;   // sum of best - logit, for label smoothing
   A best = -std::numeric_limits<A>::infinity();
   int64_t best_class = -1;
 };
@@ -125,12 +125,30 @@ IJCKD_CLONES void widen_to(float* to, const c10::BFloat16* from, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = load(from, i);
 }
 
+// columns [n] += sum over the rows of w [rows, n], which lie Ct elements apart; n <= kColumns
+template <typename T>
+IJCKD_INLINE void add_rows_body(double* columns, const T* w, int64_t rows, int64_t Ct, int64_t n) {
+  double sums[kColumns] = {};
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t i = 0; i < n; ++i) sums[i] += load(w, k * Ct + i);
+  for (int64_t i = 0; i < n; ++i) columns[i] += sums[i];
+}
+IJCKD_CLONES void add_rows(double* columns, const float* w, int64_t rows, int64_t Ct, int64_t n) {
+  add_rows_body(columns, w, rows, Ct, n);
+}
+IJCKD_CLONES void add_rows(double* columns, const c10::BFloat16* w, int64_t rows, int64_t Ct, int64_t n) {
+  add_rows_body(columns, w, rows, Ct, n);
+}
+IJCKD_CLONES void add_rows(double* columns, const double* w, int64_t rows, int64_t Ct, int64_t n) {
+  add_rows_body(columns, w, rows, Ct, n);
+}
+
 // columns [Ct] += sum over the rows of w [n, Ct]
-template <typename T, typename A>
-void add_column_sums(const T* w, A* columns, int64_t n, int64_t Ct) {
+template <typename T>
+void add_column_sums(const T* w, double* columns, int64_t n, int64_t Ct) {
   parallel_for((Ct + kColumns - 1) / kColumns, 1, [&](int64_t first, int64_t last) {
-    const int64_t from = first * kColumns, to = std::min(Ct, last * kColumns);
-    for (int64_t k = 0; k < n; ++k) add(columns + from, A(1), A(1), w + k * Ct + from, to - from);
+    for (int64_t c = first * kColumns; c < std::min(Ct, last * kColumns); c += kColumns)
+      add_rows(columns + c, w + c, n, Ct, std::min(kColumns, Ct - c));
   });
 }
 
@@ -170,7 +188,7 @@ class Chunks {
     {
       const Tensor converted = empty(z, {by_pieces ? size : 0, Ct}, t),
                    product = empty(z, {c.grad && !by_conv ? B : 0, Ct}, t);
-      if (c.grad && smoothing != 0) columns.assign(Ct, A(0));
+      if (c.grad && smoothing != 0) columns.assign(Ct, 0);
       for (int64_t k = 0; k < K; k += size) chunk(k, std::min(size, K - k), converted, logits, product);
     }
     finish();
@@ -275,22 +293,23 @@ class Chunks {
       squares = empty(z, {B}, acc), matched = empty(z, {B, Ct}, acc);
       logit_match(c, hashes, *squares, *matched);
     }
-    const A* square = static_cast<const A*>(data(squares));  // [B] |W d|^2
-    const A* gd = static_cast<const A*>(data(matched));      // [B, Ct] W^T W d
+    const A* square = static_cast<const A*>(data(squares));            // [B] |W d|^2
+    const A* gd = static_cast<const A*>(data(matched));                // [B, Ct] W^T W d
+    const std::vector<A> weight_sums(columns.begin(), columns.end());  // [Ct]
     A* parts = static_cast<A*>(c.part_rows.mutable_data_ptr());
     int64_t* hits = c.top1_rows.mutable_data_ptr<int64_t>();
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<T> scratch;
       for (int64_t b = first; b < last; ++b) {
         const Row<A>& row = rows[b];
-        const A sum = row.others + row.label_term;
+        const A others = A(row.others), sum = others + row.label_term;
         hits[b] = row.best_class == labels[b];
 
         A ce = 0;
         if (weights.ce != 0) {
-          ce = row.anchor == row.label_logit ? std::log1p(row.others) : row.anchor - row.label_logit + std::log(sum);
+          ce = row.anchor == row.label_logit ? std::log1p(others) : row.anchor - row.label_logit + std::log(sum);
           if (labels_b) ce += q * row.share_other * (row.label_logit - row.other_logit);
-          if (smoothing != 0) ce += smoothing * (row.label_logit - row.best + row.below / A(K));
+          if (smoothing != 0) ce += smoothing * (row.label_logit - row.best + A(row.below / double(K)));
         }
         parts[kPartCe * B + b] = ce;
         parts[kPartSr * B + b] = match ? square[b] : A(0);
@@ -300,10 +319,10 @@ class Chunks {
         A* out = dz + b * Ct;
         if (weights.ce != 0) {
           // p_a - q_a = (1 - share of a in the target) - s / sum: a confident sample's gradient keeps its digits
-          add(out, ce_weight / sum, ce_weight * ((smoothing + q * row.share_other) - row.others / sum),
+          add(out, ce_weight / sum, ce_weight * ((smoothing + q * row.share_other) - others / sum),
               weight_row(row.label, scratch), Ct);
           if (labels_b) add(out, A(1), -ce_weight * q * row.share_other, weight_row(row.other, scratch), Ct);
-          if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), columns.data(), Ct);
+          if (smoothing != 0) add(out, A(1), -ce_weight * smoothing / A(K), weight_sums.data(), Ct);
         } else {
           std::fill_n(out, Ct, A(0));
         }
@@ -328,9 +347,9 @@ class Chunks {
   const int64_t* labels;    // [B], in [0, K)
   const int64_t* labels_b;  // [B], or null
   const A smoothing;
-  std::vector<Row<A>> rows;  // [B]
-  std::vector<A> columns;    // [Ct] column sums of W, for label smoothing
-  std::vector<Hash> hashes;  // of W's rows, for the match
+  std::vector<Row<A>> rows;     // [B]
+  std::vector<double> columns;  // [Ct] column sums of W, for label smoothing
+  std::vector<Hash> hashes;     // of W's rows, for the match
 };
 
 }  // namespace

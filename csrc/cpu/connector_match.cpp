@@ -12,22 +12,27 @@ namespace ijckd {
 namespace {
 
 constexpr int64_t kChannelTile = 64;  // six float accumulators of 64 channels stay in L1 beside the rows
+constexpr int64_t kSumTile = 512;     // of sums over the images or the parts, likewise
 
-// Mean and sum of squared deviations of each channel over rows [rows, Ct].
+// Mean and sum of squared deviations of each channel over rows [rows, Ct]. In double and relative to the first row,
+// which lies within sqrt(rows) standard deviations of the mean, the difference of squares loses no digit that counts.
 template <typename T, typename A>
 IJCKD_INLINE void block_stats(const T* y, int64_t rows, int64_t Ct, A* mean, A* m2) {
   for (int64_t c0 = 0; c0 < Ct; c0 += kChannelTile) {
     const int64_t n = std::min(kChannelTile, Ct - c0);
-    A sum[kChannelTile] = {}, squares[kChannelTile] = {};
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < n; ++i) sum[i] += load(y, r * Ct + c0 + i);
-    for (int64_t i = 0; i < n; ++i) sum[i] /= A(rows);
-    for (int64_t r = 0; r < rows; ++r)
+    double origin[kChannelTile], sum[kChannelTile] = {}, squares[kChannelTile] = {};
+    for (int64_t i = 0; i < n; ++i) origin[i] = load(y, c0 + i);
+    for (int64_t r = 1; r < rows; ++r)
       for (int64_t i = 0; i < n; ++i) {
-        const A d = load(y, r * Ct + c0 + i) - sum[i];
+        const double d = load(y, r * Ct + c0 + i) - origin[i];
+        sum[i] += d;
         squares[i] += d * d;
       }
-    for (int64_t i = 0; i < n; ++i) mean[c0 + i] = sum[i], m2[c0 + i] = squares[i];
+    for (int64_t i = 0; i < n; ++i) {
+      const double to_mean = sum[i] / double(rows);
+      mean[c0 + i] = A(origin[i] + to_mean);
+      m2[c0 + i] = A(squares[i] - sum[i] * to_mean);
+    }
   }
 }
 IJCKD_CLONES void block_stats_f32(const float* y, int64_t rows, int64_t Ct, float* mean, float* m2) {
@@ -67,12 +72,18 @@ struct PooledChannels {
   }
 };
 
-// Channels [c0, c0 + n) of image b. `relu` and `matched` are constants where this is inlined.
+// Channels [c0, c0 + n) and positions [first, last) of image b.
+struct MapTile {
+  int64_t b, c0, n, first, last;
+};
+
+// `relu` and `matched` are constants where this is inlined.
 template <typename T, typename A>
-IJCKD_INLINE void pool_tile(const MatchForward& m, int64_t b, int64_t c0, int64_t n, bool relu, bool matched,
-                            const Channels<A>& ch, PooledChannels<A>& sums) {
+IJCKD_INLINE void pool_tile(const MatchForward& m, const MapTile& t, bool relu, bool matched, const Channels<A>& ch,
+                            PooledChannels<A>& sums) {
+  const auto [b, c0, n, first, last] = t;
   const T *y = static_cast<const T*>(m.y), *map_t = static_cast<const T*>(m.map_t);
-  for (int64_t p = 0; p < m.P; ++p) {
+  for (int64_t p = first; p < last; ++p) {
     const int64_t row = (b * m.P + p) * m.Ct + c0;
     for (int64_t i = 0; i < n; ++i) {
       Pooled<A> sum = sums.get(i);
@@ -86,31 +97,57 @@ IJCKD_INLINE void pool_tile(const MatchForward& m, int64_t b, int64_t c0, int64_
 }
 
 template <typename T, typename A>
-IJCKD_INLINE void pool_image(const MatchForward& m, int64_t b) {
+IJCKD_INLINE void pool_positions(const MatchForward& m, const MapTile& t, const Channels<A>& ch,
+                                 PooledChannels<A>& sums) {
+  if (m.map_t && m.relu)
+    pool_tile<T>(m, t, true, true, ch, sums);
+  else if (m.map_t)
+    pool_tile<T>(m, t, false, true, ch, sums);
+  else if (m.relu)
+    pool_tile<T>(m, t, true, false, ch, sums);
+  else
+    pool_tile<T>(m, t, false, false, ch, sums);
+}
+
+template <typename A, typename S>
+IJCKD_INLINE void store_pooled(const MatchForward& m, const MapTile& t, const PooledChannels<S>& sums) {
   const auto at = [&](void* p, int64_t i) __attribute__((always_inline)) -> A& { return static_cast<A*>(p)[i]; };
+  for (int64_t i = 0; i < t.n; ++i) {
+    const int64_t o = t.b * m.Ct + t.c0 + i;
+    at(m.z, o) = A(sums.out[i] / A(m.P));
+    at(m.count, o) = A(sums.count[i]);
+    at(m.yhat, o) = A(sums.yhat[i]);
+    if (m.map_t) {
+      at(m.square, o) = A(sums.square[i]);
+      at(m.res, o) = A(sums.res[i]);
+      at(m.res_yhat, o) = A(sums.res_yhat[i]);
+    }
+  }
+}
+
+template <typename T, typename A>
+IJCKD_INLINE void pool_image(const MatchForward& m, int64_t b) {
   for (int64_t c0 = 0; c0 < m.Ct; c0 += kChannelTile) {
-    const int64_t n = std::min(kChannelTile, m.Ct - c0);
-    const Channels<A> ch(m.affine, c0, n);
-    PooledChannels<A> sums;
-    if (m.map_t && m.relu)
-      pool_tile<T>(m, b, c0, n, true, true, ch, sums);
-    else if (m.map_t)
-      pool_tile<T>(m, b, c0, n, false, true, ch, sums);
-    else if (m.relu)
-      pool_tile<T>(m, b, c0, n, true, false, ch, sums);
-    else
-      pool_tile<T>(m, b, c0, n, false, false, ch, sums);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t o = b * m.Ct + c0 + i;
-      at(m.z, o) = sums.out[i] / A(m.P);
-      at(m.count, o) = sums.count[i];
-      at(m.yhat, o) = sums.yhat[i];
-      if (m.map_t) {
-        at(m.square, o) = sums.square[i];
-        at(m.res, o) = sums.res[i];
-        at(m.res_yhat, o) = sums.res_yhat[i];
+    MapTile t{b, c0, std::min(kChannelTile, m.Ct - c0), 0, m.P};
+    const Channels<A> ch(m.affine, c0, t.n);
+    if (m.P <= kRun) {
+      PooledChannels<A> sums;
+      pool_positions<T>(m, t, ch, sums);
+      store_pooled<A>(m, t, sums);
+      continue;
+    }
+    PooledChannels<double> sums;
+    for (; t.first < m.P; t.first += kRun) {
+      t.last = std::min(m.P, t.first + kRun);
+      PooledChannels<A> run;
+      pool_positions<T>(m, t, ch, run);
+      for (int64_t i = 0; i < t.n; ++i) {
+        Pooled<double> sum = sums.get(i);
+        sum.add(run.get(i));
+        sums.set(i, sum);
       }
     }
+    store_pooled<A>(m, t, sums);
   }
 }
 IJCKD_CLONES void pool_image_f32(const MatchForward& m, int64_t b) { pool_image<float, float>(m, b); }
@@ -167,6 +204,85 @@ IJCKD_CLONES void grad_image_f32(const MatchBackward& m, int64_t b) { grad_image
 IJCKD_CLONES void grad_image_f64(const MatchBackward& m, int64_t b) { grad_image<double, double>(m, b); }
 IJCKD_CLONES void grad_image_bf16(const MatchBackward& m, int64_t b) { grad_image<c10::BFloat16, float>(m, b); }
 
+// Channels [first, last) of combine_stats.
+template <typename A>
+IJCKD_INLINE void combine_channels(const CombineStats& s, int64_t first, int64_t last) {
+  const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
+  const int64_t parts = stat_parts(s.N, s.rows_per_part);
+  const auto rows = [&](int64_t k) { return double(std::min(s.N - k * s.rows_per_part, s.rows_per_part)); };
+  for (int64_t c0 = first; c0 < last; c0 += kSumTile) {
+    const int64_t n = std::min(kSumTile, last - c0);
+    double mean[kSumTile] = {}, m2[kSumTile] = {};
+    for (int64_t k = 0; k < parts; ++k)
+      for (int64_t i = 0; i < n; ++i) mean[i] += rows(k) * part_mean[k * s.Ct + c0 + i];
+    for (int64_t i = 0; i < n; ++i) mean[i] /= double(s.N);
+    for (int64_t k = 0; k < parts; ++k)
+      for (int64_t i = 0; i < n; ++i) {
+        const double d = part_mean[k * s.Ct + c0 + i] - mean[i];
+        m2[i] += part_m2[k * s.Ct + c0 + i] + rows(k) * d * d;
+      }
+    for (int64_t i = 0; i < n; ++i) {
+      static_cast<A*>(s.mean)[c0 + i] = A(mean[i]);
+      static_cast<A*>(s.var)[c0 + i] = A(m2[i] / double(s.N));
+    }
+  }
+}
+IJCKD_CLONES void combine_channels_f32(const CombineStats& s, int64_t first, int64_t last) {
+  combine_channels<float>(s, first, last);
+}
+IJCKD_CLONES void combine_channels_f64(const CombineStats& s, int64_t first, int64_t last) {
+  combine_channels<double>(s, first, last);
+}
+
+// Channels [first, last) of channel_grads.
+template <typename A>
+IJCKD_INLINE void grads_of_channels(const ChannelGrads& g, int64_t first, int64_t last) {
+  const A *grad_z = static_cast<const A*>(g.grad_z), *count = static_cast<const A*>(g.count);
+  const A *z = static_cast<const A*>(g.z), *pooled_t = static_cast<const A*>(g.pooled_t);
+  const A *yhat = static_cast<const A*>(g.yhat), *res = static_cast<const A*>(g.res);
+  const A* res_yhat = static_cast<const A*>(g.res_yhat);
+  const A scale = g.scale ? *static_cast<const A*>(g.scale) : A(1);
+  const A grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
+  const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
+  const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
+  for (int64_t c0 = first; c0 < last; c0 += kSumTile) {
+    const int64_t n = std::min(kSumTile, last - c0);
+    double d_beta[kSumTile] = {}, d_gamma[kSumTile] = {};
+    for (int64_t b = 0; b < g.B; ++b) {
+      const int64_t at = b * g.Ct + c0;
+      A* out = static_cast<A*>(g.grad_out) + at;
+      if (pooled_t)
+        for (int64_t i = 0; i < n; ++i) out[i] = scale * grad_z[at + i] + c_pooled * (z[at + i] - pooled_t[at + i]);
+      else
+        for (int64_t i = 0; i < n; ++i) out[i] = scale * grad_z[at + i];
+      if (count)
+        for (int64_t i = 0; i < n; ++i) d_beta[i] += double(out[i]) * count[at + i];
+      else
+        for (int64_t i = 0; i < n; ++i) d_beta[i] += double(out[i]) * double(g.P);
+      if (yhat)
+        for (int64_t i = 0; i < n; ++i) d_gamma[i] += double(out[i]) * yhat[at + i];
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t c = c0 + i;
+      static_cast<A*>(g.d_beta)[c] = A(d_beta[i] / double(g.P) + (res ? double(c_map) * res[c] : 0));
+      if (yhat) static_cast<A*>(g.d_gamma)[c] = A(d_gamma[i] / double(g.P) + (res ? double(c_map) * res_yhat[c] : 0));
+    }
+  }
+}
+IJCKD_CLONES void grads_of_channels_f32(const ChannelGrads& g, int64_t first, int64_t last) {
+  grads_of_channels<float>(g, first, last);
+}
+IJCKD_CLONES void grads_of_channels_f64(const ChannelGrads& g, int64_t first, int64_t last) {
+  grads_of_channels<double>(g, first, last);
+}
+
+// Calls part(s, first, last) for tiles of s's channels, each of `rows` rows.
+template <typename S, typename Part>
+void over_channels(const S& s, int64_t rows, const Part& part) {
+  parallel_for((s.Ct + kSumTile - 1) / kSumTile, row_grain(rows * kSumTile, 1 << 16),
+               [&](int64_t first, int64_t last) { part(s, first * kSumTile, std::min(s.Ct, last * kSumTile)); });
+}
+
 // Parts in parallel: their size is fixed, so that the statistics do not depend on the number of threads.
 template <typename T, typename A, typename Block>
 void stats(const ChannelStats& s, const Block& block) {
@@ -188,23 +304,8 @@ int channel_stats(const ChannelStats& s, void*) {
 }
 
 int combine_stats(const CombineStats& s, void*) {
-  dispatch(s.dtype, [&](auto, auto a) {
-    using A = decltype(a);
-    const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
-    A *mean = static_cast<A*>(s.mean), *var = static_cast<A*>(s.var);
-    std::copy_n(part_mean, s.Ct, mean);
-    std::copy_n(part_m2, s.Ct, var);
-    for (int64_t k = 1; k < stat_parts(s.N, s.rows_per_part); ++k) {  // Chan's update
-      const A n = A(k * s.rows_per_part), m = A(std::min(s.N - k * s.rows_per_part, s.rows_per_part));
-      const A to_mean = m / (n + m), to_var = n * m / (n + m);
-      for (int64_t c = 0; c < s.Ct; ++c) {
-        const A d = part_mean[k * s.Ct + c] - mean[c];
-        mean[c] += d * to_mean;
-        var[c] += part_m2[k * s.Ct + c] + d * d * to_var;
-      }
-    }
-    for (int64_t c = 0; c < s.Ct; ++c) var[c] /= A(s.N);
-  });
+  const auto run = [&](auto part) { over_channels(s, stat_parts(s.N, s.rows_per_part), part); };
+  by_dtype(s.dtype, [&] { run(combine_channels_f32); }, [&] { run(combine_channels_f64); }, [] {});
   return 0;
 }
 
@@ -225,30 +326,8 @@ int match_sums(const MatchSums& s, void* stream) {
 }
 
 int channel_grads(const ChannelGrads& g, void*) {
-  dispatch(g.dtype, [&](auto, auto a) {
-    using A = decltype(a);
-    const A *grad_z = static_cast<const A*>(g.grad_z), *count = static_cast<const A*>(g.count);
-    const A *z = static_cast<const A*>(g.z), *pooled_t = static_cast<const A*>(g.pooled_t);
-    const A *yhat = static_cast<const A*>(g.yhat), *res = static_cast<const A*>(g.res);
-    const A *res_yhat = static_cast<const A*>(g.res_yhat),
-            grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
-    const A scale = g.scale ? *static_cast<const A*>(g.scale) : A(1);
-    A *grad_out = static_cast<A*>(g.grad_out), *d_gamma = static_cast<A*>(g.d_gamma),
-      *d_beta = static_cast<A*>(g.d_beta);
-    const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
-    const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
-    for (int64_t c = 0; c < g.Ct; ++c) {
-      d_beta[c] = res ? c_map * res[c] : A(0);
-      if (yhat) d_gamma[c] = res ? c_map * res_yhat[c] : A(0);
-    }
-    for (int64_t b = 0; b < g.B; ++b)
-      for (int64_t c = 0; c < g.Ct; ++c) {
-        const int64_t i = b * g.Ct + c;
-        grad_out[i] = scale * grad_z[i] + (pooled_t ? c_pooled * (z[i] - pooled_t[i]) : A(0));
-        d_beta[c] += grad_out[i] / A(g.P) * (count ? count[i] : A(g.P));
-        if (yhat) d_gamma[c] += grad_out[i] / A(g.P) * yhat[i];
-      }
-  });
+  const auto run = [&](auto part) { over_channels(g, g.B, part); };
+  by_dtype(g.dtype, [&] { run(grads_of_channels_f32); }, [&] { run(grads_of_channels_f64); }, [] {});
   return 0;
 }
 

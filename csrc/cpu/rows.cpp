@@ -24,6 +24,31 @@ IJCKD_CLONES void diff_rows_f64(const FeatureDiff& f, int64_t first, int64_t las
   diff_rows<double>(f, first, last);
 }
 
+constexpr int64_t kTile = 512;  // columns that are summed at once: their sums stay in L1
+
+template <typename A>
+IJCKD_INLINE void sum_columns(const ColumnSum& s, int64_t first, int64_t last) {
+  const A* x = static_cast<const A*>(s.x);
+  A* out = static_cast<A*>(s.out);
+  if (s.cols == 1) {
+    out[0] = A(s.scale) * lane_sum<A>(s.rows, [&](int64_t r) __attribute__((always_inline)) { return x[r]; });
+    return;
+  }
+  for (int64_t c0 = first * kTile; c0 < std::min(s.cols, last * kTile); c0 += kTile) {
+    const int64_t n = std::min(kTile, s.cols - c0);
+    double total[kTile] = {};
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t i = 0; i < n; ++i) total[i] += x[r * s.cols + c0 + i];
+    for (int64_t i = 0; i < n; ++i) out[c0 + i] = A(s.scale * total[i]);
+  }
+}
+IJCKD_CLONES void sum_columns_f32(const ColumnSum& s, int64_t first, int64_t last) {
+  sum_columns<float>(s, first, last);
+}
+IJCKD_CLONES void sum_columns_f64(const ColumnSum& s, int64_t first, int64_t last) {
+  sum_columns<double>(s, first, last);
+}
+
 }  // namespace
 
 int feature_diff(const FeatureDiff& f, void*) {
@@ -35,15 +60,11 @@ int feature_diff(const FeatureDiff& f, void*) {
 }
 
 int column_sum(const ColumnSum& s, void*) {
-  dispatch(s.dtype, [&](auto, auto a) {
-    using A = decltype(a);
-    const A* x = static_cast<const A*>(s.x);
-    A* out = static_cast<A*>(s.out);
-    std::fill_n(out, s.cols, A(0));
-    for (int64_t r = 0; r < s.rows; ++r)
-      for (int64_t c = 0; c < s.cols; ++c) out[c] += x[r * s.cols + c];
-    for (int64_t c = 0; c < s.cols; ++c) out[c] *= A(s.scale);
-  });
+  const auto run = [&](auto part) {
+    parallel_for((s.cols + kTile - 1) / kTile, row_grain(s.rows * kTile, 1 << 16),
+                 [&](int64_t first, int64_t last) { part(s, first, last); });
+  };
+  by_dtype(s.dtype, [&] { run(sum_columns_f32); }, [&] { run(sum_columns_f64); }, [] {});
   return 0;
 }
 

@@ -8,6 +8,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -52,20 +53,28 @@ IJCKD_INLINE float exponential(float x) {
 }
 IJCKD_INLINE double exponential(double x) { return std::exp(x); }
 
+// Terms that are added up one after the other in A. A chain of thousands of floats would lose digits, so that longer
+// sums are made of runs, whose sums are added up in double. A run's bounds follow from the sizes alone.
+constexpr int64_t kRun = 64;
+
 // Sum and maximum over n items, item(i) given; in 32 lanes, always the same ones, so that the order never depends on
 // the instruction set's width.
 constexpr int64_t kLanes = 32;
 
 template <typename A, typename Item>
 IJCKD_INLINE A lane_sum(int64_t n, const Item& item) {
-  A lanes[kLanes] = {};
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes)
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += item(i + j);
-  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += item(i);
-  A sum = 0;
-  for (const A lane : lanes) sum += lane;
-  return sum;
+  double total = 0;
+  for (int64_t first = 0; first < n; first += kRun * kLanes) {
+    const int64_t last = std::min(n, first + kRun * kLanes), whole = last - (last - first) % kLanes;
+    A lanes[kLanes] = {};
+    for (int64_t i = first; i < whole; i += kLanes)
+      for (int64_t j = 0; j < kLanes; ++j) lanes[j] += item(i + j);
+    for (int64_t i = whole; i < last; ++i) lanes[i - whole] += item(i);
+    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+      for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    total += double(lanes[0]);
+  }
+  return A(total);
 }
 
 // NaN items are passed over; -infinity where there is no other.

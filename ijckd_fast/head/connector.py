@@ -384,11 +384,13 @@ class _SyncConnectorMatch(torch.autograd.Function):
         local = torch.cat([mean, var, n])  # [2 Ct + 1]
         ranks = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(ranks, local, group=group)
-        means, variances, counts = torch.stack(ranks).split([mean.numel(), var.numel(), 1], dim=1)  # [world, .]
+        every = torch.stack(ranks).double()  # [world, 2 Ct + 1]; so that a large mean keeps its digits
+        means, variances, counts = every.split([mean.numel(), var.numel(), 1], dim=1)
         n = counts.sum()
         # Chan: exact where a difference of large sums of squares would cancel
         mean = (means * counts).sum(0) / n
         var = ((variances + (means - mean).square()) * counts).sum(0) / n
+        mean, var = mean.to(local.dtype), var.to(local.dtype)
         affine = Affine(bias, bn_weight, bn_bias, mean, var)
         z, fm, *pooled = ops.connector_apply(y, *affine, map_t, pooled_t, relu, eps)
         ctx.set_materialize_grads(False)

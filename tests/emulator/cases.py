@@ -587,7 +587,7 @@ def all_cases() -> dict[str, Case]:
         for rows, cols in ((1, 1), (5, 1), (1024, 1), (2100, 1), (1, 32), (3, 31), (32, 33), (300, 40), (71, 2)):
             add(column_sum, t, rows, cols, 0.25)
         for cols in (1, 2):
-            add(column_sum, t, 12000, cols, 0.25, shift=3)
+            add(column_sum, t, 200000, cols, 0.25, shift=3)
         for N, Ct, rows_per_part in (
             (1, 1, 128),
             (7, 33, 2),
@@ -606,8 +606,8 @@ def all_cases() -> dict[str, Case]:
                 add(channel_grads, t, B, P, Ct, match)
         for match in ("pooled", None):
             add(channel_grads, t, 37, 1, 70, match, linear=True)
-        add(channel_grads, t, 12000, 1, 2, None, shift=3)
-        add(channel_grads, t, 12000, 1, 2, None, linear=True, shift=3)
+        add(channel_grads, t, 200000, 1, 2, None, shift=3)
+        add(channel_grads, t, 200000, 1, 2, None, linear=True, shift=3)
         for B in (0, 1, 255, 256, 300):
             add(loss_sum, t, B)
         add(loss_sum, t, 0, sr=0, kl=0)

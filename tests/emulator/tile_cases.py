@@ -700,7 +700,7 @@ def all_cases() -> dict[str, Case]:
             add(linear_grad_tiles, t, 67, 72, 136, pooled=pooled, scaled=True)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
             add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
-        add(linear_grad_tiles, t, 12000, 8, 8, wanted="dbias", shift=3)
+        add(linear_grad_tiles, t, 200000, 8, 8, wanted="dbias", shift=3)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
         add(anchor_rows, t, 7, 1, 24, edit="labels")

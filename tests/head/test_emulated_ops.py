@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         (3, ["head/test_numerics.py"]),
         (100, ["head/test_loss_edges.py"]),
         (80, ["head/test_search.py", "search_cases.py", "search_oracle.py"]),
+        (20, ["head/test_long_sums.py"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

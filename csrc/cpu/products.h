@@ -8,6 +8,9 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "conv1x1.h"
 #include "gemm.h"
 #include "op.h"
@@ -22,6 +25,9 @@ namespace ijckd {
 constexpr int64_t kInnerWork = 1 << 22;   // multiplications of a gradient from which oneDNN gains more than it costs
 constexpr int64_t kInnerDepth = 4096;     // a longer sum it would share between threads
 constexpr int64_t kWeightWork = 1 << 25;  // as kInnerWork, for a weight's gradient by convolution
+// Of fewer columns the libraries add up a gradient's rows one after the other, in float: here kPiece rows at a time,
+// and the pieces in double.
+constexpr int64_t kFewColumns = 16, kPiece = 1024;
 
 // x [M, L] times w [N, L] transposed, by oneDNN, and bias [N] added: [M, N]. w may be a transposed view.
 inline Tensor inner_product(const Tensor& x, const Tensor& w, const OptTensor& bias = {}) {
@@ -56,6 +62,17 @@ inline Tensor rows_times(const Tensor& d_out, const Tensor& weight, const OptTen
 inline Tensor transposed_times(const Tensor& d_out, const Tensor& rows) {
   const int64_t N = d_out.size(0), Ct = d_out.size(1), Cs = rows.size(1);
   const Tensor out = empty(rows, {Ct, Cs}, rows.scalar_type());
+  if (Cs < kFewColumns && N > kPiece && rows.scalar_type() == ScalarType::Float) {
+    std::vector<double> sum(Ct * Cs);
+    for (int64_t first = 0; first < N; first += kPiece) {
+      const int64_t n = std::min(kPiece, N - first);
+      matmul_out(transposed(rows_of(d_out, first, n)), rows_of(rows, first, n), out);
+      const float* part = out.const_data_ptr<float>();
+      for (int64_t i = 0; i < Ct * Cs; ++i) sum[i] += part[i];
+    }
+    std::copy(sum.begin(), sum.end(), out.mutable_data_ptr<float>());
+    return out;
+  }
   if (by_convolution(d_out) && N * Ct * Cs >= kWeightWork)
     return *conv_rows_backward(d_out, rows, out, false, true)[1];  // `out` for its shape
   matmul_out(transposed(d_out), rows, out);

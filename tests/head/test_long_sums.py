@@ -27,6 +27,7 @@ class Sums(NamedTuple):
     match: str = "map"
     relu: bool = True
     mean: float = 0
+    channels_last: bool = False
     Ct: int = 4
 
 
@@ -37,10 +38,10 @@ CASES = {
     "112 x 112": Sums((2, 5, 112, 112), norm="bias"),
     "112 x 112, BatchNorm": Sums((2, 5, 112, 112)),
     "8 maps of 112 x 112": Sums((8, 5, 112, 112), norm="none"),
-    "14 x 14, mean 10": Sums((24, 5, 14, 14), mean=10),
+    "14 x 14, mean 10": Sums((24, 5, 14, 14), mean=10, channels_last=True),
     "9 x 9, mean 1e3": Sums((7, 5, 9, 9), mean=1e3),
     "14 x 14, mean 1e3": Sums((24, 5, 14, 14), mean=1e3),
-    "14 x 14, mean 1e5": Sums((24, 5, 14, 14), mean=1e5),
+    "14 x 14, mean 1e5": Sums((24, 5, 14, 14), mean=1e5, channels_last=True),
     "4500 vectors, mean 1e5": Sums((4500, 5), match="pooled", mean=1e5),
     "64 vectors, mean -1e3": Sums((64, 5), match="map", relu=False, mean=-1e3),
 }  # fmt: skip
@@ -48,8 +49,9 @@ CASES = {
 
 def inputs(case: Sums, dtype: torch.dtype, seed: int):
     leaves, keywords = connector_inputs(
-        case.shape, case.Ct, norm=case.norm, match=case.match, relu=case.relu, dtype=dtype, seed=seed
-    )
+        case.shape, case.Ct, norm=case.norm, match=case.match, relu=case.relu, dtype=dtype,
+        channels_last=case.channels_last, seed=seed,
+    )  # fmt: skip
     if case.mean:
         with torch.no_grad():
             leaves["u"][:, 0] = 1

@@ -31,15 +31,7 @@ from ijckd_fast.head import reference
 
 KERNELS = os.environ.get("IJCKD_KERNELS", "cpu")
 # What fails on the CPU today, and why; strict: what is fixed leaves the table.
-FAILING: dict[str | int, str] = {
-    "sums of 12,000 rows": "float32 sums taken one after the other",
-    "linear connector of 12,000 vectors": "float32 sums taken one after the other",
-    "connector of 12,000 vectors": "float32 sums taken one after the other",
-    "maps of 112 x 112": "float32 sums taken one after the other",
-    "BatchNorm of a channel mean": "float32 sums taken one after the other",
-    2: "float32 sums taken one after the other",
-    3: "float32 sums taken one after the other",
-}
+FAILING: dict[str | int, str] = {}
 
 
 def unless_failing(name: str | int):

@@ -30,16 +30,6 @@ from ijckd_fast import head
 from ijckd_fast.head import reference
 
 KERNELS = os.environ.get("IJCKD_KERNELS", "cpu")
-# What fails on the CPU today, and why; strict: what is fixed leaves the table.
-FAILING: dict[str | int, str] = {}
-
-
-def unless_failing(name: str | int):
-    if KERNELS == "cpu" and name in FAILING:
-        return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=FAILING[name]))
-    return name
-
-
 CASES = HARD if KERNELS == "cpu" else HARD | ON_A_GPU
 LARGEST = math.inf if KERNELS == "cpu" else 2e5  # what is emulated takes a thousand times as long
 DRAWN = 64 if KERNELS == "cpu" else 16  # configurations at random by default
@@ -159,7 +149,7 @@ def size(c: Loss | Connector) -> int:
     return c.B * c.K * (c.Ct + c.Cs) if isinstance(c, Loss) else math.prod(c.shape) * c.Ct
 
 
-@pytest.mark.parametrize("name", [*map(unless_failing, CASES)])
+@pytest.mark.parametrize("name", CASES)
 def test_search_hard_case(name, request):
     cases = CASES[name] if KERNELS == "cpu" or request.config.getoption("--search-for") else CASES[name][::4]
     if found := report(c for c in cases if size(c) < LARGEST):
@@ -170,7 +160,7 @@ def drawn(numbers: Iterable[int]) -> Iterator[Loss | Connector]:
     return (c for n in numbers if size(c := search_cases.drawn(n, on_a_gpu=KERNELS == "cuda")) < LARGEST)
 
 
-@pytest.mark.parametrize("eighth", [*map(unless_failing, range(8))])
+@pytest.mark.parametrize("eighth", range(8))
 def test_search_random_mixes(eighth):
     if found := report(drawn(range(eighth, DRAWN, 8))):
         pytest.fail(found)

@@ -169,7 +169,9 @@ def test_search_random_mixes(eighth):
 @pytest.mark.timeout(0)
 def test_search_continues_for_as_long_as_asked(request):
     """Configurations that the default leaves out."""
-    end = time.monotonic() + request.config.getoption("--search-for")
+    if not (seconds := request.config.getoption("--search-for")):
+        pytest.skip("needs --search-for SECONDS")
+    end = time.monotonic() + seconds
     found, tried = [], 0
     for c in drawn(itertools.count(DRAWN)):
         if time.monotonic() >= end:

@@ -5,6 +5,7 @@ Runs on the CPU's ops; test_emulated_ops.py runs it again on the CUDA kernels.
 """
 
 import math
+import os
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from ijckd_fast import head
 from ijckd_fast.head import connector, reference
 
+KERNELS = os.environ.get("IJCKD_KERNELS", "cpu")
 SEEDS = 3  # an error is the root of the mean square over the seeds
 ROUNDING = 2**-22  # of a float32 result itself, which eager may hit by luck
 
@@ -80,12 +82,14 @@ def test_connector_match_is_no_worse_than_eager(dtype, name):
     for seed in range(SEEDS):
         leaves, keywords = inputs(CASES[name], dtype, seed)
         names = ["z", "fm", *(k for k in keywords if k.startswith("running")), *(f"gradient of {k}" for k in leaves)]
+        if KERNELS == "cuda":  # the emulator has the CPU library's product in the place of the GPU's
+            names[names.index("gradient of weight")] = ""
         oracle = run_connector(reference.connector_match, in_double(leaves), in_double(keywords))
         for i, op in enumerate((head.connector_match, reference.connector_match)):
             for k, result, want in zip(names, run_connector(op, leaves, keywords), oracle, strict=True):
                 error = (result.double() - want).norm() / want.norm()
                 squares.setdefault(k, [0, 0])[i] += error.item() ** 2 / SEEDS
-    assert_no_worse({k: [math.sqrt(x) for x in both] for k, both in squares.items()})
+    assert_no_worse({k: [math.sqrt(x) for x in both] for k, both in squares.items() if k})
 
 
 def test_constant_channels_have_no_variance():

@@ -3,6 +3,7 @@
 #include "connector_match.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "loops.h"
 #include "rows.h"
@@ -15,21 +16,23 @@ constexpr int64_t kChannelTile = 64;  // six float accumulators of 64 channels s
 constexpr int64_t kSumTile = 512;     // of sums over the images or the parts, likewise
 
 // Mean and sum of squared deviations of each channel over rows [rows, Ct]. In double and relative to the first row,
-// which lies within sqrt(rows) standard deviations of the mean, the difference of squares loses no digit that counts.
+// which lies within sqrt(rows) standard deviations of the mean, the difference of squares loses no digit that counts;
+// of bfloat16, whose own digits are few, in float too.
 template <typename T, typename A>
 IJCKD_INLINE void block_stats(const T* y, int64_t rows, int64_t Ct, A* mean, A* m2) {
   for (int64_t c0 = 0; c0 < Ct; c0 += kChannelTile) {
     const int64_t n = std::min(kChannelTile, Ct - c0);
-    double origin[kChannelTile], sum[kChannelTile] = {}, squares[kChannelTile] = {};
+    using S = std::conditional_t<std::is_same_v<T, c10::BFloat16>, float, double>;
+    S origin[kChannelTile], sum[kChannelTile] = {}, squares[kChannelTile] = {};
     for (int64_t i = 0; i < n; ++i) origin[i] = load(y, c0 + i);
     for (int64_t r = 1; r < rows; ++r)
       for (int64_t i = 0; i < n; ++i) {
-        const double d = load(y, r * Ct + c0 + i) - origin[i];
+        const S d = load(y, r * Ct + c0 + i) - origin[i];
         sum[i] += d;
         squares[i] += d * d;
       }
     for (int64_t i = 0; i < n; ++i) {
-      const double to_mean = sum[i] / double(rows);
+      const double to_mean = double(sum[i]) / double(rows);
       mean[c0 + i] = A(origin[i] + to_mean);
       m2[c0 + i] = A(squares[i] - sum[i] * to_mean);
     }

@@ -429,16 +429,17 @@ def row_loss(
     mix = data.random.random(B).astype(t.accumulator)
     if edit == "ahead":
         mix = mix * t.accumulator(1e-3) + t.accumulator(1e-6)
-    far = np.arange(B) % 3 == 0 if teacher == "either" else np.zeros(B, bool)
+    far = {"either": np.arange(B) % 3 == 0, "32nd far": np.arange(B) % 32 == 31}.get(str(teacher), np.zeros(B, bool))
+    stacked = teacher in ("delta", "either", "32nd far")
     raw_t64 = delta64 + (b64 if bias else 0)  # where far
-    d = np.where(far[:, None], x - raw_t64, delta64) if teacher in ("delta", "either") else np.zeros((B, K))
+    d = np.where(far[:, None], x - raw_t64, delta64) if stacked else np.zeros((B, K))
     if teacher == "logits_t":
         d = x - logits_t64
     parts, top1, counts = data.out(4, B), np.full(B, -7), np.array([3, 5])
     arrays = {
         "bias": b if bias else None,
-        "delta": delta if teacher in ("delta", "either") else None,
-        "far": far.astype(np.uint8) if teacher == "either" else None,
+        "delta": delta if stacked else None,
+        "far": far.astype(np.uint8) if stacked and teacher != "delta" else None,
         "logits_t": logits_t if teacher is not None else None,  # not read where there is a delta
         "labels": labels,
         "labels_b": labels_b if two_labels else None,

@@ -718,6 +718,8 @@ def all_cases() -> dict[str, Case]:
         for edit in ("large", "ties", "labels"):
             add(logit_rows, t, 7, 300, edit=edit, stage=stage)  # more tiles than blocks
         add(logit_rows, t, 67, 70, teacher="either", stage=stage)
+        add(logit_rows, t, 1, 9, teacher="logits_t", stage=stage)  # one row in all
+        add(logit_rows, t, 32, 9, teacher="32nd far", stage=stage)  # one row in all of the last tile
         for B, K, Ct in ((1, 1, 8), (35, 71, 24), (5, 72, 24), (33, 203, 264)):
             add(logit_rows_of, t, B, K, Ct, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):

@@ -38,6 +38,10 @@ class Damaged(UserError):
     """A file of ours does not hold what was written: cut, changed, or of another kind."""
 
 
+class Unreadable(UserError):
+    """The system does not let us read a file: nothing is known of what is in it."""
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to, which replaces `path` in one step when the block ends without an error.
@@ -137,10 +141,6 @@ def write_bytes(path: Path, data: bytes | memoryview, *, durable: bool = True) -
     """Replaces `path` by `data`, as `replacing` does."""
     with replacing(path, durable=durable) as tmp, open(tmp, "wb") as file:
         file.write(data)
-
-
-class Unreadable(UserError):
-    """The system does not let us read a file: nothing is known of what is in it."""
 
 
 def read_bytes(path: Path) -> bytes:

@@ -127,7 +127,7 @@ def _continue(resume: str, given: dict[str, Any]) -> None:
     folder, checkpoint = Path(resume), run_folder.LAST
     if folder.suffix == ".pt":
         folder, checkpoint = folder.parent, folder.name
-    begun = settings_of(folder, checkpoint)
+    begun = settings_of(folder, checkpoint if (folder / checkpoint).exists() else run_folder.to_continue_from(folder))
     _refuse_another_batch(folder, begun, given)
     config = make_config({**begun, **_teacher_moved(given), **given, "output_dir": str(folder)})
     _train(config, resume=True, resume_from=checkpoint)

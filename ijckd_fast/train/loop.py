@@ -43,9 +43,10 @@ def train(
     """Trains one net; returns what summary.json in the run's folder says.
 
     config     every setting, see TrainConfig
-    resume     continue from last.pt in config.output_dir (from the first step if the run died before it wrote one). The
-               settings must be the run's, but for FREE_ON_RESUME. On a CPU the final weights then have the same bits as
-               those of a run that was never interrupted; torch's number of threads becomes the run's for that.
+    resume     continue from last.pt in config.output_dir; without it from another checkpoint there, which is said, and
+               from the first step if the run died before it wrote any. The settings must be the run's, but for
+               FREE_ON_RESUME. On a CPU the final weights then have the same bits as those of a run that was never
+               interrupted; torch's number of threads becomes the run's for that.
     resume_from  the checkpoint in config.output_dir to continue from, last.pt or best.pt
     overwrite  delete the run in config.output_dir, once nothing else can be refused
     console    where progress is shown; default: standard output
@@ -71,6 +72,11 @@ def train(
         if processes.is_main:
             closing.enter_context(files.lock(folder))
         if resume:
+            if resume_from == run_folder.LAST:
+                resume_from = processes.from_main(run_folder.to_continue_from(folder))
+                if resume_from != run_folder.LAST:
+                    show.say(f"{folder} has no {run_folder.LAST}: continuing from {resume_from}")
+                begin_at = folder / resume_from
             refuse_other_settings(folder, config, settings_of(folder, resume_from, show.say))
             finished = processes.from_main(finished_summary(folder, config, show.say))
             if finished is not None:

@@ -83,6 +83,14 @@ def kept(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
 
 
+def to_continue_from(folder: Path) -> str:
+    """The name of the checkpoint that a run continues from: last.pt, or where that is gone the newest that was kept, or
+    best.pt. last.pt if there is none at all.
+    """
+    there = [path.name for path in (folder / LAST, *reversed(kept(folder)), folder / BEST) if path.is_file()]
+    return there[0] if there else LAST
+
+
 def write_config(folder: Path, config: Any) -> None:
     """Saves a TrainConfig with every value filled in, and a check value; `read_config` gives the dict back."""
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}

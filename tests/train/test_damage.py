@@ -77,6 +77,18 @@ def _resume(folder: Path) -> tuple[bool, str]:
     return True, said.getvalue()
 
 
+def test_a_run_whose_last_checkpoint_is_gone_continues_from_another(whole, run, stopping):
+    """Not from the first step, which would take all that was trained away."""
+    (run / "summary.json").unlink()
+    (run / "last.pt").unlink()
+    continues, said = _resume(run)
+    assert continues
+    assert f"{run} has no last.pt: continuing from best.pt" in said
+    assert stopping["saved"].step > 0
+    (run / "best.pt").rename(run / "checkpoint-4.pt")
+    assert "has no last.pt: continuing from checkpoint-4.pt" in _resume(run)[1]
+
+
 @pytest.mark.parametrize("name", ["last.pt", "config.yaml", "log.jsonl", "stopped.txt", "env.json", "best.pt"])
 def test_a_run_that_is_resumed(whole, run, name, stopping, capsys):
     (run / "summary.json").unlink()

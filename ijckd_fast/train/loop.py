@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,8 @@ def train(
         if processes.is_main:
             closing.enter_context(files.lock(folder))
         if resume:
-            if resume_from == run_folder.LAST:
-                resume_from = processes.from_main(run_folder.to_continue_from(folder))
-                if resume_from != run_folder.LAST:
-                    show.say(f"{folder} has no {run_folder.LAST}: continuing from {resume_from}")
-                begin_at = folder / resume_from
+            begin_at = _checkpoint_to_continue_from(folder / resume_from, processes, show.say)
+            resume_from = begin_at.name
             refuse_other_settings(folder, config, settings_of(folder, resume_from, show.say))
             finished = processes.from_main(finished_summary(folder, config, show.say))
             if finished is not None:
@@ -121,7 +119,7 @@ def train(
         # --- an earlier run goes only now, when nothing can be refused any more
         closing.enter_context(training.leaving_traces(resume))
         if resume and resume_from != run_folder.LAST:
-            training.save(run_folder.LAST)  # what lies there is damaged, or later than the point to continue from
+            training.save(run_folder.LAST)  # what lies there is damaged, gone, or later than the point to continue from
 
         # --- the loop; the host waits for the device only where it logs, evaluates or saves
         stand_in = show.bad_file("another image of its class stands in for it")
@@ -155,3 +153,13 @@ def train(
             training.evaluate_if_due()
             training.save_if_due()
         return training.finish(cost)
+
+
+def _checkpoint_to_continue_from(path: Path, processes: distributed.Processes, say: Callable[[str], None]) -> Path:
+    """`path`; where it is last.pt and gone another checkpoint of the run, which is said. The same in every process."""
+    if path.name != run_folder.LAST:
+        return path
+    name = processes.from_main(run_folder.to_continue_from(path.parent))
+    if name != run_folder.LAST:
+        say(f"{path.parent} has no {run_folder.LAST}: continuing from {name}")
+    return path.with_name(name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from ijckd_fast import files
 from ijckd_fast.nets import fingerprint
 from ijckd_fast.parallel import Processes, refuse_differences
 from ijckd_fast.train import run_folder
@@ -44,7 +45,8 @@ def refuse_other_inputs(config: TrainConfig, inputs: Mapping[str, str | None], p
     if processes.world == 1:
         return
     mine = {f"the digest of the {what}": str(digest) for what, digest in inputs.items()}
-    mine["the digest of the file --student-checkpoint"] = _file_digest(config.student_checkpoint)
+    path = config.student_checkpoint
+    mine["the digest of the file --student-checkpoint"] = "none" if path is None else files.digest(Path(path))
     refuse_differences(processes.gather(mine))
 
 
@@ -55,13 +57,3 @@ def refuse_other_state(state: RunState, processes: Processes) -> None:
         refuse_differences(
             processes.gather({"the step of the checkpoint": str(state.step), "the digest of its weights": weights})
         )
-
-
-def _file_digest(path: str | None) -> str:
-    if path is None:
-        return "none"
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

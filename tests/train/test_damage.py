@@ -281,9 +281,11 @@ def test_settings_that_differ_from_the_checkpoints(data, whole, run, tmp_path, c
     assert settings_of(run)["workers"] == 1
     assert _resume(run)[0]
     load_run(run)
-    # no checkpoint that could say them
+    # another checkpoint says them, and then none could
     (run / "last.pt").unlink()
     path.write_text(text.replace("lr: 0.05", "lr: 0.06"))
+    assert "lr is 0.06, best.pt has 0.05" in complaint(capsys, *resume)
+    (run / "best.pt").unlink()
     assert "restore it, or give the settings again in a new run" in complaint(capsys, *resume)
     path.unlink()
     assert "no run in" in complaint(capsys, *resume)

@@ -61,6 +61,13 @@ constexpr int64_t kRun = 64;
 // the instruction set's width.
 constexpr int64_t kLanes = 32;
 
+// Half of the lanes that n items reach, rounded up to a power of 2: rows of few classes are many.
+IJCKD_INLINE int64_t half_of(int64_t n) {
+  int64_t half = kLanes / 2;
+  while (half > 0 && n <= half) half /= 2;
+  return half;
+}
+
 template <typename A, typename Item>
 IJCKD_INLINE A lane_sum(int64_t n, const Item& item) {
   double total = 0;
@@ -70,7 +77,7 @@ IJCKD_INLINE A lane_sum(int64_t n, const Item& item) {
     for (int64_t i = first; i < whole; i += kLanes)
       for (int64_t j = 0; j < kLanes; ++j) lanes[j] += item(i + j);
     for (int64_t i = whole; i < last; ++i) lanes[i - whole] += item(i);
-    for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t half = half_of(last - first); half > 0; half /= 2)
       for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
     total += double(lanes[0]);
   }
@@ -86,9 +93,9 @@ IJCKD_INLINE A lane_max(int64_t n, const A* x) {
   for (int64_t i = 0; i < whole; i += kLanes)
     for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
   for (int64_t i = whole; i < n; ++i) lanes[i - whole] = x[i] > lanes[i - whole] ? x[i] : lanes[i - whole];
-  A top = -INFINITY;
-  for (const A lane : lanes) top = lane > top ? lane : top;
-  return top;
+  for (int64_t half = half_of(n); half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  return lanes[0];
 }
 
 }  // namespace ijckd

@@ -125,6 +125,25 @@ def test_kl_of_a_broken_logit_is_eagers(where, value, dtype):
         assert kl == pytest.approx(eager, nan_ok=True), f"class {k}"
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_cross_entropy_with_a_masked_class_is_eagers(dtype, label_smoothing):
+    """A bias of -infinity takes a class out; only label smoothing, which gives it a share, makes the loss infinite."""
+    g = torch.Generator().manual_seed(0)
+    z, weight = torch.randn(5, 8, generator=g).to(dtype), torch.randn(9, 8, generator=g).to(dtype)
+    bias = torch.zeros(9, dtype=dtype)
+    bias[4] = -float("inf")
+    labels = torch.tensor([0, 1, 2, 3, 5])
+    results = []
+    for op in (head, reference):
+        leaf = z.clone().requires_grad_()
+        loss, _, top1 = op.classifier_loss(leaf, weight, bias, labels, label_smoothing=label_smoothing)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf), top1))
+    assert torch.isinf(results[1][0]) == (label_smoothing > 0)
+    for ours, eagers in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eagers)
+
+
 @pytest.mark.parametrize("apart", [0.3, 1.0, 30.0, 1e4])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_kl_of_a_student_far_from_its_teacher_is_no_worse_than_eagers(dtype, apart):

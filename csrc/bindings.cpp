@@ -1,6 +1,6 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in
-// _C and for CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/. All ops but take_counts are
-// functional.
+// _C and for CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/, those of the block ops in
+// ijckd_fast/data/blocks/. All ops but take_counts and block_views are functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
@@ -50,4 +50,15 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   m.def("limit_stage(int most) -> int");
   // The counters of counts.h on the device of `like`, [2] int64, which begin again at 0. Zeros on the CPU.
   m.def("take_counts(Tensor like) -> Tensor");
+
+  // Images in blocks (blocks.h), which have no gradient. rgb [h, w, 3] uint8 to its bytes and those to its three
+  // planes.
+  m.def("block_encode(Tensor rgb, int luma_bits, int chroma_bits) -> Tensor");
+  m.def("block_planes(Tensor data, int h, int w, int luma_bits, int chroma_bits) -> (Tensor y, Tensor cb, Tensor cr)");
+  m.def("block_checksum(Tensor data) -> int");
+  // rows [B, kViewColumns] of images in the files' bytes to out [B, S, S, 3]; status [B], 1 where a checksum is
+  // another.
+  m.def(
+      "block_views(Tensor[] files, Tensor rows, int luma_bits, int chroma_bits, float[] shift, float[] scale, "
+      "Tensor(a!) out) -> Tensor status");
 }

@@ -4,11 +4,7 @@
 
 #include <math.h>
 
-#if defined(__CUDACC__)
-#define IJCKD_HD __host__ __device__ __forceinline__
-#else
-#define IJCKD_HD inline
-#endif
+#include "host_device.h"
 
 namespace ijckd {
 

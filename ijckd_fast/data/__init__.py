@@ -1,5 +1,6 @@
 """From folders of images to batches.
 
+blocks/    images in blocks of samples: their bytes, their views
 sources/   the kinds of data folders: how each is recognised, listed and read
 index/     the images of a split, each looked at once
 plan/      what every batch is, before an image is opened

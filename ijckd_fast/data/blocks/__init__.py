@@ -1,28 +1,44 @@
 """Block packs: images in blocks of 4 x 4 samples, of which a view is made in less time than a JPEG's header is read.
 
-codec.py   an image's bytes: made, decoded, checked, and views of them
+codec.py      an image's bytes: made, decoded, checked, and views of them
+pack_file.py  a file of many images, with a table of where each lies
 """
 
 from __future__ import annotations
 
-from ijckd_fast.data.blocks.codec import (
-    BITS,
-    VIEW_COLUMNS,
-    Bits,
-    blocks_length,
-    checksum,
-    encode,
-    planes,
-    views,
+from ijckd_fast.data.blocks.codec import BITS, VIEW_COLUMNS, Bits, blocks_length, checksum, encode, planes, views
+from ijckd_fast.data.blocks.pack_file import (
+    REMEDY,
+    SUFFIX,
+    VERSION,
+    BlockFile,
+    bits_per_pixel,
+    layout,
+    open_file,
+    read_bits,
+    read_blocks,
+    room,
+    write_file,
 )
 
 __all__ = [
     "BITS",
+    "REMEDY",
+    "SUFFIX",
+    "VERSION",
     "VIEW_COLUMNS",
     "Bits",
+    "BlockFile",
+    "bits_per_pixel",
     "blocks_length",
     "checksum",
     "encode",
+    "layout",
+    "open_file",
     "planes",
+    "read_bits",
+    "read_blocks",
+    "room",
     "views",
+    "write_file",
 ]

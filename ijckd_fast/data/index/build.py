@@ -29,7 +29,6 @@ from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_pa
 from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
-    Checked,
     Listed,
     PassedOver,
     Place,
@@ -290,10 +289,15 @@ def _place(source: Source, files: Files, ends: np.ndarray, row: int, path: bytes
         return WholeFile(os.path.join(root, os.fsdecode(path)))
     assert files.members is not None
     shard = files.groups[int(np.searchsorted(ends, row, side="right"))].folder
-    offset, length = int(files.members["offset"][row]), int(files.facts["length"][row])
-    place = source.place_in_shard(os.path.join(root, shard), offset, length)
-    crc32 = int(files.facts["crc32"][row])
-    return Checked(place, crc32) if crc32 else place  # it has been looked at before, and is to be what it was
+    fact = files.facts[row]
+    checksum = int(fact["crc32"]) or None  # where it has been looked at before, it is to be what it was
+    return source.place_in_shard(
+        os.path.join(root, shard),
+        int(files.members["offset"][row]),
+        int(fact["length"]),
+        checksum,
+        (int(fact["width"]), int(fact["height"])),
+    )
 
 
 def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
@@ -347,6 +351,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         source.place_in_shard,
         _odd(files, facts),
         stamps_of(facts["length"], facts["mtime_ns"]) if members is None else None,
+        source.blocks,
     )
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ijckd_fast.data.blocks import Bits
 from ijckd_fast.data.counter_rng import permutation, uniforms
-from ijckd_fast.data.sources import Checked, Extent, Place, WholeFile
+from ijckd_fast.data.sources import Place, WholeFile, extent
 from ijckd_fast.errors import UserError
 
 HASHED_AT_ONCE = 1 << 16  # files: what fits the processor's cache
@@ -103,10 +104,12 @@ class Index:
     hash         hex digest of classes, paths, labels, sizes and file lengths; not of root or times, so that a copy of
                  the data on another machine has the same
     shards       relative paths of the files that hold many images each; () for images in files of their own
-    members      [N, 4] int64 (position in shards, offset there, bytes, their CRC-32); with shards
+    members      [N, 4] int64 (position in shards, offset there, bytes, their checksum); with shards
     place_in_shard  see Source; with shards
     odd          None: all images are plain
     stamps       [N] uint32, see stamps_of, of the images' files when they were indexed; without shards
+    blocks       bits of luma and chroma where the images are blocks (data/blocks), whose checksums `members` has; None:
+                 they are encoded files, of whose CRC-32 it is
     """
 
     root: str
@@ -119,9 +122,10 @@ class Index:
     hash: str
     shards: tuple[str, ...] = ()
     members: np.ndarray | None = None
-    place_in_shard: Callable[[str, int, int], Place] = Extent
+    place_in_shard: Callable[[str, int, int, int | None, tuple[int, int]], Place] = extent
     odd: Odd | None = None
     stamps: np.ndarray | None = None
+    blocks: Bits | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -138,8 +142,10 @@ class Index:
         """Where the bytes of image i lie."""
         if self.members is None:
             return WholeFile(self.absolute(i))
-        shard, offset, length, crc32 = self.members[i].tolist()
-        return Checked(self.place_in_shard(os.path.join(self.root, self.shards[shard]), offset, length), crc32)
+        shard, offset, length, checksum = self.members[i].tolist()
+        width, height = self.sizes[i].tolist()
+        path = os.path.join(self.root, self.shards[shard])
+        return self.place_in_shard(path, offset, length, checksum, (width, height))
 
     def variant(self, i: int) -> str:
         """The odd variant that image i is of; '': it is plain."""

@@ -36,7 +36,7 @@ FACTS = np.dtype(
         ("reason", np.int32),  # a Names number; '': good
         ("variant", np.int32),  # a Names number of what variants.variant_of says; '': plain
         ("by", np.uint8),  # a check.By
-        ("crc32", np.uint32),  # of an image's bytes in a shard; saved with MEMBERS
+        ("crc32", np.int64),  # of an image's bytes in a shard, or the checksum its table has; saved with MEMBERS
         ("full", bool),  # whether the verdict is what a full decode says, not only the header's
         ("known", bool),  # whether there is a verdict; not saved
     ]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ijckd_fast.console import progress_bar
-from ijckd_fast.data.index.kept import FACTS, MEMBERS, Files, Group
+from ijckd_fast.data.index.kept import FACTS, MEMBERS, Files, Group, Names
 from ijckd_fast.data.sources import Listing, Source
 from ijckd_fast.data.sources.listing import file_state, list_groups
 from ijckd_fast.errors import UserError
@@ -69,11 +69,11 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
                 members.append(known.members[first : first + group.rows])
         else:
             paths.append(listing.paths)
-            facts.append(_remembered(listing, old_paths, old_facts))
+            facts.append(_said(listing, known) if listing.table else _remembered(listing, old_paths, old_facts))
             group = Group(folder, len(listing.paths), listing.stamps, listing.passed_over)
             if listing.offsets is not None:
-                numbers = [known.labels.number(label) for label in listing.labels]
-                members.append(np.rec.fromarrays([listing.offsets, np.array(numbers, np.int32)], MEMBERS))
+                numbers = _numbers(known.labels, listing.labels)
+                members.append(np.rec.fromarrays([listing.offsets, numbers.astype(np.int32)], MEMBERS))
         groups.append(group)
     merged = pa.chunked_array([pa.concat_arrays(paths)] if paths else [], pa.large_binary())
     return Files(
@@ -87,6 +87,24 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         known.variants,
         known.compared_with,
     )
+
+
+def _numbers(names: Names, labels: Sequence[str] | pa.DictionaryArray) -> np.ndarray:
+    """[n] int64, what `names` calls the labels of a listing."""
+    if isinstance(labels, pa.DictionaryArray):
+        return names.numbers(labels)
+    return np.array([names.number(label) for label in labels], np.int64)
+
+
+def _said(listing: Listing, known: Files) -> np.ndarray:
+    """[n] of FACTS as the listing's own table has them. known: has the numbers of formats."""
+    assert listing.table is not None
+    facts = np.zeros(len(listing.paths), FACTS)
+    facts["length"], facts["mtime_ns"], facts["crc32"] = listing.lengths, listing.mtimes, listing.table.checksums
+    facts["width"], facts["height"] = listing.table.sizes.T
+    facts["format"] = known.formats.number(listing.table.format)
+    facts["orientation"], facts["full"], facts["known"] = 1, True, True
+    return facts
 
 
 def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndarray) -> np.ndarray:

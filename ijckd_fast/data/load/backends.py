@@ -16,13 +16,19 @@ BACKENDS = ("dali", "pillow", "synthetic")
 def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     """The executor called `backend` on a plan; see Loader for the settings.
 
-    raises UserError for an unknown backend, or when DALI is asked for and not installed: there is no silent fallback
+    raises UserError for an unknown backend, when DALI is asked for and not installed, or for a block pack, which it
+           cannot read: there is no silent fallback
     """
     if backend == "pillow":
         return PillowLoader(plan, **settings)
     if backend == "synthetic":
         return SyntheticLoader(plan, **settings)
     if backend == "dali":
+        if plan.index.blocks is not None:
+            raise UserError(
+                f"the data backend 'dali' reads image files, but {plan.index.root}/{plan.index.split} holds a block "
+                "pack; choose --data-backend blocks"
+            )
         try:  # only here: importing DALI takes most of a second and 0.5 GB of libraries
             from ijckd_fast.data.load.dali import DaliLoader
         except ImportError as error:

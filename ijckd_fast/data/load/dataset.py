@@ -18,7 +18,7 @@ from PIL import Image
 from ijckd_fast.data.index.index import Index, Paths
 from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.load.loader import Unreadable, blames_file
-from ijckd_fast.data.load.pillow import PillowLoader
+from ijckd_fast.data.load.pillow import PillowLoader, arrange
 from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.errors import UserError
 
@@ -207,8 +207,8 @@ class DatasetLoader(PillowLoader):
                 f"{len(dataset)}; give the dataset that was indexed"
             )
 
-    def _stored(self, plan: BatchPlan, i: int) -> Image.Image:
-        return open_item(self._dataset, _number(plan.paths[i]))[0]
+    def _made(self, plan: BatchPlan, i: int) -> np.ndarray:
+        return arrange(open_item(self._dataset, _number(plan.paths[i]))[0], plan, i)
 
 
 def _number(path: str) -> int:

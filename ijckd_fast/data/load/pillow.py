@@ -1,10 +1,12 @@
-"""The Pillow executor: torchvision's own operations on a thread pool. Slower than DALI; the oracle DALI is held to."""
+"""The Pillow executor: torchvision's own operations on a thread pool. Slower than the others, which are held to it."""
 
 from __future__ import annotations
 
 import io
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from ijckd_fast.data.index import CANNOT_BE_READ
 from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
+from ijckd_fast.data.load.planes import arrange_planes
 from ijckd_fast.data.plan import BatchPlan
-from ijckd_fast.data.sources import Place, WholeFile
+from ijckd_fast.data.sources import BlockPlace, Place, WholeFile
 
 
 def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
@@ -25,12 +28,19 @@ def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
     source  its bytes, or where they lie; None: all of the file at `path`
     raises  Unreadable when it cannot be read or decoded
     """
+    with (
+        _blamed_on(path),
+        io.BytesIO(source) if isinstance(source, bytes) else (source or WholeFile(path)).open() as file,
+        Image.open(file) as image,
+    ):
+        return to_rgb(image)
+
+
+@contextmanager
+def _blamed_on(path: str) -> Iterator[None]:
+    """Inside, whatever is an image's own fault is Unreadable."""
     try:
-        with (
-            io.BytesIO(source) if isinstance(source, bytes) else (source or WholeFile(path)).open() as file,
-            Image.open(file) as image,
-        ):
-            return to_rgb(image)
+        yield
     except UnidentifiedImageError as error:  # whose text names the file object, by its address
         raise Unreadable(path, "not an image (its content is of no known image format)") from error
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input
@@ -43,6 +53,11 @@ def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
 
 def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
+    place = plan.places[i] if plan.places else None
+    if isinstance(place, BlockPlace):
+        with _blamed_on(plan.paths[i]):
+            planes = place.planes()
+        return arrange_planes(planes, plan, i)
     return arrange(stored_image(plan, i), plan, i)
 
 
@@ -115,12 +130,12 @@ class PillowLoader(Loader):
                 bad = True
         return not bad
 
-    def _stored(self, plan: BatchPlan, i: int) -> Image.Image:
-        """Image i of a batch as it is stored, RGB. Raises Unreadable."""
-        return stored_image(plan, i)
+    def _made(self, plan: BatchPlan, i: int) -> np.ndarray:
+        """The pixels of image i of a batch, [S, S, 3] uint8. Raises Unreadable."""
+        return make_image(plan, i)
 
     def _normalised(self, plan: BatchPlan, i: int) -> np.ndarray:
-        pixels = arrange(self._stored(plan, i), plan, i)
+        pixels = self._made(plan, i)
         return (pixels.astype(np.float32) - self._shift) * self._scale  # [S, S, 3] float32
 
     def _release(self) -> None:

@@ -37,6 +37,20 @@ _NAMED = 3  # how many names an error spells out
 
 
 @dataclass(frozen=True, eq=False)
+class ImageTable:
+    """What a shard says of its images, n of them, and is believed: the source has compared it with a checksum.
+
+    format     a word for how they are stored
+    sizes      [n, 2] int32 (width, height)
+    checksums  [n] int64, of the bytes of each
+    """
+
+    format: str
+    sizes: np.ndarray
+    checksums: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Listing:
     """The images of one group, n of them, in the order in which they stand in the index.
 
@@ -47,7 +61,8 @@ class Listing:
              nothing does, also when it changed so shortly before that its next change may not show
     offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
              first byte); None for images in files of their own
-    labels   [n] with offsets: what the shard says of each
+    labels   [n] with offsets: what the shard says of each, a sequence or a dictionary array of strings
+    table    with offsets: what the shard's own table says of each; None: every image is opened once, to learn it
     passed_over  files, or members of the shard, that are not read because of their names
     """
 
@@ -56,7 +71,8 @@ class Listing:
     mtimes: np.ndarray
     stamps: tuple[Stamp, ...]
     offsets: np.ndarray | None = None
-    labels: Sequence[str] = ()
+    labels: Sequence[str] | pa.DictionaryArray = ()
+    table: ImageTable | None = None
     passed_over: tuple[PassedOver, ...] = ()
 
 

@@ -60,6 +60,12 @@ class Extent(NamedTuple):
         return data
 
 
+def extent(shard: str, offset: int, length: int, checksum: int | None, size: tuple[int, int]) -> Place:
+    """A run of bytes whose CRC-32 is compared where it is known. The arguments are those of Source.place_in_shard."""
+    place = Extent(shard, offset, length)
+    return place if checksum is None else Checked(place, checksum)
+
+
 class Checked(NamedTuple):
     """A place whose bytes have a known checksum; what else the place says of itself it says too."""
 

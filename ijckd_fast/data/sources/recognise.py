@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ijckd_fast.data.sources.blocks import BlockFiles
 from ijckd_fast.data.sources.class_folders import ClassFolders
 from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
@@ -12,7 +13,7 @@ from ijckd_fast.data.sources.shards import Shards
 from ijckd_fast.data.sources.source import Source, look_into
 from ijckd_fast.errors import UserError
 
-SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, Shards)
+SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards)
 """The first that recognises a folder's content has it."""
 
 

@@ -102,7 +102,7 @@ def list_shard(root: str, shard: str) -> Listing:
         settled([stamp], now),
         np.array([member.offset for member in found], np.int64),
         labels,
-        others.counts(head, images=(LINKS, SPARSE), others=(REPLACED,)),
+        passed_over=others.counts(head, images=(LINKS, SPARSE), others=(REPLACED,)),
     )
 
 

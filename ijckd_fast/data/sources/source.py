@@ -11,10 +11,11 @@ from typing import ClassVar
 
 import numpy as np
 
+from ijckd_fast.data.blocks import Bits
 from ijckd_fast.data.sources.levels import meant_by_missing_split
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_folder, is_hidden, list_images, some
 from ijckd_fast.data.sources.passed_over import PassedOver, Tally, head_of_file, kind_of
-from ijckd_fast.data.sources.places import Extent, Place
+from ijckd_fast.data.sources.places import Place, extent
 from ijckd_fast.errors import UserError
 
 
@@ -133,10 +134,25 @@ class Source(ABC):
         """The images of one group; called from several threads. Raises OSError where it cannot be read, UserError."""
         return list_images(str(self.content.root), group)
 
-    @staticmethod
-    def place_in_shard(shard: str, offset: int, length: int) -> Place:
-        """Where an image lies: absolute path of its shard, its offset as the listing has it, bytes."""
-        return Extent(shard, offset, length)
+    @property
+    def blocks(self) -> Bits | None:
+        """Where the images are blocks (../blocks), of how many bits; None: they are image files as others write them.
+
+        raises  UserError where that cannot be read
+        """
+        return None
+
+    def place_in_shard(
+        self, shard: str, offset: int, length: int, checksum: int | None, size: tuple[int, int]
+    ) -> Place:
+        """Where an image lies.
+
+        shard     absolute path
+        offset    as the listing has it; length: bytes
+        checksum  that the image's bytes must have, as the listing's table or the first look at it says; None: unknown
+        size      (width, height), as indexed
+        """
+        return extent(shard, offset, length, checksum, size)
 
     @abstractmethod
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:

@@ -11,13 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ijckd_fast.data.blocks import REMEDY
 from ijckd_fast.files import Damaged, digest, read_bytes
 
 _LINE = re.compile(rb"([0-9a-f]{32})  (.+)")
-REMEDY = (
-    "run the same ijckd-fast pack command again, which makes again what is damaged, or restore it from a copy of the "
-    "pack"
-)
 
 
 def sums_path(root: Path, split: str) -> Path:
@@ -43,13 +40,17 @@ def sum_lines(sums: Mapping[str, str]) -> bytes:
 
 
 class Sums:
-    """The checksums of a split. Raises Damaged where the file holds anything else."""
+    """The checksums of a split. Raises Damaged where the file holds anything else, or is `required` and not there."""
 
-    def __init__(self, root: Path, split: str) -> None:
+    def __init__(self, root: Path, split: str, required: bool = False) -> None:
         self._root, self._path = root, sums_path(root, split)
         try:
             content = read_bytes(self._path)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if required:
+                raise Damaged(
+                    f"{self._path}, the checksums of what is in {root / split}, is not there: {REMEDY}"
+                ) from error
             self._sums: dict[str, str] | None = None  # a data folder without any
             return
         self._sums, others = parse_sums(content)
@@ -74,7 +75,13 @@ class Sums:
     def require(self, path: str) -> None:
         """Damaged unless the file at `path`, below the root, has its checksum, where it has one."""
         expected = None if self._sums is None else self._sums.get(path)
-        if expected is not None and digest(self._root / path) != expected:
+        if expected is None:
+            return
+        try:
+            found = digest(self._root / path)
+        except FileNotFoundError as error:
+            raise Damaged(f"{self._path} names {path}, which is not there: {REMEDY}") from error
+        if found != expected:
             raise Damaged(
                 f"{self._root / path} is damaged or was changed (its checksum is not the one in {self._path}): {REMEDY}"
             )

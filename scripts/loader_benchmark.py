@@ -205,7 +205,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     import torchvision
 
     from ijckd_fast.data import Augment, TrainPlan, build_index
-    from ijckd_fast.data.prepare import PackSettings, pack
+    from ijckd_fast.data.prepare import JpegPack, pack
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")
@@ -221,7 +221,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         plans = {"": TrainPlan(index, augment, args.batch, seed=0)}
         if any(name.endswith("-packed") for name in args.contenders):
             packed = pathlib.Path(folder) / "packed"
-            pack(root, packed, PackSettings(short=args.short), splits=("train",))
+            pack(root, packed, JpegPack(short=args.short), splits=("train",))
             plans["-packed"] = TrainPlan(build_index(packed, "train"), augment, args.batch, seed=0)
         for threads in args.threads:
             passes: dict[str, list[Pass]] = {name: [] for name in (BASELINE, *args.contenders)}

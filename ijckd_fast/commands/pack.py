@@ -7,14 +7,18 @@ from jsonargparse import ArgumentParser
 from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_unset_settings
+from ijckd_fast.errors import UserError
 
 SUMMARY = "Re-encode a data folder once, smaller, where decoding is too slow."
 DESCRIPTION = (
-    "Writes the images of DATA_DIR to OUT/{train,val}/shard-*.tar: training images with a shorter side above --short "
-    "made smaller and encoded as JPEG, smaller JPEGs as they are, other formats encoded at their size; validation "
-    "images as they are, so that accuracies stay comparable. Random crops of a small part of an image lose detail "
-    "below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of training "
-    "images changes is measured and printed. Every shard is read back before it gets its name, and its checksum is "
+    "Writes the images of DATA_DIR to OUT/{train,val}/shard-*. With --codec jpeg, to tar archives: training images "
+    "with a shorter side above --short made smaller and encoded as JPEG, smaller JPEGs as they are, other formats "
+    "encoded at their size; validation images as they are, so that accuracies stay comparable. With --codec blocks, to "
+    "files of images in blocks of 4 x 4 samples, which cost a small part of a JPEG to decode and several times its "
+    "space; all images are re-encoded, validation images too, so that accuracies are those of the re-encoded ones "
+    "(ijckd-fast evaluate --data-dir DATA_DIR has those of the originals). Random crops of a small part of an image "
+    "lose detail below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of "
+    "the images changes is measured and printed. Every shard is read back before it gets its name, and its checksum is "
     "kept. Interrupted, it continues where it stopped when it is run again; a finished pack is compared with its "
     "checksums then, and what is damaged is made again. The last line of standard output is one JSON object."
 )
@@ -25,9 +29,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     """From where to where, and how small."""
     parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
     parser.add_argument("out", type=str, help="folder for the pack: a new or empty one, or a pack to continue")
+    parser.add_argument(
+        "--codec", choices=["jpeg", "blocks"], default="jpeg", help="how images are encoded: as JPEG, or in blocks"
+    )
     parser.add_argument("--short", type=int, default=256, help="shorter side, pixels; 0: keep sizes")
-    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 95")
-    parser.add_argument("--shard-images", type=int, default=1000, help="images in a shard")
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 95; with --codec jpeg")
+    parser.add_argument("--shard-images", type=int, default=1000, help="images in a shard; with --codec jpeg")
+    parser.add_argument(
+        "--bits", type=float, default=6, help="that a pixel takes in blocks: 6, 7 or 7.5; with --codec blocks"
+    )
+    parser.add_argument("--shard-gb", type=float, default=1, help="GiB of images in a file; with --codec blocks")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="what to pack")
     add_unset_settings(parser, "class_list", "val_labels")
@@ -42,16 +53,36 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="delete the pack that is in OUT, both splits")
 
 
+def _require_options_of(args: Arguments) -> None:
+    """UserError for an option of another codec."""
+    for codec, names, others in (
+        ("jpeg", ("quality", "shard_images"), ("--bits", "--shard-gb")),
+        ("blocks", ("bits", "shard_gb"), ("--quality", "--shard-images")),
+    ):
+        for name, other in zip(names, others, strict=True):
+            if args.codec != codec and name in args.given:
+                raise UserError(
+                    f"--{name.replace('_', '-')} goes with --codec {codec}, found --codec {args.codec}, which has "
+                    f"{other} instead; leave it out, or give --codec {codec}"
+                )
+
+
 def run(args: Arguments) -> Outcome:
     """Packs; a row for each split."""
     from rich.console import Console
 
-    from ijckd_fast.data.prepare import PackSettings, pack, pack_table
+    from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_table
 
+    _require_options_of(args)
+    settings = (
+        JpegPack(args.short, args.quality, args.shard_images)
+        if args.codec == "jpeg"
+        else BlockPack(args.short, args.bits, args.shard_gb)
+    )
     rows = pack(
         args.data_dir,
         args.out,
-        PackSettings(args.short, args.quality, args.shard_images),
+        settings,
         splits=args.splits,
         workers=args.workers,
         class_list=args.class_list,

@@ -18,12 +18,12 @@ from image_tree import write_split
 
 from ijckd_fast import files
 from ijckd_fast.data import Augment, EvalPlan, Index, build_index, make_loader, parity
-from ijckd_fast.data.prepare import PackSettings, pack, pack_table
+from ijckd_fast.data.prepare import JpegPack, pack, pack_table
 from ijckd_fast.data.sources import listing
 from ijckd_fast.errors import UserError
 
 CUTS = 6  # places at which a file is cut, nothing left among them
-SMALL = PackSettings(short=32, shard_images=4)
+SMALL = JpegPack(short=32, shard_images=4)
 VIEW = Augment(image_size=24, eval_resize=28)
 PACKED = ["train/shard-000001.tar", "train.b2sums", "classes.txt", "pack.json"]
 

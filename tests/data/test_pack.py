@@ -19,13 +19,13 @@ from tiny_run import config, differing, write_tree
 
 from ijckd_fast import cli
 from ijckd_fast.data import TooManyUnreadable, build_index
-from ijckd_fast.data.prepare import PackSettings, pack, pack_shards
-from ijckd_fast.data.prepare.pack_settings import packed_sizes
+from ijckd_fast.data.prepare import JpegPack, pack, pack_jpeg
+from ijckd_fast.data.prepare.pack_format import packed_sizes
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import checkpoint, train
 
 REPOSITORY = Path(__file__).parents[2]
-SMALL = PackSettings(short=40, shard_images=5)
+SMALL = JpegPack(short=40, shard_images=5)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_training_images_are_made_smaller_and_small_ones_copied(data, tmp_path):
 
 
 def test_validation_images_are_the_originals(data, tmp_path):
-    (row,) = pack(data, tmp_path / "out", PackSettings(short=32), splits=["val"], workers=1)
+    (row,) = pack(data, tmp_path / "out", JpegPack(short=32), splits=["val"], workers=1)
     index = build_index(data, "val")
     found = images(tmp_path / "out", "val")
     assert [packed for packed, _ in found.values()] == [Path(index.absolute(i)).read_bytes() for i in range(4)]
@@ -130,7 +130,7 @@ def test_other_formats_become_jpeg_and_metadata_goes(data, tmp_path):
     picture.convert("CMYK").save(folder / "d.jpg")
     (data / "val" / "odd").mkdir()
     picture.save(data / "val" / "odd" / "x.png")
-    pack(data, tmp_path / "out", PackSettings(short=40, quality=95), workers=1)
+    pack(data, tmp_path / "out", JpegPack(short=40, quality=95), workers=1)
     found = images(tmp_path / "out", "train")
     a, b, c, d = (opened(found[i][0]) for i in range(13, 17))
     assert [image.format for image in (a, b, c, d)] == ["JPEG"] * 4
@@ -151,7 +151,7 @@ def test_sizes():
 
 
 def test_all_sizes_kept(data, tmp_path):
-    train, _ = pack(data, tmp_path / "out", PackSettings(short=0), workers=1)
+    train, _ = pack(data, tmp_path / "out", JpegPack(short=0), workers=1)
     index = build_index(data, "train")
     found = images(tmp_path / "out", "train")
     assert [packed for packed, _ in found.values()] == [Path(index.absolute(i)).read_bytes() for i in range(13)]
@@ -160,7 +160,7 @@ def test_all_sizes_kept(data, tmp_path):
 
 def test_the_stated_loss_is_what_the_evaluation_sees(data, tmp_path):
     write_split(tmp_path / "big", "train", {"cat": 3, "dog": 3}, size=(300, 400))
-    (row,) = pack(tmp_path / "big", tmp_path / "out", PackSettings(short=128, quality=80), splits=["train"], workers=1)
+    (row,) = pack(tmp_path / "big", tmp_path / "out", JpegPack(short=128, quality=80), splits=["train"], workers=1)
     index = build_index(tmp_path / "big", "train")
     absolute, squared = [], []
     for i, (packed, _) in images(tmp_path / "out", "train").items():
@@ -236,10 +236,10 @@ def test_killed_with_its_workers(tmp_path):
     """SIGKILL of the parent alone: no worker continues, and the next run ends with an undisturbed run's bytes."""
     root, out = tmp_path / "data", tmp_path / "out"
     write_split(root, "train", {"cat": 30, "dog": 30}, size=(300, 400))
-    settings = PackSettings(short=200, shard_images=5)
+    settings = JpegPack(short=200, shard_images=5)
     build_index(root, "train")
     code = f"""
-from ijckd_fast.data.prepare import PackSettings, pack
+from ijckd_fast.data.prepare import JpegPack, pack
 pack({str(root)!r}, {str(out)!r}, {settings!r}, splits=["train"], workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, start_new_session=True)
@@ -273,9 +273,9 @@ def test_a_worker_that_is_killed(data, tmp_path):
     killer = threading.Thread(target=kill_the_first)
     killer.start()
     with pytest.raises(UserError, match=r"a worker process was ended from outside.*run the same command again"):
-        pack(data, tmp_path / "out", PackSettings(short=40, shard_images=1), workers=2)
+        pack(data, tmp_path / "out", JpegPack(short=40, shard_images=1), workers=2)
     killer.join()
-    pack(data, tmp_path / "out", PackSettings(short=40, shard_images=1), workers=1)
+    pack(data, tmp_path / "out", JpegPack(short=40, shard_images=1), workers=1)
 
 
 def test_other_settings_or_other_data_are_refused(data, tmp_path):
@@ -289,7 +289,7 @@ def test_other_settings_or_other_data_are_refused(data, tmp_path):
         assert files(out) == before
         return str(caught.value)
 
-    text = complaint(PackSettings(short=48, quality=80, shard_images=5))
+    text = complaint(JpegPack(short=48, quality=80, shard_images=5))
     assert "holds a pack with short 40 where 48 is expected; quality 90 where 80 is expected. To continue" in text
     assert "--overwrite deletes it and begins again" in text
     photo(48, 64, 99).save(data / "train" / "dog" / "new.jpg")
@@ -303,7 +303,7 @@ def test_other_settings_or_other_data_are_refused(data, tmp_path):
         before = files(out)
         assert "pack.json" in complaint() or "format 3" in complaint()
     (out / "classes.txt").unlink()  # as a kill at a bad moment leaves it
-    rows = pack(data, out, PackSettings(short=32, shard_images=20), overwrite=True, workers=1)
+    rows = pack(data, out, JpegPack(short=32, shard_images=20), overwrite=True, workers=1)
     assert sorted(shards(out)) == ["train/shard-000000.tar", "val/shard-000000.tar"]
     assert rows[0]["resize_images"] == 13
     pack(data, out, SMALL, overwrite=True, workers=1)
@@ -377,8 +377,8 @@ def test_a_class_of_which_nothing_is_left_is_an_error(data, tmp_path):
     ids=["cut", "empty", "size"],
 )
 def test_an_encoder_that_spoils_an_image_is_found_out(data, tmp_path, monkeypatch, spoil, why):
-    encode = pack_shards.encode
-    monkeypatch.setattr(pack_shards, "encode", lambda image, quality: spoil(encode(image, quality)))
+    encode = pack_jpeg.encode
+    monkeypatch.setattr(pack_jpeg, "encode", lambda image, quality: spoil(encode(image, quality)))
     with pytest.raises(UserError, match=rf"shard-000000\.tar does not read back as it was packed \(.*{why}"):
         pack(data, tmp_path / "out", SMALL, workers=1)
     assert not list((tmp_path / "out" / "train").iterdir())
@@ -386,7 +386,7 @@ def test_an_encoder_that_spoils_an_image_is_found_out(data, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("member", ["000000002.jpg", "000000002.cls"])
 def test_a_disk_that_spoils_a_member_is_found_out(data, tmp_path, monkeypatch, member):
-    add = pack_shards.add_member
+    add = pack_jpeg.add_member
 
     def spoiling(tar, name, content):
         add(tar, name, content[:-4] + b"\0\0\xff\xd9" if name == member and name.endswith("jpg") else content)
@@ -394,15 +394,15 @@ def test_a_disk_that_spoils_a_member_is_found_out(data, tmp_path, monkeypatch, m
             tar.fileobj.seek(-512, 1)
             tar.fileobj.write(b"7".ljust(512, b"\0"))
 
-    monkeypatch.setattr(pack_shards, "add_member", spoiling)
+    monkeypatch.setattr(pack_jpeg, "add_member", spoiling)
     with pytest.raises(UserError, match="does not read back as it was packed"):
         pack(data, tmp_path / "out", SMALL, workers=1)
 
 
 def test_a_disk_that_loses_the_last_image_is_found_out(data, tmp_path, monkeypatch):
-    add = pack_shards.add_member
+    add = pack_jpeg.add_member
     monkeypatch.setattr(
-        pack_shards, "add_member", lambda tar, name, content: name[:9] == "000000004" or add(tar, name, content)
+        pack_jpeg, "add_member", lambda tar, name, content: name[:9] == "000000004" or add(tar, name, content)
     )
     with pytest.raises(UserError, match=r"does not read back as it was packed \(images are missing at its end\)"):
         pack(data, tmp_path / "out", SMALL, workers=1)
@@ -454,7 +454,7 @@ def test_places_that_are_refused(data, tmp_path):
 )
 def test_impossible_settings(setting, why):
     with pytest.raises(UserError, match=why):
-        PackSettings(**setting)
+        JpegPack(**setting)
 
 
 def test_impossible_options(data, tmp_path):
@@ -492,7 +492,7 @@ def test_command(data, tmp_path, capfd):
 def test_a_pack_trains_as_what_it_was_made_of(tmp_path):
     """With copied images: the same weights to the bit, by DALI."""
     write_tree(tmp_path / "data")
-    pack(tmp_path / "data", tmp_path / "pack", PackSettings(short=0, shard_images=7), workers=1)
+    pack(tmp_path / "data", tmp_path / "pack", JpegPack(short=0, shard_images=7), workers=1)
     states = []
     for name in ("data", "pack"):
         summary = train(config(tmp_path / name, tmp_path / f"run-{name}", data_backend="dali", epochs=2))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from ijckd_fast.data.prepare.cifar import prepare_cifar
 from ijckd_fast.data.prepare.digits import write_digits
 from ijckd_fast.data.prepare.imagenet import prepare_imagenet
+from ijckd_fast.data.prepare.pack_blocks import BlockPack
+from ijckd_fast.data.prepare.pack_jpeg import JpegPack
 from ijckd_fast.data.prepare.pack_report import pack_table
-from ijckd_fast.data.prepare.pack_settings import PackSettings
 from ijckd_fast.data.prepare.packing import pack
 
-__all__ = ["PackSettings", "pack", "pack_table", "prepare_cifar", "prepare_imagenet", "write_digits"]
+__all__ = ["BlockPack", "JpegPack", "pack", "pack_table", "prepare_cifar", "prepare_imagenet", "write_digits"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
@@ -17,45 +16,14 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from ijckd_fast import files, signals
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import decode
-from ijckd_fast.data.prepare.pack_settings import Treatment
+from ijckd_fast.data.prepare.pack_format import Shard, Treatment
 from ijckd_fast.data.sources.sums import sum_lines
 from ijckd_fast.errors import UserError
-
-_LONGEST = 65500  # pixels: libjpeg's limit
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """What one shard is to hold, n images.
-
-    path       of the finished shard
-    name       the same, relative to the folder of the pack
-    checksum   of the shard that an earlier run made; None where it made none
-    sums       the file of checksums, to which that of a new shard is added before the shard gets its name
-    first      id of its first image; the others follow
-    sources    [n] absolute paths; labels [n] int64
-    stored     [n, 2] int32, (width, height) as indexed; packed [n, 2] int32, as they are to be in the shard
-    treatment  [n] int64, of Treatment
-    quality    of the JPEGs
-    """
-
-    path: str
-    name: str
-    checksum: str | None
-    sums: str
-    first: int
-    sources: list[str]
-    labels: np.ndarray
-    stored: np.ndarray
-    packed: np.ndarray
-    treatment: np.ndarray
-    quality: int
 
 
 @dataclass(frozen=True)
@@ -129,22 +97,25 @@ def _make(shard: Shard) -> Done:
     """Writes a shard unless it is there whole. Raises UserError where it does not read back as it should."""
     path = Path(shard.path)
     damaged = path.exists() and not _is_as_made(shard)
-    if shard.checksum is not None and not damaged and _has_every_image(shard):
+    if shard.checksum is not None and not damaged and shard.format.is_complete(shard):
         return Done(shard.name, shard.checksum, len(shard.sources), path.stat().st_size, True, False, [])
-    written: list[tuple[int, int]] = []  # row of the image, checksum of its bytes
+    written: list[tuple[int, int]] = []  # row of the image, CRC-32 of its bytes
     left_out = []
+
+    def images() -> Iterator[tuple[int, bytes]]:
+        for row, source in enumerate(shard.sources):
+            try:
+                data = _packed(shard, row)
+            except Unreadable as error:
+                left_out.append((shard.first + row, source, error.why))
+                continue
+            yield row, data
+            written.append((row, zlib.crc32(data)))
+
     with files.replacing(path, shared=True) as partial:
-        with warnings.catch_warnings(), tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on odd metadata and large images
-            for row, source in enumerate(shard.sources):
-                try:
-                    data = _packed(shard, row)
-                except Unreadable as error:
-                    left_out.append((shard.first + row, source, error.why))
-                    continue
-                add_member(tar, f"{shard.first + row:09d}.jpg", data)
-                add_member(tar, f"{shard.first + row:09d}.cls", b"%d" % shard.labels[row])
-                written.append((row, zlib.crc32(data)))
+            shard.format.write(partial, shard, images())
         _verify(partial, shard, written)
         size, checksum = partial.stat().st_size, files.digest(partial)
         _add_checksum(Path(shard.sums), shard.name, checksum)
@@ -177,48 +148,15 @@ def _packed(shard: Shard, row: int) -> bytes:
     if how == Treatment.COPY:
         return data
     width, height = shard.packed[row].tolist()
-    if max(width, height) > _LONGEST:
-        raise Unreadable(path, f"{width}x{height} pixels in the pack, and a JPEG has {_LONGEST} at most on each side")
+    if max(width, height) > shard.format.longest:
+        raise Unreadable(
+            path,
+            f"{width}x{height} pixels in the pack, whose images have {shard.format.longest} at most on each side "
+            f"(--codec {shard.format.codec})",
+        )
     if how == Treatment.RESIZE:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return encode(image, shard.quality)
-
-
-def encode(image: Image.Image, quality: int) -> bytes:
-    """A baseline JPEG, 4:2:0, Huffman tables made for it, without metadata."""
-    file = io.BytesIO()
-    bare = image.copy()
-    bare.info = {}  # Pillow would write a comment found there
-    bare.save(file, "JPEG", quality=quality, subsampling="4:2:0", optimize=True)
-    return file.getvalue()
-
-
-def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Appends one file to a shard."""
-    member = tarfile.TarInfo(name)  # time 0, owner 0: equal images make equal shards
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-
-
-def members_of(tar: tarfile.TarFile) -> Iterator[tuple[int, int, tarfile.TarInfo]]:
-    """(id, label, member with the image's bytes) of each image of a shard.
-
-    raises  ValueError or tarfile.TarError where it holds anything else
-    """
-    pairs = iter(tar)
-    for image in pairs:
-        label = next(pairs, None)
-        if label is None or not image.name.endswith(".jpg") or label.name != image.name[:-4] + ".cls":
-            raise ValueError(f"{image.name} has no label behind it")
-        yield int(image.name[:-4]), int(bytes_of(tar, label)), image
-
-
-def bytes_of(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    """Of one file in a shard. Raises ValueError where it is no plain file."""
-    file = tar.extractfile(member)
-    if file is None:
-        raise ValueError(f"{member.name} is no plain file")
-    return file.read()
+    return shard.format.encoded(image, path)
 
 
 def _is_as_made(shard: Shard) -> bool:
@@ -229,31 +167,19 @@ def _is_as_made(shard: Shard) -> bool:
         return False
 
 
-def _has_every_image(shard: Shard) -> bool:
-    """Whether it is there with all its images, by their names and labels. It lacks those that could not be read."""
-    try:
-        with tarfile.open(shard.path, "r:") as tar:
-            there = [(i, label) for i, label, _ in members_of(tar)]
-    except (FileNotFoundError, tarfile.TarError, ValueError):
-        return False
-    return there == list(enumerate(shard.labels.tolist(), shard.first))
-
-
 def _verify(path: Path, shard: Shard, written: list[tuple[int, int]]) -> None:
     """UserError unless the shard at `path` has the images and labels `written`, and each decodes at its size."""
     expected = iter(written)
     try:
-        with tarfile.open(path, "r:") as tar:
-            for i, label, member in members_of(tar):
-                row, checksum = next(expected)
-                data = bytes_of(tar, member)
-                image = decode(member.name, data)
-                got = (i, label, *image.size, zlib.crc32(data))
-                if got != (shard.first + row, shard.labels[row], *shard.packed[row], checksum):
-                    raise ValueError(
-                        f"image {i} of class {label}, {image.width}x{image.height} pixels where "
-                        f"{'x'.join(map(str, shard.packed[row]))} were packed"
-                    )
+        for image in shard.format.read(path):
+            row, checksum = next(expected)
+            width, height = image.size()
+            got = (image.id, image.label, width, height, zlib.crc32(image.data()))
+            if got != (shard.first + row, shard.labels[row], *shard.packed[row], checksum):
+                raise ValueError(
+                    f"image {image.id} of class {image.label}, {width}x{height} pixels where "
+                    f"{'x'.join(map(str, shard.packed[row]))} were packed"
+                )
         if next(expected, None) is not None:
             raise ValueError("images are missing at its end")
     except (tarfile.TarError, ValueError, Unreadable, StopIteration) as error:

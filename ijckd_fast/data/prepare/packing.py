@@ -1,9 +1,8 @@
-"""Re-encodes a data folder once into tar shards of smaller JPEGs, for machines whose CPUs cannot feed the GPU.
+"""Re-encodes a data folder once, for machines whose CPUs cannot feed the GPU: into smaller JPEGs, or into blocks.
 
-OUT/{train,val}/shard-000000.tar, ... hold for each image, in the index's order, <id, 9 digits>.jpg and <id>.cls (its
-label in ASCII digits): webdataset's layout. The content and not the extension says what a .jpg is. OUT/classes.txt
-names the class of label 0, 1, ... a line each; OUT/{train,val}.b2sums hold checksums of all these; OUT/pack.json holds
-settings, the source index's hash, counts and how much was lost.
+OUT/{train,val}/shard-000000.tar (pack_jpeg.py) or .blocks (pack_blocks.py), ... hold the images in the index's order.
+OUT/classes.txt names the class of label 0, 1, ... a line each; OUT/{train,val}.b2sums hold checksums of all these;
+OUT/pack.json holds settings, the source index's hash, counts and how much was lost.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from ijckd_fast import files
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index import Index, Scan, scan
 from ijckd_fast.data.plan import TooManyUnreadable, what_to_do
-from ijckd_fast.data.prepare.pack_report import fidelity
-from ijckd_fast.data.prepare.pack_settings import PackSettings, Treatment, packed_sizes
-from ijckd_fast.data.prepare.pack_shards import Shard, make_shards
+from ijckd_fast.data.prepare.pack_blocks import BlockPack
+from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Treatment
+from ijckd_fast.data.prepare.pack_jpeg import JpegPack
+from ijckd_fast.data.prepare.pack_report import fidelity, shard_path
+from ijckd_fast.data.prepare.pack_shards import make_shards
 from ijckd_fast.data.sources import CLASSES_FILE
 from ijckd_fast.data.sources.sums import parse_sums, sum_lines, sums_path
 from ijckd_fast.errors import UserError
@@ -33,6 +35,9 @@ from ijckd_fast.errors import UserError
 FORMAT = "ijckd-fast pack 1"
 STATE = "pack.json"
 SPLITS = ("train", "val")
+
+FORMATS: dict[str, type[PackFormat]] = {kind.codec: kind for kind in (JpegPack, BlockPack)}
+"""The kinds of packs by their names."""
 
 _JPEG = ("JPEG", "MPO")  # an MPO is a JPEG with more pictures behind it
 
@@ -44,7 +49,7 @@ def _warn(path: str, why: str) -> None:
 def pack(
     root: str | Path,
     out: str | Path,
-    settings: PackSettings,
+    settings: PackFormat,
     *,
     splits: Sequence[str] = SPLITS,
     workers: int = 0,
@@ -57,14 +62,15 @@ def pack(
 ) -> list[dict[str, Any]]:
     """Packs a data folder. Run again after an interruption it continues, and the shards are the same to the byte.
 
-    Training images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the
-    other rounded) and encoded as baseline JPEG, 4:2:0; smaller JPEGs are copied; other formats are encoded at their
-    size. Validation images are copied, so that accuracies stay comparable. Metadata is not carried over to what is
-    encoded; an EXIF orientation is ignored, as everywhere. A shard is written under another name, read back, each image
-    decoded, its checksum noted, and only then gets its name. A shard that lacks an image, or has not its checksum, is
-    made again by the next run.
+    Images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the other
+    rounded) and encoded. A JpegPack makes baseline JPEGs, 4:2:0, of training images, copies JPEGs that are small enough
+    and encodes other formats at their size; validation images it copies, so that accuracies stay comparable. A
+    BlockPack encodes all, validation images too. Metadata is not carried over to what is encoded; an EXIF orientation
+    is ignored, as everywhere. A shard is written under another name, read back, each image decoded, its checksum noted,
+    and only then gets its name. A shard that lacks an image, or has not its checksum, is made again by the next run.
 
     root, out         data folder, see build_index; folder of the pack
+    settings          JpegPack or BlockPack
     splits            of 'train', 'val'
     workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this
                       process may use. As always with multiprocessing, a script that calls this guards its own code by
@@ -137,7 +143,7 @@ def _scan(
 def _pack(
     out: Path,
     scans: dict[str, Scan],
-    settings: PackSettings,
+    settings: PackFormat,
     workers: int,
     unreadable_limit: int | None,
     overwrite: bool,
@@ -195,14 +201,15 @@ def _require_pack_or_nothing(out: Path) -> None:
 def _delete(out: Path) -> None:
     """Nothing but what a pack consists of."""
     for split in SPLITS:
-        for shard in (out / split).glob("shard-*.tar"):
-            shard.unlink()
+        for kind in FORMATS.values():
+            for shard in (out / split).glob(f"shard-*{kind.suffix}"):
+                shard.unlink()
         sums_path(out, split).unlink(missing_ok=True)
     for name in (CLASSES_FILE, STATE):  # this last: without it, what a kill leaves is no pack
         (out / name).unlink(missing_ok=True)
 
 
-def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: dict[str, str]) -> dict[str, Any]:
+def _begin(out: Path, settings: PackFormat, classes: tuple[str, ...], hashes: dict[str, str]) -> dict[str, Any]:
     """What pack.json says, made here or by an earlier run; UserError if that run's settings or data were others."""
     odd = [name for name in classes if name != name.strip() or name.splitlines() != [name]]
     if odd:
@@ -215,7 +222,7 @@ def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: 
         earlier, has_checksums = there
         _require_same(out, earlier, state["settings"], hashes, names)
         if not has_checksums:
-            _adopt(out)
+            _adopt(out, settings)
         state = earlier
     for split, value in hashes.items():
         state["splits"][split] = {"source_hash": value, "complete": False}  # until this run has seen every shard
@@ -225,18 +232,19 @@ def _begin(out: Path, settings: PackSettings, classes: tuple[str, ...], hashes: 
 
 
 def _require_same(
-    out: Path, there: dict[str, Any], settings: dict[str, Any], hashes: dict[str, str], names: bytes
+    out: Path, there: dict[str, Any], settings: dict[str, Any], hashes: dict[str, str], class_names: bytes
 ) -> None:
     """UserError unless the pack that is there was made by the same settings of the same images.
 
-    names  what classes.txt is to hold; a warning where it holds something else
+    class_names  what classes.txt is to hold; a warning where it holds something else
     """
     try:
         differs = [] if there["format"] == FORMAT else [f"format {there['format']!r} where {FORMAT!r} is expected"]
-        for name, value in settings.items():
-            was = there["settings"].get(name)
-            if was != value:
-                differs.append(f"{name.replace('_', '-')} {was} where {value} is expected")
+        was = {"codec": JpegPack.codec, **there["settings"]}  # the only one once, and not written down
+        names = ["codec"] if was["codec"] != settings["codec"] else list(settings)
+        for name in names:
+            if was.get(name) != settings[name]:
+                differs.append(f"{name.replace('_', '-')} {was.get(name)} where {settings[name]} is expected")
         known = {split: there["splits"].get(split, {}).get("source_hash") for split in hashes}
     except (KeyError, AttributeError, TypeError) as error:
         raise UserError(
@@ -248,7 +256,7 @@ def _require_same(
         for split in others
     ]
     classes = out / CLASSES_FILE
-    if classes.is_file() and classes.read_bytes() != names:
+    if classes.is_file() and classes.read_bytes() != class_names:
         if others or not any(known.values()):
             differs.append("other classes")
         else:  # the hash of the images is also that of the classes
@@ -260,10 +268,10 @@ def _require_same(
         )
 
 
-def _adopt(out: Path) -> None:
+def _adopt(out: Path, settings: PackFormat) -> None:
     """Notes the checksums of the shards of a pack from before there were any, as they are now."""
     for split in SPLITS:
-        shards = sorted((out / split).glob("shard-*.tar"))
+        shards = sorted((out / split).glob(f"shard-*{settings.suffix}"))
         if shards and not sums_path(out, split).exists():
             warnings.warn(
                 f"{out / split} was packed before shards had checksums: the {len(shards)} that are there are taken as "
@@ -274,21 +282,17 @@ def _adopt(out: Path) -> None:
             files.write_bytes(sums_path(out, split), sum_lines(sums))
 
 
-def _treatments(found: Scan, short: int) -> np.ndarray:
-    """[N] int64 of Treatment."""
-    index, facts = found.index, found.files.facts
-    if index.split == "val":
-        return np.full(len(index), Treatment.COPY)
+def _is_jpeg(found: Scan) -> np.ndarray:
+    """[N] bool."""
+    facts = found.files.facts
     formats = facts["format"][facts["reason"] == 0]
-    jpeg = np.isin(formats, [found.files.formats.number(name) for name in _JPEG])
-    same = (packed_sizes(index.sizes, short) == index.sizes).all(1)
-    return np.where(~same, Treatment.RESIZE, np.where(jpeg, Treatment.COPY, Treatment.ENCODE))
+    return np.isin(formats, [found.files.formats.number(name) for name in _JPEG])
 
 
 def _pack_split(
     folder: Path,
     found: Scan,
-    settings: PackSettings,
+    settings: PackFormat,
     workers: int,
     unreadable_limit: int | None,
     progress: bool,
@@ -297,22 +301,22 @@ def _pack_split(
     start = time.perf_counter()
     index = found.index
     folder.mkdir(exist_ok=True)
-    treatment = _treatments(found, settings.short)
-    packed = packed_sizes(index.sizes, 0 if index.split == "val" else settings.short)
+    treatment = settings.treatments(index.split, index.sizes, _is_jpeg(found))
+    packed = settings.sizes(index.split, index.sizes)
     limit = max(8, len(index) // 1000) if unreadable_limit is None else unreadable_limit
-    starts = range(0, len(index), settings.shard_images)
+    starts = settings.starts(packed)
     out, sums = folder.parent, sums_path(folder.parent, index.split)
     before = parse_sums(sums.read_bytes() if sums.is_file() else b"")[0]
     files.write_bytes(sums, sum_lines(before))  # without what a kill left of a line
 
     def shards() -> Iterator[Shard]:
-        for number, first in enumerate(starts):
-            part = slice(first, first + settings.shard_images)
+        for number, (first, end) in enumerate(pairwise([*starts, len(index)])):
+            part = slice(first, end)
             sources = [os.path.join(index.root, path) for path in index.paths[part]]
-            path = folder / f"shard-{number:06d}.tar"
+            path = shard_path(folder, number, settings)
             name = path.relative_to(out).as_posix()
             columns = (index.labels[part], index.sizes[part], packed[part], treatment[part])
-            yield Shard(str(path), name, before.get(name), str(sums), first, sources, *columns, settings.quality)
+            yield Shard(str(path), name, before.get(name), str(sums), first, sources, *columns, settings)
 
     after = {CLASSES_FILE: files.digest(out / CLASSES_FILE)}
     images = size = kept = packed_now = 0
@@ -351,6 +355,7 @@ def _pack_split(
     counts = np.bincount(treatment, minlength=3)
     return {
         "split": index.split,
+        "codec": settings.codec,
         "complete": True,
         "source_hash": index.hash,
         "images": images,
@@ -364,7 +369,7 @@ def _pack_split(
         "source_bytes": int(lengths.sum()),
         "bytes_ratio": size / int(lengths.sum()),
         "pixels_ratio": float(packed.prod(1, dtype=np.int64).sum() / index.sizes.prod(1, dtype=np.int64).sum()),
-        **fidelity(folder, index, packed, settings, missing),
+        **fidelity(folder, index, starts, packed, settings, missing),
         "images_per_s": round(packed_now / seconds, 1) if packed_now else None,
         "seconds": round(seconds, 3),
     }

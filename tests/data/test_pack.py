@@ -19,13 +19,14 @@ from tiny_run import config, differing, write_tree
 
 from ijckd_fast import cli
 from ijckd_fast.data import TooManyUnreadable, build_index
-from ijckd_fast.data.prepare import JpegPack, pack, pack_jpeg
+from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_jpeg
 from ijckd_fast.data.prepare.pack_format import packed_sizes
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import checkpoint, train
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = JpegPack(short=40, shard_images=5)
+BLOCKS = BlockPack(short=40, shard_gb=12000 / 2**30)  # 3 files for training too
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def shards(out: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files(out).items() if name.endswith(".tar")}
+    return {name: data for name, data in files(out).items() if name.endswith((".tar", ".blocks"))}
 
 
 def jpeg(image: Image.Image, **settings) -> bytes:
@@ -180,13 +181,14 @@ def test_the_stated_loss_is_what_the_evaluation_sees(data, tmp_path):
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
-def test_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [SMALL, BLOCKS], ids=["jpeg", "blocks"])
+def test_goes_on_where_it_stopped(data, tmp_path, monkeypatch, settings):
     out = tmp_path / "out"
-    pack(data, tmp_path / "undisturbed", SMALL, workers=1)
+    pack(data, tmp_path / "undisturbed", settings, workers=1)
     replace, written = os.replace, []
 
     def until_the_third_shard(source, target):
-        if str(target).endswith(".tar"):
+        if str(target).endswith(settings.suffix):
             if len(written) == 2:
                 raise KeyboardInterrupt
             written.append(target)
@@ -195,27 +197,28 @@ def test_goes_on_where_it_stopped(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", until_the_third_shard)
         with pytest.raises(KeyboardInterrupt):
-            pack(data, out, SMALL, workers=1)
+            pack(data, out, settings, workers=1)
     assert len(shards(out)) == 2
     assert json.loads((out / "pack.json").read_text())["splits"]["train"]["complete"] is False
-    times = {path.name: path.stat().st_mtime_ns for path in (out / "train").glob("*.tar")}
-    (out / "train" / ".shard-000002.tar.99").write_bytes(b"what a killed process leaves")
-    train, val = pack(data, out, SMALL, workers=1)
+    times = {path.name: path.stat().st_mtime_ns for path in (out / "train").glob(f"*{settings.suffix}")}
+    (out / "train" / f".shard-000002{settings.suffix}.99").write_bytes(b"what a killed process leaves")
+    train, val = pack(data, out, settings, workers=1)
     assert (train["kept"], val["kept"], train["complete"]) == (2, 0, True)
     assert json.loads((out / "pack.json").read_text())["splits"] == {"train": train, "val": val}
     assert shards(out) == shards(tmp_path / "undisturbed")
     assert {name: (out / "train" / name).stat().st_mtime_ns for name in times} == times
     assert sorted(files(out)) == sorted(files(tmp_path / "undisturbed"))  # nothing else lies about
-    assert pack(data, out, SMALL, workers=1)[0]["images_per_s"] is None
+    assert pack(data, out, settings, workers=1)[0]["images_per_s"] is None
 
 
+@pytest.mark.parametrize("settings", [SMALL, BLOCKS], ids=["jpeg", "blocks"])
 @pytest.mark.parametrize("length", [0, 1000, 6000, -12000])
-def test_a_shard_that_is_not_whole_is_made_again(data, tmp_path, length):
-    pack(data, tmp_path / "out", SMALL, workers=1)
+def test_a_shard_that_is_not_whole_is_made_again(data, tmp_path, length, settings):
+    pack(data, tmp_path / "out", settings, workers=1)
     whole = shards(tmp_path / "out")
-    path = tmp_path / "out" / "train" / "shard-000001.tar"
+    path = tmp_path / "out" / "train" / f"shard-000001{settings.suffix}"
     path.write_bytes(path.read_bytes()[:length])
-    assert pack(data, tmp_path / "out", SMALL, workers=1)[0]["kept"] == 2
+    assert pack(data, tmp_path / "out", settings, workers=1)[0]["kept"] == 2
     assert shards(tmp_path / "out") == whole
 
 
@@ -232,20 +235,24 @@ def alive(session: int) -> list[int]:
     return found
 
 
-def test_killed_with_its_workers(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [JpegPack(short=200, shard_images=5), BlockPack(short=200, shard_gb=210000 / 2**30)],
+    ids=["jpeg", "blocks"],
+)
+def test_killed_with_its_workers(tmp_path, settings):
     """SIGKILL of the parent alone: no worker continues, and the next run ends with an undisturbed run's bytes."""
     root, out = tmp_path / "data", tmp_path / "out"
     write_split(root, "train", {"cat": 30, "dog": 30}, size=(300, 400))
-    settings = JpegPack(short=200, shard_images=5)
     build_index(root, "train")
     code = f"""
-from ijckd_fast.data.prepare import JpegPack, pack
+from ijckd_fast.data.prepare import BlockPack, JpegPack, pack
 pack({str(root)!r}, {str(out)!r}, {settings!r}, splits=["train"], workers=2)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, start_new_session=True)
     try:
         deadline = time.monotonic() + 120
-        while len(list(out.glob("train/*.tar"))) < 2 and time.monotonic() < deadline:
+        while len(list(out.glob("train/shard-*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.005)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -408,7 +415,8 @@ def test_a_disk_that_loses_the_last_image_is_found_out(data, tmp_path, monkeypat
         pack(data, tmp_path / "out", SMALL, workers=1)
 
 
-def test_no_space(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("settings", [SMALL, BLOCKS], ids=["jpeg", "blocks"])
+def test_no_space(data, tmp_path, monkeypatch, settings):
     for split in ("train", "val"):
         build_index(data, split)  # or the index could not be saved either
 
@@ -420,8 +428,8 @@ def test_no_space(data, tmp_path, monkeypatch):
         with pytest.raises(
             UserError, match=r"cannot be packed into, there is no space left: free some\. Finished shards stay"
         ):
-            pack(data, tmp_path / "out", SMALL, workers=1)
-    pack(data, tmp_path / "out", SMALL, workers=1)
+            pack(data, tmp_path / "out", settings, workers=1)
+    pack(data, tmp_path / "out", settings, workers=1)
 
 
 def test_places_that_are_refused(data, tmp_path):

@@ -109,12 +109,12 @@ def pack_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "evaluation's view against the originals'": lambda row: f"{row['view'][1]} pixels, {row['sample']} images",
         "  mean difference, grey levels": lambda row: f"{row['mean_abs_difference']:.2f}" if row["sample"] else "none",
         "  PSNR, dB": lambda row: _psnr(row) if row["sample"] else "none",
-        "  mean difference of JPEGs of quality 90": lambda row: f"{row[_BY_JPEG]:.2f}" if row["sample"] else "none",
+        "  by JPEG, quality 90": lambda row: f"{row[_BY_JPEG]:.2f}" if row["sample"] else "none",
         "images/s": lambda row: "none packed now" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
         "seconds": lambda row: f"{row['seconds']:.1f}",
     }
     if not any(_BY_JPEG in row for row in rows):
-        del lines["  mean difference of JPEGs of quality 90"]
+        del lines["  by JPEG, quality 90"]
     for name, of in lines.items():
         table.add_row(name, *(of(row) for row in rows))
     return table

@@ -14,7 +14,7 @@ DESCRIPTION = (
     "Writes the images of DATA_DIR to OUT/{train,val}/shard-*. With --codec jpeg, to tar archives: training images "
     "with a shorter side above --short made smaller and encoded as JPEG, smaller JPEGs as they are, other formats "
     "encoded at their size; validation images as they are, so that accuracies stay comparable. With --codec blocks, to "
-    "files of images in blocks of 4 x 4 samples, which cost a small part of a JPEG to decode and take more space "
+    "files of images in blocks of 4 x 4 samples, which need no JPEG decoder and take more space "
     "on disk; all images are re-encoded, validation images too, so that accuracies are those of the re-encoded ones "
     "(ijckd-fast evaluate --data-dir DATA_DIR has those of the originals). Random crops of a small part of an image "
     "lose detail below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of "

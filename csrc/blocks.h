@@ -4,7 +4,7 @@
 // the same bits.
 //
 // An image is three planes: Y, Cb, Cr of JFIF (full range). Luma is padded to multiples of 8 by repeating its last row
-// and column; a chroma plane has the mean of each 2 x 2 samples of the padded plane of full size. Planes are in blocks
+// and column; a chroma plane has one sample for each 2 x 2 of the padded plane of full size. Planes are in blocks
 // of 4 x 4 samples, row-major; a block has two end points and sixteen indices between them.
 //
 // A view is a crop of the planes, resized with Pillow's antialiased triangle filter: first along rows, then along
@@ -63,7 +63,14 @@ IJCKD_HD int block_sample(int a, int b, int i, int bits) {
 IJCKD_HD int luma_of(int r, int g, int b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
 IJCKD_HD int blue_of(int r, int g, int b) { return (-11059 * r - 21709 * g + 32768 * b + (128 << 16) + 32767) >> 16; }
 IJCKD_HD int red_of(int r, int g, int b) { return (32768 * r - 27439 * g - 5329 * b + (128 << 16) + 32767) >> 16; }
-IJCKD_HD int chroma_mean(int a, int b, int c, int d) { return (a + b + c + d + 2) >> 2; }
+
+// A sample of a chroma plane from s, the sum of four samples of the full-size plane, and the sum of the sums around it,
+// weighted (1, 6, 1) along x and along y, which repeat beyond the plane's sides: the mean m, sharpened by half of what
+// a resize to full size would blur, m + (m - blurred) / 2, rounded half up.
+IJCKD_HD int chroma_of(int s, int around) {
+  const int v = (192 * s - around + 256) >> 9;
+  return v < 0 ? 0 : v > 255 ? 255 : v;
+}
 
 // ---- The checksum of an image's bytes
 //

@@ -110,6 +110,16 @@ class BlockFile:
         """
         return np.memmap(self.path, np.uint8, "c")  # not "r", of which torch makes a tensor with a warning only
 
+    def require_images(self) -> None:
+        """Reads all images; Damaged, which names the first whose bytes are not those that its checksum is of."""
+        for record in self.table[self.table["length"] > 0]:
+            try:
+                read_blocks(self.path, int(record["offset"]), int(record["length"]), int(record["checksum"]))
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise _damaged(self.path, int(record["offset"]), f"image {record['id']}: {error}") from error
+
     def blocks(self, row: int) -> np.ndarray:
         """[length] uint8 of the image in a row of the table; raises as read_blocks."""
         record = self.table[row]
@@ -204,13 +214,6 @@ def _header(path: str, head: bytes) -> _Header:
             "(ijckd-fast pack --overwrite)"
         )
     return header
-
-
-def read_bits(path: str) -> Bits:
-    """What a file's header says, the rest of it unread. Raises as open_file."""
-    with open(path, "rb", buffering=0) as file:
-        header = _header(path, file.read(_HEADER.size))
-    return _known_bits(path, header)
 
 
 def _known_bits(path: str, header: _Header) -> Bits:

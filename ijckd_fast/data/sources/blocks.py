@@ -24,7 +24,6 @@ from ijckd_fast.data.blocks import (
     bits_per_pixel,
     open_file,
     planes,
-    read_bits,
     read_blocks,
 )
 from ijckd_fast.data.sources.listing import ImageTable, Listing, settled, stamp_of
@@ -79,19 +78,23 @@ class BlockFiles(Shards):
 
     @functools.cached_property
     def blocks(self) -> Bits:
-        """As the first file has it; list_group compares the others with it."""
+        """As the first file has it, which is looked at, its images apart, at every start."""
         path = self.content.folder / self.recognised_by(self.content)[0]
         try:
-            return read_bits(str(path))
+            return open_file(str(path)).bits
         except OSError as error:
             raise cannot_read(path, error) from error
 
     def list_group(self, group: str) -> Listing:
-        """From the table of one file. Damaged where the file is not as it was packed."""
+        """From the table of one file. Damaged, with the place in the file, where it is not as it was packed."""
         root = str(self.content.root)
         now, stamp = time.time_ns(), stamp_of(root, group)
-        self._sums.require(group)
         found = open_file(os.path.join(root, group))
+        try:
+            self._sums.require(group)
+        except Damaged:
+            found.require_images()
+            raise  # what is altered is neither header, table nor image
         if found.bits != self.blocks:
             raise Damaged(
                 f"{found.path} must have the bits of the other files of its pack, luma {self.blocks.luma} and chroma "

@@ -14,10 +14,9 @@ DESCRIPTION = (
     "Writes the images of DATA_DIR to OUT/{train,val}/shard-*. With --codec jpeg, to tar archives: training images "
     "with a shorter side above --short made smaller and encoded as JPEG, smaller JPEGs as they are, other formats "
     "encoded at their size; validation images as they are, so that accuracies stay comparable. With --codec blocks, to "
-    "files of images in blocks of 4 x 4 samples, which need no JPEG decoder and take more space "
-    "on disk; all images are re-encoded, validation images too, so that accuracies are those of the re-encoded ones "
-    "(ijckd-fast evaluate --data-dir DATA_DIR has those of the originals). Random crops of a small part of an image "
-    "lose detail below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of "
+    "files of images in blocks of 4 x 4 samples, which need no JPEG decoder and take more space on disk; all images "
+    "are re-encoded, validation images too, so that accuracies are those of the re-encoded ones (ijckd-fast evaluate "
+    "RUN --data-dir DATA_DIR has those of the originals). Random crops of a small part of an image lose detail below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of "
     "the images changes is measured and printed. Every shard is read back before it gets its name, and its checksum is "
     "kept. Interrupted, it continues where it stopped when it is run again; a finished pack is compared with its "
     "checksums then, and what is damaged is made again. The last line of standard output is one JSON object."
@@ -94,7 +93,7 @@ def run(args: Arguments) -> Outcome:
     Console().print(pack_table(rows, args.out))
     if args.codec == "blocks" and "val" in args.splits:
         print(
-            "accuracies on this pack are those of its re-encoded images; of the originals: ijckd-fast evaluate "
+            "accuracies on this pack are those of its re-encoded images; of the originals: ijckd-fast evaluate RUN "
             f"--data-dir {args.data_dir}"
         )
     return Outcome(rows)

@@ -134,8 +134,8 @@ def test_validation_images_are_made_smaller_too_and_the_loss_is_stated(data, tmp
     options = ["--codec", "blocks", "--short", "40", "--bits", "7", "--workers", "1"]
     assert cli.main(["pack", str(data), str(tmp_path / "out"), *options]) == 0
     text = capfd.readouterr().out
-    assert "by JPEG, quality 90" in text
-    assert f"of the originals: ijckd-fast evaluate --data-dir {data}" in text
+    assert "JPEGs of quality 90 instead" in text
+    assert f"of the originals: ijckd-fast evaluate RUN --data-dir {data}" in text
     train, val = json.loads(text.splitlines()[-1])["rows"]
     assert (train["codec"], train["images"], train["copy_images"], train["encode_images"]) == ("blocks", 14, 0, 7)
     assert (val["images"], val["copy_images"], val["resize_images"]) == (4, 0, 4)
@@ -145,7 +145,7 @@ def test_validation_images_are_made_smaller_too_and_the_loss_is_stated(data, tmp
     file = open_file(str(tmp_path / "out" / "val" / "shard-000000.blocks"))
     assert file.bits == BITS["7"]
     index = build_index(data, "val")
-    apart, by_jpeg = [], []
+    apart, encoding, by_jpeg, jpeg_encoding = [], [], [], []
     for i in range(4):
         original = Image.open(index.absolute(i))
         small = resized(index, i)
@@ -164,12 +164,18 @@ def test_validation_images_are_made_smaller_too_and_the_loss_is_stated(data, tmp
             channels.append(Image.fromarray(plane.astype(np.float32)).resize(side, Image.Resampling.BILINEAR, box))
         y, cb, cr = (np.asarray(channel)[top : top + 35, left : left + 35] for channel in channels)
         red_to_blue = y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y + 1.772 * (cb - 128)
-        apart.append(np.abs(view(original) - np.stack(red_to_blue, 2).round().clip(0, 255)).mean())
+        packed = np.stack(red_to_blue, 2).round().clip(0, 255)
+        apart.append(np.abs(view(original) - packed).mean())
+        encoding.append(np.square(view(small) - packed).mean())
         (tmp_path / "q90.jpg").write_bytes(encode_jpeg(small, 90))
-        by_jpeg.append(np.abs(view(original) - view(Image.open(tmp_path / "q90.jpg"))).mean())
+        jpeg = view(Image.open(tmp_path / "q90.jpg"))
+        by_jpeg.append(np.abs(view(original) - jpeg).mean())
+        jpeg_encoding.append(np.abs(view(small) - jpeg).mean())
     assert val["view"] == [40, 35]
     assert val["mean_abs_difference"] == pytest.approx(np.mean(apart), rel=1e-3)
+    assert val["encoding_psnr_db"] == pytest.approx(10 * np.log10(255**2 / np.mean(encoding)), abs=0.02)
     assert val["jpeg_90_mean_abs_difference"] == pytest.approx(np.mean(by_jpeg), rel=1e-3)
+    assert val["jpeg_90_encoding_mean_abs_difference"] == pytest.approx(np.mean(jpeg_encoding), rel=1e-3)
 
 
 def test_files_are_cut_by_the_sizes_alone():

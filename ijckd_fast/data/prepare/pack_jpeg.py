@@ -104,7 +104,11 @@ class _StoredJpeg(Stored):
 
 def view_of_jpeg(path: str, data: bytes, plan: BatchPlan, i: int) -> np.ndarray:
     """The pixels [S, S, 3] uint8 that image i of a batch has where `data` is its image. Raises Unreadable."""
-    image = decode(path, data)
+    return view_of_image(decode(path, data), plan, i)
+
+
+def view_of_image(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
+    """The same of an image, decoded."""
     # to the same size: the packed image's rounded ratio would move its pixels against the original's
     size = plan.size.copy()
     size[i] = image.height, image.width

@@ -18,11 +18,11 @@ from ijckd_fast.data.load.loader import Unreadable
 from ijckd_fast.data.load.pillow import arrange, decode
 from ijckd_fast.data.plan import Augment, EvalPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat
-from ijckd_fast.data.prepare.pack_jpeg import encode, view_of_jpeg
+from ijckd_fast.data.prepare.pack_jpeg import encode, view_of_image, view_of_jpeg
 
 SAMPLE = 256  # images the fidelity is measured on
 _SAMPLE_STREAM = 0xF1DE
-_BY_JPEG = "jpeg_90_mean_abs_difference"
+_ENCODING, _JPEG = "encoding_", "jpeg_90_"
 _QUALITY = 90  # of the JPEGs that a pack of another kind is compared with: the JPEG pack's default
 
 
@@ -48,21 +48,25 @@ def fidelity(
     view                 (shorter side they are resized to, side of the centre crop), pixels
     mean_abs_difference  mean over pixels and channels, in grey levels, 0 to 255; None where none was compared
     psnr_db              of the mean squared difference; None for no difference
-    jpeg_90_mean_abs_difference  the same mean for JPEGs of quality 90 of the size of the packed images; only where the
-                         pack has no JPEGs
+    Only where the pack has no JPEGs, besides:
+    encoding_mean_abs_difference, encoding_psnr_db  the same against the images made smaller, not the originals: what
+                         encoding them alone has lost
+    jpeg_90_...          all four for JPEGs of quality 90 of the size of the packed images
     """
     shorter = min(256, settings.short or 256)
     view = Augment(image_size=round(224 * shorter / 256), eval_resize=shorter)
     originals = EvalPlan(index, view, 1)
     sample = set(permutation(0, _SAMPLE_STREAM, len(index))[:SAMPLE].tolist()) - set(missing.tolist())
-    absolute, squared, by_jpeg = [], [], []
+    apart: dict[str, list[np.ndarray]] = {"": []}  # what against what -> of each image (mean, mean square)
+    if settings.beside_jpeg:
+        apart |= {_ENCODING: [], _JPEG: [], _JPEG + _ENCODING: []}
     for number in np.unique(np.searchsorted(starts, sorted(sample), "right") - 1).tolist():
         for stored in settings.read(shard_path(folder, number, settings)):
             if stored.id in sample:
                 plan = originals.batch(stored.id)
                 try:
                     image = decode(plan.paths[0])
-                    was = arrange(image, plan, 0).astype(np.float64)
+                    was = arrange(image, plan, 0)
                 except Unreadable as error:
                     warnings.warn(
                         f"{plan.paths[0]} cannot be read any more ({error.why}); its packed image, made before, "
@@ -70,25 +74,27 @@ def fidelity(
                         stacklevel=2,
                     )
                     continue
-                apart = was - stored.view(plan, 0)
-                absolute.append(np.abs(apart).mean())
-                squared.append(np.square(apart).mean())
+                now = stored.view(plan, 0)
+                apart[""].append(_apart(was, now))
                 if settings.beside_jpeg:
-                    same = image.resize(tuple(packed[stored.id].tolist()), Image.Resampling.LANCZOS)
-                    jpeg = view_of_jpeg(plan.paths[0], encode(same, _QUALITY), plan, 0)
-                    by_jpeg.append(np.abs(was - jpeg).mean())
-    mean_square = float(np.mean(squared)) if squared else 0.0
-    found = {
-        "sample": len(absolute),
-        "view": [shorter, view.image_size],
-        "mean_abs_difference": _mean(absolute),
-        "psnr_db": round(10 * math.log10(255**2 / mean_square), 2) if mean_square else None,
-    }
-    return {**found, _BY_JPEG: _mean(by_jpeg)} if settings.beside_jpeg else found
+                    small = image.resize(tuple(packed[stored.id].tolist()), Image.Resampling.LANCZOS)
+                    smaller = view_of_image(small, plan, 0)
+                    jpeg = view_of_jpeg(plan.paths[0], encode(small, _QUALITY), plan, 0)
+                    apart[_ENCODING].append(_apart(smaller, now))
+                    apart[_JPEG].append(_apart(was, jpeg))
+                    apart[_JPEG + _ENCODING].append(_apart(smaller, jpeg))
+    found: dict[str, Any] = {"sample": len(apart[""]), "view": [shorter, view.image_size]}
+    for name, values in apart.items():
+        absolute, squared = np.mean(values, 0).tolist() if values else (None, 0)
+        found[f"{name}mean_abs_difference"] = None if absolute is None else round(absolute, 4)
+        found[f"{name}psnr_db"] = round(10 * math.log10(255**2 / squared), 2) if squared else None
+    return found
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return round(float(np.mean(values)), 4) if values else None
+def _apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[2] of two views [S, S, 3] uint8: the mean difference, and that of its squares."""
+    difference = a.astype(np.float64) - b
+    return np.array([np.abs(difference).mean(), np.square(difference).mean()])
 
 
 def pack_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
@@ -107,18 +113,25 @@ def pack_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             f"{100 * row['bytes_ratio']:.1f} %  {100 * row['pixels_ratio']:.1f} %"
         ),
         "evaluation's view against the originals'": lambda row: f"{row['view'][1]} pixels, {row['sample']} images",
-        "  mean difference, grey levels": lambda row: f"{row['mean_abs_difference']:.2f}" if row["sample"] else "none",
-        "  PSNR, dB": lambda row: _psnr(row) if row["sample"] else "none",
-        "  by JPEG, quality 90": lambda row: f"{row[_BY_JPEG]:.2f}" if row["sample"] else "none",
+        "  mean difference, grey levels": lambda row: _mean(row),
+        "  PSNR, dB": lambda row: _psnr(row),
+        "  both of the encoding alone": lambda row: f"{_mean(row, _ENCODING)}  {_psnr(row, _ENCODING)}",
+        "JPEGs of quality 90 instead": lambda row: f"{_mean(row, _JPEG)}  {_psnr(row, _JPEG)}",
+        "  of the encoding alone": lambda row: f"{_mean(row, _JPEG + _ENCODING)}  {_psnr(row, _JPEG + _ENCODING)}",
         "images/s": lambda row: "none packed now" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
         "seconds": lambda row: f"{row['seconds']:.1f}",
     }
-    if not any(_BY_JPEG in row for row in rows):
-        del lines["  by JPEG, quality 90"]
+    if not any(f"{_JPEG}psnr_db" in row for row in rows):
+        lines = {name: of for name, of in lines.items() if "JPEGs" not in name and "encoding" not in name}
     for name, of in lines.items():
         table.add_row(name, *(of(row) for row in rows))
     return table
 
 
-def _psnr(row: dict[str, Any]) -> str:
-    return "no difference" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+def _mean(row: dict[str, Any], what: str = "") -> str:
+    return f"{row[f'{what}mean_abs_difference']:.2f}" if row["sample"] else "none"
+
+
+def _psnr(row: dict[str, Any], what: str = "") -> str:
+    value = row[f"{what}psnr_db"]
+    return "none" if not row["sample"] else "no difference" if value is None else f"{value:.1f}"

@@ -214,6 +214,13 @@ def test_options_of_the_other_codec_are_refused(data, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pack_of_other_images_is_refused(out, tmp_path):
+    for split in ("train", "val"):
+        write_split(tmp_path / "data", split, {"cat": 5, "dog": 5})
+    text = complaint(lambda: pack(tmp_path / "data", out, SMALL, workers=1))
+    assert "the train images of then (other files, sizes or classes) where those of now are expected" in text
+
+
 def test_a_pack_of_the_other_codec_is_refused_and_may_be_deleted(data, out):
     text = complaint(lambda: pack(data, out, JpegPack(short=40), workers=1))
     assert "holds a pack with codec blocks where jpeg is expected. To continue it" in text

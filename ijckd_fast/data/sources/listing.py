@@ -94,7 +94,8 @@ def list_groups(
     def look(part: Sequence[str]) -> list[Listing | None]:
         return [None if _as_before(root, trusted(group)) else list_one(group) for group in part]
 
-    tasks = [groups[i : i + _GROUPS_PER_TASK] for i in range(0, len(groups), _GROUPS_PER_TASK)]
+    size = min(_GROUPS_PER_TASK, -(-len(groups) // _THREADS)) or 1  # a few large shards are read at the same time
+    tasks = [groups[i : i + size] for i in range(0, len(groups), size)]
     found: list[Listing | None] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         try:

@@ -1,6 +1,7 @@
 // Host side of the block ops, for the CPU: checks, allocation, registration.
 #include "blocks.h"
 
+#include <cmath>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -139,7 +140,11 @@ Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t
   const int64_t* table = dense_rows.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < B; ++b) check_row(table + b * kViewColumns, b, files, luma_bits, chroma_bits, S, op);
   float shifts[3], scales[3];
-  for (int c = 0; c < 3; ++c) shifts[c] = float(shift[c]), scales[c] = float(scale[c]);
+  for (int c = 0; c < 3; ++c) {
+    shifts[c] = float(shift[c]), scales[c] = float(scale[c]);
+    check(std::isfinite(shifts[c]) && std::isfinite(255 * scales[c]), op, ": shift and scale must be finite, got ",
+          shift[c], " and ", scale[c]);
+  }
   const int64_t view_bytes = S * S * 3 * (type == ViewType::u8 ? 1 : type == ViewType::f32 ? 4 : 2);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = table + b * kViewColumns;

@@ -200,9 +200,11 @@ IJCKD_HD int many_rounded(int64_t sum) {
 // ---- Colour: Y, Cb, Cr with 6 fractional bits to R, G, B with 6, in 16 bits; then to 8 bits, rounded and clamped.
 constexpr int kGrey = 128 << kPassBits;  // what Cb and Cr have where there is no colour; u, v: Cb, Cr less it
 
-IJCKD_HD int red_from(int y, int v) { return y + v + times(v, 13173); }
-IJCKD_HD int green_from(int y, int u, int v) { return y - times(u, 11277) - times(v, 23401); }
-IJCKD_HD int blue_from(int y, int u) { return y + u + times(u, 25297); }
+constexpr int kRedOfCr = 13173, kGreenOfCb = 11277, kGreenOfCr = 23401, kBlueOfCb = 25297;  // 0.402 .. 0.772 of 2^15
+
+IJCKD_HD int red_from(int y, int v) { return y + v + times(v, kRedOfCr); }
+IJCKD_HD int green_from(int y, int u, int v) { return y - times(u, kGreenOfCb) - times(v, kGreenOfCr); }
+IJCKD_HD int blue_from(int y, int u) { return y + u + times(u, kBlueOfCb); }
 IJCKD_HD int level(int x) {
   const int v = (x + (1 << (kPassBits - 1))) >> kPassBits;
   return v < 0 ? 0 : v > 255 ? 255 : v;

@@ -1,9 +1,14 @@
 // Views of images in blocks. Every loop runs along contiguous memory: a plane's columns are decoded and resized first
 // (samples of one column side by side), then transposed, then its rows.
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <utility>
 #include <vector>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "block_codec.h"
 #include "vectorise.h"
@@ -34,12 +39,15 @@ struct Weights {
       narrow.resize((last - first) * n);
     else
       wide.resize((last - first) * n);
+    int64_t lowest = axis.lowest(axis.centre(first)), last_total = 0, inverse = 0;
     for (int64_t i = first; i < last; ++i) {
-      const int64_t centre = axis.centre(i), from = std::min(axis.lowest(centre), axis.end - n);
+      const int64_t centre = axis.centre(i);
+      while (lowest < axis.end - n && axis.pitch * (2 * lowest + 1) <= centre - axis.support) ++lowest;
+      const int64_t from = std::min(lowest, axis.end - n);
       low[i - first] = from;
       int64_t total = 0, sum = 0, before = 0;
       for (int64_t j = 0; j < n; ++j) total += axis.tap(centre, from + j);
-      const int64_t inverse = reciprocal(total);
+      if (total != last_total) inverse = reciprocal(total), last_total = total;
       for (int64_t j = 0; j < n; ++j) {
         sum += axis.tap(centre, from + j);
         const int64_t after = share(sum, inverse, few ? kFewBits : kManyBits);
@@ -78,7 +86,9 @@ struct Scratch {
   std::vector<int16_t> strip[2];  // [kStrip, stride]
   std::vector<const int16_t*> taps;
   std::vector<int16_t> row;  // of the three planes, with 6 fractional bits
-  std::vector<uint8_t> rgb;  // of the three colours, then of all side by side
+  int16_t colours[4] = {kRedOfCr, kBlueOfCb, kGreenOfCb, kGreenOfCr};
+  std::vector<uint8_t> stored;  // the same as it is written
+  std::vector<uint8_t> rgb;     // of the three colours, then of all side by side
 };
 
 // Sample i of n blocks, with 7 fractional bits. part[0]: a and b; part[1..4]: the 64-bit word's 16-bit parts.
@@ -114,7 +124,8 @@ IJCKD_INLINE void sum_few(const int16_t* const* in, const int16_t* weights, int6
   const int16_t* p[kTaps];
   int16_t w[kTaps];
   for (int j = 0; j < kTaps; ++j) p[j] = in[j], w[j] = weights[j];
-  for (int64_t k = 0; k < length; ++k) {
+  const int64_t whole = length / kLane * kLane;  // so that the compiler knows it, too
+  for (int64_t k = 0; k < whole; ++k) {
     int16_t sum = 0;
     for (int j = 0; j < kTaps; ++j) sum = int16_t(sum + int16_t(times(p[j][k], w[j])));
     out[k] = int16_t(sum << doubled);
@@ -173,23 +184,30 @@ IJCKD_INLINE void gather_column(const uint8_t* data, const BlockPlane& plane, in
 }
 
 using Pair [[gnu::may_alias]] = uint32_t;  // two samples
+using Four [[gnu::may_alias]] = uint64_t;
 
-// A strip [kStrip, stride] to rows of a plane: sample k of column c to out[k * out_stride + c]. Pairs of 16 bits, then
-// of 32, are laid side by side; then every row takes 64 bits from each of four.
+// A strip [kStrip, stride] to rows of a plane: sample k of column c to out[k * out_stride + c]. Of two columns pairs
+// of 16 bits are laid side by side, then of 32, then of 64; then every row takes 128 bits from each of two.
 IJCKD_INLINE void transpose_strip(int16_t* __restrict strip, int16_t* __restrict spare, int64_t stride, int64_t n,
                                   int16_t* out, int64_t out_stride) {
+  const int64_t whole = stride / kLane * kLane;  // so that the compiler knows it, too
   for (int64_t c = 0; c < kStrip; c += 2) {
     const int16_t *even = strip + c * stride, *odd = even + stride;
     int16_t* pairs = spare + c * stride;
-    for (int64_t k = 0; k < stride; ++k) pairs[2 * k] = even[k], pairs[2 * k + 1] = odd[k];
+    for (int64_t k = 0; k < whole; ++k) pairs[2 * k] = even[k], pairs[2 * k + 1] = odd[k];
   }
   for (int64_t c = 0; c < kStrip; c += 4) {
     const Pair *even = reinterpret_cast<const Pair*>(spare + c * stride), *odd = even + stride;
     Pair* fours = reinterpret_cast<Pair*>(strip + c * stride);
-    for (int64_t k = 0; k < stride; ++k) fours[2 * k] = even[k], fours[2 * k + 1] = odd[k];
+    for (int64_t k = 0; k < whole; ++k) fours[2 * k] = even[k], fours[2 * k + 1] = odd[k];
+  }
+  for (int64_t c = 0; c < kStrip; c += 8) {
+    const Four *even = reinterpret_cast<const Four*>(strip + c * stride), *odd = even + stride;
+    Four* eights = reinterpret_cast<Four*>(spare + c * stride);
+    for (int64_t k = 0; k < whole; ++k) eights[2 * k] = even[k], eights[2 * k + 1] = odd[k];
   }
   for (int64_t k = 0; k < n; ++k)
-    for (int64_t c = 0; c < kStrip; c += 4) std::memcpy(out + k * out_stride + c, strip + c * stride + 4 * k, 8);
+    for (int64_t c = 0; c < kStrip; c += 8) std::memcpy(out + k * out_stride + c, spare + c * stride + 8 * k, 16);
 }
 
 // The pass along x of one plane's crop: outputs [count] of `along` to plane.rows, for the rows that `down` reads.
@@ -240,14 +258,61 @@ IJCKD_CLONES void columns_of_4(const uint8_t* data, const BlockPlane& from, cons
   columns_body<4>(data, from, along, down, count, flip, s, plane);
 }
 
-IJCKD_INLINE void colour_row(const int16_t* y, const int16_t* u, const int16_t* v, int64_t n, uint8_t* r, uint8_t* g,
-                             uint8_t* b) {
-  for (int64_t k = 0; k < n; ++k) {
-    const int16_t luma = y[k], blue = int16_t(u[k] - kGrey), red = int16_t(v[k] - kGrey);
-    r[k] = uint8_t(level(int16_t(red_from(luma, red))));
-    g[k] = uint8_t(level(int16_t(green_from(luma, blue, red))));
-    b[k] = uint8_t(level(int16_t(blue_from(luma, blue))));
+// 16 of each colour to 16 pixels [16, 3].
+IJCKD_INLINE void interleave(const uint8_t* r, const uint8_t* g, const uint8_t* b, uint8_t* out) {
+#if defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 12)
+  using Bytes [[gnu::vector_size(16)]] = uint8_t;
+  Bytes x, y, z;
+  std::memcpy(&x, r, 16), std::memcpy(&y, g, 16), std::memcpy(&z, b, 16);
+  const Bytes xy0 = __builtin_shufflevector(x, y, 0, 16, -1, 1, 17, -1, 2, 18, -1, 3, 19, -1, 4, 20, -1, 5);
+  const Bytes xy1 = __builtin_shufflevector(x, y, 21, -1, 6, 22, -1, 7, 23, -1, 8, 24, -1, 9, 25, -1, 10, 26);
+  const Bytes xy2 = __builtin_shufflevector(x, y, -1, 11, 27, -1, 12, 28, -1, 13, 29, -1, 14, 30, -1, 15, 31, -1);
+  const Bytes done0 = __builtin_shufflevector(xy0, z, 0, 1, 16, 3, 4, 17, 6, 7, 18, 9, 10, 19, 12, 13, 20, 15);
+  const Bytes done1 = __builtin_shufflevector(xy1, z, 0, 21, 2, 3, 22, 5, 6, 23, 8, 9, 24, 11, 12, 25, 14, 15);
+  const Bytes done2 = __builtin_shufflevector(xy2, z, 26, 1, 2, 27, 4, 5, 28, 7, 8, 29, 10, 11, 30, 13, 14, 31);
+  std::memcpy(out, &done0, 16), std::memcpy(out + 16, &done1, 16), std::memcpy(out + 32, &done2, 16);
+#else
+  for (int l = 0; l < 16; ++l) out[3 * l] = r[l], out[3 * l + 1] = g[l], out[3 * l + 2] = b[l];
+#endif
+}
+
+// level(), in 16 bits.
+IJCKD_INLINE uint8_t to_level(int16_t x) {
+  const int16_t v = int16_t(int16_t(x + (1 << (kPassBits - 1))) >> kPassBits);
+  const int16_t low = v < 0 ? int16_t(0) : v;
+  return uint8_t(low > 255 ? int16_t(255) : low);
+}
+
+// One row of three planes [n] to colours side by side [n, 3]. n: a multiple of kLane.
+// factors: those of blocks.h (Scratch), not known to the compiler, which would not see rounded products in those of
+// less than 2^14.
+IJCKD_INLINE void colour_row(const int16_t* factors, const int16_t* y, const int16_t* u, const int16_t* v, int64_t n,
+                             uint8_t* out) {
+  for (int64_t k = 0; k < n; k += kLane, y += kLane, u += kLane, v += kLane, out += kPlanes * kLane) {
+    // in steps of 16 bits, each a loop of its own: the compiler would widen the whole to 32
+    int16_t cb[kLane], cr[kLane], red[kLane], green[kLane], blue[kLane], more[kLane];
+    for (int64_t l = 0; l < kLane; ++l) cb[l] = int16_t(u[l] - kGrey);
+    for (int64_t l = 0; l < kLane; ++l) cr[l] = int16_t(v[l] - kGrey);
+    for (int64_t l = 0; l < kLane; ++l) red[l] = int16_t(times(cr[l], factors[0]));
+    for (int64_t l = 0; l < kLane; ++l) blue[l] = int16_t(times(cb[l], factors[1]));
+    for (int64_t l = 0; l < kLane; ++l) green[l] = int16_t(times(cb[l], factors[2]));
+    for (int64_t l = 0; l < kLane; ++l) more[l] = int16_t(times(cr[l], factors[3]));
+    for (int64_t l = 0; l < kLane; ++l) red[l] = int16_t(int16_t(y[l] + cr[l]) + red[l]);
+    for (int64_t l = 0; l < kLane; ++l) blue[l] = int16_t(int16_t(y[l] + cb[l]) + blue[l]);
+    for (int64_t l = 0; l < kLane; ++l) green[l] = int16_t(int16_t(y[l] - green[l]) - more[l]);
+    uint8_t r[kLane], g[kLane], b[kLane];
+    for (int64_t l = 0; l < kLane; ++l) r[l] = to_level(red[l]);
+    for (int64_t l = 0; l < kLane; ++l) g[l] = to_level(green[l]);
+    for (int64_t l = 0; l < kLane; ++l) b[l] = to_level(blue[l]);
+    for (int64_t l = 0; l < kLane; l += 16) interleave(r + l, g + l, b + l, out + kPlanes * l);
   }
+}
+
+// store() of what is not NaN.
+IJCKD_INLINE void put(float* p, int64_t i, float v) { p[i] = v; }
+IJCKD_INLINE void put(c10::BFloat16* p, int64_t i, float v) {
+  const uint32_t u = std::bit_cast<uint32_t>(v);
+  p[i].x = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
 // One row of levels [n, 3] to out. shift, scale: [3 kLane], the three colours' again and again.
@@ -256,8 +321,8 @@ IJCKD_INLINE void store_row(const uint8_t* rgb, int64_t n, ViewType type, const 
   const auto normalised = [&](auto* to) __attribute__((always_inline)) {
     int64_t k = 0;
     for (; k + 3 * kLane <= 3 * n; k += 3 * kLane)
-      for (int64_t l = 0; l < 3 * kLane; ++l) store(to, k + l, (float(rgb[k + l]) - shift[l]) * scale[l]);
-    for (int64_t l = 0; k + l < 3 * n; ++l) store(to, k + l, (float(rgb[k + l]) - shift[l]) * scale[l]);
+      for (int64_t l = 0; l < 3 * kLane; ++l) put(to, k + l, (float(rgb[k + l]) - shift[l]) * scale[l]);
+    for (int64_t l = 0; k + l < 3 * n; ++l) put(to, k + l, (float(rgb[k + l]) - shift[l]) * scale[l]);
   };
   switch (type) {
     case ViewType::u8:
@@ -270,6 +335,24 @@ IJCKD_INLINE void store_row(const uint8_t* rgb, int64_t n, ViewType type, const 
   }
 }
 
+// Whether a row can pass the caches: what fills a batch is not read again before it has left them.
+IJCKD_INLINE bool streamable(const uint8_t* out, int64_t bytes) {
+#ifdef __SSE2__
+  return (reinterpret_cast<uintptr_t>(out) | uintptr_t(bytes)) % 16 == 0;
+#else
+  return false;
+#endif
+}
+
+IJCKD_INLINE void stream(const uint8_t* from, int64_t bytes, uint8_t* out) {
+#ifdef __SSE2__
+  for (int64_t k = 0; k < bytes; k += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + k), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
+#else
+  std::memcpy(out, from, bytes);
+#endif
+}
+
 // The pass along y and the colours: rows [first, first + count) of the view, columns [left, left + wide).
 IJCKD_CLONES void rows_of(const BlockView& v, int64_t first, int64_t count, int64_t left, int64_t wide, bool flip,
                           Scratch& s) {
@@ -277,20 +360,28 @@ IJCKD_CLONES void rows_of(const BlockView& v, int64_t first, int64_t count, int6
   const int64_t size = v.type == ViewType::u8 ? 1 : v.type == ViewType::f32 ? 4 : 2;
   float shift[3 * kLane], scale[3 * kLane];
   for (int64_t k = 0; k < 3 * kLane; ++k) shift[k] = v.shift[k % 3], scale[k] = v.scale[k % 3];
-  s.row.resize(kPlanes * stride), s.rgb.resize(2 * kPlanes * stride);
+  s.row.resize(kPlanes * stride), s.rgb.resize(kPlanes * stride), s.stored.resize(kPlanes * stride * size);
   int16_t* row = s.row.data();
-  uint8_t *levels = s.rgb.data(), *rgb = levels + kPlanes * stride;
+  uint8_t* rgb = s.rgb.data();
   for (int64_t k = 0; k < count; ++k) {
     for (int c = 0; c < kPlanes; ++c) {
       const Weights& down = c == 0 ? s.luma_y : s.chroma_y;
       for (int64_t j = 0; j < down.n; ++j) s.taps[j] = s.planes[c].row(down.low[k] + j);
       sum_taps(s.taps.data(), down, k, stride, 0, row + c * stride);
     }
-    colour_row(row, row + stride, row + 2 * stride, stride, levels, levels + stride, levels + 2 * stride);
-    const uint8_t *r = levels + skipped, *g = r + stride, *b = g + stride;
-    for (int64_t x = 0; x < wide; ++x) rgb[3 * x] = r[x], rgb[3 * x + 1] = g[x], rgb[3 * x + 2] = b[x];
-    store_row(rgb, wide, v.type, shift, scale,
-              static_cast<uint8_t*>(v.out) + ((first + k) * v.S + left) * kPlanes * size);
+    colour_row(s.colours, row, row + stride, row + 2 * stride, stride, rgb);
+    uint8_t* out = static_cast<uint8_t*>(v.out) + ((first + k) * v.S + left) * kPlanes * size;
+    const int64_t bytes = wide * kPlanes * size;
+    if (!streamable(out, bytes)) {
+      store_row(rgb + kPlanes * skipped, wide, v.type, shift, scale, out);
+      continue;
+    }
+    const uint8_t* from = rgb + kPlanes * skipped;
+    if (v.type != ViewType::u8) {
+      store_row(from, wide, v.type, shift, scale, s.stored.data());
+      from = s.stored.data();
+    }
+    stream(from, bytes, out);
   }
 }
 

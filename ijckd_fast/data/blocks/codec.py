@@ -1,8 +1,8 @@
 """An image in blocks: its bytes, its planes and its views. The C++ is in csrc/; csrc/blocks.h defines every number.
 
 An image of h x w pixels is three planes, Y, Cb and Cr of JFIF. Luma is padded to multiples of 8 by repeating its last
-row and column, chroma has the mean of each 2 x 2 samples. Every 4 x 4 samples are two end points and sixteen indices
-between them.
+row and column, chroma has one sample for each 2 x 2. Every 4 x 4 samples are two end points and sixteen indices between
+them.
 """
 
 from __future__ import annotations

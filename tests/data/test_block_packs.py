@@ -320,7 +320,7 @@ def test_many_made_up_entries(tmp_path):
 def test_what_reads_image_files_is_refused(data, whole, tmp_path):
     index = build_index(whole, "train")
     text = complaint(lambda: make_loader("dali", EvalPlan(index, VIEW, 4)))
-    assert "train holds a block pack; choose --data-backend blocks" in text
+    assert "train holds a block pack; choose --data-backend pillow" in text
     assert "found shards already" in complaint(lambda: pack(whole, tmp_path / "again", SMALL, workers=1))
     (tmp_path / "labels.csv").write_text("a.jpg,cat\n")
     text = complaint(lambda: build_index(whole, "val", labels=tmp_path / "labels.csv"))

@@ -27,7 +27,7 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
         if plan.index.blocks is not None:
             raise UserError(
                 f"the data backend 'dali' reads image files, but {plan.index.root}/{plan.index.split} holds a block "
-                "pack; choose --data-backend blocks"
+                "pack; choose --data-backend pillow"
             )
         try:  # only here: importing DALI takes most of a second and 0.5 GB of libraries
             from ijckd_fast.data.load.dali import DaliLoader

@@ -40,6 +40,8 @@ def test_sample_of_mutants_is_noticed():
     sample = []
     for file in mutate.FILES:
         mutants = [m for m in mutate.mutants_of(file) if m.key in by]
+        if not mutants:  # a header of macros
+            continue
         orders = [m for m in mutants if m.drops_order]
         sample += [*orders[len(orders) // 2 :][:1], mutants[len(mutants) // 3]]
     assert len(sample) >= 24

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from image_tree import write_split
 
 from ijckd_fast.data import Index, build_index
 from ijckd_fast.data.index import build
+from ijckd_fast.data.prepare import pack
 from ijckd_fast.data.sources import ClassFolders, listing
 
 
@@ -21,6 +23,20 @@ def _no_user_cache(tmp_path, monkeypatch):
 def root(tmp_path) -> Path:
     write_split(tmp_path / "data", "train", {"cat": 5, "dog": 4, "eel": 6})
     return tmp_path / "data"
+
+
+@pytest.fixture(scope="module")
+def whole(request, data, tmp_path_factory) -> Path:
+    """A pack of the test module's own `data`, by its settings SMALL."""
+    out = tmp_path_factory.mktemp("packs") / "whole"
+    pack(data, out, request.module.SMALL, workers=1)
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path) -> Path:
+    """A copy of the pack, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "pack"))
 
 
 @pytest.fixture

@@ -42,19 +42,6 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("packs") / "whole"
-    pack(data, out, SMALL, workers=1)
-    return out
-
-
-@pytest.fixture
-def out(whole, tmp_path) -> Path:
-    """A copy of the pack, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "pack"))
-
-
 def resized(index: Index, i: int) -> Image.Image:
     """Image i as it is to be in the pack, before it is encoded."""
     image = Image.open(index.absolute(i)).convert("RGB")

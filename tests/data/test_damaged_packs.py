@@ -36,19 +36,6 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("packs") / "whole"
-    pack(data, out, SMALL, workers=1)
-    return out
-
-
-@pytest.fixture
-def out(whole, tmp_path) -> Path:
-    """A copy of the pack, to be damaged."""
-    return Path(shutil.copytree(whole, tmp_path / "pack"))
-
-
 def said_or_done(call: Callable[[], object]) -> tuple[object, list[str]]:
     """What a call returns, and its warnings; or None, and the sentence by which it refuses. Anything else is raised."""
     with warnings.catch_warnings(record=True) as caught:

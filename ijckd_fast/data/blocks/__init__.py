@@ -1,4 +1,4 @@
-"""Block packs: images in blocks of 4 x 4 samples, of which a view is made in less time than a JPEG's header is read.
+"""Block packs: images in blocks of 4 x 4 samples, of which a crop's part alone can be decoded.
 
 codec.py      an image's bytes: made, decoded, checked, and views of them
 pack_file.py  a file of many images, with a table of where each lies

@@ -946,7 +946,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--images", type=number(0), default=2000, help="pictures to write where there is no --data-dir")
     parser.add_argument(
-        "--data-backend", choices=("dali", "pillow", "synthetic"), default="dali",
+        "--data-backend", choices=("dali", "blocks", "pillow", "synthetic"), default="dali",
         help="loader of ours (default: dali); synthetic: one batch of noise for everybody, no file is opened",
     )  # fmt: skip
     records.add_save(parser, "step.csv")

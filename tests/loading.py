@@ -10,7 +10,7 @@ import torch
 from ijckd_fast.data import Augment, Batch, Plan, make_loader
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
-EXECUTORS = ["dali", "pillow"]
+EXECUTORS = ["dali", "pillow"]  # of image files
 
 
 def batches(backend: str, plan: Plan, **settings: Any) -> list[Batch]:

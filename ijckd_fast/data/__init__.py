@@ -13,16 +13,19 @@ from __future__ import annotations
 
 from ijckd_fast.data.index import Index, Paths, build_index
 from ijckd_fast.data.load import (
+    AUTO,
     BACKENDS,
     Batch,
     DatasetLoader,
     Loader,
     PillowLoader,
     SyntheticLoader,
+    backend_of,
     deliver,
     index_dataset,
     make_loader,
     parity,
+    refuse_backend,
 )
 from ijckd_fast.data.plan import (
     Augment,
@@ -37,9 +40,10 @@ from ijckd_fast.data.plan import (
     check_views,
 )
 from ijckd_fast.data.prepare import write_digits
-from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS
+from ijckd_fast.data.sources import IMAGE_EXTENSIONS, holds_blocks
 
 __all__ = [
+    "AUTO",
     "BACKENDS",
     "IMAGE_EXTENSIONS",
     "Augment",
@@ -58,11 +62,14 @@ __all__ = [
     "TooManyUnreadable",
     "TrainPlan",
     "ViewPlan",
+    "backend_of",
     "build_index",
     "check_views",
     "deliver",
+    "holds_blocks",
     "index_dataset",
     "make_loader",
     "parity",
+    "refuse_backend",
     "write_digits",
 ]

@@ -20,9 +20,11 @@ from ijckd_fast.data import (
     Plan,
     TrainPlan,
     ViewPlan,
+    backend_of,
     build_index,
     deliver,
     make_loader,
+    refuse_backend,
 )
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
@@ -42,6 +44,8 @@ from ijckd_fast.train.resolving import (
 from ijckd_fast.train.state import RunState, seed_all
 from ijckd_fast.train.step import TrainStep
 from ijckd_fast.train.teacher_checks import refuse_restless_teacher, teacher_fingerprint
+
+_BY_IMAGES = ("dali", "blocks")  # backends that leave no choice: what the one reads the other does not
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
 def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     """(train, val): val has the classes of train; train is cut down and mislabelled as the settings say."""
     whole = index_of(config, "train")
+    refuse_backend(config.data_backend, f"{config.data_dir}/train", whole.blocks is not None)
     val = index_of(config, "val", whole.classes)
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
@@ -104,7 +109,7 @@ def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Seque
         trust_folders=not config.check_files,
         progress=streams.shows_bars(),
         least_classes=2,
-        ask_dali=config.data_backend == "dali",
+        ask_dali=config.data_backend in _BY_IMAGES,
     )
 
 
@@ -157,9 +162,21 @@ def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) 
         "bad_limit": config.unreadable_limit,
         "channels_last": config.channels_last,
     }
-    if config.data_backend == "dali":
+    backend = backend_for(config, plan.index)
+    if backend == "dali":
         settings |= {"decode": config.decode, "hw_decoder_load": config.hw_decoder_load}
-    return make_loader(config.data_backend, plan, device=device, **settings, **more)
+    return make_loader(backend, plan, device=device, **settings, **more)
+
+
+def backend_for(config: TrainConfig, index: Index) -> str:
+    """What decodes the images of a split.
+
+    The training images choose between dali and blocks, see open_data; a validation split that is no block pack where
+    they are one, or the other way round, is read by the other, and so are other images that a run is evaluated on.
+    """
+    if config.data_backend in _BY_IMAGES:
+        return backend_of(index.blocks is not None)
+    return config.data_backend
 
 
 def build_teacher(config: TrainConfig, num_classes: int) -> Tapped | CachedTeacher | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ijckd_fast.data import Index, Loader
+from ijckd_fast.data import Index, Loader, holds_blocks, refuse_backend
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.teacher_cache import TeacherCache
@@ -65,7 +65,11 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
         config = dataclasses.replace(config, objective="ce", teacher_weights="auto", **no_teacher, **weights)
         student = {name: tensor for name, tensor in saved.learner.items() if name.startswith("student.")}
         saved = dataclasses.replace(saved, learner=student)
-    return LoadedRun(path, saved, resolve(config), tuple(notes))
+    config = resolve(config)
+    root = Path(config.data_dir or "")
+    if "data_backend" in given and (root / "val").is_dir():
+        refuse_backend(config.data_backend, f"{root}/val", holds_blocks(root, "val"))
+    return LoadedRun(path, saved, config, tuple(notes))
 
 
 def _for_evaluation(saved: Saved, given: dict[str, Any]) -> TrainConfig:

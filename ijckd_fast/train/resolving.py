@@ -6,11 +6,12 @@ import dataclasses
 import importlib.util
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from ijckd_fast import files
-from ijckd_fast.data import Augment
+from ijckd_fast.data import AUTO, Augment, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
@@ -101,7 +102,14 @@ def resolve(config: TrainConfig) -> TrainConfig:
         amp_dtype=amp_dtype,
         global_batch=global_batch,
         batch_size=global_batch // world,
+        data_backend=_backend_of_images(config) if config.data_backend == AUTO else config.data_backend,
     )
+
+
+def _backend_of_images(config: TrainConfig) -> Literal["dali", "blocks"]:
+    """What decodes the training images; where there are none, those of val."""
+    root = Path(config.data_dir or "")
+    return backend_of(holds_blocks(root, "train" if (root / "train").is_dir() else "val"))
 
 
 def _named_by_cache(config: TrainConfig) -> TrainConfig:

@@ -221,8 +221,8 @@ class Images:
         "share of the training labels to replace by another class, in [0, 1]",
         Trait.PLAN | Trait.CACHED | Trait.INDEXES,
     )
-    data_backend: Literal["dali", "pillow", "synthetic"] = _image(
-        "dali", "what decodes the images", Trait.PLAN | Trait.CACHED
+    data_backend: Literal["auto", "dali", "blocks", "pillow", "synthetic"] = _image(
+        "auto", "what decodes the images; auto: blocks for a block pack, else dali", Trait.PLAN | Trait.CACHED
     )
     index_verify: Literal["full", "fast"] = _image(
         "full", "first scan of the data: decode every file, or headers only", Trait.FREE | Trait.CACHED | Trait.INDEXES

@@ -10,7 +10,7 @@ from image_tree import write_split
 
 from ijckd_fast.data import Index, build_index
 from ijckd_fast.data.index import build
-from ijckd_fast.data.prepare import pack
+from ijckd_fast.data.prepare import BlockPack, pack
 from ijckd_fast.data.sources import ClassFolders, listing
 
 
@@ -74,6 +74,15 @@ def indexed(tmp_path_factory) -> Index:
     root = tmp_path_factory.mktemp("data")
     write_split(root, "train", {"cat": 20, "dog": 20, "eel": 20})
     return build_index(root, "train")
+
+
+@pytest.fixture(scope="module")
+def packed(indexed, tmp_path_factory) -> Index:
+    """The same 60 images in blocks; not to be changed."""
+    root = tmp_path_factory.mktemp("packed")
+    write_split(Path(indexed.root), "val", {"cat": 1, "dog": 1, "eel": 1})
+    pack(indexed.root, root / "pack", BlockPack(short=0), workers=1)
+    return build_index(root / "pack", "train")
 
 
 @pytest.fixture

@@ -26,13 +26,21 @@ from ijckd_fast.errors import UserError
 
 PADDED = Augment(image_size=24, eval_resize=28, crop_padding=5)
 REPOSITORY = Path(__file__).parents[2]
+ALL = [*EXECUTORS, "blocks"]
+
+
+@pytest.fixture
+def indexed(request, indexed):
+    """The 60 images, in blocks for the executor that reads them."""
+    of_blocks = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "blocks"
+    return request.getfixturevalue("packed") if of_blocks else indexed
 
 
 # --- the same bits whatever the settings ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("augment", [AUGMENT, PADDED], ids=["resized crops", "padded crops"])
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 def test_batches_do_not_depend_on_threads_prefetch_or_start(indexed, backend, augment):
     plan = TrainPlan(indexed, augment, 8, seed=3)  # 7 steps per epoch: 16 steps cross two borders
     first = batches(backend, plan, threads=1, prefetch=1, stop=16)
@@ -45,7 +53,7 @@ def test_batches_do_not_depend_on_threads_prefetch_or_start(indexed, backend, au
         assert identical(batches(backend, fresh, start=start, stop=16), first[start:])
 
 
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 def test_evaluation_batches_do_not_depend_on_threads_or_prefetch(indexed, backend):
     plan = EvalPlan(indexed, AUGMENT, 8)
     first = batches(backend, plan, threads=1, prefetch=1)
@@ -55,7 +63,7 @@ def test_evaluation_batches_do_not_depend_on_threads_or_prefetch(indexed, backen
     assert identical(batches(backend, plan, start=3), first[3:])
 
 
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_together_make_the_single_process_batch(indexed, backend, world):
     alone = batches(backend, TrainPlan(indexed, AUGMENT, 4 * world, seed=3), stop=8)
@@ -66,7 +74,7 @@ def test_ranks_together_make_the_single_process_batch(indexed, backend, world):
     assert identical(union, alone)
 
 
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(indexed, backend, world):
     alone = torch.cat([batch.images for batch in batches(backend, EvalPlan(indexed, AUGMENT, 60))])
@@ -79,7 +87,7 @@ def test_evaluation_ranks_see_every_image_once_with_the_same_pixels(indexed, bac
     assert sorted(seen) == list(range(60))
 
 
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize(("batch_size", "augment"), [(3, AUGMENT), (6, AUGMENT), (6, PADDED)])
 def test_from_an_epoch_on_with_two_processes_instead_of_one(indexed, backend, batch_size, augment):
     """Whether the global batch stays (3 each) or doubles (6 each), the epoch has the same images, crops and flips."""
@@ -130,7 +138,7 @@ def test_mixed_images_are_what_the_plan_says():
 
 
 @pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
 def test_mixed_batches_are_the_plain_ones_mixed(indexed, backend, padding):
     settings = {"image_size": 24, "eval_resize": 28, "crop_padding": padding}
     plain = TrainPlan(indexed, Augment(**settings), 8, seed=5)
@@ -145,7 +153,7 @@ def test_mixed_batches_are_the_plain_ones_mixed(indexed, backend, padding):
 
 
 @pytest.mark.parametrize("padding", [0, 5])
-@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
 def test_images_grow_with_the_epochs(indexed, backend, padding):
     augment = Augment(image_size=24, eval_resize=28, sizes=((0, 16), (1, 20), (3, 32)), crop_padding=padding)
     plan = TrainPlan(indexed, augment, 20, seed=0)  # 3 steps an epoch
@@ -155,7 +163,7 @@ def test_images_grow_with_the_epochs(indexed, backend, padding):
     assert evaluated.images.shape == (60, 3, 24, 24)
     (alone,) = batches(backend, plan, start=7, stop=8)  # from the middle on
     assert torch.equal(alone.images, got[7].images)
-    if backend == "dali":
+    if backend in ("dali", "blocks"):
         with make_loader("pillow", plan, start=9, stop=10) as loader:
             assert abs(pixels(next(loader).images) - pixels(got[9].images)).mean() < 0.5
 
@@ -163,7 +171,7 @@ def test_images_grow_with_the_epochs(indexed, backend, padding):
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
 def test_batch_layout(indexed, backend):
     for plan in (TrainPlan(indexed, AUGMENT, 8, seed=0), EvalPlan(indexed, AUGMENT, 8)):
         with make_loader(backend, plan) as loader:
@@ -183,7 +191,7 @@ def test_batch_layout(indexed, backend):
         assert torch.equal(half, batch.images.bfloat16())
 
 
-@pytest.mark.parametrize("backend", EXECUTORS)
+@pytest.mark.parametrize("backend", ALL)
 def test_batches_stay_valid_after_later_ones_and_after_close(indexed, backend):
     plan = TrainPlan(indexed, AUGMENT, 8, seed=0)
     with make_loader(backend, plan, prefetch=1, stop=30) as loader:
@@ -197,16 +205,17 @@ def test_batches_stay_valid_after_later_ones_and_after_close(indexed, backend):
     assert identical(kept, copies)
 
 
-def test_writing_into_a_batch_does_not_reach_another(indexed):
+@pytest.mark.parametrize("backend", ["dali", "blocks"])
+def test_writing_into_a_batch_does_not_reach_another(indexed, backend):
     plan = TrainPlan(indexed, AUGMENT, 8, seed=0)
-    clean = batches("dali", plan, stop=10)
-    with make_loader("dali", plan, stop=10, prefetch=1) as loader:
+    clean = batches(backend, plan, stop=10)
+    with make_loader(backend, plan, stop=10, prefetch=1) as loader:
         for batch, want in zip(loader, clean, strict=True):
             assert torch.equal(batch.images, want.images)
             batch.images.zero_()
 
 
-@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
 def test_each_iteration_begins_at_the_start(indexed, backend):
     with make_loader(backend, EvalPlan(indexed, AUGMENT, 8)) as loader:
         assert len(loader) == 8
@@ -235,21 +244,21 @@ def test_training_has_no_end_and_stop_may_lie_before_the_start(indexed):
     assert len(make_loader("dali", plan, start=5, stop=3)) == 0
 
 
-def test_close_ends_dalis_and_pillows_threads(indexed):
+@pytest.mark.parametrize("backend", ALL)
+def test_close_ends_its_threads(indexed, backend):
     def threads() -> int:
         return len(os.listdir("/proc/self/task"))
 
-    for backend in EXECUTORS:
-        batches(backend, EvalPlan(indexed, AUGMENT, 8))  # what a library starts once for all is started now
-        before = threads()
-        loader = make_loader(backend, TrainPlan(indexed, AUGMENT, 8, seed=0), threads=5)
-        next(loader)
-        assert threads() > before
-        loader.close()
-        deadline = time.monotonic() + 10  # a thread's entry outlives it by a moment
-        while threads() > before and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert threads() <= before
+    batches(backend, EvalPlan(indexed, AUGMENT, 8))  # what a library starts once for all is started now
+    before = threads()
+    loader = make_loader(backend, TrainPlan(indexed, AUGMENT, 8, seed=0), threads=5)
+    next(loader)
+    assert threads() > before
+    loader.close()
+    deadline = time.monotonic() + 10  # a thread's entry outlives it by a moment
+    while threads() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() <= before
 
 
 def test_synthetic_opens_no_file(own):
@@ -266,7 +275,9 @@ def test_synthetic_opens_no_file(own):
 
 
 def test_unknown_backend(indexed):
-    with pytest.raises(UserError, match="one of dali, pillow, synthetic, found 'dalli'; did you mean 'dali'"):
+    with pytest.raises(
+        UserError, match="one of auto, dali, blocks, pillow, synthetic, found 'dalli'; did you mean 'dali'"
+    ):
         make_loader("dalli", EvalPlan(indexed, AUGMENT, 8))
 
 
@@ -295,7 +306,7 @@ next(loader)  # left open: the interpreter must end all the same
 
 
 @pytest.mark.parametrize("setting", [{"threads": 0}, {"prefetch": 0}, {"start": -1}], ids=str)
-@pytest.mark.parametrize("backend", [*EXECUTORS, "synthetic"])
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
 def test_impossible_settings_are_refused(indexed, backend, setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         make_loader(backend, EvalPlan(indexed, AUGMENT, 8), **setting)
@@ -336,7 +347,6 @@ def test_a_gpu_gets_the_same_images(indexed, plan, decode, levels):
             assert np.abs(pixels(ours.images.cpu()) - pixels(cpu.images)).mean() <= levels + rounding
 
 
-def test_every_loader_is_a_loader(indexed):
-    assert all(
-        isinstance(make_loader(name, EvalPlan(indexed, AUGMENT, 8)), Loader) for name in ("dali", "pillow", "synthetic")
-    )
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
+def test_every_loader_is_a_loader(indexed, backend):
+    assert isinstance(make_loader(backend, EvalPlan(indexed, AUGMENT, 8)), Loader)

@@ -24,6 +24,7 @@ from tiny_run import config, differing, distilled, options, settings, write_teac
 
 from ijckd_fast import cli
 from ijckd_fast.data import build_index
+from ijckd_fast.data.prepare import BlockPack, pack
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import Tapped
 from ijckd_fast.train import FiniteGuard, Stopped, checkpoint, run_folder, train as loud_train
@@ -56,10 +57,13 @@ def _figures(folder) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in clock} for row in run_folder.read_log(folder)]
 
 
-@pytest.mark.parametrize("backend", ["dali", "pillow"])
+@pytest.mark.parametrize("backend", ["dali", "blocks"])
 def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
     """60 steps of the whole objective, stages too, with mixing and EMA, kill -9 twice at random steps between
     checkpoints: the same batches, the same weights."""
+    if backend == "blocks":
+        pack(data, tmp_path / "pack", BlockPack(short=0, shard_gb=4000 / 2**30), workers=1)
+        data = tmp_path / "pack"
     changes = {
         **distilled(teacher), "epochs": TOTAL // 4, "data_backend": backend, "ema_decay": 0.9, "checkpoint_steps": 7,
         "log_interval": 1, "warmup_epochs": 2, "schedule": "cosine", "label_smoothing": 0.1, "mixup": 0.2, "at": 10.0,

@@ -136,8 +136,9 @@ def read_blocks(path: str, offset: int, length: int, expected: int) -> np.ndarra
     found = np.empty(length, np.uint8)
     with open(path, "rb", buffering=0) as file:
         count = os.preadv(file.fileno(), [found.data], offset)
+        end = os.fstat(file.fileno()).st_size
     if count < length:
-        raise OSError(f"{path} ends at byte {offset + count}, inside the image at bytes {offset} to {offset + length}")
+        raise OSError(f"{path} ends at byte {end}, before the image at bytes {offset} to {offset + length} does")
     value = checksum(found)
     if value != expected:
         raise OSError(

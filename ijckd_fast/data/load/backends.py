@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from ijckd_fast.data.index import Index
+from ijckd_fast.data.load.blocks import BlockLoader
 from ijckd_fast.data.load.loader import Loader
 from ijckd_fast.data.load.pillow import PillowLoader
 from ijckd_fast.data.load.synthetic import SyntheticLoader
 from ijckd_fast.data.plan import Plan
 from ijckd_fast.errors import UserError, did_you_mean
 
-BACKENDS = ("dali", "pillow", "synthetic")
+AUTO = "auto"
+BACKENDS = (AUTO, "dali", "blocks", "pillow", "synthetic")
+
+
+def backend_of(blocks: bool) -> Literal["dali", "blocks"]:
+    """What `auto` is. blocks: the images are in a block pack."""
+    return "blocks" if blocks else "dali"
+
+
+def refuse_backend(backend: str, folder: str, blocks: bool) -> None:
+    """UserError where `backend` cannot read the images of `folder`; blocks: they are in a block pack."""
+    if backend == "dali" and blocks:
+        raise UserError(
+            f"the data backend 'dali' reads image files, but {folder} holds a block pack; leave --data-backend out, or "
+            "choose blocks or pillow"
+        )
+    if backend == "blocks" and not blocks:
+        raise UserError(
+            f"the data backend 'blocks' reads block packs, but {folder} holds image files; leave --data-backend out, "
+            "or make a block pack of them: ijckd-fast pack --codec blocks"
+        )
 
 
 def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     """The executor called `backend` on a plan; see Loader for the settings.
 
-    raises UserError for an unknown backend, when DALI is asked for and not installed, or for a block pack, which it
-           cannot read: there is no silent fallback
+    backend  auto: blocks for a block pack, else dali
+    raises   UserError for an unknown backend, when DALI is asked for and not installed, or for images that the backend
+             cannot read (dali: block packs; blocks: all others): there is no silent fallback
     """
+    index: Index = plan.index
+    if backend == AUTO:
+        backend = backend_of(index.blocks is not None)
+    refuse_backend(backend, f"{index.root}/{index.split}", index.blocks is not None)
     if backend == "pillow":
         return PillowLoader(plan, **settings)
+    if backend == "blocks":
+        return BlockLoader(plan, **settings)
     if backend == "synthetic":
         return SyntheticLoader(plan, **settings)
     if backend == "dali":
-        if plan.index.blocks is not None:
-            raise UserError(
-                f"the data backend 'dali' reads image files, but {plan.index.root}/{plan.index.split} holds a block "
-                "pack; choose --data-backend pillow"
-            )
         try:  # only here: importing DALI takes most of a second and 0.5 GB of libraries
             from ijckd_fast.data.load.dali import DaliLoader
         except ImportError as error:

@@ -29,7 +29,7 @@ def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
     raises  Unreadable when it cannot be read or decoded
     """
     with (
-        _blamed_on(path),
+        blamed_on(path),
         io.BytesIO(source) if isinstance(source, bytes) else (source or WholeFile(path)).open() as file,
         Image.open(file) as image,
     ):
@@ -37,7 +37,7 @@ def decode(path: str, source: bytes | Place | None = None) -> Image.Image:
 
 
 @contextmanager
-def _blamed_on(path: str) -> Iterator[None]:
+def blamed_on(path: str) -> Iterator[None]:
     """Inside, whatever is an image's own fault is Unreadable."""
     try:
         yield
@@ -55,7 +55,7 @@ def make_image(plan: BatchPlan, i: int) -> np.ndarray:
     """Image i of a batch, decoded, cropped, resized and flipped: [S, S, 3] uint8. Raises Unreadable."""
     place = plan.places[i] if plan.places else None
     if isinstance(place, BlockPlace):
-        with _blamed_on(plan.paths[i]):
+        with blamed_on(plan.paths[i]):
             planes = place.planes()
         return arrange_planes(planes, plan, i)
     return arrange(stored_image(plan, i), plan, i)

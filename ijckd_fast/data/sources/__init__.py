@@ -15,7 +15,7 @@ from ijckd_fast.data.sources.label_files import read_class_list, read_labels
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, ImageTable, Listing, some
 from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile, extent
-from ijckd_fast.data.sources.recognise import SOURCES, open_source
+from ijckd_fast.data.sources.recognise import SOURCES, holds_blocks, open_source
 from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
 from ijckd_fast.data.sources.source import Content, Listed, Source
 
@@ -39,6 +39,7 @@ __all__ = [
     "Source",
     "WholeFile",
     "extent",
+    "holds_blocks",
     "open_source",
     "read_class_list",
     "read_labels",

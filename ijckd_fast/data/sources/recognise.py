@@ -10,7 +10,7 @@ from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
 from ijckd_fast.data.sources.passed_over import listed
 from ijckd_fast.data.sources.shards import Shards
-from ijckd_fast.data.sources.source import Source, look_into
+from ijckd_fast.data.sources.source import Content, Source, look_into
 from ijckd_fast.errors import UserError
 
 SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards)
@@ -24,11 +24,10 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
     raises      UserError: no such folder, nothing in it, a label file that is missing, not needed or wrong
     """
     content = look_into(root, split)
-    for kind in SOURCES:
-        names = kind.recognised_by(content)
-        if not names:
-            continue
+    kind = _recognised(content)
+    if kind is not None:
         if label_file is not None and not kind.takes_label_file:
+            names = kind.recognised_by(content)
             raise UserError(
                 f"the label file {label_file} is for images that lie in {content.folder} itself, but there are "
                 f"{kind.title} ({some(names)}), which say the class of what is in them; leave the label file out"
@@ -40,3 +39,12 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
         f"expected class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} {found}; put one "
         "folder of images per class into it, or webdataset shards"
     )
+
+
+def holds_blocks(root: Path, split: str) -> bool:
+    """Whether root/split is a block pack; False where there is nothing to be read."""
+    return (root / split).is_dir() and _recognised(look_into(root, split)) is BlockFiles
+
+
+def _recognised(content: Content) -> type[Source] | None:
+    return next((kind for kind in SOURCES if kind.recognised_by(content)), None)

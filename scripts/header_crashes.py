@@ -105,7 +105,7 @@ def main() -> int:
 
     from ijckd_fast.data.load.parity import versions
 
-    where = records.environment("cpu") | versions()  # loads torch and DALI, which then every run has
+    where = records.environment("cpu") | versions("dali")  # loads torch and DALI, which then every run has
     with tempfile.TemporaryDirectory() as folder:
         indexes = [spoilt_index(pathlib.Path(folder) / kind, kind) for kind in KINDS]
         began = time.perf_counter()

@@ -14,7 +14,7 @@ from ijckd_fast import files, signals
 from ijckd_fast.caching.verify import verify_cache
 from ijckd_fast.caching.views import PlannedViews, Teller, features_of
 from ijckd_fast.console import progress_bar
-from ijckd_fast.data import Index, StandIns, TooManyUnreadable, check_views
+from ijckd_fast.data import Index, StandIns, TooManyUnreadable, check_views, parity
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import evaluate, known_evaluation, save_evaluation
 from ijckd_fast.nets import Tapped
@@ -114,7 +114,7 @@ def make_cache(
                 tell(f"the teacher's images are normalised by {own}")
             for note in teacher.notes:
                 tell(f"teacher: {note}")
-            if config.data_backend == "dali":
+            if config.data_backend in parity.EXECUTORS:
                 check_parity(config, train_index, val_index, tell)
             _judge(config, folder, teacher, fingerprint, val_index, tell)
             features = features_of(teacher, torch.device(config.device), amp_dtype)

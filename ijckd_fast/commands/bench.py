@@ -1,4 +1,4 @@
-"""`ijckd-fast bench loader --parity`: DALI's pixels beside Pillow's."""
+"""`ijckd-fast bench loader --parity`: the loader's pixels beside Pillow's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ijckd_fast.errors import UserError
 if TYPE_CHECKING:
     from ijckd_fast.train import FolderParity
 
-SUMMARY = "How far DALI's pixels, and a net's answers, are from Pillow's."
+SUMMARY = "How far the loader's pixels, and a net's answers, are from Pillow's."
 DESCRIPTION = (
-    "bench loader --parity: makes the same crops of the same images of a folder by DALI and by Pillow and compares "
-    "the pixels, and with --model a net's answers. Exit code 1 if they differ by more than the trainer allows. The "
-    "last line of standard output is one JSON object."
+    "bench loader --parity: makes the same crops of the same images of a folder by DALI (of a block pack by the block "
+    "executor) and by Pillow and compares the pixels, and with --model a net's answers. Of a pack it shows beside this "
+    "what packing has lost. Exit code 1 if the pixels differ by more than the trainer allows. The last line of "
+    "standard output is one JSON object."
 )
 
 
@@ -27,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("what", type=Literal["loader"], help="loader")
     parser.add_argument(
-        "--parity", action="store_true", help="compare DALI with Pillow (needed; there is no other comparison)"
+        "--parity", action="store_true", help="compare with Pillow (needed; there is no other comparison)"
     )
     parser.add_argument(
         "--data-dir", type=str, help="folder with train/<class>/* and val/<class>/*; default: the run's"
@@ -62,9 +63,11 @@ def run(args: Arguments) -> Outcome:
     """Compares; a row for each split."""
     if not args.parity:
         raise UserError(
-            "bench loader compares DALI with Pillow: expected --parity, found no comparison to make; add --parity"
+            "bench loader compares the loader's pixels with Pillow's: expected --parity, found no comparison to make; "
+            "add --parity"
         )
 
+    from ijckd_fast.data import parity
     from ijckd_fast.train import folder_parity
 
     found = folder_parity(
@@ -81,7 +84,7 @@ def run(args: Arguments) -> Outcome:
         decode=args.decode,
     )
     _show(found, args.model)
-    beyond = [row["split"] for row in found.rows if row["drift"] > args.max_drift]
+    beyond = [one.split for one in found.compared if not parity.within(one, args.max_drift)]
     if beyond:
         print(f"beyond the {args.max_drift:g} grey levels that the trainer allows: {', '.join(beyond)}")
     return Outcome([{**row, "max_drift": args.max_drift} for row in found.rows], 1 if beyond else 0)
@@ -93,18 +96,20 @@ def _show(found: FolderParity, model: str | None) -> None:
 
     from ijckd_fast.console import say
 
-    heads = ("split", "images", "mean", "worst image's", "pixels beyond 1 level")
-    table = Table(*heads, title=f"|DALI - Pillow| in grey levels of 0..255, {found.data_dir}")
-    for row in found.rows:
-        levels = f"{row['mean_levels']:.3f}", f"{row['worst_levels']:.3f}", f"{row['beyond_percent']:.2f} %"
-        table.add_row(row["split"], f"{row['images']:,}", *levels)
+    heads = ("split", "by", "images", "mean", "worst image's", "most", "pixels beyond 1 level")
+    table = Table(*heads, title=f"|loader - Pillow| in grey levels of 0..255, {found.data_dir}")
+    for one in found.compared:
+        levels = (f"{value:.3f}" for value in (one.mean_levels, one.worst_levels, one.most_levels))
+        table.add_row(one.split, one.backend, f"{one.images:,}", *levels, f"{one.beyond_percent:.2f} %")
     console = Console()
     console.print(table)
-    for row in found.rows:
+    for one, loss in zip(found.compared, found.losses, strict=True):
         answers = ""
-        if row["disagreements"] is not None:
+        if one.disagreements is not None:
             answers = (
-                f"; top-1 of {model} {row['dali_top1_percent']:.2f} % by DALI, {row['pillow_top1_percent']:.2f} % by "
-                f"Pillow, {row['disagreements']} answers differ"
+                f"; top-1 of {model} {one.executor_top1_percent:.2f} % by {one.backend}, "
+                f"{one.pillow_top1_percent:.2f} % by Pillow, {one.disagreements} answers differ"
             )
-        say(console, f"{row['split']}: the farthest is {row['worst_path']}{answers}")
+        say(console, f"{one.split}: the farthest is {one.worst_path}{answers}")
+        if loss is not None:
+            say(console, f"{one.split}: packing itself has cost, against the originals, {loss}")

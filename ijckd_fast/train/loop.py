@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from ijckd_fast import files, signals
-from ijckd_fast.data import TooManyUnreadable
+from ijckd_fast.data import TooManyUnreadable, parity
 from ijckd_fast.parallel import processes as distributed
 from ijckd_fast.train import run_folder, same_run, stops
 from ijckd_fast.train.begun import finished_summary, refuse_other_run, refuse_other_settings, settings_of
@@ -112,7 +112,7 @@ def train(
             same_run.refuse_other_state(state, processes)
         training = Training(config, folder, data, distiller, state, show, val_loader, device, processes)
         training.introduce()
-        if config.data_backend == "dali" and processes.is_main:
+        if config.data_backend in parity.EXECUTORS and processes.is_main:
             check_parity(config, data.train, data.val, show.say)
         training.teacher_val = judge_teacher(config, folder, data, distiller, val_loader, inputs, processes, show.say)
 

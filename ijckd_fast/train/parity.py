@@ -1,4 +1,4 @@
-"""How far DALI's pixels, and the answers of a net, are from Pillow's on a folder of images."""
+"""How far the loader's pixels, and the answers of a net, are from Pillow's on a folder of images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ijckd_fast.data import parity
+from ijckd_fast.data.prepare import PackLoss, pack_loss
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import is_model_name
@@ -21,9 +22,17 @@ from ijckd_fast.train.resolving import augment_of, resolve
 
 
 class FolderParity(NamedTuple):
-    """The folder compared; for each split `parity.Parity`'s fields, drift, image_size, index (its hash), versions."""
+    """The folder that was compared, and of each split:
+
+    compared  how far apart the pixels are
+    losses    what packing has lost besides; None where the folder is no pack
+    rows      the fields of both (PackLoss's as pack_..., None without a pack), drift, image_size, index (its hash),
+              versions
+    """
 
     data_dir: str
+    compared: list[parity.Parity]
+    losses: list[PackLoss | None]
     rows: list[dict[str, Any]]
 
 
@@ -34,13 +43,13 @@ def folder_parity(
     images: int = 256,
     **changes: Any,
 ) -> FolderParity:
-    """Makes the same crops of the same images by DALI and by Pillow, and compares them.
+    """Makes the same crops of the same images by the executor of such images and by Pillow, and compares them.
 
     model    a net to ask on both: folder or checkpoint of a run, or a model with published weights; None: pixels only
     images   crops of each split, at least 1
     changes  settings instead of the run's or the defaults, such as data_dir, device, image_size or decode; None changes
              nothing
-    raises   UserError without DALI, for a model that is neither, and where no image can be read
+    raises   UserError without DALI where it is needed, for a model that is neither, and where no image can be read
     """
     if images < 1:
         raise UserError(f"--images must be at least 1, got {images}")
@@ -48,7 +57,7 @@ def folder_parity(
     config = _named(model, changes) if run is None else run.config
     classes: Sequence[str] | None = None if run is None else run.saved.classes
     distiller: Distiller | None = None
-    rows = []
+    found = FolderParity(config.data_dir, [], [], [])
     for split in splits:
         index = index_of(config, split, classes)
         classes = index.classes
@@ -67,8 +76,13 @@ def folder_parity(
             on_bad=lambda path, why: warnings.warn(f"{path} cannot be read any more ({why})", stacklevel=2),
         )
         about = {"drift": parity.drift(compared), "image_size": config.image_size, "index": index.hash}
-        rows.append({**compared._asdict(), **about, **parity.versions()})
-    return FolderParity(config.data_dir, rows)
+        loss = pack_loss(index.root, split)
+        figures = ("mean_levels", "psnr_db", "jpeg_mean_levels", "jpeg_psnr_db")
+        about |= {f"pack_{name}": None if loss is None else getattr(loss, name) for name in figures}
+        found.compared.append(compared)
+        found.losses.append(loss)
+        found.rows.append({**compared._asdict(), **about, **parity.versions(compared.backend)})
+    return found
 
 
 def _run(path: str, changes: dict[str, Any]) -> LoadedRun:

@@ -242,8 +242,8 @@ class Images:
     )
     max_drift: float = _image(
         MAX_DRIFT,
-        "how far DALI's pixels may be from Pillow's before the run is refused, mean absolute difference in grey "
-        "levels of 0..255; twice as far for a single image",
+        "how far the pixels of DALI, or of the block executor, may be from Pillow's before the run is refused, mean "
+        "absolute difference in grey levels of 0..255; twice as far for a single image",
         Trait.FREE | Trait.CACHED,
         least=0,
     )

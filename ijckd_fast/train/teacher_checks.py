@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from ijckd_fast.data import Index, Loader, TooManyUnreadable, parity
+from ijckd_fast.data.prepare import pack_loss
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.evaluate import LEVEL, Evaluation, against_chance, evaluate, known_evaluation, save_evaluation
+from ijckd_fast.head import REBUILD
 from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
@@ -77,7 +79,8 @@ def digests(
 
 
 def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[str], None]) -> None:
-    """Says, once per dataset, how far DALI's pixels are from Pillow's. UserError beyond --max-drift.
+    """Says, once per dataset, how far the executor's pixels are from Pillow's, and of a pack what packing has lost.
+    UserError beyond --max-drift, or where the block executor's are off by more than a level.
 
     And at every start how many images Pillow decodes all the same. Of several processes only one needs to call it.
     """
@@ -95,23 +98,52 @@ def check_parity(config: TrainConfig, train: Index, val: Index, say: Callable[[s
             train, val, augment_of(config), threads=config.workers, device=config.device, decode=config.decode
         )
     except TooManyUnreadable as error:  # the loop meets these files too, and knows what to do then
-        say(f"warning: DALI's pixels were not compared with Pillow's: {error}")
+        say(f"warning: {parity.EXECUTORS[config.data_backend]}'s pixels were not compared with Pillow's: {error}")
         return
     if not known:
-        figures = " and ".join(f"{row.mean_levels:.2f} on {row.images} {row.split} crops" for row in rows)
-        say(
-            f"DALI's pixels differ from Pillow's by {figures} (mean, grey levels); kept, not measured at the next start"
+        for backend in dict.fromkeys(row.backend for row in rows):
+            figures = " and ".join(
+                f"{row.mean_levels:.2f} on {row.images} {row.split} crops" for row in rows if row.backend == backend
+            )
+            say(
+                f"{parity.EXECUTORS[backend]}'s pixels differ from Pillow's by {figures} (mean, grey levels); kept, "
+                "not measured at the next start"
+            )
+        _say_pack_loss((train, val), say)
+    for row in sorted(rows, key=parity.drift, reverse=True):
+        if not parity.within(row, config.max_drift):
+            raise UserError(_too_far(row, config, train.root))
+
+
+def _say_pack_loss(indexes: Sequence[Index], say: Callable[[str], None]) -> None:
+    """Of the splits that lie in a finished pack."""
+    try:
+        losses = [str(loss) for index in indexes if (loss := pack_loss(index.root, index.split)) is not None]
+    except UserError as error:  # nothing that training needs
+        say(f"warning: what packing has lost is not known: {error}")
+        return
+    if losses:
+        say(f"packing itself has cost, against the original images in the evaluation's view: {'; '.join(losses)}")
+
+
+def _too_far(row: parity.Parity, config: TrainConfig, root: str) -> str:
+    """Why a run is refused."""
+    shown = f"ijckd-fast bench loader --parity --data-dir {config.data_dir}"
+    worst = os.path.join(root, row.worst_path)
+    if row.backend == "blocks":
+        return (
+            f"the block executor's pixels differ from Pillow's by up to {row.most_levels:.0f} grey levels on "
+            f"{row.images} {row.split} crops, {row.mean_levels:.2f} in the mean, wanted at most 1, and at most "
+            f"{config.max_drift:g} in the mean; the farthest is {worst}. The library was built wrongly, or the machine "
+            f"miscalculates: look with {shown}, build again with {REBUILD}, or --data-backend pillow"
         )
-    row = max(rows, key=lambda row: parity.drift(row))
-    if parity.drift(row) > config.max_drift:
-        raise UserError(
-            f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} "
-            f"{row.split} crops, wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is "
-            f"{os.path.join(train.root, row.worst_path)} with {row.worst_levels:.2f}, wanted at most "
-            f"{parity.ONE_IMAGE * config.max_drift:g}. One of the two decodes or resizes in another way here: look "
-            f"with ijckd-fast bench loader --parity --data-dir {config.data_dir}, try other versions of DALI and "
-            f"Pillow, or --data-backend pillow; --max-drift {math.ceil(parity.drift(row))} trains all the same"
-        )
+    return (
+        f"DALI's pixels differ from Pillow's by {row.mean_levels:.2f} grey levels in the mean of {row.images} "
+        f"{row.split} crops, wanted at most {config.max_drift:g} (rounding makes 0.2); the farthest is "
+        f"{worst} with {row.worst_levels:.2f}, wanted at most {parity.ONE_IMAGE * config.max_drift:g}. One of the two "
+        f"decodes or resizes in another way here: look with {shown}, try other versions of DALI and Pillow, or "
+        f"--data-backend pillow; --max-drift {math.ceil(parity.drift(row))} trains all the same"
+    )
 
 
 def judge_teacher(

@@ -151,7 +151,7 @@ def test_a_damaged_comparison_of_pixels_is_made_again(data, tmp_path, monkeypatc
     """Its figures decide whether a run is refused."""
     root = Path(shutil.copytree(data, tmp_path / "data"))
     train, val = (build_index(root, split) for split in ("train", "val"))
-    row = parity.Parity("train", 10, 0.25, 0.5, "train/cat/000.jpg", 1.0)
+    row = parity.Parity("train", "dali", 10, 0.25, 0.5, "train/cat/000.jpg", 1.0, 3.0)
     monkeypatch.setattr(parity, "compare", lambda index, *_, **__: row._replace(split=index.split))
     expected, _ = parity.of_dataset(train, val, VIEW, threads=1)
     (path,) = (root / ".ijckd-index").glob("parity-*")

@@ -58,7 +58,7 @@ def test_equal_executors_pass(data):
         assert found.mean_levels <= found.worst_levels < MAX_DRIFT
         assert found.beyond_percent < 5
         assert (data / found.worst_path).is_file()
-        assert (found.dali_top1_percent, found.pillow_top1_percent, found.disagreements) == (None, None, None)
+        assert (found.executor_top1_percent, found.pillow_top1_percent, found.disagreements) == (None, None, None)
 
 
 def test_figures_are_those_of_the_pixels(data, monkeypatch):
@@ -284,7 +284,7 @@ def test_command_without_a_net(data, capsys):
     for row in rows:
         assert row["mean_levels"] < 0.3
         assert row["worst_path"] in out
-        assert (row["image_size"], row["max_drift"], row["dali_top1_percent"]) == (24, MAX_DRIFT, None)
+        assert (row["image_size"], row["max_drift"], row["executor_top1_percent"]) == (24, MAX_DRIFT, None)
         assert row["pillow"] == parity.PIL.__version__
     _, _, (alone,) = bench(capsys, "--data-dir", str(data), "--images", "18", "--image-size", "24", "--split", "val")
     assert alone == rows[1]
@@ -312,7 +312,7 @@ def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
     code, out, (row,) = bench(capsys, "--model", str(tmp_path / "run"), "--split", "val")
     assert (code, row["images"], row["image_size"]) == (0, 18, 16)
     assert row["pillow_top1_percent"] == pytest.approx(top1)
-    assert row["dali_top1_percent"] == pytest.approx(top1, abs=6)
+    assert row["executor_top1_percent"] == pytest.approx(top1, abs=6)
     assert f"{row['disagreements']} answers differ" in out
     assert bench(capsys, "--model", str(tmp_path / "run"), "--split", "val", "--image-size", "20")[0] == 0
 
@@ -323,7 +323,7 @@ def test_command_asks_a_run_s_net(data, tmp_path, capsys, monkeypatch):
     code, _, (row,) = bench(capsys, "--model", str(tmp_path / "run" / "best.pt"), "--split", "val")
     assert code == 1
     assert row["disagreements"] > 9
-    assert row["pillow_top1_percent"] < row["dali_top1_percent"]
+    assert row["pillow_top1_percent"] < row["executor_top1_percent"]
 
 
 def test_command_asks_a_model_with_published_weights(data, capsys, monkeypatch):
@@ -338,7 +338,7 @@ def test_command_asks_a_model_with_published_weights(data, capsys, monkeypatch):
     monkeypatch.setattr(build, "create_model", without_download)
     _, _, rows = bench(capsys, "--data-dir", str(data), "--model", "resnet18", "--image-size", "24", "--images", "18")
     assert asked == [("resnet18", 3, True)]
-    assert all(row["dali_top1_percent"] is not None for row in rows)
+    assert all(row["executor_top1_percent"] is not None for row in rows)
 
 
 def test_mistakes(data, tmp_path, capsys):

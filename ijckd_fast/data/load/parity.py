@@ -1,4 +1,6 @@
-"""How far DALI's pixels are from Pillow's on the user's own images, under one plan.
+"""How far the pixels of the executor that a data folder is read with are from Pillow's, on the user's own images.
+
+Of image files that is DALI; of a block pack the block executor, whose views are held to Pillow's of the same planes.
 
 `ijckd-fast bench loader --parity` shows it; the trainer measures it once per dataset and refuses more than --max-drift.
 """
@@ -35,25 +37,33 @@ _OF_EACH_VARIANT = 4  # images of each odd variant that are compared besides
 _ONE_LEVEL = 1.01  # undoing the normalisation in float32 costs up to 1e-4 of a level
 
 
+EXECUTORS = {"dali": "DALI", "blocks": "the block executor"}
+"""Those that are held to Pillow, and what a sentence calls them."""
+
+
 class Parity(NamedTuple):
-    """|DALI - Pillow| of one split's crops, in grey levels of 0..255, the normalisation undone.
+    """|executor - Pillow| of one split's crops, in grey levels of 0..255, the normalisation undone.
 
     split           'train': random crops and flips; 'val': the evaluation's central crops
+    backend         the executor, of EXECUTORS
     images          crops compared, those of odd variants besides the sample; not those of a file that cannot be read
     mean_levels     over all images, pixels and channels
     worst_levels    largest mean of one image; worst_path is its file, relative to the data folder
     beyond_percent  pixels of which a channel differs by more than one level
-    dali_top1_percent, pillow_top1_percent  of a net on the two kinds of pixels; None without a net
+    most_levels     the largest difference of a channel of a pixel
+    executor_top1_percent, pillow_top1_percent  of a net on the two kinds of pixels; None without a net
     disagreements   images that the net answers differently; None without a net
     """
 
     split: str
+    backend: str
     images: int
     mean_levels: float
     worst_levels: float
     worst_path: str
     beyond_percent: float
-    dali_top1_percent: float | None = None
+    most_levels: float
+    executor_top1_percent: float | None = None
     pillow_top1_percent: float | None = None
     disagreements: int | None = None
 
@@ -64,6 +74,18 @@ ONE_IMAGE = 2  # a single image may be this many times as far as the mean of all
 def drift(parity: Parity) -> float:
     """What --max-drift bounds, grey levels: the mean of all images or, where it is more, half of the farthest one's."""
     return max(parity.mean_levels, parity.worst_levels / ONE_IMAGE)
+
+
+def within(parity: Parity, max_drift: float) -> bool:
+    """Whether an executor may be trained with. The block executor computes one result on every machine, which is never
+    more than a level from Pillow's: further off it is broken, whatever may be allowed.
+    """
+    return drift(parity) <= max_drift and (parity.backend != "blocks" or parity.most_levels <= _ONE_LEVEL)
+
+
+def executor_of(index: Index) -> str:
+    """Of EXECUTORS, the one that reads such images."""
+    return "dali" if index.blocks is None else "blocks"
 
 
 def compare(
@@ -77,7 +99,8 @@ def compare(
     decode: str = "cpu",
     on_bad: Callable[[str, str], None] = lambda path, why: None,
 ) -> Parity:
-    """Both executors on the same crops of a seeded sample of the images, as the index's split uses them.
+    """`executor_of(index)` and Pillow on the same crops of a seeded sample of the images, as the index's split uses
+    them.
 
     And on the central crops of some images of each odd variant there is.
 
@@ -85,23 +108,26 @@ def compare(
     images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val
                takes no more than it has
     logits_of  images [B, 3, S, S] on `device` -> logits [B, K]: a net to be asked on both kinds of pixels
-    decode     DALI's, see DaliLoader; 'hybrid' and 'gpu' need `device` to be a GPU
+    decode     DALI's, see DaliLoader; 'hybrid' and 'gpu' need `device` to be a GPU. The block executor works where
+               `device` is
     on_bad     called with path and reason of a file that cannot be read; it is left out
-    raises     UserError without DALI; TooManyUnreadable when nothing of a class of train, or of the sample of val, can
-               be read
+    raises     UserError without DALI where it is needed; TooManyUnreadable when nothing of a class of train, or of the
+               sample of val, can be read
     """
     plan = sample_plan(index, augment, images)
     plans: list[tuple[Plan, int]] = [(plan, -(-images // plan.batch_size))]
     odd = odd_sample(index)
     if len(odd):
         plans.append((EvalPlan(index, _alone(augment), min(_BATCH, len(odd)), ids=odd), -(-len(odd) // _BATCH)))
-    where = {} if decode == "cpu" else {"decode": decode, "device": device}
+    backend = executor_of(index)
+    where: dict[str, Any] = {"device": device} if backend == "blocks" or decode != "cpu" else {}
+    where |= {} if decode == "cpu" else {"decode": decode}
     with contextlib.ExitStack() as stack:
         loaders: list[tuple[Loader, Loader]] = []
         for plan, stop in plans:
             common: dict[str, Any] = {"threads": threads, "stop": stop, "bad_limit": len(index), "on_bad": on_bad}
-            dali = stack.enter_context(make_loader("dali", plan, **common, **where))
-            loaders.append((dali, stack.enter_context(make_loader("pillow", plan, **common))))
+            executor = stack.enter_context(make_loader(backend, plan, **common, **where))
+            loaders.append((executor, stack.enter_context(make_loader("pillow", plan, **common))))
         return _compare(index, loaders, torch.tensor(augment.std), logits_of, torch.device(device))
 
 
@@ -138,7 +164,8 @@ def _compare(
     means: list[Tensor] = []
     beyond: list[Tensor] = []
     ids: list[Tensor] = []
-    right = torch.zeros(2, dtype=torch.int64)  # DALI, Pillow
+    most = 0.0
+    right = torch.zeros(2, dtype=torch.int64)  # executor, Pillow
     disagreements = 0
     for a, b, of_train in _batches(loaders):
         rows_a, rows_b = _same_images(a, b, of_train)
@@ -146,6 +173,7 @@ def _compare(
         difference = (x - y).abs().permute(0, 2, 3, 1) * (255 * std)  # [b, S, S, 3] grey levels
         means.append(difference.mean((1, 2, 3)))
         beyond.append((difference.amax(3) > _ONE_LEVEL).float().mean((1, 2)))
+        most = max(most, float(difference.max())) if len(x) else most
         ids.append(a.ids[rows_a])
         if logits_of is not None and len(x):
             answers = [logits_of(part.to(device)).argmax(1).cpu() for part in (x, y)]
@@ -154,32 +182,37 @@ def _compare(
     n = sum(map(len, means))
     if n == 0:
         raise TooManyUnreadable(
-            "images were expected to compare DALI with Pillow on, but both could read none of the sample of "
+            f"images were expected to compare {EXECUTORS[executor_of(index)]} with Pillow on, but both could read none "
+            f"of the sample of "
             f"{index.root}/{index.split}; {what_to_do(why for pair in loaders for _, why in pair[0].bad_files)}"
         )
     of_image = torch.cat(means)
     worst = int(of_image.argmax())
     parity = Parity(
         index.split,
+        executor_of(index),
         n,
         float(of_image.mean()),
         float(of_image[worst]),
         index.paths[int(torch.cat(ids)[worst])],
         100 * float(torch.cat(beyond).mean()),
+        most,
     )
     if logits_of is None:
         return parity
-    by_dali, by_pillow = (100 * count / n for count in right.tolist())
-    return parity._replace(dali_top1_percent=by_dali, pillow_top1_percent=by_pillow, disagreements=disagreements)
+    answers_right = [100 * count / n for count in right.tolist()]
+    return parity._replace(
+        executor_top1_percent=answers_right[0], pillow_top1_percent=answers_right[1], disagreements=disagreements
+    )
 
 
 def _batches(loaders: Sequence[tuple[Loader, Loader]]) -> Iterator[tuple[Batch, Batch, bool]]:
     """What both executors make of a batch, on the CPU, and whether it is training's."""
-    for dali, pillow in loaders:
+    for executor, pillow in loaders:
         # both follow one plan object, so that a file that the one finds unreadable is so for the other from there on
-        for a, b in zip(dali, pillow, strict=False):
+        for a, b in zip(executor, pillow, strict=False):
             a = a._replace(images=a.images.cpu(), labels=a.labels.cpu(), ids=a.ids.cpu())
-            yield a, b, isinstance(dali.plan, TrainPlan)
+            yield a, b, isinstance(executor.plan, TrainPlan)
 
 
 def _same_images(a: Batch, b: Batch, of_train: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -199,8 +232,10 @@ def of_dataset(
     It is made again for other images, another augmentation or decode, and with another version of DALI, Pillow or our
     executors. raises UserError as compare does
     """
+    backends = [executor_of(index) for index in (train, val)]
     made_with = {
-        **versions(), "train": train.hash, "val": val.hash, "augment": repr(augment), "decode": decode,
+        **versions(*backends), "backends": backends, "train": train.hash, "val": val.hash, "augment": repr(augment),
+        "decode": decode,
         "odd": [[index.paths[i] for i in odd_sample(index)] for index in (train, val)],
     }  # fmt: skip
     name = f"parity-{hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:16]}.json"
@@ -229,12 +264,25 @@ def of_dataset(
     return rows, False
 
 
-def versions() -> dict[str, str]:
-    """Of what makes the pixels: the libraries, and a digest of our two executors. Raises ImportError without DALI."""
-    from ijckd_fast.data.index.dali import VERSION
+_CODE = {
+    "dali": ("load/dali.py", "index/dali.py", "index/rgb.py"),
+    "blocks": ("load/*block*.py", "load/planes.py", "blocks/*.py", "../head/_C*.so"),
+}
 
+
+def versions(*backends: str) -> dict[str, str]:
+    """Of what makes the pixels: the libraries, and a digest of the code of these executors and Pillow's.
+
+    raises  ImportError for 'dali' where DALI is not installed
+    """
     code = hashlib.sha256()
-    here = Path(__file__).parent
-    for path in (here / "dali.py", here / "pillow.py", here.parent / "index/dali.py", here.parent / "index/rgb.py"):
-        code.update(path.read_bytes())
-    return {"dali": VERSION, "pillow": PIL.__version__, "executors": code.hexdigest()[:16]}
+    here = Path(__file__).parents[1]
+    for pattern in ("load/pillow.py", *(pattern for name in sorted(set(backends)) for pattern in _CODE[name])):
+        for path in sorted(here.glob(pattern)):
+            code.update(path.read_bytes())
+    libraries = {"pillow": PIL.__version__}
+    if "dali" in backends:
+        from ijckd_fast.data.index.dali import VERSION
+
+        libraries["dali"] = VERSION
+    return {**libraries, "executors": code.hexdigest()[:16]}

@@ -7,7 +7,18 @@ from ijckd_fast.data.prepare.digits import write_digits
 from ijckd_fast.data.prepare.imagenet import prepare_imagenet
 from ijckd_fast.data.prepare.pack_blocks import BlockPack
 from ijckd_fast.data.prepare.pack_jpeg import JpegPack
+from ijckd_fast.data.prepare.pack_loss import PackLoss, pack_loss
 from ijckd_fast.data.prepare.pack_report import pack_table
 from ijckd_fast.data.prepare.packing import pack
 
-__all__ = ["BlockPack", "JpegPack", "pack", "pack_table", "prepare_cifar", "prepare_imagenet", "write_digits"]
+__all__ = [
+    "BlockPack",
+    "JpegPack",
+    "PackLoss",
+    "pack",
+    "pack_loss",
+    "pack_table",
+    "prepare_cifar",
+    "prepare_imagenet",
+    "write_digits",
+]

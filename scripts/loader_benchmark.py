@@ -1,12 +1,14 @@
 """`benchmark.py loader`: images a second of each executor, and of torchvision's ImageFolder in a DataLoader.
 
-Contenders take turns, a pass over the same number of images each, so a slow minute of the machine hits all alike. The
-first batches of a pass are not timed: starting workers or building a pipeline is once per epoch or run.
+Contenders take turns, so a slow minute of the machine hits all alike; a turn delivers whole batches, float32 unless the
+contender's name says otherwise. The first batches of a turn are not timed: starting workers or building a pipeline is
+once per epoch or run. Nothing is timed before its pixels are held to Pillow's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -33,6 +35,40 @@ COLUMNS = (
 )  # fmt: skip
 BASELINE = "torchvision"
 UNTIMED = 4  # batches
+CHECKED = 64  # crops that are held to Pillow's before a contender is timed
+MAX_DRIFT = 0.5  # grey levels that they may be off in the mean, as in training
+
+
+class Contender(NamedTuple):
+    """Who makes the batches ('ffcv', or an executor of ours), from the same images as what: files, jpeg (a pack of
+    JPEGs), blocks (a block pack); and in which type.
+    """
+
+    backend: str
+    data: str = "files"
+    options: dict[str, Any] = {}  # noqa: RUF012 - of make_loader; nobody changes them
+    dtype: torch.dtype = torch.float32
+
+
+CONTENDERS = {
+    "dali": Contender("dali"),
+    "dali-hybrid": Contender("dali", options={"decode": "hybrid"}),
+    "dali-gpu": Contender("dali", options={"decode": "gpu"}),
+    "dali-packed": Contender("dali", "jpeg"),
+    "blocks": Contender("blocks", "blocks"),
+    "blocks-bf16": Contender("blocks", "blocks", dtype=torch.bfloat16),
+    "pillow": Contender("pillow"),
+    "pillow-packed": Contender("pillow", "jpeg"),
+    "pillow-blocks": Contender("pillow", "blocks"),
+    "ffcv": Contender("ffcv", "beton"),
+}
+
+
+class Turn(NamedTuple):
+    """How long one is: so many batches, those that are not timed among them, and so many timed seconds, at least."""
+
+    steps: int
+    seconds: float
 
 
 class Pass(NamedTuple):
@@ -76,41 +112,42 @@ def _photo(g: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (127 + 50 * noise).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """User and system time that these processes have used, all their threads."""
+def cpu_seconds(workers: list[int]) -> float:
+    """User and system time that this process and these have used, all their threads."""
     ticks = 0
-    for pid in pids:
+    for pid in workers:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def timed(batches: Iterator[int], pids: Callable[[], list[int]], device: str) -> Pass:
-    """batches: gives the number of images of each batch as it arrives; pids: of the processes at work."""
+def timed(batches: Iterator[int], workers: Callable[[], list[int]], turn: Turn, device: str) -> Pass:
+    """batches: gives the number of images of each batch as it arrives, without end; workers: processes besides this."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(UNTIMED):
         next(batches)
     wait()
-    processes = pids()
+    processes = workers()
     images, began, used = 0, time.perf_counter(), cpu_seconds(processes)
-    for n in batches:
+    for step, n in enumerate(batches, UNTIMED + 1):
         images += n
+        if step >= turn.steps and time.perf_counter() - began >= turn.seconds:
+            break
     wait()
     seconds = time.perf_counter() - began
     return Pass(images / seconds, 1e3 * (cpu_seconds(processes) - used) / images)
 
 
-def ours(contender: str, plan: Any, threads: int, steps: int, device: str) -> Pass:
-    """One pass of an executor of ours over `steps` batches of a TrainPlan."""
+def ours(contender: Contender, plan: Any, threads: int, turn: Turn, device: str) -> Pass:
+    """A turn of an executor of ours on a TrainPlan."""
     from ijckd_fast.data import make_loader
 
-    backend, _, how = contender.partition("-")
-    more = {"decode": how} if how in ("hybrid", "gpu") else {}
-    with make_loader(backend, plan, threads=threads, stop=steps, device=device, **more) as loader:
-        return timed((len(batch.labels) for batch in loader), lambda: [os.getpid()], device)
+    more = {"threads": threads, "device": device, "dtype": contender.dtype, **contender.options}
+    with make_loader(contender.backend, plan, **more) as loader:
+        return timed((len(batch.labels) for batch in loader), list, turn, device)
 
 
-def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: int, device: str) -> Pass:
+def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, turn: Turn, device: str) -> Pass:
     """The same with torchvision's ImageFolder and transforms in a DataLoader of `threads` workers."""
     from torchvision import datasets, transforms
 
@@ -123,21 +160,60 @@ def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, steps: in
         ]
     )
     data = datasets.ImageFolder(str(root / "train"), transform)
-    sampler = torch.utils.data.RandomSampler(data, num_samples=steps * batch)
+    sampler = torch.utils.data.RandomSampler(data, num_samples=1_000_000 * batch)
     loader = torch.utils.data.DataLoader(
         data, batch, sampler=sampler, num_workers=threads, persistent_workers=True, pin_memory=device == "cuda"
     )
     iterator = iter(loader)
-
-    def pids() -> list[int]:
-        return [os.getpid(), *(worker.pid for worker in iterator._workers)]
 
     def batches() -> Iterator[int]:
         for images, labels in iterator:
             images.to(device, non_blocking=True, memory_format=torch.channels_last)
             yield len(labels.to(device, non_blocking=True))
 
-    return timed(batches(), pids, device)
+    return timed(batches(), lambda: [worker.pid for worker in iterator._workers], turn, device)
+
+
+def write_beton(root: pathlib.Path, path: pathlib.Path, short: int) -> None:
+    """FFCV's file of root/train, its images as raw pixels: what it decodes fastest, four times a block pack's bytes."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision import datasets
+
+    fields = {"image": RGBImageField("raw", max_resolution=round(short * 4 / 3)), "label": IntField()}
+    DatasetWriter(str(path), fields).from_indexed_dataset(datasets.ImageFolder(str(root / "train")))
+
+
+def by_ffcv(path: pathlib.Path, augment: Any, batch: int, threads: int, turn: Turn, device: str) -> Pass:
+    """The same with FFCV's own pipeline, normalised where it decodes."""
+    import numpy as np
+    from ffcv import transforms
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    size = (augment.image_size, augment.image_size)
+    levels = [255 * np.array(values) for values in (augment.mean, augment.std)]
+    pipelines = {
+        "image": [
+            RandomResizedCropRGBImageDecoder(size, augment.scale, augment.ratio),
+            transforms.RandomHorizontalFlip(augment.hflip),
+            transforms.NormalizeImage(*levels, np.float32),
+            transforms.ToTensor(),
+            transforms.ToTorchImage(),
+        ],
+        "label": [IntDecoder(), transforms.ToTensor()],
+    }
+    loader = Loader(
+        str(path), batch_size=batch, num_workers=threads, order=OrderOption.RANDOM, pipelines=pipelines, os_cache=True
+    )
+
+    def batches() -> Iterator[int]:
+        while True:
+            for images, labels in loader:
+                images.to(device, non_blocking=True)
+                yield len(labels.to(device, non_blocking=True))
+
+    return timed(batches(), list, turn, device)
 
 
 def plan_seconds(plan: Any, steps: int) -> float:
@@ -166,7 +242,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "loader",
         help="the data loaders against torchvision's",
-        description="Times each executor, a pass over training batches (random crop, flip, normalise) at a time, "
+        description="Times each executor, a turn of training batches (random crop, flip, normalise) at a time, "
         "against a torchvision ImageFolder in a DataLoader with as many workers as the executor has threads. Prints a "
         'table; the last line is one JSON object {"rows": [...]} with ratio = images_per_s / baseline_images_per_s.',
     )
@@ -180,21 +256,25 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=("dali", "dali-hybrid", "dali-gpu", "dali-packed", "pillow", "pillow-packed"),
-        default=["dali", "dali-packed", "pillow"],
+        choices=CONTENDERS,
+        default=["dali", "dali-packed", "blocks", "blocks-bf16", "pillow", "ffcv"],
         help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU; -packed: on "
-        "what ijckd-fast pack makes of the same images (default: dali dali-packed pillow)",
+        "what ijckd-fast pack makes of the same images, blocks: on what it makes with --codec blocks; -bf16: bfloat16, "
+        "all others float32; ffcv: its own pipeline on raw pixels, left out where it is not installed (default: dali "
+        "dali-packed blocks blocks-bf16 pillow ffcv)",
     )
-    parser.add_argument("--short", type=int, default=256, help="of the pack: shorter side, pixels")
+    parser.add_argument("--short", type=int, default=256, help="of the packs: shorter side, pixels")
+    parser.add_argument("--bits", type=float, default=6, help="of the block pack: bits a pixel")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[len(os.sched_getaffinity(0))], help="default: all cores"
     )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument(
-        "--steps", type=above(UNTIMED), default=28, help="batches of a pass, the first four of which are not timed"
+        "--steps", type=above(UNTIMED), default=28, help="batches of a turn, the first four of which are not timed"
     )
-    parser.add_argument("--repeats", type=above(0), default=5, help="passes of each contender")
+    parser.add_argument("--seconds", type=float, default=1, help="of a turn, timed: more batches until then")
+    parser.add_argument("--repeats", type=above(0), default=5, help="turns of each contender")
     records.add_save(parser, "loader.csv")
 
 
@@ -205,42 +285,91 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
     import torchvision
 
     from ijckd_fast.data import Augment, TrainPlan, build_index
-    from ijckd_fast.data.prepare import JpegPack, pack
 
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("benchmark.py loader: --device cuda wants a GPU, and torch finds none; leave it out")
     versions = {"torchvision": torchvision.__version__, "pillow": PIL.__version__, "dali": dali_version()}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    turn, rows, refused = Turn(args.steps, args.seconds), [], False
+    contenders = {name: CONTENDERS[name] for name in args.contenders}
+    if "ffcv" in contenders and importlib.util.find_spec("ffcv") is None:
+        print("ffcv is left out: it is not installed", file=sys.stderr)
+        del contenders["ffcv"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
         root = args.data_dir
         if root is None:
-            root = pathlib.Path(folder)
+            root = folder / "photos"
             write_photos(root, args.images)
-        index = build_index(root, "train", verify="fast", cache_dir=pathlib.Path(folder) / "index")
         augment = Augment(image_size=args.image_size, eval_resize=args.image_size * 8 // 7)
-        plans = {"": TrainPlan(index, augment, args.batch, seed=0)}
-        if any(name.endswith("-packed") for name in args.contenders):
-            packed = pathlib.Path(folder) / "packed"
-            pack(root, packed, JpegPack(short=args.short), splits=("train",))
-            plans["-packed"] = TrainPlan(build_index(packed, "train"), augment, args.batch, seed=0)
+        plans = {}
+        for data, where in _make_data({one.data for one in contenders.values()}, root, folder, args).items():
+            index = build_index(where, "train", verify="fast", cache_dir=folder / "index" / data)
+            plans[data] = TrainPlan(index, augment, args.batch, seed=0)
+        for name in list(contenders):
+            why = fault(contenders[name], plans, args.device)
+            if why is not None:
+                print(f"refused to time {name}: {why}", file=sys.stderr)
+                refused = True
+                del contenders[name]
         for threads in args.threads:
-            passes: dict[str, list[Pass]] = {name: [] for name in (BASELINE, *args.contenders)}
+            passes: dict[str, list[Pass]] = {name: [] for name in (BASELINE, *contenders)}
             for _ in range(args.repeats):
                 for name, done in passes.items():
                     if name == BASELINE:
-                        done.append(theirs(root, augment, args.batch, threads, args.steps, args.device))
+                        done.append(theirs(root, augment, args.batch, threads, turn, args.device))
+                    elif name == "ffcv":
+                        beton = folder / "train.beton"
+                        done.append(by_ffcv(beton, augment, args.batch, threads, turn, args.device))
                     else:
-                        plan = plans["-packed" if name.endswith("-packed") else ""]
-                        done.append(ours(name, plan, threads, args.steps, args.device))
-            planning = plan_seconds(plans[""], args.steps)
-            rows += [
-                _row(args, name, threads, passes, planning, len(index), environment | versions)
-                for name in args.contenders
-            ]
+                        plan = plans[contenders[name].data]
+                        done.append(ours(contenders[name], plan, threads, turn, args.device))
+            for name, one in contenders.items():
+                plan = plans.get(one.data)
+                planning = 0.0 if plan is None else plan_seconds(plan, args.steps)
+                images = len(plans["files"].index)
+                rows.append(_row(args, name, threads, passes, planning, images, environment | versions))
     _print(rows)
     records.append(args.save, COLUMNS, rows)
     print(json.dumps({"rows": rows}), flush=True)
-    return 0
+    return int(refused)
+
+
+def _make_data(
+    kinds: set[str], root: pathlib.Path, folder: pathlib.Path, args: argparse.Namespace
+) -> dict[str, pathlib.Path]:
+    """The data folders of what contenders read, each made of the images in `root`; those of packs state their loss."""
+    from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_loss
+
+    packs = {"jpeg": JpegPack(short=args.short), "blocks": BlockPack(short=args.short, bits=args.bits)}
+    found = {"files": root}
+    for kind in sorted(kinds & packs.keys()):
+        found[kind] = folder / kind
+        pack(root, found[kind], packs[kind], splits=("train",))
+        print(f"{kind} pack: {pack_loss(found[kind], 'train')}, in the evaluation's view against the files")
+    if "beton" in kinds:
+        write_beton(root, folder / "train.beton", args.short)
+    return found
+
+
+def fault(contender: Contender, plans: dict[str, Any], device: str) -> str | None:
+    """Why a contender may not be timed: pixels too far from Pillow's, or a half type that is not float32 rounded."""
+    from ijckd_fast.data import make_loader, parity
+
+    if contender.backend not in parity.EXECUTORS:
+        return None
+    plan = plans[contender.data]
+    decode = contender.options.get("decode", "cpu")
+    found = parity.compare(plan.index, plan.augment, images=CHECKED, device=device, decode=decode)
+    if not parity.within(found, MAX_DRIFT):
+        return f"it is {found.mean_levels:.2f} grey levels off Pillow in the mean, {found.most_levels:.0f} at most"
+    if contender.dtype != torch.float32:
+        batches = []
+        for dtype in (torch.float32, contender.dtype):
+            with make_loader(contender.backend, plan, device=device, stop=1, dtype=dtype) as loader:
+                batches.append(next(loader).images)
+        if not torch.equal(batches[0].to(contender.dtype), batches[1]):
+            return f"its {contender.dtype} is not its float32 rounded"
+    return None
 
 
 def dali_version() -> str:
@@ -268,7 +397,7 @@ def _row(
         "workload": str(args.data_dir.name) if args.data_dir else "photos",
         "device": args.device,
         "threads": threads,
-        "contender": f"{name} {args.short}" if name.endswith("-packed") else name,
+        "contender": _title(name, args),
         "baseline": BASELINE,
         "images_per_s": mine,
         "baseline_images_per_s": base,
@@ -287,16 +416,27 @@ def _row(
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
+def _title(name: str, args: argparse.Namespace) -> str:
+    """A contender with what its data were made with."""
+    made = {"jpeg": f" {args.short}", "blocks": f" {args.short}, {args.bits:g} bits", "beton": f" {args.short}, raw"}
+    return name + made.get(CONTENDERS[name].data, "")
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'contender':16} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
+        f"{'contender':24} threads  images/s [p20 p80]        torchvision  ratio  cpu ms/image  torchvision's  plan %"
     )
     for r in rows:
         spread = f"{r['images_per_s']:8.0f} [{r['images_per_s_p20']:.0f} {r['images_per_s_p80']:.0f}]"
         print(
-            f"{r['contender']:16} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
-            f"  {r['cpu_ms_per_image']:12.2f}  {r['baseline_cpu_ms_per_image']:13.2f}  {r['plan_percent']:6.2f}"
+            f"{r['contender']:24} {r['threads']:7}  {spread:24}  {r['baseline_images_per_s']:11.0f}  {r['ratio']:5.2f}"
+            f"  {r['cpu_ms_per_image']:12.3f}  {r['baseline_cpu_ms_per_image']:13.2f}  {r['plan_percent']:6.2f}"
         )
+    for r in rows:
+        if r["contender"].startswith("blocks"):
+            others = [o for o in rows if o["threads"] == r["threads"] and not o["contender"].startswith("blocks")]
+            times = ", ".join(f"{r['images_per_s'] / o['images_per_s']:.1f} times {o['contender']}" for o in others)
+            print(f"{r['contender']}, {r['threads']} threads: {r['ratio']:.1f} times {BASELINE}, {times}")
 
 
 if __name__ == "__main__":

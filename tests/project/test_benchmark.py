@@ -10,10 +10,12 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from ijckd_fast import head as ops
+from ijckd_fast.data.load import pillow
 
 ROOT = pathlib.Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
@@ -333,21 +335,47 @@ def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
         assert (done.returncode, text in done.stderr) == (2, True), done.stderr
 
 
-def test_loader_rows(capsys, tmp_path):
+LOADER = ["loader", "--images", "30", "--batch", "8", "--steps", "6", "--seconds", "0", "--repeats", "1"]
+LOADER += ["--threads", "1", "--image-size", "32"]
+
+
+def test_loader_rows(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv", None)
     saved = tmp_path / "loader.csv"
-    quick = ["loader", "--images", "60", "--batch", "8", "--steps", "6", "--repeats", "1", "--threads", "1"]
-    assert benchmark.main([*quick, "--image-size", "32", "--save", str(saved)]) == 0
-    rows, _ = rows_of(capsys)
-    assert [row["contender"] for row in rows] == ["dali", "dali-packed 256", "pillow"]
+    assert benchmark.main([*LOADER, "--save", str(saved)]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    blocks = "blocks 256, 6 bits"
+    names = ["dali", "dali-packed 256", blocks, "blocks-bf16 256, 6 bits", "pillow"]
+    assert [row["contender"] for row in rows] == names
+    assert "ffcv is left out: it is not installed" in err
+    speeds = {row["contender"]: row["images_per_s"] for row in rows}
     for row in rows:
-        assert (row["what"], row["baseline"], row["threads"], row["images"]) == ("loader", "torchvision", 1, 54)
+        assert (row["what"], row["baseline"], row["threads"], row["images"]) == ("loader", "torchvision", 1, 27)
         assert row["ratio"] == pytest.approx(row["images_per_s"] / row["baseline_images_per_s"], rel=1e-3)
         assert 0 < row["plan_percent"] < 100
+        assert 0 < row["cpu_ms_per_image"] < 1000
+    ratio = speeds[blocks] / speeds["dali-packed 256"]
+    (told,) = [line for line in out.splitlines() if line.startswith(f"{blocks}, 1 threads: ")]
+    assert f", {ratio:.1f} times dali-packed 256" in told
+    assert "blocks pack: " in out
     with saved.open(newline="") as file:
-        assert [row["contender"] for row in csv.DictReader(file)] == [row["contender"] for row in rows]
+        assert [row["contender"] for row in csv.DictReader(file)] == names
     with pytest.raises(SystemExit):
-        benchmark.main([*quick, "--steps", "4"])
+        benchmark.main([*LOADER, "--steps", "4"])
     assert "must be above 4, got 4" in capsys.readouterr().err
+
+
+def test_a_loader_of_other_pixels_is_not_timed(capsys, monkeypatch):
+    loader = benchmark.loader_benchmark
+    monkeypatch.setattr(loader, "theirs", lambda *_: loader.Pass(1.0, 1.0))
+    monkeypatch.setattr(loader, "ours", lambda *_: pytest.fail("timed a wrong loader"))
+    make = pillow.arrange_planes
+    monkeypatch.setattr(pillow, "arrange_planes", lambda planes, plan, i: make(planes, plan, i) ^ np.uint8(2))
+    assert benchmark.main([*LOADER, "--contenders", "blocks", "--images", "20"]) == 1
+    rows, err = rows_of(capsys)
+    assert rows == []
+    assert "refused to time blocks: it is 2.0" in err
 
 
 STEP = ["step", "--pair", "tiny", "--device", "cpu", "--batch", "8", "--threads", "1", "--repeats", "1"]

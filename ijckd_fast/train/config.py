@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ijckd_fast.data import AUTO
 from ijckd_fast.distill import PRESETS, Objective
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.files import read_bytes
@@ -45,7 +44,7 @@ class TrainConfig(Writing, Computation, Optimisation, Images, Goal, DataAndModel
             raise UserError("--nesterov needs a --momentum above 0, got 0: set one, or leave --nesterov out")
         if self.optimizer != "sgd" and self.nesterov:
             raise UserError(f"--nesterov is SGD's, got --optimizer {self.optimizer}: leave it out")
-        if self.decode != "cpu" and self.data_backend not in (AUTO, "dali"):
+        if self.decode != "cpu" and self.data_backend not in ("auto", "dali"):
             raise UserError(
                 f"--decode {self.decode} is DALI's, got --data-backend {self.data_backend}: take dali, or --decode cpu"
             )

@@ -23,7 +23,7 @@ from torch import Tensor
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.index.kept import cache_homes
-from ijckd_fast.data.load.backends import make_loader
+from ijckd_fast.data.load.backends import backend_of, make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
 from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan, what_to_do
 from ijckd_fast.errors import UserError
@@ -85,7 +85,7 @@ def within(parity: Parity, max_drift: float) -> bool:
 
 def executor_of(index: Index) -> str:
     """Of EXECUTORS, the one that reads such images."""
-    return "dali" if index.blocks is None else "blocks"
+    return backend_of(index.blocks is not None)
 
 
 def compare(
@@ -120,8 +120,8 @@ def compare(
     if len(odd):
         plans.append((EvalPlan(index, _alone(augment), min(_BATCH, len(odd)), ids=odd), -(-len(odd) // _BATCH)))
     backend = executor_of(index)
-    where: dict[str, Any] = {"device": device} if backend == "blocks" or decode != "cpu" else {}
-    where |= {} if decode == "cpu" else {"decode": decode}
+    where: dict[str, Any] = {} if backend == "dali" and decode == "cpu" else {"device": device}
+    where |= {"decode": decode} if backend == "dali" else {}
     with contextlib.ExitStack() as stack:
         loaders: list[tuple[Loader, Loader]] = []
         for plan, stop in plans:

@@ -130,6 +130,13 @@ def test_what_a_pack_says_of_its_loss(data, out, tmp_path, capsys):
     assert pack_loss(out, "val") is None
 
 
+def test_splits_of_two_kinds(data, out):
+    indexes = build_index(out, "train"), build_index(data, "val")
+    rows, known = parity.of_dataset(*indexes, AUGMENT, threads=1)
+    assert ([row.backend for row in rows], known) == (["blocks", "dali"], False)
+    assert parity.of_dataset(*indexes, AUGMENT, threads=1) == (rows, True)
+
+
 def test_needs_no_dali_and_depends_on_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "ijckd_fast.data.index.dali", None)
     found = parity.versions("blocks")

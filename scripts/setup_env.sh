@@ -34,11 +34,19 @@ fi
 
 export PATH="$PWD/.venv/bin:$PATH" # cmake and ninja come with requirements-dev.txt; the tests build too
 
+room() { # for whom an installation failed; the first thing to run out
+    local free
+    free=$(df -Pk . "${TMPDIR:-/tmp}" 2>/dev/null |
+        awk 'NR > 1 { printf "%s%.1f GB in %s", sep, $4 / 1e6, $6; sep = ", " }')
+    echo "8 GB of room are needed here, free are ${free:-unknown}"
+}
+
 compile_kernels() { # in the background; what goes wrong is said by the build, which does again what was not done
     local few
     mapfile -t few < <(grep -E '^(cmake|ninja|setuptools)==' requirements-dev.txt)
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile "${few[@]}" || return 0
-    nice -n 5 .venv/bin/python setup.py -q build_ext --kernels >/dev/null 2>&1 &
+    mkdir -p build/tmp # half a gigabyte of nvcc's own files, which a small /tmp does not hold
+    TMPDIR="$PWD/build/tmp" nice -n 5 .venv/bin/python setup.py -q build_ext --kernels >/dev/null 2>&1 &
     kernels=$!
 }
 
@@ -50,9 +58,10 @@ if [ "$(cat .venv/installed.stamp 2>/dev/null)" != "$needed" ]; then
     compile_kernels # they need no torch
     # --no-compile: Python compiles what it imports, a small part of all that is installed
     .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-compile -r requirements-dev.txt ||
-        { [ -z "$kernels" ] || kill "$kernels"; fail "could not install requirements-dev.txt: see above"; }
+        { [ -z "$kernels" ] || kill "$kernels"; fail "could not install requirements-dev.txt: see above ($(room))"; }
     echo "$needed" >.venv/installed.stamp
     if [ -n "$kernels" ]; then wait "$kernels" || true; fi
+    rm -rf build/tmp
 fi
 
 mapfile -t sources < <(find csrc CMakeLists.txt setup.py pyproject.toml -type f | LC_ALL=C sort)

@@ -372,7 +372,7 @@ def test_evaluation_shows_every_image_exactly_once(n, batch_size, world):
 def test_batch_plan_carries_labels_paths_and_sizes():
     plan = TrainPlan(make_index(30, size=(64, 48)), Augment(), 7, seed=0).batch(1)
     assert np.array_equal(plan.labels, plan.ids % 3)
-    assert plan.paths == [f"/data/train/c{i % 3}/{i}.jpg" for i in plan.ids]
+    assert list(plan.paths) == [f"/data/train/c{i % 3}/{i}.jpg" for i in plan.ids]
     assert (plan.size == [48, 64]).all()  # (h, w) of an image indexed as (width, height) = (64, 48)
     assert [array.dtype for array in (plan.ids, plan.labels)] == [np.int64] * 2
     assert {array.dtype for array in (plan.size, plan.anchor, plan.shape, plan.flip)} == {np.dtype(np.int32)}

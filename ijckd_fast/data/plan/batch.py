@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 
@@ -11,6 +13,27 @@ from ijckd_fast.data.plan.augment import Augment
 from ijckd_fast.data.plan.crops import padded_crop, random_resized_crop, resize_and_center_crop
 from ijckd_fast.data.plan.mixup import Mixing
 from ijckd_fast.data.sources import Place
+
+_T = TypeVar("_T")
+
+
+class OnDemand(Sequence[_T], Generic[_T]):
+    """What a function says of each of some ids, asked when it is looked at: not all executors look."""
+
+    def __init__(self, function: Callable[[int], _T], ids: np.ndarray) -> None:
+        self._function, self._ids = function, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, i: int) -> _T: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[_T]: ...
+    def __getitem__(self, i: int | slice) -> _T | list[_T]:
+        if isinstance(i, slice):
+            return [self._function(k) for k in self._ids[i].tolist()]
+        return self._function(int(self._ids[i]))
 
 
 @dataclass(eq=False)
@@ -37,7 +60,7 @@ class BatchPlan:
 
     ids: np.ndarray
     kept: np.ndarray
-    paths: list[str]
+    paths: Sequence[str]
     labels: np.ndarray
     size: np.ndarray
     anchor: np.ndarray
@@ -45,7 +68,7 @@ class BatchPlan:
     flip: np.ndarray
     resize: np.ndarray | None
     image_size: int
-    places: list[Place] | None = None
+    places: Sequence[Place] | None = None
     mixing: Mixing | None = None
     view: int | None = None
 
@@ -92,7 +115,7 @@ def _batch(
     resize: np.ndarray | None,
     image_size: int,
 ) -> BatchPlan:
-    paths = [index.absolute(i) for i in ids]
+    ids = ids.copy()
+    paths, places = OnDemand(index.absolute, ids), OnDemand(index.place, ids) if index.shards else None
     size = np.ascontiguousarray(size)
-    places = [index.place(i) for i in ids] if index.shards else None
-    return BatchPlan(ids.copy(), kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size, places)
+    return BatchPlan(ids, kept, paths, index.labels[ids], size, anchor, shape, flip, resize, image_size, places)

@@ -102,14 +102,6 @@ class BlockFile:
     bits: Bits
     table: np.ndarray
 
-    @property
-    def data(self) -> np.ndarray:
-        """[bytes] uint8, all of the file, mapped: nothing is read before it is used, and nothing written to the file.
-
-        A file that is cut short while it is mapped ends the process that reads behind its end.
-        """
-        return np.memmap(self.path, np.uint8, "c")  # not "r", of which torch makes a tensor with a warning only
-
     def require_images(self) -> None:
         """Reads all images; Damaged, which names the first whose bytes are not those that its checksum is of."""
         for record in self.table[self.table["length"] > 0]:

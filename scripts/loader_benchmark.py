@@ -35,6 +35,7 @@ COLUMNS = (
 )  # fmt: skip
 BASELINE = "torchvision"
 UNTIMED = 4  # batches
+EPOCHS = 10_000  # without an end, for those whose loader has one: more than any turn
 CHECKED = 64  # crops that are held to Pillow's before a contender is timed
 MAX_DRIFT = 0.5  # grey levels that they may be off in the mean, as in training
 
@@ -160,7 +161,7 @@ def theirs(root: pathlib.Path, augment: Any, batch: int, threads: int, turn: Tur
         ]
     )
     data = datasets.ImageFolder(str(root / "train"), transform)
-    sampler = torch.utils.data.RandomSampler(data, num_samples=1_000_000 * batch)
+    sampler = torch.utils.data.RandomSampler(data, num_samples=EPOCHS * len(data))
     loader = torch.utils.data.DataLoader(
         data, batch, sampler=sampler, num_workers=threads, persistent_workers=True, pin_memory=device == "cuda"
     )
@@ -184,8 +185,8 @@ def write_beton(root: pathlib.Path, path: pathlib.Path, short: int) -> None:
     DatasetWriter(str(path), fields).from_indexed_dataset(datasets.ImageFolder(str(root / "train")))
 
 
-def by_ffcv(path: pathlib.Path, augment: Any, batch: int, threads: int, turn: Turn, device: str) -> Pass:
-    """The same with FFCV's own pipeline, normalised where it decodes."""
+def by_ffcv(path: pathlib.Path, images: int, augment: Any, batch: int, threads: int, turn: Turn, device: str) -> Pass:
+    """The same with FFCV's own pipeline, normalised where it decodes. images: that the file has."""
     import numpy as np
     from ffcv import transforms
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
@@ -204,14 +205,14 @@ def by_ffcv(path: pathlib.Path, augment: Any, batch: int, threads: int, turn: Tu
         "label": [IntDecoder(), transforms.ToTensor()],
     }
     loader = Loader(
-        str(path), batch_size=batch, num_workers=threads, order=OrderOption.RANDOM, pipelines=pipelines, os_cache=True
-    )
+        str(path), batch_size=batch, num_workers=threads, order=OrderOption.RANDOM, pipelines=pipelines, os_cache=True,
+        indices=np.tile(np.arange(images), EPOCHS),
+    )  # fmt: skip
 
     def batches() -> Iterator[int]:
-        while True:
-            for images, labels in loader:
-                images.to(device, non_blocking=True)
-                yield len(labels.to(device, non_blocking=True))
+        for pixels, labels in loader:
+            pixels.to(device, non_blocking=True)
+            yield len(labels.to(device, non_blocking=True))
 
     return timed(batches(), list, turn, device)
 
@@ -305,6 +306,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         for data, where in _make_data({one.data for one in contenders.values()}, root, folder, args).items():
             index = build_index(where, "train", verify="fast", cache_dir=folder / "index" / data)
             plans[data] = TrainPlan(index, augment, args.batch, seed=0)
+        images = len(plans["files"].index)
         for name in list(contenders):
             why = fault(contenders[name], plans, args.device)
             if why is not None:
@@ -319,14 +321,13 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
                         done.append(theirs(root, augment, args.batch, threads, turn, args.device))
                     elif name == "ffcv":
                         beton = folder / "train.beton"
-                        done.append(by_ffcv(beton, augment, args.batch, threads, turn, args.device))
+                        done.append(by_ffcv(beton, images, augment, args.batch, threads, turn, args.device))
                     else:
                         plan = plans[contenders[name].data]
                         done.append(ours(contenders[name], plan, threads, turn, args.device))
             for name, one in contenders.items():
                 plan = plans.get(one.data)
                 planning = 0.0 if plan is None else plan_seconds(plan, args.steps)
-                images = len(plans["files"].index)
                 rows.append(_row(args, name, threads, passes, planning, images, environment | versions))
     _print(rows)
     records.append(args.save, COLUMNS, rows)
@@ -418,7 +419,11 @@ def _row(
 
 def _title(name: str, args: argparse.Namespace) -> str:
     """A contender with what its data were made with."""
-    made = {"jpeg": f" {args.short}", "blocks": f" {args.short}, {args.bits:g} bits", "beton": f" {args.short}, raw"}
+    from importlib import metadata
+
+    if name == "ffcv":
+        return f"ffcv {metadata.version('ffcv')} {args.short}, raw"
+    made = {"jpeg": f" {args.short}", "blocks": f" {args.short}, {args.bits:g} bits"}
     return name + made.get(CONTENDERS[name].data, "")
 
 

@@ -1,6 +1,6 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in
 // _C and for CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/, those of the block ops in
-// ijckd_fast/data/blocks/. All ops but take_counts and block_views are functional.
+// ijckd_fast/data/blocks/. All ops but take_counts and those that make views of blocks are functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
@@ -60,5 +60,12 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   // another.
   m.def(
       "block_views(Tensor[] files, Tensor rows, int luma_bits, int chroma_bits, float[] shift, float[] scale, "
+      "Tensor(a!) out) -> Tensor status");
+  // The same status without views, where rows fit views of this side.
+  m.def("block_check(Tensor[] files, Tensor rows, int luma_bits, int chroma_bits, int side) -> Tensor status");
+  // Views made on a GPU, of files [n, 2] int64, addresses and bytes. Checksums are not compared: status [B] is 1 where
+  // a row does not fit.
+  m.def(
+      "block_views_at(Tensor files, Tensor rows, int luma_bits, int chroma_bits, float[] shift, float[] scale, "
       "Tensor(a!) out) -> Tensor status");
 }

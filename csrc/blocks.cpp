@@ -1,22 +1,16 @@
 // Host side of the block ops, for the CPU: checks, allocation, registration.
 #include "blocks.h"
 
-#include <cmath>
 #include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "block_args.h"
 #include "block_codec.h"
 #include "op.h"
 
 namespace ijckd {
 namespace {
-
-void check_bits(int64_t luma_bits, int64_t chroma_bits, const char* op) {
-  const auto served = [](int64_t bits) { return bits == 3 || bits == 4; };
-  check(served(luma_bits) && served(chroma_bits), op, ": luma_bits and chroma_bits must be 3 or 4, got ", luma_bits,
-        " and ", chroma_bits);
-}
 
 void check_sides(int64_t h, int64_t w, const char* op) {
   check(h >= 1 && h <= kMostSide && w >= 1 && w <= kMostSide, op, ": the image's sides must lie in [1, ", kMostSide,
@@ -117,41 +111,55 @@ void check_row(const int64_t* row, int64_t b, const std::vector<Tensor>& files, 
         ")");
 }
 
-Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
-                   const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out) {
-  const char* op = "block_views";
+// The rows [B, kViewColumns], of which each fits its file and a view of side S.
+Tensor checked_rows(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
+                    int64_t S, const char* op) {
   check_bits(luma_bits, chroma_bits, op);
   for (const Tensor& file : files) {
     check_byte_row(file, op, "a file");
     check(file.is_contiguous(), op, ": a file must be contiguous");
   }
-  check_device(rows, op, "rows");
-  check(rows.scalar_type() == ScalarType::Long && rows.dim() == 2 && rows.size(1) == kViewColumns, op,
-        ": rows must be int64 [B, ", int(kViewColumns), "], got ", name(rows.scalar_type()), " ", shape(rows));
-  check(shift.size() == 3 && scale.size() == 3, op, ": shift and scale must be 3 numbers each, got ", shift.size(),
-        " and ", scale.size());
-  const int64_t B = rows.size(0), S = out.dim() == 4 ? out.size(1) : 0;
-  check_device(out, op, "out");
-  check(out.dim() == 4 && out.size(0) == B && out.size(2) == S && out.size(3) == 3 && S >= 1 && S <= kMostViewSide, op,
-        ": out must be [B, S, S, 3] with B = ", B, " and S in [1, ", kMostViewSide, "], got ", shape(out));
-  check(out.is_contiguous(), op, ": out must be contiguous");
+  check_view_rows(rows, op);
+  const Tensor table = dense(rows);
+  for (int64_t b = 0; b < table.size(0); ++b)
+    check_row(table.const_data_ptr<int64_t>() + b * kViewColumns, b, files, luma_bits, chroma_bits, S, op);
+  return table;
+}
+
+bool is_whole(const std::vector<Tensor>& files, const int64_t* row) {
+  const uint8_t* data = files[row[kFile]].const_data_ptr<uint8_t>() + row[kOffset];
+  return block_checksum(data, row[kLength]) == uint64_t(row[kChecksum]);
+}
+
+Tensor block_check(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
+                   int64_t S) {
+  const char* op = "block_check";
+  check(S >= 1 && S <= kMostViewSide, op, ": side must lie in [1, ", kMostViewSide, "], got ", S);
+  const Tensor table = checked_rows(files, rows, luma_bits, chroma_bits, S, op);
+  const Tensor status = empty(rows, {table.size(0)}, ScalarType::Byte);
+  for (int64_t b = 0; b < table.size(0); ++b)
+    status.mutable_data_ptr<uint8_t>()[b] = !is_whole(files, table.const_data_ptr<int64_t>() + b * kViewColumns);
+  return status;
+}
+
+Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
+                   const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out) {
+  const char* op = "block_views";
+  check_view_rows(rows, op);
+  const int64_t B = rows.size(0), S = view_side(out, B, op);
   const ViewType type = view_type(out, op);
-  const Tensor dense_rows = dense(rows), status = empty(rows, {B}, ScalarType::Byte);
-  const int64_t* table = dense_rows.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < B; ++b) check_row(table + b * kViewColumns, b, files, luma_bits, chroma_bits, S, op);
   float shifts[3], scales[3];
-  for (int c = 0; c < 3; ++c) {
-    shifts[c] = float(shift[c]), scales[c] = float(scale[c]);
-    check(std::isfinite(shifts[c]) && std::isfinite(255 * scales[c]), op, ": shift and scale must be finite, got ",
-          shift[c], " and ", scale[c]);
-  }
+  normalisation(shift, scale, op, shifts, scales);
+  const Tensor dense_rows = checked_rows(files, rows, luma_bits, chroma_bits, S, op);
+  const Tensor status = empty(rows, {B}, ScalarType::Byte);
+  const int64_t* table = dense_rows.const_data_ptr<int64_t>();
   const int64_t view_bytes = S * S * 3 * (type == ViewType::u8 ? 1 : type == ViewType::f32 ? 4 : 2);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = table + b * kViewColumns;
     const BlockImage image = image_of(row[kHeight], row[kWidth], luma_bits, chroma_bits);
     const uint8_t* data = files[row[kFile]].const_data_ptr<uint8_t>() + row[kOffset];
     uint8_t* view = static_cast<uint8_t*>(out.mutable_data_ptr()) + b * view_bytes;
-    const bool good = block_checksum(data, row[kLength]) == uint64_t(row[kChecksum]);
+    const bool good = is_whole(files, row);
     status.mutable_data_ptr<uint8_t>()[b] = !good;
     if (good)
       block_view({image, data, row, S, type, shifts, scales, view});
@@ -168,5 +176,6 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
   m.impl("block_encode", TORCH_BOX(&ijckd::block_encode));
   m.impl("block_planes", TORCH_BOX(&ijckd::block_planes));
   m.impl("block_checksum", TORCH_BOX(&ijckd::checksum_of));
+  m.impl("block_check", TORCH_BOX(&ijckd::block_check));
   m.impl("block_views", TORCH_BOX(&ijckd::block_views));
 }

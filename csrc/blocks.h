@@ -59,15 +59,15 @@ IJCKD_HD int block_sample(int a, int b, int i, int bits) {
                    : int((uint32_t(a * 15 + 7 + (b - a) * i) * 4370u) >> 16);
 }
 
-// RGB to Y, Cb, Cr in 16 fractional bits, libjpeg's own numbers.
-IJCKD_HD int luma_of(int r, int g, int b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
-IJCKD_HD int blue_of(int r, int g, int b) { return (-11059 * r - 21709 * g + 32768 * b + (128 << 16) + 32767) >> 16; }
-IJCKD_HD int red_of(int r, int g, int b) { return (32768 * r - 27439 * g - 5329 * b + (128 << 16) + 32767) >> 16; }
+// RGB to Y, Cb, Cr in 16 fractional bits, libjpeg's own numbers. (On the host alone, as all that encodes or checks.)
+inline int luma_of(int r, int g, int b) { return (19595 * r + 38470 * g + 7471 * b + 32768) >> 16; }
+inline int blue_of(int r, int g, int b) { return (-11059 * r - 21709 * g + 32768 * b + (128 << 16) + 32767) >> 16; }
+inline int red_of(int r, int g, int b) { return (32768 * r - 27439 * g - 5329 * b + (128 << 16) + 32767) >> 16; }
 
 // A sample of a chroma plane from s, the sum of four samples of the full-size plane, and the sum of the sums around it,
 // weighted (1, 6, 1) along x and along y, which repeat beyond the plane's sides: the mean m, sharpened by half of what
 // a resize to full size would blur, m + (m - blurred) / 2, rounded half up.
-IJCKD_HD int chroma_of(int s, int around) {
+inline int chroma_of(int s, int around) {
   const int v = (192 * s - around + 256) >> 9;
   return v < 0 ? 0 : v > 255 ? 255 : v;
 }
@@ -82,7 +82,7 @@ IJCKD_HD int chroma_of(int s, int around) {
 // mixed() is one-to-one in each argument. Anything else is missed once in 2^64 times.
 constexpr int kChecksumLanes = 16;
 
-IJCKD_HD uint64_t mixed(uint64_t h, uint64_t x) {
+inline uint64_t mixed(uint64_t h, uint64_t x) {
   h = (h ^ x) * 0x9e3779b97f4a7c15ull;
   return h ^ (h >> 32);
 }

@@ -11,7 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ijckd_fast.data.blocks import BITS, VIEW_COLUMNS, Bits, blocks_length, checksum, encode, planes, views
+from ijckd_fast.data.blocks import (
+    BITS,
+    VIEW_COLUMNS,
+    Bits,
+    blocks_length,
+    check_rows,
+    checksum,
+    encode,
+    planes,
+    views,
+)
 
 SIDES = [(1, 1), (2, 3), (5, 1), (3, 8), (8, 8), (9, 17), (16, 40), (33, 65), (64, 150), (1, 5000)]
 ALL_BITS = [*BITS.values(), Bits(3, 4)]
@@ -35,10 +45,14 @@ def row_of(data: np.ndarray, h: int, w: int, crop: tuple[int, int, int, int], **
 
 def made(files, rows, bits, side, dtype=torch.uint8) -> tuple[np.ndarray, np.ndarray]:
     """Views [B, S, S, 3] and status [B]."""
-    table = torch.tensor([[row[name] for name in VIEW_COLUMNS] for row in rows], dtype=torch.int64)
+    table = table_of(rows)
     out = torch.full((len(rows), side, side, 3), 77, dtype=dtype)
     status = views([torch.from_numpy(f) for f in files], table, bits, SHIFT, SCALE, out)
     return (out.numpy() if dtype != torch.bfloat16 else out), status.numpy()
+
+
+def table_of(rows: list[dict[str, int]]) -> torch.Tensor:
+    return torch.tensor([[row[name] for name in VIEW_COLUMNS] for row in rows], dtype=torch.int64)
 
 
 def crops(g: np.random.Generator, h: int, w: int, side: int) -> list[dict[str, int]]:
@@ -221,6 +235,8 @@ def test_a_damaged_image_is_told_and_the_others_are_made():
     assert status.tolist() == [0, 1]
     np.testing.assert_array_equal(got[0], expected[0])
     assert not got[1].any()
+    files = [torch.zeros(0, dtype=torch.uint8), torch.from_numpy(file)]
+    assert check_rows(files, table_of([r | {"file": 1} for r in rows]), bits, 12).tolist() == [0, 1]
 
 
 BIG = 1 << 62
@@ -257,6 +273,9 @@ def test_rows_that_do_not_fit_are_refused_before_anything_is_read(changed, text)
     with pytest.raises(RuntimeError, match=re.escape(text)) as raised:
         made([data], [row, row | changed], bits, 12)
     assert str(raised.value).startswith("block_views: ")
+    with pytest.raises(RuntimeError, match=re.escape(text)) as raised:
+        check_rows([torch.from_numpy(data)], table_of([row, row | changed]), bits, 12)
+    assert str(raised.value).startswith("block_check: ")
 
 
 def test_tensors_that_do_not_fit_are_refused():
@@ -275,6 +294,10 @@ def test_tensors_that_do_not_fit_are_refused():
     ):
         with pytest.raises(RuntimeError, match="block_views: .*" + text):
             views(*arguments)
+    with pytest.raises(RuntimeError, match=r"block_check: side must lie in \[1, 16384\], got 0"):
+        check_rows(file, rows, bits, 0)
+    with pytest.raises(RuntimeError, match=r"block_check: rows must be int64 \[B, 13\], got int32"):
+        check_rows(file, rows.int(), bits, 8)
     with pytest.raises(RuntimeError, match="block_encode: rgb must be uint8, got float64"):
         encode(np.zeros((4, 4, 3)), bits)
     with pytest.raises(RuntimeError, match=r"block_encode: rgb must be \[h, w, 3\], got \[4, 4\]"):

@@ -5,11 +5,15 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "classifier_loss.h"
 #include "connector_match.h"
 #include "controls.h"
 #include "counts.h"
+#include "cuda/block_views.h"
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
 #include "cuda/linear_tiles.h"
@@ -86,6 +90,20 @@ class Call {
   }
   LossWeights weights() {
     return {real("ce"), real("sr"), real("fm"), real("kl"), real("temperature"), real("label_smoothing")};
+  }
+
+  // "files", a list of arrays, as block_views' table of their addresses and bytes.
+  std::pair<const int64_t*, int64_t> files() {
+    std::vector<int64_t> table;
+    for (const py::handle file : py::list(take("files"))) {
+      const auto a = file.cast<py::array>();
+      const void* copy = arrays_.add("a file", a.data(), a.nbytes(), a.itemsize(), emulator::Access::in);
+      table.insert(table.end(), {int64_t(reinterpret_cast<uintptr_t>(copy)), int64_t(a.nbytes())});
+    }
+    const size_t bytes = table.size() * sizeof(int64_t);
+    return {
+        static_cast<const int64_t*>(arrays_.add("files", table.data(), bytes, sizeof(int64_t), emulator::Access::in)),
+        int64_t(table.size() / 2)};
   }
 
   // What a launcher returned, as torch's caller would see it.
@@ -292,6 +310,24 @@ PYBIND11_MODULE(emulated_kernels, module) {
                              c.row_parts(emulator::Access::in), c.in<int64_t>("top1_rows"), c.losses(), c.integer("B"),
                              c.integer("K"), c.integer("Ct"), c.integer("stride"), c.weights()},
                             nullptr);
+  });
+  def("block_views", [](Call& c) {
+    BlockViews v;
+    std::tie(v.files, v.n_files) = c.files();
+    v.rows = c.in<int64_t>("rows");
+    v.luma_bits = int(c.integer("luma_bits"));
+    v.chroma_bits = int(c.integer("chroma_bits"));
+    v.type = static_cast<Pixels>(c.integer("type"));
+    for (int k = 0; k < kPlanes; ++k) {
+      const std::string place = std::to_string(k);
+      v.shift[k] = float(c.real(("shift" + place).c_str()));
+      v.scale[k] = float(c.real(("scale" + place).c_str()));
+    }
+    v.out = c.out("out");
+    v.status = c.out<uint8_t>("status");
+    v.B = c.integer("B");
+    v.S = c.integer("S");
+    return block_views(v, nullptr);
   });
   module.def("device_counts", [] {
     int64_t* counts = nullptr;

@@ -55,8 +55,22 @@ def main(device: str) -> None:
             runs += 1
         runs += 1
     if device == "cuda":
+        views_of_blocks()
+        runs += 1
         torch.cuda.synchronize()
     print(f"{runs} runs on {device} done")
+
+
+def views_of_blocks() -> None:
+    """Two views of an image of 24 x 31 in two tiles, of few taps, and two of one pixel, of many."""
+    data = torch.randint(256, (8 * (4 + 2) * 3 * 4,), dtype=torch.uint8).cuda()
+    files = torch.tensor([[data.data_ptr(), len(data)]]).cuda()
+    # file, offset, length, checksum; height, width; crop; the whole image's size where it is resized first; flip
+    crops = ([2, 1, 21, 30, 0, 0, 1], [-1, 3, 33, 33, 40, 37, 0]), ([0, 0, 24, 31, 0, 0, 0], [0, 0, 1, 1, 2, 2, 1])
+    for side, pair in zip((33, 1), crops, strict=True):
+        rows = torch.tensor([[0, 0, len(data), 0, 24, 31, *crop] for crop in pair]).cuda()
+        out = torch.empty(2, side, side, 3, dtype=torch.bfloat16, device="cuda")
+        torch.ops.ijckd.block_views_at(files, rows, 3, 3, [1.0, 2.0, 3.0], [0.1, 0.2, 0.3], out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
     ("least", "sources"),
     [
         (200, ["emulator/gpu_ops.py"]),
+        (6, ["emulator/block_ops.py", "block_oracle.py"]),
         (200, [f"head/test_{op}.py" for op in ("connector_match", "classifier_loss", "projected_classifier_loss")]),
         (3, ["head/test_numerics.py"]),
         (100, ["head/test_loss_edges.py"]),

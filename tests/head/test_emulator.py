@@ -8,12 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from emulator import build, cases, schedules, tile_cases
+from emulator import block_cases, build, cases, schedules, tile_cases
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = cases.CASES | tile_cases.CASES
+CASES = cases.CASES | tile_cases.CASES | block_cases.CASES
 LARGE = 5000  # a case of a size above that runs in one order only: there are small ones of its kind
 
 
@@ -51,6 +51,7 @@ HEADERS = (
     "connector_match.h",
     "classifier_loss.h",
     "counts.h",
+    "cuda/block_views.h",
     "cuda/classifier_tiles.h",
     "cuda/connector_tiles.h",
     "cuda/linear_tiles.h",

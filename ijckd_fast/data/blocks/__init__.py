@@ -6,7 +6,18 @@ pack_file.py  a file of many images, with a table of where each lies
 
 from __future__ import annotations
 
-from ijckd_fast.data.blocks.codec import BITS, VIEW_COLUMNS, Bits, blocks_length, checksum, encode, planes, views
+from ijckd_fast.data.blocks.codec import (
+    BITS,
+    VIEW_COLUMNS,
+    Bits,
+    blocks_length,
+    check_rows,
+    checksum,
+    encode,
+    planes,
+    views,
+    views_at,
+)
 from ijckd_fast.data.blocks.pack_file import (
     REMEDY,
     SUFFIX,
@@ -30,6 +41,7 @@ __all__ = [
     "BlockFile",
     "bits_per_pixel",
     "blocks_length",
+    "check_rows",
     "checksum",
     "encode",
     "layout",
@@ -38,5 +50,6 @@ __all__ = [
     "read_blocks",
     "room",
     "views",
+    "views_at",
     "write_file",
 ]

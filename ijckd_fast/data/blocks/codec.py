@@ -93,6 +93,35 @@ def views(
     return torch.ops.ijckd.block_views(list(files), rows, *bits, list(shift), list(scale), out)
 
 
+def check_rows(files: Sequence[Tensor], rows: Tensor, bits: Bits, side: int) -> Tensor:
+    """What `views` says of rows, without making the views: for those that `views_at` shall make.
+
+    files, rows  as for `views`, on the CPU; side: of the views, S
+    returns      [B] uint8: 1 where the image's bytes have not the row's checksum
+    raises       RuntimeError for rows that do not fit
+    """
+    load_libraries()
+    return torch.ops.ijckd.block_check(list(files), rows, *bits, side)
+
+
+def views_at(
+    files: Tensor, rows: Tensor, bits: Bits, shift: Sequence[float], scale: Sequence[float], out: Tensor
+) -> Tensor:
+    """`views`, made by a GPU on its current stream, with the same bits. The host does not wait for it.
+
+    files    [n, 2] int64: address and bytes of each file that rows name, in memory that the GPU can read: its own, or
+             pinned memory of the host. It must stay there until the views are made.
+    rows     [B, 13] int64, B up to 65,535; each image begins at an address divisible by 8
+    out      [B, S, S, 3] uint8, float32, bfloat16 or float16, contiguous: written
+    returns  [B] uint8: 1 for a row that does not fit, whose view is all zeros; checksums are not compared, see
+             check_rows
+
+    files, rows and out are on one GPU. All may change between replays of a CUDA graph that holds the call.
+    """
+    load_libraries()
+    return torch.ops.ijckd.block_views_at(files, rows, *bits, list(shift), list(scale), out)
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     """Without a copy where torch takes the array as it is: it warns of memory that must not be written to."""
     dense = np.ascontiguousarray(array)

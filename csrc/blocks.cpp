@@ -1,6 +1,7 @@
 // Host side of the block ops, for the CPU: checks, allocation, registration.
 #include "blocks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <vector>
@@ -142,9 +143,10 @@ Tensor block_check(const std::vector<Tensor>& files, const Tensor& rows, int64_t
   return status;
 }
 
-Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
-                   const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out) {
-  const char* op = "block_views";
+// lanes, ticks: see BlockView.
+Tensor make_views(const char* op, const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits,
+                  int64_t chroma_bits, const std::vector<double>& shift, const std::vector<double>& scale,
+                  const Tensor& out, int lanes, int64_t* ticks) {
   check_view_rows(rows, op);
   const int64_t B = rows.size(0), S = view_side(out, B, op);
   const ViewType type = view_type(out, op);
@@ -153,20 +155,54 @@ Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t
   const Tensor dense_rows = checked_rows(files, rows, luma_bits, chroma_bits, S, op);
   const Tensor status = empty(rows, {B}, ScalarType::Byte);
   const int64_t* table = dense_rows.const_data_ptr<int64_t>();
+  const bool half_way = any_half_way(shifts, scales);
   const int64_t view_bytes = S * S * 3 * (type == ViewType::u8 ? 1 : type == ViewType::f32 ? 4 : 2);
+  const auto data = [&](int64_t b) {
+    const int64_t* row = table + b * kViewColumns;
+    return files[row[kFile]].const_data_ptr<uint8_t>() + row[kOffset];
+  };
   for (int64_t b = 0; b < B; ++b) {
     const int64_t* row = table + b * kViewColumns;
-    const BlockImage image = image_of(row[kHeight], row[kWidth], luma_bits, chroma_bits);
-    const uint8_t* data = files[row[kFile]].const_data_ptr<uint8_t>() + row[kOffset];
     uint8_t* view = static_cast<uint8_t*>(out.mutable_data_ptr()) + b * view_bytes;
+    StageClock clock(ticks);
     const bool good = is_whole(files, row);
+    clock.lap(ViewStage::checksum);
     status.mutable_data_ptr<uint8_t>()[b] = !good;
-    if (good)
-      block_view({image, data, row, S, type, shifts, scales, view});
-    else
+    if (!good) {
       std::memset(view, 0, view_bytes);
+      continue;
+    }
+    BlockView v{image_of(row[kHeight], row[kWidth], luma_bits, chroma_bits),
+                data(b),
+                row,
+                S,
+                type,
+                shifts,
+                scales,
+                half_way,
+                view};
+    if (b + 1 < B) v.next = data(b + 1), v.next_bytes = row[kViewColumns + kLength];
+    v.lanes = lanes, v.ticks = ticks;
+    block_view(v);
   }
   return status;
+}
+
+Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
+                   const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out) {
+  return make_views("block_views", files, rows, luma_bits, chroma_bits, shift, scale, out, kMostLanes, nullptr);
+}
+
+Tensor block_view_ticks(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
+                        const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out,
+                        int64_t lanes) {
+  const char* op = "block_view_ticks";
+  check(lanes == 8 || lanes == 16 || lanes == 32, op, ": lanes must be 8, 16 or 32, got ", lanes);
+  const Tensor ticks = empty(rows, {kViewStages}, ScalarType::Long);
+  int64_t* each = ticks.mutable_data_ptr<int64_t>();
+  std::fill_n(each, kViewStages, 0);
+  make_views(op, files, rows, luma_bits, chroma_bits, shift, scale, out, int(lanes), each);
+  return ticks;
 }
 
 }  // namespace
@@ -178,4 +214,5 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
   m.impl("block_checksum", TORCH_BOX(&ijckd::checksum_of));
   m.impl("block_check", TORCH_BOX(&ijckd::block_check));
   m.impl("block_views", TORCH_BOX(&ijckd::block_views));
+  m.impl("block_view_ticks", TORCH_BOX(&ijckd::block_view_ticks));
 }

@@ -15,7 +15,8 @@
 
 #define IJCKD_INLINE __attribute__((always_inline)) inline
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12  // older: no levels
+    __GNUC__ >= 12    // older: no levels
+#define IJCKD_LEVELS  // functions for more than the baseline
 #define IJCKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define IJCKD_CLONES

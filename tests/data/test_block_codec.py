@@ -13,6 +13,8 @@ from PIL import Image
 
 from ijckd_fast.data.blocks import (
     BITS,
+    LANES,
+    STAGES,
     VIEW_COLUMNS,
     Bits,
     blocks_length,
@@ -20,6 +22,7 @@ from ijckd_fast.data.blocks import (
     checksum,
     encode,
     planes,
+    view_stages,
     views,
 )
 
@@ -221,6 +224,36 @@ def test_other_dtypes_are_the_levels_normalised():
     expected = (levels.astype(np.float32) - np.float32(SHIFT)) * np.float32(SCALE)
     np.testing.assert_array_equal(made([data], rows, bits, 35, torch.float32)[0], expected)
     assert torch.equal(made([data], rows, bits, 35, torch.bfloat16)[0], torch.from_numpy(expected).bfloat16())
+
+
+@pytest.mark.parametrize("bits", ALL_BITS, ids=str)
+@pytest.mark.parametrize("lanes", LANES)
+def test_vectors_of_every_width_make_the_same_views(lanes, bits):
+    """Those that the processor has. What the widest make is held to the definition above."""
+    g = np.random.default_rng(lanes)
+    for (h, w), side in (((64, 150), 33), ((33, 65), 64), ((200, 300), 8), ((300, 31), 224)):
+        data = encode(picture(h, w, noise=80), bits)
+        rows = [row_of(data, h, w, (0, 0, 1, 1)) | crop for crop in crops(g, h, w, side)]
+        table = torch.tensor([[row[name] for name in VIEW_COLUMNS] for row in rows])
+        for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+            expected, got = torch.full((2, len(rows), side, side, 3), 77).to(dtype)
+            views([torch.from_numpy(data)], table, bits, SHIFT, SCALE, expected)
+            stages = view_stages([torch.from_numpy(data)], table, bits, SHIFT, SCALE, got, lanes)
+            assert torch.equal(got, expected)
+            assert tuple(stages) == STAGES
+            assert min(stages.values()) > 0
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_levels_half_way_between_two_bfloat16_become_the_even_one(lanes):
+    bits, (h, w) = BITS["6"], (40, 61)
+    data = encode(picture(h, w), bits)
+    rows = torch.tensor([[row_of(data, h, w, (3, 5, 30, 40))[name] for name in VIEW_COLUMNS]])
+    levels, out = torch.zeros(1, 35, 35, 3, dtype=torch.uint8), torch.zeros(1, 35, 35, 3, dtype=torch.bfloat16)
+    views([torch.from_numpy(data)], rows, bits, SHIFT, SCALE, levels)
+    for shift in (SHIFT[0], 0.5):  # of 9 bits, where the level is above 128
+        view_stages([torch.from_numpy(data)], rows, bits, [shift] * 3, [1.0] * 3, out, lanes)
+        assert torch.equal(out, (levels.float() - np.float32(shift)).bfloat16())
 
 
 def test_a_damaged_image_is_told_and_the_others_are_made():

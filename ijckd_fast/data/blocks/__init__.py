@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from ijckd_fast.data.blocks.codec import (
     BITS,
+    LANES,
+    STAGES,
     VIEW_COLUMNS,
     Bits,
     blocks_length,
@@ -15,6 +17,7 @@ from ijckd_fast.data.blocks.codec import (
     checksum,
     encode,
     planes,
+    view_stages,
     views,
     views_at,
 )
@@ -33,7 +36,9 @@ from ijckd_fast.data.blocks.pack_file import (
 
 __all__ = [
     "BITS",
+    "LANES",
     "REMEDY",
+    "STAGES",
     "SUFFIX",
     "VERSION",
     "VIEW_COLUMNS",
@@ -49,6 +54,7 @@ __all__ = [
     "planes",
     "read_blocks",
     "room",
+    "view_stages",
     "views",
     "views_at",
     "write_file",

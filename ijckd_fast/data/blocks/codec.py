@@ -122,6 +122,23 @@ def views_at(
     return torch.ops.ijckd.block_views_at(files, rows, *bits, list(shift), list(scale), out)
 
 
+STAGES = ("checksum", "weights", "decode", "pass along x", "pass along y", "colours", "stores")
+LANES = (8, 16, 32)
+
+
+def view_stages(
+    files: Sequence[Tensor], rows: Tensor, bits: Bits, shift: Sequence[float], scale: Sequence[float], out: Tensor,
+    lanes: int = max(LANES),
+) -> dict[str, int]:  # fmt: skip
+    """`views`, and what each of STAGES took, in units of the processor's clock. For benchmarks and tests.
+
+    lanes  of 16 bits in a vector, at most: 8 (SSE2), 16 (AVX2) or 32 (AVX-512); fewer where the processor has no more
+    """
+    load_libraries()
+    ticks = torch.ops.ijckd.block_view_ticks(list(files), rows, *bits, list(shift), list(scale), out, lanes)
+    return dict(zip(STAGES, ticks.tolist(), strict=True))
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     """Without a copy where torch takes the array as it is: it warns of memory that must not be written to."""
     dense = np.ascontiguousarray(array)

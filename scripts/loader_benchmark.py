@@ -58,6 +58,8 @@ CONTENDERS = {
     "dali-packed": Contender("dali", "jpeg"),
     "blocks": Contender("blocks", "blocks"),
     "blocks-bf16": Contender("blocks", "blocks", dtype=torch.bfloat16),
+    "blocks-gpu": Contender("blocks", "blocks", {"blocks_on": "gpu"}),
+    "blocks-copies": Contender("blocks", "blocks", {"blocks_on": "copies"}),
     "pillow": Contender("pillow"),
     "pillow-packed": Contender("pillow", "jpeg"),
     "pillow-blocks": Contender("pillow", "blocks"),
@@ -260,9 +262,10 @@ def add_parser(commands: Any) -> None:
         choices=CONTENDERS,
         default=["dali", "dali-packed", "blocks", "blocks-bf16", "pillow", "ffcv"],
         help="executors; DALI's decode on the CPU, with the rest on the GPU (hybrid), or all on the GPU; -packed: on "
-        "what ijckd-fast pack makes of the same images, blocks: on what it makes with --codec blocks; -bf16: bfloat16, "
-        "all others float32; ffcv: its own pipeline on raw pixels, left out where it is not installed (default: dali "
-        "dali-packed blocks blocks-bf16 pillow ffcv)",
+        "what ijckd-fast pack makes of the same images, blocks: on what it makes with --codec blocks, on a GPU from "
+        "pinned memory (-gpu: from the GPU's own, -copies: from copies); -bf16: bfloat16, all others float32; ffcv: "
+        "its own pipeline on raw pixels, left out where it is not installed (default: dali dali-packed blocks "
+        "blocks-bf16 pillow ffcv)",
     )
     parser.add_argument("--short", type=int, default=256, help="of the packs: shorter side, pixels")
     parser.add_argument("--bits", type=float, default=6, help="of the block pack: bits a pixel")
@@ -356,6 +359,8 @@ def fault(contender: Contender, plans: dict[str, Any], device: str) -> str | Non
     """Why a contender may not be timed: pixels too far from Pillow's, or a half type that is not float32 rounded."""
     from ijckd_fast.data import make_loader, parity
 
+    if device == "cpu" and "blocks_on" in contender.options:
+        return "where a GPU reads blocks means nothing without one"
     if contender.backend not in parity.EXECUTORS:
         return None
     plan = plans[contender.data]

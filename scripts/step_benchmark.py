@@ -206,6 +206,8 @@ class Ours:
         settings: dict[str, Any] = {"threads": self.config.workers, "prefetch": self.config.prefetch}
         if self.config.data_backend == "dali":
             settings |= {"decode": self.config.decode, "hw_decoder_load": self.config.hw_decoder_load}
+        elif self.config.data_backend == "blocks":
+            settings["blocks_on"] = self.config.blocks_on
         with make_loader(
             self.config.data_backend, self.plan, device=self.device, start=self._steps, **settings
         ) as loader:

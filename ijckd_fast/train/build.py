@@ -165,6 +165,8 @@ def _loader(config: TrainConfig, plan: Plan, device: torch.device, **more: Any) 
     backend = backend_for(config, plan.index)
     if backend == "dali":
         settings |= {"decode": config.decode, "hw_decoder_load": config.hw_decoder_load}
+    elif backend == "blocks":
+        settings["blocks_on"] = config.blocks_on
     return make_loader(backend, plan, device=device, **settings, **more)
 
 

@@ -48,6 +48,11 @@ class TrainConfig(Writing, Computation, Optimisation, Images, Goal, DataAndModel
             raise UserError(
                 f"--decode {self.decode} is DALI's, got --data-backend {self.data_backend}: take dali, or --decode cpu"
             )
+        if self.blocks_on != "pinned" and self.data_backend not in ("auto", "blocks"):
+            raise UserError(
+                f"--blocks-on {self.blocks_on} is for block packs, got --data-backend {self.data_backend}: take "
+                "blocks, or leave --blocks-on out"
+            )
 
 
 FIELDS: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(TrainConfig)}

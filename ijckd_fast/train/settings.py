@@ -265,6 +265,13 @@ class Images:
         "decode gpu: share of the images for the GPU's JPEG engine, in [0, 1]; the more threads, the less of it",
         Trait.CACHED | Trait.PER_PROCESS,
     )
+    blocks_on: Literal["pinned", "gpu", "copies"] = _image(
+        "pinned",
+        "a block pack and a GPU, which makes the views: of blocks in the host's pinned memory (pinned), in the "
+        "GPU's own, which then holds the whole pack (gpu), or of copies of each batch's images (copies); where the "
+        "pack does not fit, the next of gpu, pinned, copies serves",
+        Trait.FREE | Trait.CACHED | Trait.PER_PROCESS,
+    )
     prefetch: int = _image(2, "batches decoded ahead", Trait.FREE | Trait.CACHED | Trait.PER_PROCESS, least=1)
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
+
+import torch
 
 from ijckd_fast.data.index import Index
 from ijckd_fast.data.load.blocks import BlockLoader
+from ijckd_fast.data.load.gpu_blocks import GpuBlockLoader
+from ijckd_fast.data.load.gpu_memory import BlocksOn
 from ijckd_fast.data.load.loader import Loader
 from ijckd_fast.data.load.pillow import PillowLoader
 from ijckd_fast.data.load.synthetic import SyntheticLoader
 from ijckd_fast.data.plan import Plan
 from ijckd_fast.errors import UserError, did_you_mean
+from ijckd_fast.head import load_libraries
 
 AUTO = "auto"
 BACKENDS = (AUTO, "dali", "blocks", "pillow", "synthetic")
@@ -41,6 +47,7 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     backend  auto: blocks for a block pack, else dali
     raises   UserError for an unknown backend, when DALI is asked for and not installed, or for images that the backend
              cannot read (dali: block packs; blocks: all others): there is no silent fallback
+    blocks_on, of blocks, means nothing without a GPU, see GpuBlockLoader
     """
     index: Index = plan.index
     if backend == AUTO:
@@ -49,7 +56,7 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     if backend == "pillow":
         return PillowLoader(plan, **settings)
     if backend == "blocks":
-        return BlockLoader(plan, **settings)
+        return _block_loader(plan, **settings)
     if backend == "synthetic":
         return SyntheticLoader(plan, **settings)
     if backend == "dali":
@@ -64,3 +71,17 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     raise UserError(
         f"the data backend must be one of {', '.join(BACKENDS)}, found {backend!r}{did_you_mean(backend, BACKENDS)}"
     )
+
+
+def _block_loader(plan: Plan, blocks_on: BlocksOn = "pinned", **settings: Any) -> BlockLoader:
+    """On a GPU its kernels make the views, where this installation has them."""
+    if torch.device(settings.get("device", "cpu")).type != "cuda":
+        return BlockLoader(plan, **settings)
+    if load_libraries():
+        return GpuBlockLoader(plan, blocks_on=blocks_on, **settings)
+    warnings.warn(
+        "views of a block pack are made on the CPU for want of the CUDA library (_C_cuda.so): build it where nvcc is, "
+        "with pip install -e .",
+        stacklevel=3,
+    )
+    return BlockLoader(plan, **settings)

@@ -1,14 +1,18 @@
-"""The executor of block packs on the CPU: views straight from the mapped files, by the op `block_views` on threads."""
+"""The executor of block packs on the CPU: views straight from the mapped files, by the op `block_views` on threads.
+
+gpu_blocks.py has the one whose views a GPU makes.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +27,6 @@ from ijckd_fast.data.sources import BlockPlace
 from ijckd_fast.errors import UserError
 
 _PART = 16  # images of a batch that one thread makes at a time
-_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 
 
 def view_rows(index: Index, plan: BatchPlan) -> np.ndarray:
@@ -40,18 +43,22 @@ def view_rows(index: Index, plan: BatchPlan) -> np.ndarray:
     return rows
 
 
-class _Mapped(NamedTuple):
+class Mapped(NamedTuple):
     """A file of a block pack, mapped; what replaces it under its name is not seen."""
 
     memory: mmap.mmap
     content: Tensor  # [bytes] uint8
 
     @classmethod
-    def of(cls, path: str) -> _Mapped:
+    def of(cls, path: str) -> Mapped:
+        """The pages are the system's own, which a GPU's driver can pin: of a private mapping it would pin copies."""
         with open(path, "rb", buffering=0) as file:
-            # a private copy of what is written to, which is nothing: torch makes no tensor of read-only memory
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        return cls(memory, torch.frombuffer(memory, dtype=torch.uint8))
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # torch makes no tensor of read-only memory without a warning; nothing is written to this one
+        seen = np.frombuffer(memory, np.uint8)
+        content = (ctypes.c_uint8 * len(seen)).from_address(seen.ctypes.data)
+        content.mapped = seen  # type: ignore[attr-defined]  # which must live as long as a tensor of it does
+        return cls(memory, torch.frombuffer(content, dtype=torch.uint8))
 
     def holds(self, rows: np.ndarray) -> np.ndarray:
         """[n] bool: whose images end before the file does, as long as it is now.
@@ -67,18 +74,18 @@ class _Mapped(NamedTuple):
             self.memory.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
 
-class _Files:
+class Files:
     """The files of an index, each mapped when it is first used."""
 
     def __init__(self, index: Index) -> None:
         self._paths = [os.path.join(index.root, shard) for shard in index.shards]
-        self._mapped: dict[int, _Mapped | None] = {}
+        self._mapped: dict[int, Mapped | None] = {}
 
-    def get(self, position: int) -> _Mapped | None:
+    def get(self, position: int) -> Mapped | None:
         """None where it cannot be opened: to read its images says why. Threads may ask for the same one at a time."""
         if position not in self._mapped:
             try:
-                self._mapped[position] = _Mapped.of(self._paths[position])
+                self._mapped[position] = Mapped.of(self._paths[position])
             except (OSError, ValueError):  # ValueError: an empty file
                 self._mapped[position] = None
         return self._mapped[position]
@@ -105,12 +112,12 @@ class _Memory:
 
 
 @dataclass(eq=False)
-class _Making:
-    """A batch in the making. images: [B, S, S, 3]; parts: [first, first + n) -> [n] uint8, 1 where it failed."""
+class Making:
+    """A batch in the making. images: _room's; parts: [first, first + n) -> [n] uint8, 1 where it failed."""
 
     plan: BatchPlan
     rows: np.ndarray
-    images: Tensor
+    images: Any
     parts: dict[int, Future[Tensor]]
 
 
@@ -122,17 +129,19 @@ class BlockLoader(Loader):
     An image whose bytes have another checksum than when it was packed, or whose file is shorter or gone, is unreadable.
     """
 
+    DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     _pool: ThreadPoolExecutor | None = None
     _reader: ThreadPoolExecutor  # one that waits for the disk, so that the others need not
 
     def __init__(self, plan: Plan, **settings: object) -> None:
         super().__init__(plan, **settings)  # type: ignore[arg-type]
         assert plan.index.blocks is not None
-        if self.dtype not in _DTYPES[:2]:
-            raise UserError(f"the data backend 'blocks' makes float32 or bfloat16, found {self.dtype}; take one")
+        if self.dtype not in self.DTYPES:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.DTYPES)
+            raise UserError(f"the data backend 'blocks' makes {names}, found {self.dtype}; take one")
         self._bits = plan.index.blocks
         self._memory = _Memory(self.prefetch + 2)
-        self._files = _Files(plan.index)
+        self._files = Files(plan.index)
 
     def _open(self) -> None:
         augment = self.plan.augment
@@ -141,7 +150,7 @@ class BlockLoader(Loader):
         self._shift, self._scale = shift.tolist(), scale.tolist()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="block-loader")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="block-reader")
-        self._ahead: deque[_Making] = deque()
+        self._ahead: deque[Making] = deque()
         self._planned = self.start
 
     def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
@@ -151,23 +160,26 @@ class BlockLoader(Loader):
         making = self._ahead.popleft()
         while not self._all_made(making):
             self._mend(making, self.plan.batch(step))
-        return self._delivered(making.images).permute(0, 3, 1, 2), making.plan
+        return self._delivered(making).permute(0, 3, 1, 2), making.plan
 
-    def _begun(self, plan: BatchPlan) -> _Making:
+    def _begun(self, plan: BatchPlan) -> Making:
         assert self._pool is not None
         self._changed.ask(plan, self._pool)
         rows = view_rows(self.plan.index, plan)
-        shape = (len(rows), plan.image_size, plan.image_size, 3)
-        if self.device.type == "cuda":
-            images = torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch's own, kept until it is copied
-        else:
-            images = self._memory.take(shape, self.dtype)
+        images = self._room(rows, plan.image_size)
         self._reader.submit(self._read_ahead, rows)
         parts = {
             first: self._pool.submit(self._make, rows[first : first + _PART], images[first : first + _PART])
             for first in range(0, len(rows), _PART)
         }
-        return _Making(plan, rows, images, parts)
+        return Making(plan, rows, images, parts)
+
+    def _room(self, rows: np.ndarray, side: int) -> Any:
+        """What the parts of a batch of rows [B, 13] are made to, taken apart by slices: [B, S, S, 3]."""
+        shape = (len(rows), side, side, 3)
+        if self.device.type == "cuda":
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch's own, kept until it is copied
+        return self._memory.take(shape, self.dtype)
 
     def _read_ahead(self, rows: np.ndarray) -> None:
         for position in np.unique(rows[:, 0]).tolist():
@@ -175,8 +187,8 @@ class BlockLoader(Loader):
             if file is not None:
                 file.read_ahead(rows[rows[:, 0] == position])
 
-    def _make(self, rows: np.ndarray, out: Tensor) -> Tensor:
-        """Views of rows [n, 13] to out [n, S, S, 3]; returns [n] uint8, 1 where an image cannot be read."""
+    def _make(self, rows: np.ndarray, out: Any) -> Tensor:
+        """What _room has for rows [n, 13]; returns [n] uint8, 1 where an image cannot be read."""
         positions, file = np.unique(rows[:, 0], return_inverse=True)
         there, good = [], np.zeros(len(rows), bool)
         for k, position in enumerate(positions.tolist()):
@@ -187,14 +199,18 @@ class BlockLoader(Loader):
         own = rows.copy()
         own[:, 0] = file
         if good.all():
-            return views(there, torch.from_numpy(own), self._bits, self._shift, self._scale, out)
+            return self._views(there, torch.from_numpy(own), out)
         status = torch.ones(len(rows), dtype=torch.uint8)
         for i in np.flatnonzero(good).tolist():  # one by one, into their places: this is rare
             row = torch.from_numpy(own[i : i + 1])
-            status[i : i + 1] = views(there, row, self._bits, self._shift, self._scale, out[i : i + 1])
+            status[i : i + 1] = self._views(there, row, out[i : i + 1])
         return status
 
-    def _all_made(self, making: _Making) -> bool:
+    def _views(self, files: list[Tensor], rows: Tensor, out: Any) -> Tensor:
+        """Of rows that lie within their files: [n] uint8, as `blocks.views`."""
+        return views(files, rows, self._bits, self._shift, self._scale, out)
+
+    def _all_made(self, making: Making) -> bool:
         """Waits for the whole batch; what cannot be read is set aside."""
         done = True
         for first, part in making.parts.items():
@@ -215,7 +231,7 @@ class BlockLoader(Loader):
             return error.why
         return f"{place.path} was replaced or written to while it was read"
 
-    def _mend(self, making: _Making, again: BatchPlan) -> None:
+    def _mend(self, making: Making, again: BatchPlan) -> None:
         """Makes what is another image in the plan's newer version of a batch."""
         assert self._pool is not None
         rows = view_rows(self.plan.index, again)
@@ -225,9 +241,9 @@ class BlockLoader(Loader):
         }
         making.plan, making.rows = again, rows
 
-    def _delivered(self, images: Tensor) -> Tensor:
+    def _delivered(self, making: Making) -> Tensor:
         """[B, S, S, 3] of the loader's dtype where it delivers them."""
-        images = deliver(images, self.device)
+        images = deliver(making.images, self.device)
         return images if images.dtype != torch.uint8 else normalised(images, self._shift, self._scale).to(self.dtype)
 
     def _release(self) -> None:

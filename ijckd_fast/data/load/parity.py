@@ -121,7 +121,8 @@ def compare(
         plans.append((EvalPlan(index, _alone(augment), min(_BATCH, len(odd)), ids=odd), -(-len(odd) // _BATCH)))
     backend = executor_of(index)
     where: dict[str, Any] = {} if backend == "dali" and decode == "cpu" else {"device": device}
-    where |= {"decode": decode} if backend == "dali" else {}
+    # where a run keeps the whole pack is no matter for pixels, and takes long to set up
+    where |= {"decode": decode} if backend == "dali" else {"blocks_on": "copies"}
     with contextlib.ExitStack() as stack:
         loaders: list[tuple[Loader, Loader]] = []
         for plan, stop in plans:

@@ -22,6 +22,13 @@
 #define IJCKD_CLONES
 #endif
 
+// Before a loop over the lanes of one vector: it would be unrolled before it could become one.
+#ifdef __clang__
+#define IJCKD_ONE_VECTOR
+#else
+#define IJCKD_ONE_VECTOR _Pragma("GCC unroll 1")
+#endif
+
 namespace ijckd {
 
 // Element i of p in the accumulator type, and back. BFloat16's own operators branch on NaN, which stops vectorisation.

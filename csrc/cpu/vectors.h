@@ -16,12 +16,6 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // all is inlined: vectors are never passed
 #endif
 
-#ifdef __clang__
-#define IJCKD_ONE_VECTOR
-#else
-#define IJCKD_ONE_VECTOR _Pragma("GCC unroll 1")  // or short ones would be unrolled before they become vectors
-#endif
-
 namespace ijckd {
 
 template <typename T, int N>
@@ -40,6 +34,21 @@ IJCKD_INLINE V load_as(const void* p) {
 template <typename V>
 IJCKD_INLINE void store_as(void* p, const V& v) {
   std::memcpy(p, &v, sizeof v);
+}
+// The same past the caches, to an address divisible by the vector's size.
+template <typename V>
+IJCKD_INLINE void stream_as(void* p, const V& v) {
+  struct Bytes {
+    char of[sizeof(V)];
+  };
+#ifdef __x86_64__
+  if constexpr (sizeof v == 16)
+    asm("movntdq %1, %0" : "=m"(*static_cast<Bytes*>(p)) : "x"(v));
+  else
+    asm("vmovntdq %1, %0" : "=m"(*static_cast<Bytes*>(p)) : "v"(v));
+#else
+  store_as(p, v);
+#endif
 }
 // f(0), f(1), .. with numbers that the compiler knows: an array of vectors must not be indexed by others, or it would
 // lie in memory.

@@ -14,7 +14,7 @@ namespace ijckd {
 constexpr int64_t kLine = 64;  // bytes of a cache line: loads of whole vectors shall not cross one
 constexpr int64_t kLane = 32;  // samples in one: rows are padded to whole ones
 constexpr int64_t kChunk = 8;  // columns that are transposed together
-constexpr int64_t kBand = 4;   // rows that are made together
+constexpr int64_t kBand = 2;   // rows that are made together
 
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -42,7 +42,7 @@ class Lines {
   int64_t room_ = 0;
 };
 
-// One plane after the pass along x, or two that lie alike: sample (y, x) of the image's is in row(y)[x]. Rows are in
+// One plane after the pass along x, or two that lie alike: sample (y, x) is in row(y)[x]. Rows are in
 // the order in which they are decoded: the first row of every block, then the second of every block, and so on.
 struct ViewPlane {
   int64_t first_row;      // of the blocks
@@ -57,14 +57,14 @@ struct ViewPlane {
     for (int64_t block = 0; block < blocks; ++block)
       for (int64_t y = 0; y < kBlockSide; ++y) to[block * kBlockSide + y] = (y * lanes + block) * stride;
   }
-  const int16_t* row(int64_t y, int64_t plane) const {
-    return rows.data() + places.data()[y - first_row] + plane * blocks * stride;
-  }
+  // Of the first plane; the second one's is blocks * stride further on.
+  const int16_t* row(int64_t y) const { return rows.data() + places.data()[y - first_row]; }
 };
 
 struct ViewScratch {
-  // Those of blocks.h, in every lane. The compiler shall not know them: it would not see rounded products in some.
-  alignas(kLine) int16_t factors[4][kLane];
+  // Those of blocks.h, and what rounds to a level, in every lane. The compiler shall not know them: it would not see
+  // rounded products in some.
+  alignas(kLine) int16_t factors[5][kLane];
   ViewWeights luma_x, luma_y, chroma_x, chroma_y;
   ViewPlane luma, chroma;
   Lines<int64_t> places;   // where a column's words lie
@@ -75,8 +75,8 @@ struct ViewScratch {
   Lines<uint8_t> stored;   // [kBand, stride, 3] as they are written
 
   ViewScratch() {
-    const int of[4] = {kRedOfCr, kGreenOfCb, kGreenOfCr, kBlueOfCb};
-    for (int c = 0; c < 4; ++c)
+    const int of[5] = {kRedOfCr, kGreenOfCb, kGreenOfCr, kBlueOfCb, 1 << (15 - kPassBits)};
+    for (int c = 0; c < 5; ++c)
       for (int16_t& factor : factors[c]) factor = int16_t(of[c]);
   }
 };

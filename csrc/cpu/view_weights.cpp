@@ -19,13 +19,13 @@ IJCKD_INLINE void weights_of(const PlaneAxis& axis, int64_t first, const int64_t
     const int64_t from = at[l] + apart * j, t = support - (from < 0 ? -from : from);
     return t > 0 ? t : 0;
   };
-  for (int64_t l = 0; l < kTogether; ++l) at[l] = axis.pitch * (2 * low[l] + 1) - axis.centre(first + l);
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t l = 0; l < kTogether; ++l) total[l] += tap(l, j);
-  for (int64_t l = 0; l < kTogether; ++l) inverse[l] = reciprocal(total[l]);
+  IJCKD_ONE_VECTOR for (int64_t l = 0; l < kTogether; ++l) at[l] =
+      axis.pitch * (2 * low[l] + 1) - axis.centre(first + l);
+  for (int64_t j = 0; j < n; ++j) IJCKD_ONE_VECTOR for (int64_t l = 0; l < kTogether; ++l) total[l] += tap(l, j);
+  IJCKD_ONE_VECTOR for (int64_t l = 0; l < kTogether; ++l) inverse[l] = reciprocal(total[l]);
   for (int64_t j = 0; j < n; ++j) {
     int64_t weight[kTogether];
-    for (int64_t l = 0; l < kTogether; ++l) {
+    IJCKD_ONE_VECTOR for (int64_t l = 0; l < kTogether; ++l) {
       sum[l] += tap(l, j);
       const int64_t after = (sum[l] * inverse[l] + (int64_t(1) << (61 - bits))) >> (62 - bits);
       weight[l] = after - before[l], before[l] = after;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the
-data loaders against torchvision's, and the index of a data folder: `scripts/benchmark.py op --help`, and likewise step,
-loader and index.
+data loaders against torchvision's, views of block packs, and the index of a data folder: `scripts/benchmark.py op
+--help`, and likewise step, loader, views and index.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's,
 else the workload is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits
@@ -37,6 +37,7 @@ import index_benchmark  # noqa: E402
 import loader_benchmark  # noqa: E402
 import records  # noqa: E402
 import step_benchmark  # noqa: E402
+import views_benchmark  # noqa: E402
 
 from ijckd_fast import head as ops  # noqa: E402
 from ijckd_fast.errors import UserError  # noqa: E402
@@ -764,6 +765,7 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
     loader_benchmark.add_parser(commands)
     step_benchmark.add_parser(commands)
+    views_benchmark.add_parser(commands)
     index_benchmark.add_parser(commands)
     return top
 
@@ -855,6 +857,8 @@ def main(argv: list[str] | None = None) -> int:
             return loader_benchmark.run(args, records.environment(args.device))
         if args.what == "step":
             return step_benchmark.run(args, records.environment(args.device) | {"cpu": records.cpu_name()})
+        if args.what == "views":
+            return views_benchmark.run(args, records.environment(args.device))
         if args.what == "index":
             return index_benchmark.run(args, records.environment("cpu"))
         return run_op(args)

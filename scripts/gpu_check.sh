@@ -11,7 +11,7 @@
 # and hypothesis; PYTHON chooses it (default: .venv's, else python3). Every step has its own time limit and its own
 # process, so that one that hangs or corrupts the GPU's memory spoils no other; the whole takes under 9 minutes. The
 # exit status is 1 if any step failed. Without a GPU it says so and runs the CPU half. Rows are added to DIR/op.csv,
-# DIR/step.csv and DIR/loader.csv, never to results/: copy the good ones there.
+# DIR/step.csv, DIR/loader.csv and DIR/views.csv, never to results/: copy the good ones there.
 set -uo pipefail
 
 fail() {
@@ -156,6 +156,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
         loader=("$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24
             --save "$out/loader.csv")
         step loader 100 "${loader[@]}" --repeats 3 --threads 8 15 --contenders dali dali-hybrid dali-gpu
+        step "views alone" 60 "$python" scripts/benchmark.py views --device cuda --save "$out/views.csv"
         step "loader blocks" 80 "${loader[@]}" --repeats 2 --threads 8 \
             --contenders blocks blocks-bf16 blocks-gpu blocks-copies
     else

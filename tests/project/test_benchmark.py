@@ -319,6 +319,7 @@ def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
             "views of blocks",
             "DALI on the GPU",
             "loader",
+            "views alone",
             "loader blocks",
             "step r34-r18",
             "step r50-mv1",
@@ -540,6 +541,32 @@ def test_unknown_step_options(capsys, argv):
         benchmark.main([*STEP, *argv])
     assert ended.value.code == 2
     assert argv[0] in capsys.readouterr().err
+
+
+def test_views_rows(capsys, tmp_path, monkeypatch):
+    saved = tmp_path / "views.csv"
+    arguments = ["views", "--images", "5", "--batch", "4", "--image-size", "9", "--short", "24", "--batches", "2"]
+    arguments += ["--repeats", "2", "--save", str(saved)]
+    assert benchmark.main(arguments) == 0
+    rows, _ = rows_of(capsys)
+    assert [(row["blocks_in"], row["dtype"], row["written_bytes_per_image"]) for row in rows] == [
+        ("host", "uint8", 243),
+        ("host", "float32", 972),
+        ("host", "bfloat16", 486),
+    ]
+    assert all(0 < row["images_per_s_p20"] <= row["images_per_s"] <= row["images_per_s_p80"] for row in rows)
+    assert len(list(csv.DictReader(saved.open(newline="")))) == 3
+    by_cpu = benchmark.views_benchmark.by_cpu
+
+    def wrong(made, batch, out):
+        run = by_cpu(made, batch, out)
+        return lambda k: (run(k), out.add_(1))[0] if out.dtype == torch.float32 else run(k)
+
+    monkeypatch.setattr(benchmark.views_benchmark, "by_cpu", wrong)
+    assert benchmark.main(arguments) == 1
+    rows, said = rows_of(capsys)
+    assert [row["dtype"] for row in rows] == ["uint8", "bfloat16"]
+    assert "refused to time float32, blocks in host: other bits" in said
 
 
 def test_index_rows(capsys, tmp_path, monkeypatch):

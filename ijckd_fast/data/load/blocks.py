@@ -26,7 +26,7 @@ from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.data.sources import BlockPlace
 from ijckd_fast.errors import UserError
 
-_PART = 16  # images of a batch that one thread makes at a time
+_PART = 32  # at most so many images of a batch are made by one thread at a time
 
 
 def view_rows(index: Index, plan: BatchPlan) -> np.ndarray:
@@ -60,16 +60,14 @@ class Mapped(NamedTuple):
         content.mapped = seen  # type: ignore[attr-defined]  # which must live as long as a tensor of it does
         return cls(memory, torch.frombuffer(content, dtype=torch.uint8))
 
-    def holds(self, rows: np.ndarray) -> np.ndarray:
-        """[n] bool: whose images end before the file does, as long as it is now.
-
-        A file that was cut since it was mapped would end the process that reads behind its end.
-        """
-        return rows[:, 1] + rows[:, 2] <= min(self.memory.size(), len(self.content))
+    @property
+    def length(self) -> int:
+        """Bytes that can be read now: to read behind the end of a file that was cut would end the process."""
+        return min(self.memory.size(), len(self.content))
 
     def read_ahead(self, rows: np.ndarray) -> None:
         """Has the system read these images, if it has to, while others are decoded."""
-        for offset, length in rows[self.holds(rows), 1:3].tolist():
+        for offset, length in rows[rows[:, 1] + rows[:, 2] <= self.length, 1:3].tolist():
             start = offset - offset % mmap.PAGESIZE
             self.memory.madvise(mmap.MADV_WILLNEED, start, offset + length - start)
 
@@ -168,9 +166,10 @@ class BlockLoader(Loader):
         rows = view_rows(self.plan.index, plan)
         images = self._room(rows, plan.image_size)
         self._reader.submit(self._read_ahead, rows)
+        size = min(_PART, -(-len(rows) // self.threads))
         parts = {
-            first: self._pool.submit(self._make, rows[first : first + _PART], images[first : first + _PART])
-            for first in range(0, len(rows), _PART)
+            first: self._pool.submit(self._make, rows[first : first + size], images[first : first + size])
+            for first in range(0, len(rows), size)
         }
         return Making(plan, rows, images, parts)
 
@@ -189,15 +188,12 @@ class BlockLoader(Loader):
 
     def _make(self, rows: np.ndarray, out: Any) -> Tensor:
         """What _room has for rows [n, 13]; returns [n] uint8, 1 where an image cannot be read."""
-        positions, file = np.unique(rows[:, 0], return_inverse=True)
-        there, good = [], np.zeros(len(rows), bool)
-        for k, position in enumerate(positions.tolist()):
-            mapped = self._files.get(position)
-            if mapped is not None:
-                good[file == k] = mapped.holds(rows[file == k])
-            there.append(torch.empty(0, dtype=torch.uint8) if mapped is None else mapped.content)
-        own = rows.copy()
-        own[:, 0] = file
+        own, numbers = rows.copy(), dict[int, int]()  # of the files that these rows need
+        own[:, 0] = [numbers.setdefault(position, len(numbers)) for position in rows[:, 0].tolist()]
+        mapped = [self._files.get(position) for position in numbers]
+        there = [torch.empty(0, dtype=torch.uint8) if file is None else file.content for file in mapped]
+        lengths = np.array([0 if file is None else file.length for file in mapped])
+        good = own[:, 1] + own[:, 2] <= lengths[own[:, 0]]
         if good.all():
             return self._views(there, torch.from_numpy(own), out)
         status = torch.ones(len(rows), dtype=torch.uint8)
@@ -214,7 +210,7 @@ class BlockLoader(Loader):
         """Waits for the whole batch; what cannot be read is set aside."""
         done = True
         for first, part in making.parts.items():
-            for i in part.result().nonzero().flatten().tolist():
+            for i in np.flatnonzero(part.result().numpy()).tolist():
                 self._set_aside(making.plan, first + i, self._why(making.plan, first + i))
                 done = False
         return done

@@ -13,7 +13,7 @@ from tiny_run import SETTINGS, config, differing, distilled, options, settings, 
 
 from ijckd_fast import cli
 from ijckd_fast.data.prepare import BlockPack, pack as make_pack
-from ijckd_fast.train import checkpoint, load_run, resolve, run_folder, train
+from ijckd_fast.train import build, checkpoint, load_run, resolve, run_folder, train
 
 OWN_CHOICE = {"data_backend": "auto"}
 
@@ -130,8 +130,19 @@ def test_training_images_choose_and_validation_images_may_be_of_the_other_kind(d
     assert not (tmp_path / "refused" / "config.yaml").exists()
 
 
-def test_the_same_weights_as_by_hand_however_it_is_asked_for(pack, tmp_path):
+def test_the_same_weights_as_by_hand_however_it_is_asked_for(pack, tmp_path, monkeypatch):
+    """And --blocks-on, which means something on a GPU alone, reaches every executor of blocks."""
+    make, seen = build.make_loader, set()
+
+    def watched(backend, plan, **settings):
+        seen.add((backend, settings["blocks_on"]))
+        return make(backend, plan, **settings)
+
+    monkeypatch.setattr(build, "make_loader", watched)
     train(config(pack, tmp_path / "auto", **OWN_CHOICE, epochs=1))
-    train(config(pack, tmp_path / "named", data_backend="blocks", workers=1, prefetch=3, epochs=1))
+    assert seen == {("blocks", "pinned")}
+    more = {"workers": 1, "prefetch": 3, "blocks_on": "copies"}
+    train(config(pack, tmp_path / "named", data_backend="blocks", **more, epochs=1))
+    assert seen == {("blocks", "pinned"), ("blocks", "copies")}
     states = [checkpoint.load(tmp_path / name / "last.pt")["learner"] for name in ("auto", "named")]
     assert differing(*states) == []

@@ -676,6 +676,7 @@ def test_a_path_that_is_no_run_or_names_two_weights(data, teacher, tmp_path):
         ({"lr": 0.0}, "--lr must be above 0"),
         ({"epochs": 0}, "--epochs must be at least 1"),
         ({"decode": "gpu", "data_backend": "pillow"}, "--decode gpu is DALI's, got --data-backend pillow"),
+        ({"blocks_on": "gpu", "data_backend": "pillow"}, "--blocks-on gpu is for block packs, got --data-backend pi"),
         ({"nesterov": True, "momentum": 0.0}, "--nesterov needs a --momentum"),
         ({"ema_decay": 1.0}, r"--ema-decay must lie in \[0, 1\)"),
         ({"eval_resize": 8}, "eval_resize"),

@@ -20,7 +20,7 @@ from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.begun import refuse_foreign_checkpoint
 from ijckd_fast.train.build import build_distiller, build_val_loader, index_of
-from ijckd_fast.train.config import OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
+from ijckd_fast.train.config import FIELDS, OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
 from ijckd_fast.train.resolving import amp_dtype_of, resolve
 from ijckd_fast.train.state import Saved
 from ijckd_fast.train.teacher_checks import teacher_fingerprint
@@ -79,6 +79,8 @@ def _for_evaluation(saved: Saved, given: dict[str, Any]) -> TrainConfig:
         values["amp_dtype"] = None  # what the device has
     if "data_dir" in given:
         values["val_labels"] = None
+    if "data_backend" in given:  # of which the run's may know nothing
+        values.update({name: FIELDS[name].default for name in ("decode", "blocks_on")})
     return make_config(values)
 
 

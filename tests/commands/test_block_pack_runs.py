@@ -67,6 +67,16 @@ def test_evaluate(run, pack, data, tmp_path, capsys):
     assert f"reads image files, but {pack}/val holds a block pack; leave --data-backend out" in text
 
 
+def test_another_backend_knows_nothing_of_the_runs_own_settings(run, data, tmp_path, capsys):
+    state = checkpoint.load(run / "last.pt")
+    for name, value, backend in (("blocks_on", "gpu", "blocks"), ("decode", "hybrid", "dali")):
+        path = tmp_path / name / "last.pt"
+        path.parent.mkdir()
+        checkpoint.save(path, {**state, "config": {**state["config"], "data_backend": backend, name: value}})
+        for other in ("pillow", "dali"):
+            assert figures(capsys, "evaluate", path, "--data-dir", data, "--data-backend", other)["images"] == 18
+
+
 def test_export_and_bound(run, data, tmp_path, capsys):
     row = figures(capsys, "export", run, "--out", tmp_path / "export")  # compares answers on val
     assert row["checkpoint"] == str(run / "last.pt")

@@ -130,11 +130,15 @@ def test_what_a_pack_says_of_its_loss(data, out, tmp_path, capsys):
     assert pack_loss(out, "val") is None
 
 
-def test_splits_of_two_kinds(data, out):
+def test_splits_of_two_kinds(data, out, monkeypatch):
     indexes = build_index(out, "train"), build_index(data, "val")
     rows, known = parity.of_dataset(*indexes, AUGMENT, threads=1)
     assert ([row.backend for row in rows], known) == (["blocks", "dali"], False)
     assert parity.of_dataset(*indexes, AUGMENT, threads=1) == (rows, True)
+    versions = parity.versions
+    for changed in ("blocks", "dali"):  # either executor's code: measured again
+        monkeypatch.setattr(parity, "versions", lambda *names, it=changed: {**versions(*names), it: str(it in names)})
+        assert parity.of_dataset(*indexes, AUGMENT, threads=1) == (rows, False)
 
 
 def test_needs_no_dali_and_depends_on_the_library(monkeypatch):

@@ -137,11 +137,11 @@ def test_splits_of_two_kinds(data, out, monkeypatch):
     assert parity.of_dataset(*indexes, AUGMENT, threads=1) == (rows, True)
     versions = parity.versions
     for changed in ("blocks", "dali"):  # either executor's code: measured again
-        asked = {changed: "another"}
+        other = {changed: "another"}
         monkeypatch.setattr(
             parity,
             "versions",
-            lambda *names, asked=asked: versions(*names) | {x: asked[x] for x in asked if x in names},
+            lambda *of, new=other: versions(*of) | {name: new[name] for name in new.keys() & set(of)},
         )
         assert parity.of_dataset(*indexes, AUGMENT, threads=1) == (rows, False)
 

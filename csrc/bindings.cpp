@@ -69,8 +69,9 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "block_views_at(Tensor files, Tensor rows, int luma_bits, int chroma_bits, float[] shift, float[] scale, "
       "Tensor(a!) out) -> Tensor status");
   // The same with vectors of at most `lanes` (8, 16 or 32) lanes of 16 bits; ticks [kViewStages] int64: what each stage
-  // (block_codec.h) took, in units of the processor's clock. For tests and benchmarks.
+  // (block_codec.h) took, in units of the processor's clock, zeros without `clock`. For tests and
+  // benchmarks.
   m.def(
       "block_view_ticks(Tensor[] files, Tensor rows, int luma_bits, int chroma_bits, float[] shift, float[] scale, "
-      "Tensor(a!) out, int lanes) -> Tensor ticks");
+      "Tensor(a!) out, int lanes, bool clock) -> Tensor ticks");
 }

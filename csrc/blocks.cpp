@@ -195,13 +195,13 @@ Tensor block_views(const std::vector<Tensor>& files, const Tensor& rows, int64_t
 
 Tensor block_view_ticks(const std::vector<Tensor>& files, const Tensor& rows, int64_t luma_bits, int64_t chroma_bits,
                         const std::vector<double>& shift, const std::vector<double>& scale, const Tensor& out,
-                        int64_t lanes) {
+                        int64_t lanes, bool clock) {
   const char* op = "block_view_ticks";
   check(lanes == 8 || lanes == 16 || lanes == 32, op, ": lanes must be 8, 16 or 32, got ", lanes);
   const Tensor ticks = empty(rows, {kViewStages}, ScalarType::Long);
   int64_t* each = ticks.mutable_data_ptr<int64_t>();
   std::fill_n(each, kViewStages, 0);
-  make_views(op, files, rows, luma_bits, chroma_bits, shift, scale, out, int(lanes), each);
+  make_views(op, files, rows, luma_bits, chroma_bits, shift, scale, out, int(lanes), clock ? each : nullptr);
   return ticks;
 }
 

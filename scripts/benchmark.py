@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the
-data loaders against torchvision's, views of block packs, and the index of a data folder: `scripts/benchmark.py op
---help`, and likewise step, loader, views and index.
+data loaders against torchvision's, views of block packs, by stage too, and the index of a data folder:
+`scripts/benchmark.py op --help`, and likewise step, loader, views, stages and index.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's,
 else the workload is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits
@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: 
 import index_benchmark  # noqa: E402
 import loader_benchmark  # noqa: E402
 import records  # noqa: E402
+import stage_benchmark  # noqa: E402
 import step_benchmark  # noqa: E402
 import views_benchmark  # noqa: E402
 
@@ -767,6 +768,7 @@ def parser() -> argparse.ArgumentParser:
     step_benchmark.add_parser(commands)
     views_benchmark.add_parser(commands)
     index_benchmark.add_parser(commands)
+    stage_benchmark.add_parser(commands)
     return top
 
 
@@ -861,6 +863,8 @@ def main(argv: list[str] | None = None) -> int:
             return views_benchmark.run(args, records.environment(args.device))
         if args.what == "index":
             return index_benchmark.run(args, records.environment("cpu"))
+        if args.what == "stages":
+            return stage_benchmark.run(args, records.environment("cpu"))
         return run_op(args)
     except (Usage, UserError) as usage:
         print(f"benchmark: {usage}", file=sys.stderr)

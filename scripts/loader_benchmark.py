@@ -99,10 +99,10 @@ def write_photos(
             folder = root / split / f"c{i % classes:03d}"
             folder.mkdir(parents=True, exist_ok=True)
             width, height = (round(side * g.uniform(0.9, 1.1)) for side in (size if i % 3 else size[::-1]))
-            Image.fromarray(_photo(g, height, width)).save(folder / f"{i:06d}.jpg", quality=90)
+            Image.fromarray(photo(g, height, width)).save(folder / f"{i:06d}.jpg", quality=90)
 
 
-def _photo(g: np.random.Generator, height: int, width: int) -> np.ndarray:
+def photo(g: np.random.Generator, height: int, width: int) -> np.ndarray:
     """[height, width, 3] uint8: noise with a 1/f amplitude spectrum, its colours correlated."""
     import numpy as np
 

@@ -242,6 +242,10 @@ def test_vectors_of_every_width_make_the_same_views(lanes, bits):
             assert torch.equal(got, expected)
             assert tuple(stages) == STAGES
             assert min(stages.values()) > 0
+            again = torch.full_like(got, 77)
+            stages = view_stages([torch.from_numpy(data)], table, bits, SHIFT, SCALE, again, lanes, clock=False)
+            assert torch.equal(again, expected)
+            assert not any(stages.values())
 
 
 @pytest.mark.parametrize("lanes", LANES)

@@ -591,6 +591,32 @@ def test_index_rows(capsys, tmp_path, monkeypatch):
         assert len(list(csv.DictReader(file))) == 4
 
 
+def test_stage_rows(capsys, tmp_path):
+    saved = tmp_path / "stages.csv"
+    arguments = ["--images", "5", "--batch", "3", "--image-size", "32", "--threads", "1", "2", "--repeats", "2"]
+    assert benchmark.main(["stages", *arguments, "--dtypes", "uint8", "bfloat16", "--save", str(saved)]) == 0
+    rows, _ = rows_of(capsys)
+    assert {(row["dtype"], row["threads"]) for row in rows} == {(d, n) for d in ("uint8", "bfloat16") for n in (1, 2)}
+    for row in rows:
+        assert row["core_us"] > 0
+        assert sum(row[name] for name in benchmark.stage_benchmark.SHARES) == pytest.approx(100, abs=1)
+    with saved.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_wrong_views_are_not_timed(capsys, monkeypatch):
+    right = benchmark.stage_benchmark.make
+
+    def wrong(data, lanes, bits, out, clock=False):
+        ticks = right(data, lanes, bits, out, clock)
+        out[0, 0, 0, 0] += 9
+        return ticks
+
+    monkeypatch.setattr(benchmark.stage_benchmark, "make", wrong)
+    assert benchmark.main(["stages", "--images", "2", "--image-size", "16", "--dtypes", "uint8"]) == 1
+    assert "refused to time views: a view is" in capsys.readouterr().err
+
+
 def test_photos_are_like_imagenet_s(tmp_path):
     benchmark.loader_benchmark.write_photos(tmp_path, 20, classes=2)
     files = sorted(tmp_path.rglob("*.jpg"))
@@ -599,7 +625,7 @@ def test_photos_are_like_imagenet_s(tmp_path):
     assert 80_000 < sum(path.stat().st_size for path in files) / 20 < 140_000
 
 
-@pytest.mark.parametrize("what", ["loader", "index"])
+@pytest.mark.parametrize("what", ["loader", "index", "views"])
 def test_other_columns_are_refused_before_anything_is_measured(what, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     path.write_text("name,value\n")

@@ -128,14 +128,15 @@ LANES = (8, 16, 32)
 
 def view_stages(
     files: Sequence[Tensor], rows: Tensor, bits: Bits, shift: Sequence[float], scale: Sequence[float], out: Tensor,
-    lanes: int = max(LANES),
+    lanes: int = max(LANES), clock: bool = True,
 ) -> dict[str, int]:  # fmt: skip
     """`views`, and what each of STAGES took, in units of the processor's clock. For benchmarks and tests.
 
     lanes  of 16 bits in a vector, at most: 8 (SSE2), 16 (AVX2) or 32 (AVX-512); fewer where the processor has no more
+    clock  otherwise it is not looked at, and all are 0
     """
     load_libraries()
-    ticks = torch.ops.ijckd.block_view_ticks(list(files), rows, *bits, list(shift), list(scale), out, lanes)
+    ticks = torch.ops.ijckd.block_view_ticks(list(files), rows, *bits, list(shift), list(scale), out, lanes, clock)
     return dict(zip(STAGES, ticks.tolist(), strict=True))
 
 

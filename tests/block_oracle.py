@@ -30,12 +30,30 @@ def planes_of(rgb: np.ndarray) -> list[np.ndarray]:
     return [y, _halved(cb), _halved(cr)]
 
 
+def luma_beside(rgb: np.ndarray, cb: np.ndarray, cr: np.ndarray) -> np.ndarray:
+    """The luma that is encoded beside planes [4 n, 4 m] as they are decoded: [8 n, 8 m]."""
+    h, w = rgb.shape[:2]
+    r, g, b = np.moveaxis(np.pad(rgb, ((0, -h % 8), (0, -w % 8), (0, 0)), "edge").astype(np.int64), -1, 0)
+    full_cb = (-11059 * r - 21709 * g + 32768 * b + 128 * 65536 + 32767) >> 16
+    full_cr = (32768 * r - 27439 * g - 5329 * b + 128 * 65536 + 32767) >> 16
+    u, v = _doubled(cb) - 16 * full_cb, _doubled(cr) - 16 * full_cr
+    return np.clip(planes_of(rgb)[0] - (1462 * u + 704 * v + 32768) // 65536, 0, 255)
+
+
+def _doubled(half: np.ndarray) -> np.ndarray:
+    """[n, m] -> [2 n, 2 m], times 16: a triangle filter's."""
+    for _ in range(2):
+        p = np.pad(half, ((1, 1), (0, 0)), "edge")
+        half = np.stack([3 * half + p[:-2], 3 * half + p[2:]], 1).reshape(-1, half.shape[1]).T
+    return half
+
+
 def _halved(full: np.ndarray) -> np.ndarray:
     s = full[::2, ::2] + full[::2, 1::2] + full[1::2, ::2] + full[1::2, 1::2]
     p = np.pad(s, 1, "edge")
     p = p[:-2] + 6 * p[1:-1] + p[2:]
     around = p[:, :-2] + 6 * p[:, 1:-1] + p[:, 2:]
-    return np.clip((192 * s - around + 256) // 512, 0, 255)
+    return np.clip((448 * s - 3 * around + 512) // 1024, 0, 255)
 
 
 def decoded(data: np.ndarray, high: int, wide: int, bits: int) -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ namespace {
 // Blocks that are encoded side by side: sample i of all of them lies together, so that every loop is over blocks.
 constexpr int kBatch = 32;
 constexpr int kRounds = 3;
+constexpr int kMoves = 4;  // then: each end point by a level, to either side
 
 struct Batch {
   int32_t v[kBlockSamples][kBatch];     // samples
@@ -83,21 +84,38 @@ IJCKD_INLINE void encode_batch(Batch& t, int bits) {
     if (round > 0) fit_ends(t, k, a, b, bits);
     try_ends(t, a, b, k, bits);
   }
+  // rounded, the fit is no longer the best one: its neighbours often are better
+  for (int move = 0; move < kMoves; ++move) {
+    for (int n = 0; n < kBatch; ++n) {
+      const int32_t by = move % 2 ? 1 : -1;
+      a[n] = t.a[n] + (move % 4 < 2 ? by : 0), b[n] = t.b[n] + (move % 4 < 2 ? 0 : by);
+      a[n] = std::clamp(a[n], 0, 255), b[n] = std::clamp(b[n], 0, 255);
+    }
+    try_ends(t, a, b, k, bits);
+  }
 }
 
-// Blocks of a plane from its samples [4 high, 4 wide].
-IJCKD_INLINE void encode_plane_body(const uint8_t* samples, const BlockPlane& plane, uint8_t* out) {
+// Blocks of a plane from its samples [4 high, 4 wide]; decoded: where they go as the blocks have them, or nullptr.
+IJCKD_INLINE void encode_plane_body(const uint8_t* samples, const BlockPlane& plane, uint8_t* out, uint8_t* decoded) {
   const int64_t stride = kBlockSide * plane.wide, blocks = plane.blocks();
   if (plane.bits == 4) std::memset(out, 0, plane.ends_bytes());
   Batch t;
   for (int64_t first = 0; first < blocks; first += kBatch) {
     const int64_t count = std::min<int64_t>(kBatch, blocks - first);
-    for (int64_t n = 0; n < kBatch; ++n) {  // what a last batch lacks is its last block again
+    const auto corner = [&](int64_t n) {  // of a block; what a last batch lacks is its last block again
       const int64_t block = first + std::min(n, count - 1);
-      const uint8_t* at = samples + block / plane.wide * kBlockSide * stride + block % plane.wide * kBlockSide;
+      return block / plane.wide * kBlockSide * stride + block % plane.wide * kBlockSide;
+    };
+    for (int64_t n = 0; n < kBatch; ++n) {
+      const uint8_t* at = samples + corner(n);
       for (int64_t i = 0; i < kBlockSamples; ++i) t.v[i][n] = at[i / kBlockSide * stride + i % kBlockSide];
     }
     encode_batch(t, plane.bits);
+    for (int64_t n = 0; n < (decoded ? count : 0); ++n) {
+      uint8_t* at = decoded + corner(n);
+      for (int64_t i = 0; i < kBlockSamples; ++i)
+        at[i / kBlockSide * stride + i % kBlockSide] = uint8_t(block_sample(t.a[n], t.b[n], t.best[i][n], plane.bits));
+    }
     for (int64_t n = 0; n < count; ++n) {
       uint64_t indices = 0;
       for (int i = 0; i < kBlockSamples; ++i) indices |= uint64_t(t.best[i][n]) << (plane.bits * i);
@@ -108,8 +126,8 @@ IJCKD_INLINE void encode_plane_body(const uint8_t* samples, const BlockPlane& pl
     }
   }
 }
-IJCKD_CLONES void encode_plane(const uint8_t* samples, const BlockPlane& plane, uint8_t* out) {
-  encode_plane_body(samples, plane, out);
+IJCKD_CLONES void encode_plane(const uint8_t* samples, const BlockPlane& plane, uint8_t* out, uint8_t* decoded) {
+  encode_plane_body(samples, plane, out, decoded);
 }
 
 // One row of pixels [w, 3] to rows of samples [wide], padded by the last pixel's.
@@ -135,6 +153,23 @@ IJCKD_CLONES void sharpen_row(const int16_t* above, const int16_t* row, const in
                           __attribute__((always_inline)) { return s[x - 1] + 6 * s[x] + s[x + 1]; };
   for (int64_t x = 0; x < n; ++x)
     out[x] = uint8_t(chroma_of(row[x], across(above, x) + 6 * across(row, x) + across(below, x)));
+}
+
+// A row at full size [2 n], times 16, from the nearest row of a plane at half size [n] and the next nearest. line: n
+// + 2.
+IJCKD_CLONES void widen_row(const uint8_t* near, const uint8_t* far, int64_t n, int16_t* line, int16_t* out) {
+  for (int64_t x = 0; x < n; ++x) line[x + 1] = int16_t(3 * near[x] + far[x]);
+  line[0] = line[1], line[n + 1] = line[n];
+  for (int64_t x = 0; x < n; ++x) {
+    out[2 * x] = int16_t(3 * line[x + 1] + line[x]);
+    out[2 * x + 1] = int16_t(3 * line[x + 1] + line[x + 2]);
+  }
+}
+
+// A row of luma [n] beside Cb and Cr; wide_u, wide_v: what has become of them, times 16.
+IJCKD_CLONES void make_up_row(const uint8_t* cb, const uint8_t* cr, const int16_t* wide_u, const int16_t* wide_v,
+                              int64_t n, uint8_t* y) {
+  for (int64_t x = 0; x < n; ++x) y[x] = uint8_t(luma_beside(y[x], wide_u[x] - 16 * cb[x], wide_v[x] - 16 * cr[x]));
 }
 
 IJCKD_CLONES uint64_t checksum_of(const uint8_t* data, int64_t n) {
@@ -171,25 +206,29 @@ IJCKD_CLONES uint64_t checksum_of(const uint8_t* data, int64_t n) {
 void encode_blocks(const uint8_t* rgb, const BlockImage& image, uint8_t* out) {
   const BlockPlane luma = image.plane(0);
   const int64_t high = kBlockSide * luma.high, wide = kBlockSide * luma.wide, half = wide / 2, stride = half + 2;
-  std::vector<uint8_t> y(high * wide), chroma(high / 2 * half), rows(4 * wide);
-  std::vector<int16_t> sums[2] = {std::vector<int16_t>(high / 2 * stride), std::vector<int16_t>(high / 2 * stride)};
-  uint8_t *upper_cb = rows.data(), *upper_cr = upper_cb + wide, *lower_cb = upper_cr + wide,
-          *lower_cr = lower_cb + wide;
-  for (int64_t i = 0; i < high; i += 2) {
-    const auto pixels = [&](int64_t at) { return rgb + std::min(at, image.h - 1) * image.w * 3; };
-    split_row(pixels(i), image.w, wide, y.data() + i * wide, upper_cb, upper_cr);
-    split_row(pixels(i + 1), image.w, wide, y.data() + (i + 1) * wide, lower_cb, lower_cr);
-    halve_rows(upper_cb, lower_cb, half, sums[0].data() + i / 2 * stride + 1);
-    halve_rows(upper_cr, lower_cr, half, sums[1].data() + i / 2 * stride + 1);
+  std::vector<uint8_t> full[kPlanes], small[2];  // small: Cb and Cr at half size
+  for (auto& plane : full) plane.resize(high * wide);
+  for (int64_t i = 0; i < high; ++i) {
+    const uint8_t* pixels = rgb + std::min(i, image.h - 1) * image.w * 3;
+    split_row(pixels, image.w, wide, &full[0][i * wide], &full[1][i * wide], &full[2][i * wide]);
   }
-  encode_plane(y.data(), luma, out);
+  std::vector<int16_t> sums(high / 2 * stride), widened[2];
   for (int c = 1; c < kPlanes; ++c) {
-    const auto row = [&](int64_t at) {
-      return sums[c - 1].data() + std::clamp<int64_t>(at, 0, high / 2 - 1) * stride + 1;
-    };
-    for (int64_t i = 0; i < high / 2; ++i) sharpen_row(row(i - 1), row(i), row(i + 1), half, chroma.data() + i * half);
-    encode_plane(chroma.data(), image.plane(c), out + image.plane_at(c));
+    for (int64_t i = 0; i < high / 2; ++i)
+      halve_rows(&full[c][2 * i * wide], &full[c][(2 * i + 1) * wide], half, &sums[i * stride + 1]);
+    const auto row = [&](int64_t at) { return &sums[std::clamp<int64_t>(at, 0, high / 2 - 1) * stride + 1]; };
+    std::vector<uint8_t>& plane = small[c - 1];
+    plane.resize(high / 2 * half), widened[c - 1].resize(wide);
+    for (int64_t i = 0; i < high / 2; ++i) sharpen_row(row(i - 1), row(i), row(i + 1), half, &plane[i * half]);
+    encode_plane(plane.data(), image.plane(c), out + image.plane_at(c), plane.data());
   }
+  for (int64_t i = 0; i < high; ++i) {
+    const int64_t near = i / 2, far = std::clamp<int64_t>(i % 2 ? near + 1 : near - 1, 0, high / 2 - 1);
+    for (int c = 0; c < 2; ++c)
+      widen_row(&small[c][near * half], &small[c][far * half], half, sums.data(), widened[c].data());
+    make_up_row(&full[1][i * wide], &full[2][i * wide], widened[0].data(), widened[1].data(), wide, &full[0][i * wide]);
+  }
+  encode_plane(full[0].data(), luma, out, nullptr);
 }
 
 void decode_blocks(const uint8_t* data, const BlockPlane& plane, int64_t h, int64_t w, uint8_t* out) {

@@ -29,7 +29,7 @@ from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Stored, Treatment, packed_sizes
 from ijckd_fast.errors import UserError
 
-ENCODER = 1
+ENCODER = 2
 """To be raised when blocks.encode makes other bytes: a pack is continued by the encoder that began it."""
 
 _FARTHEST = 20.0  # grey levels: eight values spread over all 256 are 18 apart at most, in the mean of squares

@@ -146,17 +146,18 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
         tests "trainer no sync" 60 tests/train/test_train.py -k "never_wait_for_a_gpu"
         tests "training step" 60 tests/gpu/test_step_cuda.py
         tests "views of blocks" 60 tests/gpu/test_block_views_cuda.py tests/gpu/test_block_loader_cuda.py
+        step "views alone" 60 "$python" scripts/benchmark.py views --device cuda --save "$out/views.csv"
     else
         record "trainer no sync" "skipped" 0 "its packages are not all here; --wheels can bring them"
         record "training step" "skipped" 0 "its packages are not all here; --wheels can bring them"
-        record "views of blocks" "skipped" 0 "the trainer's packages are not all here; --wheels can bring them"
+        record "views of blocks" "skipped" 0 "its packages are not all here; --wheels can bring them"
+        record "views alone" "skipped" 0 "its packages are not all here; --wheels can bring them"
     fi
     if can_import "nvidia.dali, torchvision, pyarrow, rich"; then
         tests "DALI on the GPU" 60 tests/data/test_loaders.py -k "a_gpu_gets"
         loader=("$python" scripts/benchmark.py loader --device cuda --images 1000 --batch 128 --steps 24
             --save "$out/loader.csv")
         step loader 100 "${loader[@]}" --repeats 3 --threads 8 15 --contenders dali dali-hybrid dali-gpu
-        step "views alone" 60 "$python" scripts/benchmark.py views --device cuda --save "$out/views.csv"
         step "loader blocks" 80 "${loader[@]}" --repeats 2 --threads 8 \
             --contenders blocks blocks-bf16 blocks-gpu blocks-copies
     else

@@ -3,9 +3,6 @@ refusals.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +19,7 @@ from op_cases import (
     refused,
     run_connector,
 )
+from thread_counts import assert_same_for_any_thread_count
 from torch import Tensor
 
 from ijckd_fast import head
@@ -218,16 +216,9 @@ def test_connector_match_same_bits_for_any_thread_count():
         "out = t.run_connector(head.connector_match, leaves, kw)\n"
         "z, *rest = t.loss_inputs(B=33, Ct=24, K=101, dtype=torch.float32)\n"
         "out += t.run_loss(head.classifier_loss, z, *rest)\n"
-        "print(torch.get_num_threads(), [x.double().sum().item().hex() for x in out])"
+        "print([x.double().sum().item().hex() for x in out])"
     )
-    printed = []
-    for threads in ("1", "2"):
-        env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(sys.path))
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-        count, bits = done.stdout.split(" ", 1)
-        assert count == threads
-        printed.append(bits)
-    assert printed[0] == printed[1]
+    assert_same_for_any_thread_count(script)
 
 
 def test_connector_match_inference_without_teacher():

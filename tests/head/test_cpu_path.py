@@ -4,13 +4,10 @@ Sizes are chosen for csrc/cpu/class_chunks.cpp: whole rows up to 2^20 logits, 2^
 rows, and W^T W from 2^18 weights.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from op_cases import assert_equal_to, assert_no_worse_than_eager, loss_inputs, run_loss
+from thread_counts import assert_same_for_any_thread_count
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -325,10 +322,5 @@ def test_same_bits_for_any_thread_count_and_every_time():
         "    out = t.run_loss(head.classifier_loss, *args, kl=0.0)\n"
         "    print([x.double().sum().item().hex() for x in out])\n"
     )
-    printed = []
-    for threads in ("1", "2"):
-        env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONPATH=os.pathsep.join(sys.path))
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
-        printed.append(done.stdout.splitlines())
-    assert printed[0] == printed[1]
-    assert all(len(set(printed[0][i : i + 3])) == 1 for i in range(0, 24, 3))
+    for lines in assert_same_for_any_thread_count(script):
+        assert all(len(set(lines[i : i + 3])) == 1 for i in range(0, 24, 3))

@@ -38,7 +38,7 @@ def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path, reque
     shutil.copy(build.built("ops") / "_C.so", package / "head/_C.so")
     tests = tmp_path / "tests"
     tests.mkdir()
-    for copied in ("conftest.py", "op_cases.py", *sources):
+    for copied in ("conftest.py", "op_cases.py", "thread_counts.py", *sources):
         shutil.copy(ROOT / "tests" / copied, tests)
     chosen = (
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -104,24 +103,22 @@ def make_up(args: argparse.Namespace) -> Data:
     """Images like a pack's, one after the other as in its files; a crop of each as RandomResizedCrop makes them."""
     import numpy as np
 
+    from ijckd_fast.data import Augment
     from ijckd_fast.data.blocks import BITS, VIEW_COLUMNS, checksum, encode
+    from ijckd_fast.data.plan import random_resized_crop
 
     g, bits = np.random.default_rng(0), BITS[args.bits]
     pictures = [encode(loader_benchmark.photo(g, HEIGHT, WIDTH), bits) for _ in range(min(PICTURES, args.images))]
     room = -(-len(pictures[0]) // 64) * 64
     file = np.zeros((args.images, room), np.uint8)
     rows = np.zeros((args.images, len(VIEW_COLUMNS)), np.int64)
+    size = np.tile(np.array([[HEIGHT, WIDTH]], np.int32), (args.images, 1))
+    augment = Augment(image_size=args.image_size, eval_resize=args.image_size)
+    rows[:, 6:8], rows[:, 8:10], rows[:, 12] = random_resized_crop(0, 0, np.arange(args.images), size, augment)
     for i, row in enumerate(rows):
         blocks = pictures[i % len(pictures)]
         file[i, : len(blocks)] = blocks
-        while True:
-            area, ratio = g.uniform(0.08, 1) * HEIGHT * WIDTH, math.exp(g.uniform(math.log(3 / 4), math.log(4 / 3)))
-            high, wide = round((area / ratio) ** 0.5), round((area * ratio) ** 0.5)
-            if high <= HEIGHT and wide <= WIDTH:
-                break
-        top, left = g.integers(HEIGHT - high + 1), g.integers(WIDTH - wide + 1)
-        place = (0, i * room, len(blocks), checksum(blocks), HEIGHT, WIDTH)
-        row[:] = (*place, top, left, high, wide, 0, 0, g.integers(2))
+        row[:6] = (0, i * room, len(blocks), checksum(blocks), HEIGHT, WIDTH)
     return Data(torch.from_numpy(file.ravel()), torch.from_numpy(rows))
 
 

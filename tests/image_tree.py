@@ -31,6 +31,17 @@ def write_split(root: Path, split: str, classes: dict[str, int], size: tuple[int
             photo(height, width, seed=1000 * label + n).save(folder / f"{n:03d}.jpg", quality=92)
 
 
+def write_odd_tree(root: Path, of_class: int) -> Path:
+    """root/train with two classes of so many images and two odd ones each; root/val with 4."""
+    write_split(root, "train", {"cat": of_class, "dog": of_class})
+    write_split(root, "val", {"cat": 2, "dog": 2})
+    photo(1, 5000, 1).save(root / "train" / "cat" / "high-1.png")
+    photo(3, 2, 2).save(root / "train" / "cat" / "tiny.png")
+    photo(50, 61, 3).convert("L").save(root / "train" / "dog" / "gray.jpg")
+    photo(5, 300, 4).rotate(90, expand=True).convert("RGBA").save(root / "train" / "dog" / "wide-5.png")
+    return root
+
+
 def jpeg_bytes(path: Path) -> bytes:
     photo(48, 64).save(path, format="JPEG", quality=92)
     return path.read_bytes()

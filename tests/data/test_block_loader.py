@@ -1,5 +1,6 @@
 """The executor of block packs: its pixels, and files that go bad under it."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_tree import photo, write_split
+from image_tree import write_odd_tree
 from loading import AUGMENT, batches, identical, pixels
 
 from ijckd_fast.data import Augment, EvalPlan, Index, TooManyUnreadable, TrainPlan, build_index, make_loader
 from ijckd_fast.data.blocks import views
-from ijckd_fast.data.load.blocks import normalised, view_rows
+from ijckd_fast.data.load.blocks import Mapped, normalised, view_rows
 from ijckd_fast.data.prepare import BlockPack
 from ijckd_fast.errors import UserError
 
@@ -24,14 +25,7 @@ TINY_CROPS = Augment(image_size=24, eval_resize=28, scale=(0.001, 0.05))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """26 training images, of odd sizes some of them, in several files once they are packed."""
-    root = tmp_path_factory.mktemp("data")
-    write_split(root, "train", {"cat": 11, "dog": 11})
-    write_split(root, "val", {"cat": 2, "dog": 2})
-    photo(1, 5000, 1).save(root / "train" / "cat" / "high-1.png")
-    photo(3, 2, 2).save(root / "train" / "cat" / "tiny.png")
-    photo(50, 61, 3).convert("L").save(root / "train" / "dog" / "gray.jpg")
-    photo(5, 300, 4).rotate(90, expand=True).save(root / "train" / "dog" / "wide-5.png")
-    return root
+    return write_odd_tree(tmp_path_factory.mktemp("data"), 11)
 
 
 @pytest.fixture
@@ -154,6 +148,16 @@ def test_a_file_that_is_cut_while_it_is_mapped(index):
     assert not set(ids) & set(rows.tolist())
     assert len(said) == len(rows)
     assert all("ends at byte 64, before the image at bytes" in why for _, why in said)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM])
+def test_what_the_machine_lacks_is_not_the_files_fault(index, monkeypatch, number):
+    def refused(path: str) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr(Mapped, "of", refused)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        batches("blocks", EvalPlan(index, AUGMENT, 8))
 
 
 def test_evaluation_leaves_a_bad_image_out_and_too_many_are_an_error(index):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damage import damages
-from image_tree import photo, write_split
+from image_tree import write_odd_tree, write_split
 from PIL import Image
 
 from ijckd_fast import cli
@@ -32,14 +32,7 @@ HEADER, RECORD = 64, 40  # bytes
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """14 training images, one of each odd kind among them, and 4 for validation."""
-    root = tmp_path_factory.mktemp("data")
-    write_split(root, "train", {"cat": 5, "dog": 5})
-    write_split(root, "val", {"cat": 2, "dog": 2})
-    photo(1, 5000, 1).save(root / "train" / "cat" / "high-1.png")
-    photo(3, 2, 2).save(root / "train" / "cat" / "tiny.png")
-    photo(50, 61, 3).convert("L").save(root / "train" / "dog" / "gray.jpg")
-    photo(5, 300, 4).rotate(90, expand=True).convert("RGBA").save(root / "train" / "dog" / "wide-5.png")
-    return root
+    return write_odd_tree(tmp_path_factory.mktemp("data"), 5)
 
 
 def resized(index: Index, i: int) -> Image.Image:

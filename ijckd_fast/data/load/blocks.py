@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ijckd_fast.data.blocks import VIEW_COLUMNS, views
 from ijckd_fast.data.index import Index
-from ijckd_fast.data.load.loader import Loader, Unreadable, deliver
+from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file, deliver
 from ijckd_fast.data.load.pillow import blamed_on
 from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.data.sources import BlockPlace
@@ -80,17 +80,22 @@ class Files:
         self._mapped: dict[int, Mapped | None] = {}
 
     def get(self, position: int) -> Mapped | None:
-        """None where it cannot be opened: to read its images says why. Threads may ask for the same one at a time."""
+        """None where it cannot be opened: to read its images says why. Threads may ask for the same one at a time.
+
+        raises  OSError that is the machine's, not the file's: too many files are open, no memory
+        """
         if position not in self._mapped:
             try:
                 self._mapped[position] = Mapped.of(self._paths[position])
-            except (OSError, ValueError):  # ValueError: an empty file
+            except (OSError, ValueError) as error:  # ValueError: an empty file
+                if not blames_file(error):
+                    raise
                 self._mapped[position] = None
         return self._mapped[position]
 
 
 class _Memory:
-    """Batches' memory, taken again when nobody has the batch any more: new memory costs as much as half a view."""
+    """Batches' memory, taken again when nobody has the batch any more: the system would clear each new page first."""
 
     def __init__(self, keep: int) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=keep)

@@ -363,7 +363,10 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
       total += scale * from[Shape::kN + 1];
       v += scale * from[n];
     }
-    p.dz[b * p.Ct + n0 + n] += float(p.weights.ce / double(p.B)) * v / total;
+    const int64_t at = b * p.Ct + n0 + n;
+    const float dz = p.dz[at] + float(p.weights.ce / double(p.B)) * v / total;
+    p.dz[at] = dz;
+    if (p.dz_t) store(static_cast<bf16*>(p.dz_t), at, float(p.B) * dz);
   }
 }
 
@@ -447,6 +450,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
             const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
             add(c_fm, float2{z.x - t.x, z.y - t.y});
           }
+          if (p.dz_t) store_pair(static_cast<bf16*>(p.dz_t) + at, float2{float(p.B) * v.x, float(p.B) * v.y});
         }
         store_pair(p.dz + at, v);
       }
@@ -494,6 +498,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
       v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
     }
     store_pair(p.dz + at, v);
+    if (p.dz_t) store_pair(static_cast<T*>(p.dz_t) + at, float2{float(p.B) * v.x, float(p.B) * v.y});
   });
 }
 

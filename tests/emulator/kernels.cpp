@@ -235,6 +235,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                       c.flag("last"),
                       c.flag("grad"),
                       c.inout<float>("dz"),
+                      c.out("dz_t"),
                       c.in<float>("weight_sums_in"),
                       c.out<float>("weight_sums_out"),
                       c.sums(emulator::Access::in),
@@ -305,11 +306,12 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return logit_rows(l, nullptr);
   });
   def("times_classifier", [](Call& c) {
-    return times_classifier({int(c.integer("stage")), c.dtype(), c.flag("grad"), c.in("gradient"), c.in("weight"),
-                             c.in<float>("z"), c.in<float>("pooled_t"), c.out<float>("dz"), c.in<float>("part_rows"),
-                             c.row_parts(emulator::Access::in), c.in<int64_t>("top1_rows"), c.losses(), c.integer("B"),
-                             c.integer("K"), c.integer("Ct"), c.integer("stride"), c.weights()},
-                            nullptr);
+    return times_classifier(
+        {int(c.integer("stage")), c.dtype(), c.flag("grad"), c.in("gradient"), c.in("weight"), c.in<float>("z"),
+         c.in<float>("pooled_t"), c.out<float>("dz"), c.out("dz_t"), c.in<float>("part_rows"),
+         c.row_parts(emulator::Access::in), c.in<int64_t>("top1_rows"), c.losses(), c.integer("B"), c.integer("K"),
+         c.integer("Ct"), c.integer("stride"), c.weights()},
+        nullptr);
   });
   def("block_views", [](Call& c) {
     BlockViews v;

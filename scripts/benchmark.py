@@ -203,6 +203,9 @@ CSV_ONLY_KEYS += (
     "commit",
     "date",
 )
+KERNEL_COLUMNS = (
+    "workload", "dtype", "mode", "kernel", "us", "count", "contender", "machine", "torch", "commit", "date",
+)  # fmt: skip
 
 
 class WrongResult(Exception):
@@ -392,8 +395,8 @@ def peer_step(name: str, t: dict[str, Tensor], mode: str, dtype: torch.dtype, sc
     return make_step(lambda t: (cross_entropy(t["z"]), t["z"]), half, mode, torch.float32, scale)
 
 
-def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str) -> str | None:
-    """Why this baseline has no row for this workload here, or None if it has one."""
+def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str, stage: int = 2) -> str | None:
+    """Why this baseline has no row for this workload here, or None if it has one. stage: the highest of ours."""
     if baseline in GPU_ONLY and device == "cpu":
         return "needs a GPU"
     if baseline in CE_ONLY and not w.ce_only:
@@ -407,6 +410,8 @@ def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str) -> str |
         return "takes half types only"
     if baseline == "stage1" and torch.cuda.get_device_capability() != (9, 0):
         return "is ours on this GPU"
+    if baseline in STAGES and STAGES[baseline] >= stage:
+        return f"is ours with --stage {stage}"
     return None
 
 
@@ -530,26 +535,67 @@ def peak_mb(step: Step, device: str) -> float | None:
     return max(min(peaks), 0.0)
 
 
-def count_launches(step: Step, device: str) -> int | None:
-    """Kernels that one step runs on the GPU, by torch.profiler; None on a CPU and where the profiler sees no kernel."""
-    if device == "cpu":
+class Kernel(NamedTuple):
+    """A kernel that a step runs: its name without its parameters, mean microseconds of a launch, launches."""
+
+    name: str
+    us: float
+    count: int
+
+
+def kernels_of(step: Step, timer: Timer, runs: int = 1) -> list[Kernel] | None:
+    """What one step runs on the GPU, by torch.profiler, in the order of the first launches, from so many runs, each
+    with the L2 cache overwritten. None on a CPU and where the profiler sees no kernel.
+    """
+    if not timer.cuda:
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = pathlib.Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    return sum(event.get("cat") == "kernel" for event in events) or None
+    traces: list[list[dict[str, Any]]] = []
+    for _ in range(runs):
+        timer.cache_filler.zero_()
+        torch.cuda.synchronize()  # or the filling would be in the profile
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            step()
+            torch.cuda.synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = pathlib.Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            traces.append(json.loads(trace.read_text())["traceEvents"])
+    return kernels_in(traces) or None
+
+
+def kernels_in(traces: list[list[dict[str, Any]]]) -> list[Kernel]:
+    """The kernels in Chrome traces of the same step, whose times are in microseconds: of each the mean over a step's
+    launches, and of those the median over the traces.
+    """
+    means: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
+    for events in traces:
+        times: dict[str, list[float]] = {}
+        for event in sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"]):
+            times.setdefault(kernel_name(event["name"]), []).append(event["dur"])
+        for name, each in times.items():
+            means.setdefault(name, []).append(statistics.fmean(each))
+            counts[name] = len(each)
+    return [Kernel(name, statistics.median(each), counts[name]) for name, each in means.items()]
+
+
+def kernel_name(signature: str) -> str:
+    """`exp_tile<Tile<64>>` of `void ijckd::(anonymous namespace)::exp_tile<Tile<64>>(float const*, int)`."""
+    name = signature.replace("(anonymous namespace)::", "").removeprefix("void ").replace("ijckd::", "")
+    return name.partition("(")[0]
 
 
 class Measured(NamedTuple):
-    """Of one contender: milliseconds of every repeat, peak megabytes, kernel launches."""
+    """Of one contender: milliseconds of every repeat, peak megabytes, kernels (None: not known)."""
 
     times_ms: list[float]
     peak_mb: float | None
-    launches: int | None
+    kernels: list[Kernel] | None
+
+    @property
+    def launches(self) -> int | None:
+        """Of all kernels."""
+        return None if self.kernels is None else sum(kernel.count for kernel in self.kernels)
 
     @property
     def p20_50_80(self) -> tuple[float, float, float]:
@@ -599,14 +645,14 @@ def measure(
             print(f"{name}: {contender} left out: {type(failure).__name__}: {first_line}", file=sys.stderr)
     del oracle, eager_results
     peaks = {c: None if c.endswith("-graph") else peak_mb(step, device) for c, step in steps.items()}
-    launches = {c: count_launches(step, device) for c, step in steps.items()}
+    kernels = {c: kernels_of(step, timer, 3 if c in ("ours", *STAGES) else 1) for c, step in steps.items()}
     times: dict[str, list[float]] = {c: [] for c in steps}
     order = list(steps)
     for _ in range(repeats):
         for contender in order:
             times[contender].append(timer(steps[contender]))
         order.append(order.pop(0))  # nobody always runs behind the same neighbour
-    return {c: Measured(times[c], peaks[c], launches[c]) for c in steps}
+    return {c: Measured(times[c], peaks[c], kernels[c]) for c in steps}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -650,6 +696,19 @@ def make_rows(
         }
         rows.append({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
     return rows
+
+
+def kernel_rows(
+    name: str, dtype: str, mode: str, measured: dict[str, Measured], where: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One row per contender and kernel, in the order of the launches; none where the kernels are not known."""
+    return [
+        {"workload": name, "dtype": dtype, "mode": mode, "kernel": kernel.name, "us": round(kernel.us, 3)}
+        | {"count": kernel.count, "contender": contender}
+        | {key: where[key] for key in ("machine", "torch", "commit", "date")}
+        for contender, its in measured.items()
+        for kernel in its.kernels or ()
+    ]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -762,7 +821,20 @@ def parser() -> argparse.ArgumentParser:
     op.add_argument(
         "--sweep", choices=("k", "b"), help="instead of workloads: over K from 100 to 200,000, or over B at K 21841"
     )
+    op.add_argument(
+        "--stage",
+        type=int,
+        choices=(0, 1, 2),
+        default=2,
+        help="ours takes kernels up to this stage (GPU; default: all); below 2 the rows' mode says so",
+    )
     records.add_save(op, "op.csv")
+    op.add_argument(
+        "--kernels",
+        type=pathlib.Path,
+        metavar="CSV",
+        help="append every contender's kernels to this file: name, microseconds of a launch, launches (GPU)",
+    )
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
     loader_benchmark.add_parser(commands)
     step_benchmark.add_parser(commands)
@@ -805,6 +877,8 @@ def run_op(args: argparse.Namespace) -> int:
     if device == "cpu" and "float16" in dtypes:
         raise Usage("--dtype float16: float16 is for the GPU; use bfloat16 on a CPU")
     repeats = args.repeats if args.repeats is not None else 100 if device == "cuda" else 15
+    if device == "cpu" and args.stage != 2:
+        raise Usage("--stage is of a GPU's kernels: leave it out on a CPU")
     if repeats < 1:
         raise Usage(f"--repeats must be at least 1, got {repeats}")
     if (least := min(args.threads or [1])) < 1:
@@ -814,16 +888,19 @@ def run_op(args: argparse.Namespace) -> int:
     if args.shapes != "default" and (args.workloads or args.sweep):
         raise Usage(f"--shapes {args.shapes} brings its own workloads: leave --workloads and --sweep out")
     records.check(args.save, JSON_KEYS + CSV_ONLY_KEYS)
+    records.check(args.kernels, KERNEL_COLUMNS, "--kernels")
     if "float32" in dtypes:  # TF32 would give eager's convolution another precision than its linear layers, and ours
         torch.backends.cudnn.allow_tf32 = False
     workloads = chosen_workloads(args.workloads, args.sweep, device, args.shapes)
+    if device == "cuda" and ops.load_libraries():
+        torch.ops.ijckd.limit_stage(args.stage)
     timer, rows, failed = Timer(device), [], False
     for threads, dtype, name in itertools.product(args.threads or [torch.get_num_threads()], dtypes, workloads):
         torch.set_num_threads(threads)
         w = workloads[name]
         wanted = []
         for baseline in args.baselines or BASELINES:
-            reason = absent(baseline, w, DTYPES[dtype], device)
+            reason = absent(baseline, w, DTYPES[dtype], device, args.stage)
             if reason is None:
                 wanted.append(baseline)
             elif args.baselines:
@@ -838,8 +915,11 @@ def run_op(args: argparse.Namespace) -> int:
             print(f"benchmark: {name} in {dtype} failed: {failure}", file=sys.stderr)
             failed = True
             continue
-        new = make_rows(name, w, dtype, args.mode, measured, records.environment(device))
+        where = records.environment(device)
+        mode = args.mode if args.stage == 2 else f"{args.mode}, stage {args.stage}"
+        new = make_rows(name, w, dtype, mode, measured, where)
         records.append(args.save, JSON_KEYS + CSV_ONLY_KEYS, new)
+        records.append(args.kernels, KERNEL_COLUMNS, kernel_rows(name, dtype, mode, measured, where))
         rows += new
         print(f"{name} {dtype} {threads} threads done", file=sys.stderr, flush=True)
     print_table(rows)

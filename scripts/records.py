@@ -67,7 +67,7 @@ def add_save(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def check(path: pathlib.Path | None, columns: Sequence[str]) -> None:
+def check(path: pathlib.Path | None, columns: Sequence[str], option: str = "--save") -> None:
     """UserError if rows of these columns could not be appended to `path`: before an hour is spent on them. None:
     nothing to save.
     """
@@ -76,9 +76,11 @@ def check(path: pathlib.Path | None, columns: Sequence[str]) -> None:
     if path is None:
         return
     if path.exists() and (found := path.read_text().partition("\n")[0].strip()) != ",".join(columns):
-        raise UserError(f"--save: {path} has other columns ({found[:60]}...): name another file or move this one away")
+        raise UserError(
+            f"{option}: {path} has other columns ({found[:60]}...): name another file or move this one away"
+        )
     if not path.parent.is_dir():
-        raise UserError(f"--save: there is no folder {path.parent}: make it first")
+        raise UserError(f"{option}: there is no folder {path.parent}: make it first")
 
 
 def parse_args(parser: argparse.ArgumentParser, columns: Sequence[str]) -> argparse.Namespace:

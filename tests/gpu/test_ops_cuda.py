@@ -1,8 +1,9 @@
 """The tables of op_cases.py on a GPU, in every dtype, and what only a GPU can show; skipped where there is none.
 
 IJCKD_GPU_TESTS_ON=cpu runs what can run on a CPU there, which keeps these tests themselves in order
-(scripts/gpu_check.sh does so on a machine without a GPU). Oracle: reference.py in float64 on the CPU. Only torch,
-pytest, hypothesis and the libraries are needed.
+(scripts/gpu_check.sh does so on a machine without a GPU). IJCKD_GPU_TESTS_STAGE=1 keeps the process to kernels up to
+that stage, so that a fault of stage 2's spoils no other's results. Oracle: reference.py in float64 on the CPU. Only
+torch, pytest, hypothesis and the libraries are needed.
 """
 
 import itertools
@@ -26,7 +27,12 @@ gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
 STAGES = [0, 1, 2] if DEVICE == "cuda" else [2]
-STAGED = [(t, s) for t in DTYPES for s in (STAGES if t != torch.float32 else [2])]  # float32 has the plain kernels only
+if ONLY_STAGE := os.environ.get("IJCKD_GPU_TESTS_STAGE"):
+    STAGES = [int(ONLY_STAGE)]
+    if DEVICE == "cuda":
+        torch.ops.ijckd.limit_stage(STAGES[0])
+# float32 has the plain kernels only
+STAGED = [(t, s) for t in DTYPES for s in (STAGES if t != torch.float32 else STAGES[-1:])]
 CONNECTORS = list(itertools.product(("train", "eval", "bias", "none"), ("map", "pooled", None), (True, False)))
 LOSSES = [
     (c, teacher)
@@ -402,21 +408,24 @@ def test_cuda_graph_capture(dtype, kl, on):
         assert all(torch.equal(a, b) for a, b in zip(replayed, run_head(*inputs), strict=True))
 
 
-@gpu_only
 @pytest.mark.parametrize(("dtype", "kl", "on"), HEADS[1:], ids=str)
 def test_compiled_whole(dtype, kl, on):
-    """torch.compile takes forward and backward without a graph break and gives the bits of a plain run."""
+    """torch.compile takes forward and backward without a graph break and gives the results of a plain run. On a CPU
+    nothing is compiled, only traced.
+    """
     leaves, keywords, classifier, terms = head_inputs(dtype, kl, on)
     keywords = {k: v for k, v in keywords.items() if not k.startswith("running")}
 
-    def head(*tensors):
+    def whole(*tensors):
         named = dict(zip(leaves, tensors, strict=True))
         if on == "vectors":
             return head.projected_classifier_loss(*tensors, *classifier, **terms)[0]
         z, fm = head.connector_match(named.pop("u"), named.pop("weight"), **named, **keywords)
         return head.classifier_loss(z, *classifier, **terms)[0] + fm
 
-    plain, compiled = head(*leaves.values()), torch.compile(head, fullgraph=True)(*leaves.values())
+    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    plain = whole(*leaves.values())
+    compiled = torch.compile(whole, fullgraph=True, backend=backend)(*leaves.values())
     torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(loss, list(leaves.values())) for loss in (plain, compiled)]
     for a, b in zip(*gradients, strict=True):

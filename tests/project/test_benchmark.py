@@ -213,12 +213,53 @@ def test_peak_memory_sees_what_a_step_holds():
         (["--threads", "1", "0"], "--threads must be at least 1, got 0"),
         (["--dtype", "float16"], "float16 is for the GPU"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--stage", "1"], "--stage is of a GPU's kernels"),
+        (["--kernels", "/nowhere/kernels.csv"], "--kernels: there is no folder /nowhere"),
         (["--save", "/nowhere/op.csv"], "there is no folder /nowhere"),
     ],
 )
 def test_impossible_requests(capsys, argv, text):
     assert benchmark.main(["op", "--device", "cpu", *argv]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_kernels_are_read_from_traces():
+    """Two runs of a step; the mean of a kernel's launches, then the median of the runs; in the order of the launches,
+    not of the file.
+    """
+    tile, fill = "void ijckd::(anonymous namespace)::exp_tile<ijckd::Tile<64, 2> >(float const*, int)", "fill(char*)"
+    runs = [
+        [
+            {"cat": "kernel", "name": fill, "ts": 30, "dur": 7.0},
+            {"cat": "kernel", "name": tile, "ts": 20, "dur": 5.0 + run},
+            {"cat": "kernel", "name": tile, "ts": 10, "dur": 3.0 + run},
+            {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 1, "dur": 99.0},
+            {"name": "no category"},
+        ]
+        for run in (0, 1)
+    ]
+    assert benchmark.kernels_in(runs) == [("exp_tile<Tile<64, 2> >", 4.5, 2), ("fill", 7.0, 1)]
+
+
+def test_kernels_are_saved(capsys, tmp_path, monkeypatch):
+    """Of every contender, as rows that kernel_model.py can put beside its own."""
+    found = [benchmark.Kernel("exp_tile", 4.5, 2), benchmark.Kernel("grad_rows", 7.25, 1)]
+    monkeypatch.setattr(benchmark, "kernels_of", lambda *_: found)
+    path, saved = tmp_path / "kernels.csv", tmp_path / "op.csv"
+    argv = [*QUICK, "--workloads", "tiny", "tiny-ce", "--kernels", str(path), "--save", str(saved)]
+    assert benchmark.main(argv) == 0
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(benchmark.KERNEL_COLUMNS)
+    assert [(r["workload"], r["contender"], r["kernel"], r["us"], r["count"]) for r in rows] == [
+        (workload, contender, name, us, count)
+        for workload in ("tiny", "tiny-ce")
+        for contender in ("ours", "eager")
+        for name, us, count in (("exp_tile", "4.5", "2"), ("grad_rows", "7.25", "1"))
+    ]
+    assert {(r["dtype"], r["mode"]) for r in rows} == {("float32", "both")}
+    with saved.open() as file:
+        assert {row["ours_launches"] for row in csv.DictReader(file)} == {"3"}
 
 
 def test_cpu_forms_say_their_batch():

@@ -6,6 +6,7 @@
 #include "cuda/classifier_tiles.h"
 #include "cuda/linear_tiles.h"
 #include "cuda/stage.h"
+#include "workspace.h"
 
 namespace ijckd {
 namespace {
@@ -47,19 +48,19 @@ int first_parts(const TiledLoss& t, int stage) {
   return t.projection ? static_cast<int>(linear_parts(stage, t.terms.labels.size(0), t.terms.weight.size(1))) : 1;
 }
 
-// What each row needs before the GEMMs, of z [B, Ct], or with the projection that makes it.
-void first_launch(const TiledLoss& t, int stage, DType type, const Tensor& z, const Anchors& anchors,
+// What each row needs before the GEMMs, of t.z, or with the projection that makes it: `made` [B, Ct].
+void first_launch(const TiledLoss& t, int stage, DType type, float* made, const Anchors& anchors,
                   const Launch& launch) {
-  const int64_t B = z.size(0), Ct = z.size(1);
+  const int64_t B = t.terms.labels.size(0), Ct = t.terms.weight.size(1);
   const float* pooled_t = in<float>(t.terms.pooled_t);
   if (t.projection)
     launched(linear_tiles({.stage = stage,
                            .dtype = type,
-                           .u = torch::stable::contiguous(t.projection->u).const_data_ptr(),
-                           .weight = torch::stable::contiguous(t.projection->weight).const_data_ptr(),
+                           .u = data(t.projection->u),
+                           .weight = data(t.projection->weight),
                            .bias = in<float>(t.projection->bias),
                            .pooled_t = pooled_t,
-                           .z = z.mutable_data_ptr<float>(),
+                           .z = made,
                            .squares = nullptr,
                            .fm = nullptr,
                            .anchors = anchors,
@@ -69,28 +70,17 @@ void first_launch(const TiledLoss& t, int stage, DType type, const Tensor& z, co
                           launch.stream),
              "classifier_loss's projection");
   else
-    launched(anchor_rows({type, in<float>(z), pooled_t, anchors, B, Ct}, launch.stream),
+    launched(anchor_rows({type, in<float>(t.z), pooled_t, anchors, B, Ct}, launch.stream),
              "classifier_loss's first pass over z");
 }
 
 // The anchored way (classifier_tiles.h).
 void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
   const int64_t B = t.terms.labels.size(0), Ct = t.terms.weight.size(1), K = t.terms.weight.size(0);
-  const Tensor z = t.z ? *t.z : empty(t.terms.weight, {B, Ct}, DType::f32);
   const bool match = t.terms.weights.sr != 0,
              smoothing = t.terms.weights.ce != 0 && t.terms.weights.label_smoothing != 0;
   const int64_t size = B * K <= kWhole ? K : std::min(K, std::max(kChunk / B / 128 * 128, kLeastClasses));
   const int64_t stride_e = round_up(size, 8);
-
-  const int parts = first_parts(t, stage);
-  const Tensor z_t = empty(z, {B, Ct}, DType::bf16), sums_of_rows = empty(z, {3, parts, B}, DType::f32);
-  float* anchor = sums_of_rows.mutable_data_ptr<float>();
-  const RowParts rows{anchor, anchor + parts * B, t.terms.pooled_t ? anchor + 2 * parts * B : nullptr, nullptr, parts};
-  OptTensor d_split, gram_d, e, weight_sums;
-  if (match) d_split = empty(z, {2, B, Ct}, DType::bf16), gram_d = empty(z, {B, Ct}, DType::f32);
-  if (t.grad) e = empty(z, {B, stride_e}, DType::bf16);
-  if (t.grad && smoothing) weight_sums = empty(z, {2, Ct}, DType::f32);
-
   const auto tiles = [&](int64_t classes) {
     const int width = class_tile(stage, B, classes);
     return static_cast<int>((classes + width - 1) / width);
@@ -102,53 +92,57 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   }
   const int64_t first_tile_width = class_tile(stage, B, size);
   const int gram_tiles = match ? static_cast<int>((Ct + first_tile_width - 1) / first_tile_width) : 0;
-  const Tensor sums = empty(z, {3, class_tiles, B}, DType::f32);  // others, logits, best
-  const Tensor classes = torch::stable::new_empty(z, {class_tiles, B}, ScalarType::Int);
-  const Tensor square = empty(z, {gram_tiles, B}, DType::f32);
-  float* others = sums.mutable_data_ptr<float>();
+  const int parts = first_parts(t, stage);
+
+  Workspace memory;
+  const auto z_part = memory.part<float>(t.z ? 0 : B * Ct);
+  const auto z_t_part = memory.part<uint16_t>(B * Ct);  // bfloat16, as d_split and e
+  const auto anchor_part = memory.part<float>(parts * B), logit_b_part = memory.part<float>(parts * B);
+  const auto fm_part = memory.part<float>(t.terms.pooled_t ? parts * B : 0);
+  const auto d_split_part = memory.part<uint16_t>(match ? 2 * B * Ct : 0);
+  const auto gram_d_part = memory.part<float>(match ? B * Ct : 0);
+  const auto e_part = memory.part<uint16_t>(t.grad ? B * stride_e : 0);
+  const auto weight_sums_part = memory.part<float>(t.grad && smoothing && size < K ? 2 * Ct : 0);
   const int64_t of_tiles = class_tiles * B;
-  const TileSums tile_sums{others,
-                           smoothing ? others + of_tiles : nullptr,
-                           others + 2 * of_tiles,
-                           static_cast<int*>(classes.mutable_data_ptr()),
-                           match ? square.mutable_data_ptr<float>() : nullptr,
-                           class_tiles,
-                           gram_tiles};
+  const auto others_part = memory.part<float>(of_tiles), logits_part = memory.part<float>(smoothing ? of_tiles : 0);
+  const auto best_part = memory.part<float>(of_tiles);
+  const auto best_class_part = memory.part<int>(of_tiles);
+  const auto square_part = memory.part<float>(gram_tiles * B);
+  memory.allocate(t.terms.weight);
+
+  float* made = memory[z_part];
+  const float* z = t.z ? in<float>(t.z) : made;
+  uint16_t *z_t = memory[z_t_part], *d_split = memory[d_split_part], *e = memory[e_part];
+  float *gram_d = memory[gram_d_part], *weight_sums = memory[weight_sums_part];
+  const RowParts rows{memory[anchor_part], memory[logit_b_part], memory[fm_part], nullptr, parts};
+  const TileSums tile_sums{memory[others_part], memory[logits_part], memory[best_part], memory[best_class_part],
+                           memory[square_part], class_tiles,         gram_tiles};
 
   const int64_t* labels = in<int64_t>(t.terms.labels);
   const int64_t* labels_b = in<int64_t>(t.terms.labels_b);
-  const Anchors anchors{data(t.terms.weight),
-                        in<float>(t.terms.bias),
-                        labels,
-                        labels_b,
-                        z_t.mutable_data_ptr(),
-                        nullptr,
-                        nullptr,
-                        out<void>(d_split),
-                        rows,
-                        counts,
-                        K};
-  first_launch(t, stage, DType::bf16, z, anchors, launch);
+  const Anchors anchors{
+      data(t.terms.weight), in<float>(t.terms.bias), labels, labels_b, z_t, nullptr, nullptr, d_split, rows, counts, K};
+  first_launch(t, stage, DType::bf16, made, anchors, launch);
   int tile = 0;
   for (int64_t k = 0, chunk = 0; k < K; k += size, ++chunk) {
     const int64_t n = std::min(size, K - k);
     const bool first = k == 0, last = k + n == K, gram_here = match && first;
     launched(logits_exp({.stage = stage,
-                         .z_t = z_t.const_data_ptr(),
+                         .z_t = z_t,
                          .weight = data(t.terms.weight),
                          .bias = in<float>(t.terms.bias),
                          .rows = rows,
                          .labels = labels,
                          .labels_b = labels_b,
-                         .e = out<void>(e),
+                         .e = e,
                          .stride_e = round_up(n, 8),
                          .sums = tile_sums,
                          .first_tile = tile,
                          .gram = gram_here ? data(t.terms.gram) : nullptr,
-                         .d_split = data(d_split),
-                         .z = in<float>(z),
+                         .d_split = d_split,
+                         .z = z,
                          .pooled_t = in<float>(t.terms.pooled_t),
-                         .gram_d = out<float>(gram_d),
+                         .gram_d = gram_d,
                          .B = B,
                          .Ct = Ct,
                          .first_class = k,
@@ -157,9 +151,9 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
              "classifier_loss's logits");
     tile += tiles(n);
     if (!t.grad && !last) continue;
-    float* so_far = out<float>(weight_sums);  // two rows, written and read in turn
+    // of weight_sums two rows, written and read in turn
     launched(grad_rows({.stage = stage,
-                        .e = data(e),
+                        .e = e,
                         .weight = data(t.terms.weight),
                         .stride_e = round_up(n, 8),
                         .first_class = k,
@@ -169,18 +163,18 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                         .grad = t.grad,
                         .dz = out<float>(t.dz),
                         .dz_t = nullptr,
-                        .weight_sums_in = so_far && !first ? so_far + (chunk - 1) % 2 * Ct : nullptr,
-                        .weight_sums_out = so_far && !last ? so_far + chunk % 2 * Ct : nullptr,
+                        .weight_sums_in = weight_sums && !first ? weight_sums + (chunk - 1) % 2 * Ct : nullptr,
+                        .weight_sums_out = weight_sums && !last ? weight_sums + chunk % 2 * Ct : nullptr,
                         .sums = tile_sums,
-                        .z_t = z_t.const_data_ptr(),
+                        .z_t = z_t,
                         .bias = in<float>(t.terms.bias),
                         .rows = rows,
                         .labels = labels,
                         .labels_b = labels_b,
                         .mix = in<float>(t.terms.mix),
-                        .z = in<float>(z),
+                        .z = z,
                         .pooled_t = in<float>(t.terms.pooled_t),
-                        .gram_d = in<float>(gram_d),
+                        .gram_d = gram_d,
                         .losses = losses(t),
                         .counts = counts,
                         .B = B,
@@ -196,60 +190,68 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
 void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& launch) {
   const int64_t B = t.terms.labels.size(0), Ct = t.terms.weight.size(1), K = t.terms.weight.size(0),
                 stride = round_up(K, 8);
-  const Tensor z = t.z ? *t.z : empty(t.terms.weight, {B, Ct}, DType::f32);
   const DType type = dtype(t.terms.weight, "classifier_loss", "weight");
   const bool match = t.terms.match(), features = match && !t.terms.logits_t;
   // The KL alone needs the teacher's logits, which d does not give where it is large beside pooled_t.
   const bool either = features && t.terms.weights.kl != 0;
   // z's rows, then d's and pooled_t's: one product reads W once for all
-  const int64_t stacked = (1 + features + either) * B;
+  const int64_t stacked = 1 + features + either;
   const int parts = first_parts(t, stage);
-  const Tensor stack = empty(z, {stacked, Ct}, type), logits = empty(z, {(1 + features) * B, K}, DType::f32);
-  const Tensor part_rows = empty(z, {kParts, B}, DType::f32), hits = torch::stable::new_empty(z, {B}, ScalarType::Long);
-  OptTensor logits_t, squares;
+
+  Workspace memory;
+  const auto z_part = memory.part<float>(t.z ? 0 : B * Ct);
+  const auto stack_part = memory.part<uint16_t>(stacked * B * Ct);  // in `type`, as the gradient
+  const auto logits_part = memory.part<float>((1 + features) * B * K);
+  const auto part_rows_part = memory.part<float>(kParts * B);
+  const auto hits_part = memory.part<int64_t>(B);
+  const auto fm_part = memory.part<float>(t.terms.pooled_t ? parts * B : 0);
+  const auto pooled_part = memory.part<float>(either ? parts * B : 0);
+  const auto gradient_part = memory.part<uint16_t>(t.grad ? B * stride : 0);
+  memory.allocate(t.terms.weight);
+
+  OptTensor logits_t;
   if (match && !features) logits_t = as(*t.terms.logits_t, DType::f32);
-  if (t.terms.pooled_t) squares = empty(z, {2, parts, B}, DType::f32);
-  char* z_t = static_cast<char*>(stack.mutable_data_ptr());
-  float* l = logits.mutable_data_ptr<float>();
-  float* fm = out<float>(squares);
-  const RowParts rows{nullptr, nullptr, fm, either ? fm + parts * B : nullptr, parts};
-  first_launch(t, stage, type, z,
+  float *made = memory[z_part], *logits = memory[logits_part];
+  const float* z = t.z ? in<float>(t.z) : made;
+  uint16_t *stack = memory[stack_part], *gradient = memory[gradient_part];
+  float* part_rows = memory[part_rows_part];
+  int64_t* hits = memory[hits_part];
+  const RowParts rows{nullptr, nullptr, memory[fm_part], memory[pooled_part], parts};
+  first_launch(t, stage, type, made,
                {.weight = data(t.terms.weight),
                 .bias = nullptr,
                 .labels = in<int64_t>(t.terms.labels),
                 .labels_b = nullptr,
-                .z_t = z_t,
-                .d_t = features ? z_t + B * Ct * 2 : nullptr,
-                .pooled = either ? z_t + 2 * B * Ct * 2 : nullptr,
+                .z_t = stack,
+                .d_t = features ? stack + B * Ct : nullptr,
+                .pooled = either ? stack + 2 * B * Ct : nullptr,
                 .d_split = nullptr,
                 .rows = rows,
                 .counts = nullptr,
                 .K = K},
                launch);
-  OptTensor gradient;
-  if (t.grad) gradient = empty(z, {B, stride}, type);
   launched(logit_rows({.stage = stage,
                        .dtype = type,
-                       .stack = z_t,
+                       .stack = stack,
                        .weight = data(t.terms.weight),
                        .rows = {.dtype = DType::f32,
-                                .logits = l,
+                                .logits = logits,
                                 .bias = data(t.terms.bias),
-                                .delta = features ? l + B * K : nullptr,
+                                .delta = features ? logits + B * K : nullptr,
                                 .far = nullptr,
                                 .logits_t = data(logits_t),
                                 .labels = in<int64_t>(t.terms.labels),
                                 .labels_b = in<int64_t>(t.terms.labels_b),
                                 .mix = data(t.terms.mix),
-                                .part_rows = part_rows.mutable_data_ptr(),
-                                .top1_rows = out<int64_t>(hits),
+                                .part_rows = part_rows,
+                                .top1_rows = hits,
                                 .counts = counts,
                                 .B = B,
                                 .K = K,
                                 .weights = t.terms.weights,
                                 .grad = t.grad},
                        .squares = rows,
-                       .gradient = out<void>(gradient),
+                       .gradient = gradient,
                        .Ct = Ct,
                        .stride = stride},
                       launch.stream),
@@ -257,15 +259,15 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
   launched(times_classifier({.stage = stage,
                              .dtype = type,
                              .grad = t.grad,
-                             .gradient = data(gradient),
+                             .gradient = gradient,
                              .weight = data(t.terms.weight),
-                             .z = in<float>(z),
+                             .z = z,
                              .pooled_t = in<float>(t.terms.pooled_t),
                              .dz = out<float>(t.dz),
                              .dz_t = nullptr,
-                             .part_rows = in<float>(part_rows),
+                             .part_rows = part_rows,
                              .rows = rows,
-                             .top1_rows = in<int64_t>(hits),
+                             .top1_rows = hits,
                              .losses = losses(t),
                              .B = B,
                              .K = K,
@@ -295,9 +297,12 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");
   TiledLoss served = t;
-  if (t.projection &&
-      (t.projection->u.scalar_type() != t.terms.weight.scalar_type() || !linear_stage(*t.projection, {}, launch)))
-    served.z = projected(*t.projection), served.projection.reset();
+  if (t.projection) {
+    Projection& from = *served.projection;
+    from.u = dense(from.u), from.weight = dense(from.weight);
+    if (from.u.scalar_type() != t.terms.weight.scalar_type() || !linear_stage(from, {}, launch))
+      served.z = projected(from), served.projection.reset();
+  }
   if (by_anchor)
     anchored(served, tile_stage, counts, launch);
   else

@@ -43,4 +43,6 @@ def kernels_for(capability: tuple[int, int]) -> str:
     if capability < (8, 0):
         return f"{name}: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"
     tiles = "Hopper's tensor-core kernels (stage 2)" if capability == (9, 0) else "tensor-core kernels (stage 1)"
+    if capability >= (10, 0):
+        tiles += " of PTX, which the driver compiles once"
     return f"{name}: {tiles}; library GEMMs and plain kernels (stage 0) for what those do not cover"

@@ -41,7 +41,7 @@ def test_doctor(capsys, monkeypatch):
         ([(7, 5)], ["sm_75: library GEMMs and plain kernels (stage 0); the tensor-core kernels need sm_80 or newer"]),
         ([(8, 0)], ["sm_80: tensor-core kernels (stage 1)"]),
         ([(9, 0)], ["sm_90: Hopper's tensor-core kernels (stage 2)"]),
-        ([(12, 0)], ["sm_120: tensor-core kernels (stage 1)"]),
+        ([(12, 0)], ["sm_120: tensor-core kernels (stage 1) of PTX"]),
         (
             [(9, 0), (7, 5), (9, 0)],
             ["3 x card 0, CUDA", "; sm_75: library GEMMs and plain", "; sm_90: Hopper's tensor-core"],

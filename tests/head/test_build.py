@@ -15,12 +15,43 @@ from toolkit import nvcc
 import ijckd_fast
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "scripts"))
+import built_from  # noqa: E402
 
 
 def test_cuda_library_is_built_where_nvcc_is():
     if nvcc() is None:
         pytest.skip("no nvcc on this machine: only the CPU library is built")
     assert ijckd_fast.HAS_CUDA_LIBRARY
+
+
+def test_libraries_are_of_these_sources():
+    """Red: build again (`pip install -e .`), what the other tests say is of other sources."""
+    there = [ROOT / "ijckd_fast/head" / name for name in built_from.LIBRARIES]
+    faults = [built_from.fault(library) for library in there if library.exists()]
+    assert faults
+    assert faults == [None] * len(faults)
+
+
+def test_a_library_of_other_sources_is_told(tmp_path):
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    for name in ("CMakeLists.txt", "csrc/a.cpp", "csrc/cuda/b.cu"):
+        (tmp_path / name).write_text(f"// {name}\n")
+    library = tmp_path / "_C.so"
+    assert built_from.fault(library, tmp_path) == f"{library} is missing"
+    library.write_bytes(b"\x7fELF, built before libraries said so")
+    assert "built from other sources (of unknown hash; csrc/ here is" in built_from.fault(library, tmp_path)
+    library.write_bytes(b"\0ijckd sources " + built_from.sources_hash(tmp_path).encode() + b"\0")
+    assert built_from.fault(library, tmp_path) is None
+    for change in (
+        lambda: (tmp_path / "csrc/cuda/b.cu").write_text("// another\n"),
+        lambda: (tmp_path / "csrc/cuda/b.cu").rename(tmp_path / "csrc/c.cu"),
+        lambda: (tmp_path / "CMakeLists.txt").write_text("// other flags\n"),
+    ):
+        before = built_from.sources_hash(tmp_path)
+        change()
+        assert f"({before}; csrc/ here is" in built_from.fault(library, tmp_path)
+        library.write_bytes(b"ijckd sources " + built_from.sources_hash(tmp_path).encode())
 
 
 @pytest.mark.slow

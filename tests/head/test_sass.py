@@ -19,7 +19,7 @@ import ijckd_fast
 
 LIBRARY = pathlib.Path(ijckd_fast.__file__).parent / "head/_C_cuda.so"
 ARCHITECTURES = {"sm_75", "sm_80", "sm_90a"}
-NEWER_GPUS = "sm_90"  # PTX that GPUs without code of their own compile when they load the library
+NEWER_GPUS = "sm_100"  # PTX that GPUs without code of their own compile when they load the library
 
 MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 # kernel: bound, where fewer threads are meant, or the stages leave room for no more; match_forward's is float64's
@@ -155,7 +155,7 @@ Resource usage:
 
 Fatbin ptx code:
 ================
-arch = sm_90
+arch = sm_100
 """
 SUM, TILE = "17column_sum_kernelIdEEvPKT_PS2_llS2_", "13a_tile_kernelI6__halfEEvPKT_"
 HOPPER = "13a_tile_kernelIN5ijckd10HopperTileILi64ELi64ELi4EEEEEvPKT_"
@@ -195,4 +195,4 @@ def test_the_rules_themselves(mangled, architecture, registers, instruction, wan
     assert kernel.registers == registers
     assert kernel.operations == {"IMAD", instruction.split(".")[0].split()[0], "EXIT"}
     assert report([kernel]).rpartition(" (")[0] == wanted
-    assert ptx_of(text) == {"sm_90"}
+    assert ptx_of(text) == {"sm_100"}

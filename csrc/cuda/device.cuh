@@ -1,5 +1,5 @@
 #pragma once
-// What the kernels of every op share: dtype dispatch, the launch, sums over columns in a fixed order.
+// What the kernels of every op share: dtype dispatch, loads and stores, sums over columns in a fixed order.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +11,7 @@
 #include <initializer_list>
 
 #include "dtype.h"
+#include "launch.cuh"
 
 namespace ijckd {
 
@@ -28,57 +29,6 @@ int dispatch(DType t, const F& body) {
       break;
   }
   return body(__half{}, float{});
-}
-
-// The error as a launcher returns it. The caller gets it from here: torch must not find it again after a launch of its
-// own.
-inline int returned(cudaError_t error) {
-  cudaGetLastError();
-  return static_cast<int>(error);
-}
-
-template <typename Kernel>
-cudaError_t allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;  // more than every GPU has must be asked for
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
-// Every kernel starts here or below, through plain functions of the runtime, so that tests/emulator can put its own in
-// place.
-template <typename... Params, typename... Args>
-int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
-                   const Args&... args) {
-  cudaError_t error = allow_shared(kernel, shared_bytes);
-  const cudaLaunchConfig_t config{grid,    block, static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream),
-                                  nullptr, 0};
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
-  return returned(error);
-}
-
-// Of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time. Each of them must do
-// what the missing ones would have done.
-template <typename... Params, typename... Args>
-int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int threads, void* stream,
-                    const Args&... args) {
-  int device, multiprocessors, on_each;
-  cudaError_t error = allow_shared(kernel, shared_bytes);
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, threads, shared_bytes);
-  if (error != cudaSuccess) return returned(error);
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = true;
-  const int resident = multiprocessors * on_each;
-  const cudaLaunchConfig_t config{blocks < resident ? blocks : resident, threads,   static_cast<size_t>(shared_bytes),
-                                  static_cast<cudaStream_t>(stream),     &together, 1};
-  return returned(cudaLaunchKernelEx(&config, kernel, args...));
-}
-
-template <typename... Params, typename... Args>
-int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
-  return launch_sharing(0, kernel, grid, block, stream, args...);
 }
 
 __host__ __device__ constexpr int ceil_div(int64_t n, int64_t d) { return static_cast<int>((n + d - 1) / d); }

@@ -40,6 +40,11 @@ __device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
             "r"(bytes) : "memory");
 }
 
+// Arrives at a barrier of the own block.
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  IJCKD_ASM("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // Waits for the end of the phase under way, or returns at once if that is no longer the one whose number has this
 // parity.
 __device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -62,6 +67,67 @@ __device__ __forceinline__ void load_tile(void* to, const CUtensorMap& map, uint
       "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
 
+// The same into every block of the cluster whose rank is a bit of `blocks`, to the address that `to` has in the calling
+// block; the bytes are reported to each one's own barrier at the address of `barrier`, which its block must have
+// initialised before a barrier of the cluster.
+__device__ __forceinline__ void load_tile_to_blocks(void* to, const CUtensorMap& map, uint64_t* barrier, int column,
+                                                    int row, uint16_t blocks) {
+  IJCKD_ASM(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%4, %5}], [%2], %3;\n" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "h"(blocks), "r"(column), "r"(row) : "memory");
+}
+
+// The driver's description of an array is on its way to where copies look for it.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  IJCKD_ASM("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// The calling block's number in its cluster, whose blocks are neighbours along x; 0 of a launch without clusters.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank = 0;
+  IJCKD_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// The cluster's barrier in two halves, which all threads of all its blocks call in turn: what any of them did before it
+// arrived all see after they have waited. Only then has every block of a cluster started; and a block must not end
+// before a barrier that the others reach after their last access to its shared memory.
+__device__ __forceinline__ void cluster_arrive() { IJCKD_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory"); }
+__device__ __forceinline__ void cluster_wait() { IJCKD_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory"); }
+
+// Where block `rank` of the cluster has what the calling block has at p in its shared memory.
+__device__ __forceinline__ uint32_t address_in_block(const void* p, int rank) {
+  uint32_t address = 0;
+  IJCKD_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+
+// Loads and stores at such addresses, which are multiples of what is moved.
+__device__ __forceinline__ float load_from_block(uint32_t address) {
+  float v = 0;
+  IJCKD_ASM("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_four_from_block(uint32_t address) {
+  float4 v{};
+  IJCKD_ASM("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z),
+            "=f"(v.w) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_to_block(uint32_t address, float v) {
+  IJCKD_ASM("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_four_to_block(uint32_t address, float4 v) {
+  IJCKD_ASM("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+            "f"(v.w) : "memory");
+}
+
+// Arrives at another block's barrier, by its address there.
+__device__ __forceinline__ void barrier_arrive_in_block(uint32_t barrier) {
+  IJCKD_ASM("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Names an operand of multiply_add_64xNx16 in tiles that load_tile has filled, p its first element. Rows r of the
 // output and steps k of the contraction lie at
 //   rows of the output (64 steps to 128 bytes):        r / 8 * stride_bytes + r % 8 * 128 + 2 k
@@ -79,10 +145,11 @@ __device__ __forceinline__ void warpgroup_fence() { IJCKD_ASM("wgmma.fence.sync.
 // Closes the warpgroup's group of products started since the last call.
 __device__ __forceinline__ void warpgroup_commit() { IJCKD_ASM("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 
-// Waits until at most kPending of the warpgroup's latest groups are under way: the others have read their operands, and
-// with none left the calling thread may use its accumulators.
+// Waits until at most kPending, not 0, of the warpgroup's latest groups are under way: the others have read their
+// operands.
 template <int kPending>
 __device__ __forceinline__ void warpgroup_wait() {
+  static_assert(kPending > 0, "with none left name the accumulators");
   IJCKD_ASM("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
@@ -120,6 +187,17 @@ __device__ __forceinline__ void multiply_add_64xNx16(float (&d)[kBlocks][4], uin
     IJCKD_ASM(IJCKD_WGMMA_128("bf16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kByDepth)));
   else
     IJCKD_ASM(IJCKD_WGMMA_128("f16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kByDepth)));
+}
+
+// Waits for all of the warpgroup's groups: the calling thread may use its accumulators, which are named here so that
+// the compiler keeps their uses behind the wait.
+template <int kPending, int kBlocks>
+__device__ __forceinline__ void warpgroup_wait(float (&d)[kBlocks][4]) {
+  static_assert(kPending == 0 && (kBlocks == 8 || kBlocks == 16));
+  if constexpr (kBlocks == 8)
+    IJCKD_ASM("wgmma.wait_group.sync.aligned 0;" : IJCKD_SUMS_8(0) : : "memory");
+  else
+    IJCKD_ASM("wgmma.wait_group.sync.aligned 0;" : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : : "memory");
 }
 
 }  // namespace ijckd

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "hopper_instructions.cuh"
+#include "launch.cuh"
 #include "tile.cuh"
 
 namespace ijckd {
@@ -59,18 +60,24 @@ inline auto tensor_map_encoder() {
 }
 
 // The operand of a kernel whose tiles copy `tile_rows` rows at a time: the driver's description of the array and of
-// that box. Returns 0 or an error code.
+// that box, kept by all that it says. Returns 0 or an error code.
 template <typename T>
 int make_operand(CUtensorMap* to, const Matrix<T>& from, int tile_rows) {
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  thread_local Kept<5, CUtensorMap, 16> kept;
+  const auto both = [](int high, int low) { return uint64_t(uint32_t(high)) << 32 | uint32_t(low); };
+  const std::array<uint64_t, 5> key{key_of(from.data), both(from.rows, from.cols), uint64_t(from.stride),
+                                    uint64_t(tile_rows), uint64_t(type)};
+  if (const CUtensorMap* found = kept.find(key)) return *to = *found, 0;
   const auto encode = tensor_map_encoder();
   if (!encode) return static_cast<int>(cudaErrorNotSupported);
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(from.cols), static_cast<cuuint64_t>(from.rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(from.stride) * sizeof(T)};
   const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(tile_rows)}, every[2] = {1, 1};
   const CUresult result =
       encode(to, type, 2, const_cast<T*>(from.data), size, stride, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
              CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result == CUDA_SUCCESS) kept.put(key, *to);
   return static_cast<int>(result);  // the driver's codes are the runtime's
 }
 
@@ -170,7 +177,7 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
     __syncthreads();      // and by the others: while this one's products are made its stage is filled again
     start(step + kStages - 1);
   }
-  warpgroup_wait<0>();
+  warpgroup_wait<0>(acc[0]);
 }
 
 }  // namespace ijckd

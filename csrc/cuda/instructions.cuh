@@ -81,6 +81,23 @@ __device__ __forceinline__ void multiply_add_16x8x16<__half>(float (&d)[4], cons
       "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Lets the blocks of a dependent launch behind this one (launch.cuh) start, once every block has called it or ended.
+// Calling it again changes nothing.
+__device__ __forceinline__ void allow_next_launch() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launch before a dependent one has ended and its stores can be seen; at once in any other launch.
+// Other threads may rely on it after a barrier. Every block calls: a launch behind this one takes this one's end for
+// that of all before it.
+__device__ __forceinline__ void wait_for_earlier_launches() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace ijckd
 
 #undef IJCKD_ASM

@@ -7,11 +7,8 @@
 namespace ijckd {
 
 int compute_capability() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
+  int device;
+  return cudaGetDevice(&device) == cudaSuccess ? capability_of(device) : 0;
 }
 
 const char* launch_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }

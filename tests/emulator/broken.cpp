@@ -39,12 +39,16 @@ T* add(emulator::Arrays& arrays, const char* name, const py::array& a, emulator:
 PYBIND11_MODULE(emulated_broken, module) {
   using emulator::Access;
   bind_controls(module);
-  module.def("names", [] { return names(broken::kKernels, broken::kCount); });
-  module.def("run", [](const std::string& name, const py::array_t<float>& in, py::array_t<float>& out) {
-    emulator::Arrays arrays;
-    const float* from = add<float>(arrays, "in", in, Access::in);
-    run(broken::kKernels, broken::kCount, name, from, add<float>(arrays, "out", out, Access::out));
-  });
+  const auto define_kernels = [&](const char* list, const char* runner, const broken::Kernel* kernels, int count) {
+    module.def(list, [=] { return names(kernels, count); });
+    module.def(runner, [=](const std::string& name, const py::array_t<float>& in, py::array_t<float>& out) {
+      emulator::Arrays arrays;
+      const float* from = add<float>(arrays, "in", in, Access::in);
+      run(kernels, count, name, from, add<float>(arrays, "out", out, Access::out));
+    });
+  };
+  define_kernels("names", "run", broken::kKernels, broken::kCount);
+  define_kernels("group_names", "run_group", broken::kGroups, broken::kGroupCount);
   const auto define_tiles = [&](const char* list, const char* runner, const broken::Tile* tiles, int count) {
     module.def(list, [=] { return names(tiles, count); });
     module.def(runner, [=](const std::string& name, const py::array& a, const py::array& b, py::array_t<float>& out) {
@@ -57,4 +61,5 @@ PYBIND11_MODULE(emulated_broken, module) {
   };
   define_tiles("tile_names", "run_tile", broken::kTiles, broken::kTileCount);
   define_tiles("hopper_names", "run_hopper", broken::kHopperTiles, broken::kHopperTileCount);
+  define_tiles("ring_names", "run_ring", broken::kRings, broken::kRingCount);
 }

@@ -23,4 +23,10 @@ extern const int kTileCount;
 extern const Tile kHopperTiles[];
 extern const int kHopperTileCount;
 
+// Kernels and products in clusters, and kernels that run in turn.
+extern const Kernel kGroups[];
+extern const int kGroupCount;
+extern const Tile kRings[];
+extern const int kRingCount;
+
 }  // namespace broken

@@ -2,6 +2,7 @@
 // barriers that tell when they have landed, multiplications by whole warpgroups; once sound, then with one fault each.
 // See broken.h.
 #include "broken.h"
+#include "broken_map.cuh"
 #include "cuda/device.cuh"
 #include "hopper_instructions.cuh"
 
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kHopperThreads)
       loaded += stages[(step - 1) % kRing * kStageBytes + threadIdx.x];
   }
   if (kFault == Fault::loads_stage_without_wait && threadIdx.x == 0) start(steps);
-  if (kFault != Fault::no_final_wait && kFault != Fault::results_before_wait) warpgroup_wait<0>();
+  if (kFault != Fault::no_final_wait && kFault != Fault::results_before_wait) warpgroup_wait<0>(sum);
 
   // The results go through the ring's memory, as those of a kernel that stores whole rows.
   float* results = reinterpret_cast<float*>(stages + kRingBytes) - kTile * kTile;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kHopperThreads)
       float* to = results + (warp * 16 + lane / 4 + 8 * h) * kTile + 8 * j + lane % 4 * 2;
       to[0] = sum[j][2 * h], to[1] = sum[j][2 * h + 1];
     }
-  if (kFault == Fault::results_before_wait) warpgroup_wait<0>();
+  if (kFault == Fault::results_before_wait) warpgroup_wait<0>(sum);
   __syncthreads();
   for (int i = threadIdx.x; i < kTile * kTile; i += kHopperThreads) {
     const int row = m0 + i / kTile, col = n0 + i % kTile;
@@ -240,22 +241,6 @@ __global__ void __launch_bounds__(kHopperThreads)
     multiply_add_64xNx16<T, false>(sum, first, first);
     warpgroup_commit();
   }
-}
-
-// Of rows [rows, cols], in boxes of [box_rows, 64].
-template <typename T>
-int encode(CUtensorMap& map, const void* data, int rows, int cols, int stride, int box_rows, int box_cols,
-           unsigned driver) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, driver, cudaEnableDefault, &found);
-  if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  const cuuint64_t sizes[] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[] = {cuuint64_t(stride) * sizeof(T)};
-  const cuuint32_t box[] = {cuuint32_t(box_cols), cuuint32_t(box_rows)}, element_strides[] = {1, 1};
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function)(
-      &map, type, 2, const_cast<void*>(data), sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 template <typename T, bool kTransposed, Fault kFault>

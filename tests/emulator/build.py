@@ -163,7 +163,7 @@ def build_kernels(folder: pathlib.Path) -> None:
 
 
 def build_broken(folder: pathlib.Path) -> None:
-    sources = [HERE / unit for unit in ("broken_hopper.cu", "broken_tile.cu", "broken.cu")]
+    sources = [HERE / unit for unit in ("broken_hopper.cu", "broken_cluster.cu", "broken_tile.cu", "broken.cu")]
     units = [functools.partial(compile_kernels, source, folder) for source in sources]
     objects = together(functools.partial(build_bindings, folder, "broken.cpp"), *units)
     link([*objects, built("kernels") / "emulator.o"], folder / "emulated_broken.so")
@@ -198,7 +198,8 @@ def build_ops(folder: pathlib.Path) -> None:
         *(
             functools.partial(compile_host, source, folder / f"{source.stem}_host.o", [*includes, *gpu])
             for source in (*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp"))
-            if source.name != "blocks.cpp"  # whose ops are the CPU's alone
+            # the first has ops of the CPU's alone, the second says what a built library was made of
+            if source.name not in ("blocks.cpp", "sources.cpp")
         )
     )
     torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))

@@ -18,6 +18,8 @@ inline void bind_controls(pybind11::module_& module) {
   py::enum_<Async>(module, "Async", py::module_local()).value("lazy", Async::lazy).value("eager", Async::eager);
   py::class_<Counts>(module, "Counts", py::module_local())
       .def_readonly("launches", &Counts::launches)
+      .def_readonly("questions", &Counts::questions)
+      .def_readonly("maps", &Counts::maps)
       .def_readonly("copies", &Counts::copies)
       .def_readonly("load_matrix", &Counts::load_matrix)
       .def_readonly("multiply_add", &Counts::multiply_add)
@@ -27,6 +29,7 @@ inline void bind_controls(pybind11::module_& module) {
   module.def("set_schedule", &emulator::set_schedule, py::arg("schedule"), py::arg("seed") = 1);
   module.def("set_async", &emulator::set_async);
   module.def("set_device", &emulator::set_device);
+  module.def("refuse", &emulator::refuse);
   module.def("capture_mode", &emulator::capture_mode);
   module.def("last_error", &emulator::last_error);
   module.def("counts", [] { return emulator::counts(); });

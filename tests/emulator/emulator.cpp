@@ -16,6 +16,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -67,6 +68,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 // Blocks that the GPU holds at a time: so few that a kernel which waits for others' must take turns.
 constexpr int kResident = 3;
+constexpr int kCluster = 8;  // blocks of the largest cluster that every GPU with clusters serves
+static_assert(kResident <= kCluster);
 constexpr size_t kStack = 64 << 10;
 // At equal distances of a power of two all would share a cache's few sets.
 constexpr size_t kStackStride = kStack + 13 * 64;
@@ -80,6 +83,9 @@ constexpr size_t kStaticOffset = kDynamicOffset + kLargeSharedLimit + 4096;
 constexpr size_t kSharedArena = kStaticOffset + 2 * kSharedLimit + 4096;
 constexpr size_t kDynamicElement = 2;
 constexpr size_t kCopy = 16;  // bytes that one asynchronous copy writes
+constexpr int kRankBit = 20;  // of an address in a cluster: from here on one more than the block's rank, 0 for the own
+static_assert(kSharedArena <= size_t(1) << kRankBit);
+constexpr size_t kPage = 4096, kWord = 4;  // bytes of global memory; what a launch did is known of each word
 
 constexpr size_t kTileRow = 128;  // bytes; the 128-byte swizzle repeats every 8 of them
 constexpr size_t kTileAlign = 8 * kTileRow;
@@ -96,9 +102,11 @@ struct Touch {
   // Of shared memory a block's number, through all launches from 1; of global memory that of its visit: two that only
   // the grid's barrier orders are another's, as those of two launches are. 0 is nobody.
   uint32_t block = 0, epoch = 0, warp_epoch = 0;
+  uint32_t arrivals = 0;   // of the thread at the cluster's barrier, before
   uint16_t thread = 0;     // or kMany, or kWarpOf + warp: several threads of that warp
   bool in_flight = false;  // a store by a copy that has not landed
   bool atomic = false;
+  bool several = false;  // other blocks of the cluster too, at no later arrival
 };
 constexpr uint16_t kMany = UINT16_MAX;  // threads
 constexpr uint16_t kWarpOf = 1 << 15;
@@ -114,8 +122,9 @@ struct Region {
   size_t element = 1;
   Access access = Access::inout;
   bool shared = false;
-  std::vector<Cell> cells;     // none: readable, unwatched
-  const void* site = nullptr;  // of a static shared array
+  bool frozen = false, parameters = false;  // no launch stores to it; the kernel's own
+  std::vector<Cell> cells;                  // none: readable, unwatched
+  const void* site = nullptr;               // of a static shared array
 };
 
 struct Copy {
@@ -126,13 +135,37 @@ struct Copy {
   uint32_t group;
 };
 
+struct Mbarrier;
+struct Warp;
+
+// What a thread has been told by others: phases of mbarriers that are complete, multiplications of warps that have been
+// waited for.
+struct Knowledge {
+  std::map<const Mbarrier*, uint32_t> phases;
+  std::map<const Warp*, uint32_t> multiplies;
+
+  void add(const Knowledge& o) {
+    for (const auto& [barrier, phase] : o.phases) raise(phases[barrier], phase);
+    for (const auto& [warp, count] : o.multiplies) raise(multiplies[warp], count);
+  }
+  static void raise(uint32_t& to, uint32_t value) { to = std::max(to, value); }
+};
+
+template <typename Key>
+uint32_t known(const std::map<Key, uint32_t>& of, Key key) {
+  const auto found = of.find(key);
+  return found == of.end() ? 0 : found->second;
+}
+
 // An mbarrier: a phase is complete once all arrivals and all bytes that they announced have come.
 struct Mbarrier {
   int arrivals = 0, pending = 0;
   int64_t bytes = 0;   // announced and not come
   uint32_t phase = 0;  // phases completed
   int initialiser = 0;
+  uint32_t initialised = 0;  // arrivals of that thread at the cluster's barrier, before
   bool fenced = false;
+  Knowledge gathered, told;                   // what threads know that have arrived; told: in complete phases
   std::vector<uint32_t> seen;                 // phases that each thread knows to be complete, from a wait of its own
   uint32_t seen_by_one = 0, seen_by_all = 0;  // all: what one knew at the last barrier
 };
@@ -155,6 +188,7 @@ struct TileCopy {
   Mbarrier* barrier;
   uint32_t phase;  // of the barrier, at the start
   int thread;
+  bool foreign;  // of another block
   Place place;
   bool landed;
 };
@@ -199,8 +233,11 @@ struct Thread {
   Place place{};                      // of that
   const Mbarrier* barrier = nullptr;  // it waits for
   uint3 index{};
-  std::vector<Copy> copies;  // under way, oldest first
-  uint32_t groups = 0;       // closed
+  std::vector<Copy> copies;                          // under way, oldest first
+  uint32_t groups = 0;                               // closed
+  uint32_t cluster_arrived = 0, cluster_waited = 0;  // phases of the cluster's barrier
+  bool earlier_ended = false;                        // it knows that the launch before has ended
+  Knowledge known;
 };
 
 // Threads that wait for one another at one place in the source.
@@ -252,6 +289,15 @@ struct Block {
   Meeting barrier, grid_barrier;
   uint32_t epoch = 0;  // barriers passed
   int returned = 0;
+  bool allowed_next = false;  // the next launch's blocks to start
+
+  // in its cluster, which alone it is without one
+  int rank = 0;
+  uint32_t first_block = 0;    // the cluster's first block_number
+  bool reached = false;        // its shared memory, by another block
+  uint32_t reached_after = 0;  // arrivals of the last one's thread at the cluster's barrier
+  std::string reached_by;
+  bool reached_by_loads = false;
 
   // of its asynchronous proxy
   std::map<uintptr_t, Mbarrier> barriers;
@@ -274,9 +320,9 @@ struct Machine : Block {
   Async async = Async::lazy;
   std::mt19937 random{1};
   Counts counts;
-  std::vector<Region> arrays;  // of the call
-  bool arrays_named = false;
-  std::map<const void*, size_t> dynamic_limits;  // of kernels that asked for more
+  std::vector<Region> arrays;                          // of the call
+  bool arrays_named = false, arrays_launched = false;  // launched: a kernel that uses them
+  std::map<const void*, size_t> dynamic_limits;        // of kernels that asked for more
   int device = 0;
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   cudaError_t last_error = cudaSuccess;
@@ -289,7 +335,26 @@ struct Machine : Block {
   uint32_t blocks_started = 0, visits = 0;  // in all launches
   uint32_t first_visit = 1;                 // since the grid's last barrier
   size_t shared_limit = kSharedLimit;
-  std::array<Block, kResident> resident;  // a cooperative launch's blocks; the running one's place is empty
+  // A cooperative launch's blocks, or a cluster's; the running one's place is empty.
+  std::array<Block, kCluster> group;
+  int cluster = 1;           // blocks
+  int cluster_arrivals = 0;  // of threads in the phase under way
+  uint32_t cluster_phase = 0;
+  Knowledge cluster_gathered, cluster_told;
+  int refused = 0;  // launch attributes that the driver refuses, as bits of their ids
+
+  // Of launches, by their numbers from 1: those from early_from to the one before this may be unfinished until its
+  // threads wait for them, those from late_from to the one before that also afterwards.
+  uint32_t number = 0, early_from = 1, late_from = 1;
+  bool dependent = false;
+  bool waited = false;              // some thread of the launch has
+  bool waited_before_next = false;  // before its block let the next launch start
+  bool follows_unknown = false;     // the launch before, of which the call's arrays are, was in no call of the test's
+  struct Word {
+    uint32_t stored = 0, loaded = 0;  // by which launch last
+  };
+  std::unordered_map<uintptr_t, std::array<Word, kPage / kWord>> pages;
+  std::pair<uintptr_t, std::array<Word, kPage / kWord>*> last_pages[64] = {};
 
   int running = -1;     // thread, or -1 outside kernels
   uintptr_t stack = 0;  // its
@@ -357,6 +422,8 @@ std::ostream& operator<<(std::ostream& s, const Meeting& meeting) {
   return s << meeting.what << " in " << where(meeting.place);
 }
 
+Thread& own_thread() { return m.threads[m.running]; }
+Block& block_of(int rank) { return rank == m.rank ? m : m.group[rank]; }
 Warp& own_warp() { return m.warps[m.running / kWarp]; }
 Warpgroup& own_warpgroup() { return m.warpgroups[m.running / kWarp / kWarpgroup]; }
 
@@ -366,10 +433,13 @@ void thread_main() {
   t.state = Thread::returned;
   ++m.returned;
   ++own_warp().returned;
+  m.waited_before_next |= !m.allowed_next && t.earlier_ended;
   if (m.barrier.arrived) violate("synccheck", "returned while others wait at ", m.barrier);
   if (m.grid_barrier.arrived) violate("synccheck", "returned while others wait at ", m.grid_barrier);
   if (own_warp().meeting.arrived)
     violate("synccheck", "returned while others of its warp wait at ", own_warp().meeting);
+  if (t.cluster_arrived > t.cluster_waited)
+    violate("synccheck", "returned before it had waited for the cluster's barrier, at which it had arrived");
   if (!t.copies.empty())
     violate("synccheck", "returned before the copy it started in ", where(t.copies[0].place), " had landed");
   if (own_warp().issued > own_warp().waited)
@@ -436,12 +506,17 @@ void prepare_block(size_t dynamic_bytes) {
 void start_block(uint64_t index) {
   const dim3 g = m.grid;
   m.block_index = {uint32_t(index % g.x), uint32_t(index / g.x % g.y), uint32_t(index / (uint64_t(g.x) * g.y))};
-  m.block_number = ++m.blocks_started;
+  m.block_number = m.first_block = ++m.blocks_started;
+  m.rank = 0;
+  m.allowed_next = m.reached = m.reached_by_loads = false;
+  m.reached_after = 0;
   for (Thread& t : m.threads) {
     t.state = Thread::ready;
     t.barrier = nullptr;
     t.copies.clear();
-    t.groups = 0;
+    t.groups = t.cluster_arrived = t.cluster_waited = 0;
+    t.earlier_ended = false;
+    t.known = {};
 #ifdef __SANITIZE_ADDRESS__
     // Of frames that were left without returning.
     __asan_unpoison_memory_region(reinterpret_cast<void*>(t.stack), kStack);
@@ -500,7 +575,7 @@ bool land_one() {
   const size_t i = m.schedule == Schedule::random ? m.random() % m.under_way.size() : 0;
   TileCopy& copy = m.tiles[m.under_way[i]];
   m.under_way.erase(m.under_way.begin() + i);
-  m.running = copy.thread;
+  m.running = copy.foreign ? 0 : copy.thread;
   land(copy);
   m.running = -1;
   return true;
@@ -509,13 +584,19 @@ bool land_one() {
 // All threads of the block, of which each is at its barrier or the grid's, go on.
 void pass_barrier() {
   ++m.epoch;
-  for (Thread& t : m.threads) t.state = Thread::ready;
+  bool ended = false;
+  for (const Thread& t : m.threads) ended |= t.earlier_ended;
+  for (Thread& t : m.threads) t.state = Thread::ready, t.earlier_ended = ended;
   for (Warp& w : m.warps) w.at_barrier = 0, w.waited_sync = w.waited;
   for (auto& [address, phases] : m.barriers) phases.seen_by_all = phases.seen_by_one;
 }
 
-// Until the block has ended, or has come to the grid's barrier as a whole; whether it has ended.
-bool run_block() {
+// How far a block has come: to its end, to the grid's barrier as a whole, to where it waits for others of its cluster;
+// or it has run all its threads once and can go on.
+enum class Came { to_end, to_grid_barrier, nowhere, further };
+
+// `once`: returns after a turn of every thread.
+Came run_block(bool once = false) {
   const int n = static_cast<int>(m.threads.size());
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
@@ -535,7 +616,9 @@ bool run_block() {
     }
     return ran;
   };
+  bool came = false;
   while (m.returned < n) {
+    if (came && once) return Came::further;
     if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
     const int group = greedy() ? kWarp : n;
     bool ran = false;
@@ -544,21 +627,26 @@ bool run_block() {
         ran = true;
         if (!greedy()) break;
       }
-    if (ran || land_one()) continue;
-    if (m.grid_barrier.arrived == n) return false;
+    if (ran || land_one()) {
+      came = true;
+      continue;
+    }
+    if (m.grid_barrier.arrived == n) return Came::to_grid_barrier;
+    if (m.cluster > 1) return came ? Came::further : Came::nowhere;
     throw std::runtime_error(deadlock());
   }
   for (const TileCopy& c : m.tiles)
     if (!c.landed || c.barrier->seen_by_one <= c.phase)
       throw std::runtime_error("synccheck: " + block_name() +
                                " ended before anyone had waited for the copy started in " + where(c.place));
-  return true;
+  return Came::to_end;
 }
+
+void change_over(uint64_t i) { std::swap(static_cast<Block&>(m), m.group[i]); }
 
 // The blocks of a cooperative launch, each as far as it gets, until all have ended. All come to the grid's barrier or
 // none.
 void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
-  const auto change_over = [](uint64_t i) { std::swap(static_cast<Block&>(m), m.resident[i]); };
   for (const uint64_t i : order) {
     change_over(i);
     prepare_block(dynamic_bytes);
@@ -572,7 +660,7 @@ void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
     for (const uint64_t i : order) {
       change_over(i);
       m.visit = ++m.visits;
-      if (run_block())
+      if (run_block() == Came::to_end)
         ++ended;
       else if (waiting.str().empty())
         waiting << block_name() << " waits at " << m.grid_barrier;
@@ -592,6 +680,52 @@ void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
   }
 }
 
+// Whether other blocks could have reached for a block's shared memory when it had ended: it has not met them at the
+// cluster's barrier after the last time that they did.
+void check_end(const Block& b) {
+  uint32_t waited = 0;
+  for (const Thread& t : b.threads) waited = std::max(waited, t.cluster_waited);
+  if (b.reached && b.reached_after >= waited)
+    throw std::runtime_error("racecheck: " + b.reached_by + ", and no barrier of the cluster keeps that from ending");
+}
+
+// The blocks of a cluster, the first of which is `first` in the grid, from the start to the end of all.
+void run_cluster(uint64_t first, size_t dynamic_bytes) {
+  std::vector<int> order(m.cluster);
+  std::iota(order.begin(), order.end(), 0);
+  if (backwards()) std::reverse(order.begin(), order.end());
+  m.cluster_arrivals = 0;
+  m.cluster_phase = 0;
+  m.cluster_gathered = m.cluster_told = {};
+  const uint32_t first_block = m.blocks_started + 1;
+  for (int r = 0; r < m.cluster; ++r) {
+    change_over(r);
+    prepare_block(dynamic_bytes);
+    start_block(first + r);
+    m.rank = r;
+    m.first_block = first_block;
+    m.visit = ++m.visits;
+    change_over(r);
+  }
+  std::vector<bool> ended(m.cluster);
+  for (int left = m.cluster; left > 0;) {
+    if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
+    bool came = false;
+    std::string waiting;
+    for (const int r : order) {
+      if (ended[r]) continue;
+      change_over(r);
+      const Came to = run_block(!greedy());
+      if (to == Came::to_end) ended[r] = true, --left;
+      came |= to != Came::nowhere;
+      if (waiting.empty() && to == Came::nowhere) waiting = deadlock();
+      change_over(r);
+    }
+    if (!came) throw std::runtime_error(waiting);
+  }
+  for (int r = 0; r < m.cluster; ++r) check_end(m.group[r]);
+}
+
 bool in_arena(uintptr_t address) { return address - reinterpret_cast<uintptr_t>(m.arena) < kSharedArena; }
 
 Region* find(uintptr_t address, size_t bytes) {
@@ -604,15 +738,21 @@ Region* find(uintptr_t address, size_t bytes) {
 
 // Whether nothing orders what `t` did before what the running thread does now.
 bool races(const Touch& t, const Touch& now, bool shared) {
-  if (t.block != now.block)
-    return !shared && t.block >= m.first_visit;  // else before the grid's barrier, or an earlier launch's
-  if (t.thread == now.thread || t.epoch != now.epoch) return false;
+  if (t.block != now.block && !shared)
+    return t.block >= m.first_visit;                          // else before the grid's barrier, or an earlier launch's
+  const bool met = t.arrivals < own_thread().cluster_waited;  // at the cluster's barrier
+  if (shared && (t.several || t.block != now.block) && t.block >= m.first_block && !met) return true;
+  if (t.block != now.block) return false;  // that of an earlier block
+  if (t.thread == now.thread || t.epoch != now.epoch || met) return false;
   const int warp = t.thread == kMany ? -1 : t.thread & kWarpOf ? t.thread & ~kWarpOf : t.thread / kWarp;
   return warp != now.thread / kWarp || t.warp_epoch == now.warp_epoch;
 }
 
 // `load` after one more.
 void add_load(Touch& load, const Touch& now, bool shared) {
+  const bool others = shared && (load.several || load.block != now.block) && load.block >= m.first_block &&
+                      load.arrivals >= own_thread().cluster_waited;
+  const uint32_t arrivals = std::max(load.arrivals, now.arrivals);
   if (load.block != now.block) {
     // of two blocks the earlier one is kept: it races with whatever either may race with
     if (shared || load.block < m.first_visit) load = now;
@@ -625,6 +765,7 @@ void add_load(Touch& load, const Touch& now, bool shared) {
     load = now;
     if (!ordered) load.thread = same ? warp : kMany;
   }
+  if (others) load.several = true, load.arrivals = arrivals;
 }
 
 std::string who(const Touch& t, bool shared) {
@@ -639,44 +780,139 @@ Place copy_into(uintptr_t address, const Touch& store) {
 }
 
 Touch touch_now(bool shared) {
-  return {shared ? m.block_number : m.visit, m.epoch, own_warp().epoch, static_cast<uint16_t>(m.running), false, false};
+  Touch now;
+  now.block = shared ? m.block_number : m.visit;
+  now.epoch = m.epoch;
+  now.warp_epoch = own_warp().epoch;
+  now.arrivals = own_thread().cluster_arrived;
+  now.thread = static_cast<uint16_t>(m.running);
+  return now;
 }
 
-bool has_seen(int thread, const TileCopy& c) {
-  return std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase;
+// Whether a thread of the running block knows that a copy into block t has landed.
+bool has_seen(const Block& t, int thread, const TileCopy& c) {
+  if (known(m.threads[thread].known.phases, static_cast<const Mbarrier*>(c.barrier)) > c.phase) return true;
+  return &t == &m && std::max(c.barrier->seen[thread], c.barrier->seen_by_all) > c.phase;
 }
 
-// The running thread is about to change bytes that multiplications may still read: each of the warpgroup's warps must
-// have waited for them, and told by a barrier, unless it is the thread's own.
+// Multiplications of warp w of block t that the running thread knows to have been waited for.
+uint32_t known_multiplies(const Block& t, const Warp& w) {
+  const uint32_t own = &t != &m ? 0 : &w == &own_warp() ? w.waited : w.waited_sync;
+  return std::max(own, known(own_thread().known.multiplies, &w));
+}
+
+// What the thread can tell others of its block's copies and multiplications.
+Knowledge all_known(int thread) {
+  Knowledge all = m.threads[thread].known;
+  for (const auto& [address, b] : m.barriers) Knowledge::raise(all.phases[&b], std::max(b.seen[thread], b.seen_by_all));
+  for (const Warp& w : m.warps)
+    Knowledge::raise(all.multiplies[&w], &w == &m.warps[thread / kWarp] ? w.waited : w.waited_sync);
+  return all;
+}
+
+// The running thread is about to change bytes of block t's that multiplications may still read: each of the
+// warpgroup's warps must have waited for them, and told by a barrier, unless it is the thread's own.
 template <typename At>
-void check_reads(const Granule& granule, size_t offset, const char* does, At place) {
+void check_reads(const Block& t, const Granule& granule, size_t offset, const char* does, At place) {
   for (int g = 0; g < kWarpgroups; ++g) {
     if (granule.read[g] == 0) continue;
     for (int i = g * kWarpgroup; i < (g + 1) * kWarpgroup; ++i) {
-      const Warp& w = m.warps[i];
-      if ((&w == &own_warp() ? w.waited : w.waited_sync) >= granule.read[g]) continue;
+      const Warp& w = t.warps[i];
+      if (known_multiplies(t, w) >= granule.read[g]) continue;
       violate("racecheck", does, " byte ", offset, " of dynamic shared memory, which the multiplication in ",
-              where(m.warpgroups[g].multiplies[granule.read[g] - 1].place), " reads; warp ", i,
+              where(t.warpgroups[g].multiplies[granule.read[g] - 1].place), " reads; warp ", i,
               w.waited < granule.read[g] ? " has not waited for that" : " has waited for that with no barrier between",
               ", in ", where(place));
     }
   }
 }
 
-// Whether the running thread may touch these bytes of dynamic shared memory after what the asynchronous proxy did
-// there.
+// Whether the running thread may touch these bytes of block t's dynamic shared memory after what the asynchronous proxy
+// did there.
 template <typename At>
-void check_granules(size_t offset, size_t bytes, bool store, const char* does, At place) {
+void check_granules(const Block& t, size_t offset, size_t bytes, bool store, const char* does, At place) {
   for (size_t i = offset / kCopy; i <= (offset + bytes - 1) / kCopy; ++i) {
-    const Granule& granule = m.granules[i];
+    const Granule& granule = t.granules[i];
     if (granule.copy) {
-      const TileCopy& c = m.tiles[granule.copy - 1];
-      if (!c.landed || !has_seen(m.running, c))
+      const TileCopy& c = t.tiles[granule.copy - 1];
+      if (!c.landed || !has_seen(t, m.running, c))
         violate("racecheck", does, " byte ", i * kCopy, " of dynamic shared memory, into which the copy started by ",
-                name(c.thread), " in ", where(c.place),
+                c.foreign ? "another block" : name(c.thread), " in ", where(c.place),
                 c.landed ? " has landed without its waiting for that" : " is under way", ", in ", where(place));
     }
-    if (store) check_reads(granule, i * kCopy, does, place);
+    if (store) check_reads(t, granule, i * kCopy, does, place);
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Dependent launches
+
+std::array<Machine::Word, kPage / kWord>& page_at(uintptr_t address) {
+  const uintptr_t number = address / kPage;
+  auto& [last, page] = m.last_pages[number % std::size(m.last_pages)];
+  if (last != number || !page) last = number, page = &m.pages[number];
+  return *page;
+}
+
+// An access to global memory, in its launch's order with those before.
+template <typename At>
+void check_launches(uintptr_t address, size_t bytes, bool store, const Region* r, At place) {
+  const char* does = store ? "stores" : "loads";
+  const bool ended = own_thread().earlier_ended;
+  if (m.follows_unknown && r && !r->frozen && !ended)
+    violate("racecheck", does, " ", bytes, " bytes of ", r->name,
+            " with no wait_for_earlier_launches before: a launch before this one may be using them, in ", where(place));
+  for (uintptr_t at = address / kWord * kWord; at < address + bytes; at += kWord) {
+    Machine::Word& word = page_at(at)[at % kPage / kWord];
+    const auto unfinished = [&](uint32_t launch) {
+      if (ended) return launch >= m.late_from && launch + 1 < m.number;
+      return launch >= m.early_from && launch < m.number;
+    };
+    const bool stored = unfinished(word.stored);
+    if (stored || (store && unfinished(word.loaded)))
+      violate("racecheck", does, " ", bytes, " bytes that a launch before this one ", stored ? "stores" : "loads",
+              ended ? ", whose end the launch between has not waited for, in "
+                    : ", with no wait_for_earlier_launches before, in ",
+              where(place));
+    (store ? word.stored : word.loaded) = m.number;
+  }
+}
+
+// What that does to the elements of `r`, which is a global array or shared memory of block t.
+template <typename At>
+void touch(const Block& t, Region& r, uintptr_t address, size_t bytes, Kind kind, At place) {
+  const bool store = kind != Kind::load, dynamic = r.shared && &r == &t.dynamic;
+  Touch now = touch_now(r.shared);
+  now.atomic = kind == Kind::atomic;
+  const char* does = store ? "stores to" : "loads";
+  const size_t first = (address - r.begin) / r.element, last = (address + bytes - 1 - r.begin) / r.element;
+  for (size_t i = first; i <= last; ++i) {
+    Cell& c = r.cells[i];
+    if (c.store.in_flight && c.store.block == now.block)
+      violate("racecheck", does, " element ", i, " of ", r.name, ", into which a copy started by ",
+              name(c.store.thread), " in ", where(copy_into(r.begin + i * r.element, c.store)), " is under way, in ",
+              where(place));
+    const bool two_atomics = now.atomic && c.store.atomic;
+    const bool after_store = races(c.store, now, r.shared) && !two_atomics;
+    if (after_store || (store && races(c.load, now, r.shared)))
+      violate("racecheck", does, " element ", i, " of ", r.name, ", which ",
+              who(after_store ? c.store : c.load, r.shared), after_store ? " stored to" : " loaded",
+              " with no barrier between, in ", where(place));
+    const bool copied = dynamic && t.granules_used && t.granules[i * kDynamicElement / kCopy].copy;
+    const bool unwritten = !copied && (r.shared ? c.store.block < m.first_block : c.store.block == 0);
+    if (kSeesPlainAccesses && kind != Kind::store && unwritten && r.access == Access::out)
+      violate("initcheck", "loads element ", i, " of ", r.name, ", which nobody has stored to, in ", where(place));
+    const bool after_own = c.store.block == now.block && c.store.epoch == now.epoch &&
+                           c.store.warp_epoch == now.warp_epoch && c.store.thread == now.thread && !c.store.atomic;
+    if (!store)
+      add_load(c.load, now, r.shared);
+    else if (now.atomic && after_own)
+      continue;  // others' atomics race with that store still
+    else if (!two_atomics || !races(c.store, now, r.shared))
+      c.store = now;
+    // Another block's earlier one is kept: it races with whatever either may race with.
+    else if (c.store.block == now.block)
+      c.store.thread = kMany;
   }
 }
 
@@ -687,6 +923,7 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   const bool store = kind != Kind::load;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   Region* r = find(address, bytes);
+  if (!in_arena(address) && !(r && r->parameters)) check_launches(address, bytes, store, r, place);
   if (!r) {
     if (!m.arrays_named && !in_arena(address)) return nullptr;
     std::ostringstream near;
@@ -703,47 +940,16 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   if (store && r->access == Access::in) violate("memcheck", "stores to the input ", r->name, ", in ", where(place));
   if (r->cells.empty()) return r;
 
-  Touch now = touch_now(r->shared);
-  now.atomic = kind == Kind::atomic;
   const char* does = store ? "stores to" : "loads";
   const bool dynamic = r == &m.dynamic;
   if (dynamic) {
-    if (m.granules_used) check_granules(address - r->begin, bytes, store, does, place);
+    if (m.granules_used) check_granules(m, address - r->begin, bytes, store, does, place);
     m.generic_epoch = m.epoch;
     m.generic_stores |= store;
   }
-  const size_t first = (address - r->begin) / r->element, last = (address + bytes - 1 - r->begin) / r->element;
-  for (size_t i = first; i <= last; ++i) {
-    Cell& c = r->cells[i];
-    if (c.store.in_flight && c.store.block == now.block)
-      violate("racecheck", does, " element ", i, " of ", r->name, ", into which a copy started by ",
-              name(c.store.thread), " in ", where(copy_into(r->begin + i * r->element, c.store)), " is under way, in ",
-              where(place));
-    const bool two_atomics = now.atomic && c.store.atomic;
-    const bool after_store = races(c.store, now, r->shared) && !two_atomics;
-    if (after_store || (store && races(c.load, now, r->shared)))
-      violate("racecheck", does, " element ", i, " of ", r->name, ", which ",
-              who(after_store ? c.store : c.load, r->shared), after_store ? " stored to" : " loaded",
-              " with no barrier between, in ", where(place));
-    const bool copied = dynamic && m.granules_used && m.granules[i * kDynamicElement / kCopy].copy;
-    const bool unwritten = !copied && (r->shared ? c.store.block != now.block : c.store.block == 0);
-    if (kSeesPlainAccesses && kind != Kind::store && unwritten && r->access == Access::out)
-      violate("initcheck", "loads element ", i, " of ", r->name, ", which nobody has stored to, in ", where(place));
-    const bool after_own = c.store.block == now.block && c.store.epoch == now.epoch &&
-                           c.store.warp_epoch == now.warp_epoch && c.store.thread == now.thread && !c.store.atomic;
-    if (!store)
-      add_load(c.load, now, r->shared);
-    else if (now.atomic && after_own)
-      continue;  // others' atomics race with that store still
-    else if (!two_atomics || !races(c.store, now, r->shared))
-      c.store = now;
-    // Another block's earlier one is kept: it races with whatever either may race with.
-    else if (c.store.block == now.block)
-      c.store.thread = kMany;
-  }
+  touch(m, *r, address, bytes, kind, place);
   return r;
 }
-
 // From the compiler's call before an access. Most are to the thread's own stack.
 inline void check_access(void* p, size_t bytes, Kind kind, const void* code) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - m.stack;
@@ -814,8 +1020,13 @@ void complete(Mbarrier& b, Place place) {
   if (b.bytes) return;
   ++b.phase;
   b.pending = b.arrivals;
-  for (Thread& t : m.threads)
-    if (t.barrier == &b) t.state = Thread::ready, t.barrier = nullptr;
+  b.told = b.gathered;
+  const auto wake = [&](Block& of) {
+    for (Thread& t : of.threads)
+      if (t.barrier == &b) t.state = Thread::ready, t.barrier = nullptr;
+  };
+  wake(m);
+  for (int r = 0; m.cluster > 1 && r < m.cluster; ++r) wake(m.group[r]);
 }
 
 // Calls use(row of the box, first column inside the array, columns, their address) for the rows that the array has a
@@ -836,7 +1047,7 @@ void check_source(const TileCopy& c) {
 }
 
 void land(TileCopy& c) {
-  check_source(c);
+  if (!c.foreign) check_source(c);
   if (c.barrier->phase != c.phase)
     violate("synccheck", "started a copy that lands when its barrier's phase has been completed without it, in ",
             where(c.place));
@@ -894,7 +1105,7 @@ void check_operand(Multiply& x, uint64_t descriptor, int rows, bool transposed) 
     Granule& granule = m.granules[(address - kDynamicOffset) / kCopy];
     const Cell* cells = &m.dynamic.cells[(address - kDynamicOffset) / kDynamicElement];
     for (size_t i = 0; m.generic_stores && i < kCopy / kDynamicElement; ++i)
-      if (cells[i].store.block == m.block_number)
+      if (cells[i].store.block >= m.first_block)
         wrong("racecheck", address, "which ", who(cells[i].store, true),
               " stored to with no fence towards the asynchronous proxy");
     if (!granule.copy) wrong("initcheck", address, "which nobody has copied to");
@@ -997,6 +1208,7 @@ CUresult encode_tiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t ran
                       const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t* steps,
                       CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
                       CUtensorMapFloatOOBfill fill) {
+  ++m.counts.maps;
   const bool half = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   if (!half || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
     return CUDA_ERROR_NOT_SUPPORTED;  // here, not by CUDA
@@ -1025,6 +1237,7 @@ void set_schedule(Schedule schedule, unsigned seed) {
 void set_async(Async async) { m.async = async; }
 
 void set_device(int device) { m.device = device; }
+void refuse(int attributes) { m.refused = attributes; }
 int device() { return m.device; }
 int capture_mode() { return m.capture_mode; }
 int last_error() { return m.last_error; }
@@ -1043,7 +1256,7 @@ Arrays::~Arrays() {
     free(c.block);
   }
   m.arrays.clear();
-  m.arrays_named = false;
+  m.arrays_named = m.arrays_launched = false;
 }
 
 void* Arrays::add(const char* name, const void* data, size_t bytes, size_t element, Access access) {
@@ -1051,14 +1264,16 @@ void* Arrays::add(const char* name, const void* data, size_t bytes, size_t eleme
   if (!block) throw std::bad_alloc();
   void* copy = block + kDistance + reinterpret_cast<uintptr_t>(data) % kCopy;  // no better aligned than the caller's
   memcpy(copy, data, bytes);
-  copies_.push_back({block, copy, access == Access::in ? nullptr : const_cast<void*>(data), bytes});
+  const bool in = access == Access::in || access == Access::frozen;
+  copies_.push_back({block, copy, in ? nullptr : const_cast<void*>(data), bytes});
   Region r;
   r.name = name;
   r.begin = reinterpret_cast<uintptr_t>(copy);
   r.end = r.begin + bytes;
   r.element = element;
-  r.access = access;
-  if (access != Access::in) r.cells.resize(bytes / element);  // nothing can be wrong with a load of an input
+  r.access = in ? Access::in : access;
+  r.frozen = access == Access::frozen;
+  if (!in) r.cells.resize(bytes / element);  // nothing can be wrong with a load of an input
   m.arrays.push_back(std::move(r));
   m.arrays_named = true;
   return copy;
@@ -1107,7 +1322,12 @@ uint32_t shared_address(const void* p) {
 }
 
 void sync_warp(Place place) {
-  meet_warp("__syncwarp", 0, place, {}, [](Warp& w) { ++w.epoch; });
+  meet_warp("__syncwarp", 0, place, {}, [](Warp& w) {
+    ++w.epoch;
+    Thread* const lanes = &m.threads[m.running / kWarp * kWarp];
+    const bool ended = std::any_of(lanes, lanes + kWarp, [](const Thread& t) { return t.earlier_ended; });
+    for (int l = 0; l < kWarp; ++l) lanes[l].earlier_ended = ended;
+  });
 }
 
 uint32_t shuffle_xor(uint32_t bits, int mask, Place place) {
@@ -1226,6 +1446,7 @@ void barrier_init(uint64_t* barrier, int arrivals, Place place) {
   Mbarrier& b = m.barriers[reinterpret_cast<uintptr_t>(barrier)];
   b.arrivals = b.pending = arrivals;
   b.initialiser = m.running;
+  b.initialised = own_thread().cluster_arrived;
   b.seen.resize(m.threads.size());
 }
 
@@ -1233,15 +1454,24 @@ void barrier_init_fence() {
   for (auto& [address, b] : m.barriers) b.fenced |= b.initialiser == m.running;
 }
 
+static void arrive_at(Mbarrier& b, int bytes, Place place) {
+  if (b.pending == 0)
+    violate("synccheck", "arrives at a barrier once more than it was initialised for, in ", where(place));
+  b.gathered.add(all_known(m.running));
+  --b.pending;
+  b.bytes += bytes;
+  complete(b, place);
+}
+
 void barrier_expect(uint64_t* barrier, int bytes, Place place) {
   Mbarrier& b = find_barrier(barrier, "barrier_expect", place);
   if (bytes < 0 || b.bytes + bytes > kMostBytes)
     violate("memcheck", "expects ", bytes, " more bytes, in ", where(place));
-  if (b.pending == 0)
-    violate("synccheck", "arrives at a barrier once more than it was initialised for, in ", where(place));
-  --b.pending;
-  b.bytes += bytes;
-  complete(b, place);
+  arrive_at(b, bytes, place);
+}
+
+void barrier_arrive(uint64_t* barrier, Place place) {
+  arrive_at(find_barrier(barrier, "barrier_arrive", place), 0, place);
 }
 
 void barrier_wait(uint64_t* barrier, uint32_t parity, Place place) {
@@ -1253,40 +1483,39 @@ void barrier_wait(uint64_t* barrier, uint32_t parity, Place place) {
   }
   b.seen[m.running] = b.phase;
   b.seen_by_one = std::max(b.seen_by_one, b.phase);
+  own_thread().known.add(b.told);
 }
 
-void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, Place place) {
+// Starts a copy to `to` in dynamic shared memory of block t, for its barrier b.
+static void start_tile(Block& t, char* to, const TiledMap& map, Mbarrier& b, int column, int row, Place place) {
   const auto refuse = [&](const auto&... why) { violate("memcheck", why..., ", in ", where(place)); };
-  Mbarrier& b = find_barrier(barrier, "load_tile", place);
   if (!b.fenced)
     violate("racecheck", "copies a tile for a barrier with no barrier_init_fence since its barrier_init, in ",
             where(place));
-  TileCopy copy{static_cast<char*>(to), {}, column, row, &b, b.phase, m.running, place, false};
-  memcpy(&copy.map, &map, sizeof copy.map);
-  if (reinterpret_cast<uintptr_t>(&map) % 64) refuse("copies a tile by a map that is not 64-byte aligned");
-  if (copy.map.magic != kMapMagic) refuse("copies a tile by a map that was not encoded");
-  if (copy.map.swizzle != CU_TENSOR_MAP_SWIZZLE_128B || copy.map.box_columns * 2 != kTileRow)
+  const TileCopy copy{to, map, column, row, &b, b.phase, m.running, &t != &m, place, false};
+  if (map.magic != kMapMagic) refuse("copies a tile by a map that was not encoded");
+  if (map.swizzle != CU_TENSOR_MAP_SWIZZLE_128B || map.box_columns * 2 != kTileRow)
     refuse("copies a tile by a map whose box has no rows of 128 bytes with the 128-byte swizzle");
   const uintptr_t address = reinterpret_cast<uintptr_t>(to);
-  const size_t bytes = copy.map.box_rows * kTileRow, size = m.dynamic.end - m.dynamic.begin,
-               offset = address - m.dynamic.begin;
-  if (address < m.dynamic.begin || offset + bytes > size)
+  const size_t bytes = map.box_rows * kTileRow, size = t.dynamic.end - t.dynamic.begin,
+               offset = address - t.dynamic.begin;
+  if (address < t.dynamic.begin || offset + bytes > size)
     refuse("copies a tile of ", bytes, " bytes to byte ", static_cast<ptrdiff_t>(offset), " of the ", size,
            " of dynamic shared memory");
   if (offset % kTileAlign) refuse("copies a tile to an address that is not 1024-byte aligned");
   if (m.dynamic_align < kTileAlign)
     refuse("copies a tile to dynamic shared memory that is declared aligned to ", m.dynamic_align, " bytes");
-  const auto overlapped = m.barriers.lower_bound(address);
-  if (overlapped != m.barriers.end() && overlapped->first < address + bytes) refuse("copies a tile over a barrier");
+  const auto overlapped = t.barriers.lower_bound(address);
+  if (overlapped != t.barriers.end() && overlapped->first < address + bytes) refuse("copies a tile over a barrier");
 
   constexpr const char* kDoes = "copies a tile to";
-  m.granules_used = true;
-  check_granules(offset, bytes, true, kDoes, place);
+  t.granules_used = true;
+  check_granules(t, offset, bytes, true, kDoes, place);
   const Touch now = touch_now(true);
-  if (m.generic_stores || m.generic_epoch == m.epoch)
+  if (t.generic_stores || t.reached_by_loads || t.generic_epoch == t.epoch)
     for (size_t i = offset / kDynamicElement; i < (offset + bytes) / kDynamicElement; ++i) {
-      const Cell& c = m.dynamic.cells[i];
-      const bool stored = c.store.block == now.block;
+      const Cell& c = t.dynamic.cells[i];
+      const bool stored = c.store.block >= m.first_block;
       if (stored || races(c.load, now, true))
         violate("racecheck", kDoes, " element ", i, " of dynamic shared memory, which ",
                 who(stored ? c.store : c.load, true),
@@ -1294,16 +1523,196 @@ void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, 
                 ", in ", where(place));
     }
   check_source(copy);
-  m.tiles.push_back(copy);
-  const uint32_t number = static_cast<uint32_t>(m.tiles.size());
-  for (size_t i = 0; i < bytes / kCopy; ++i) m.granules[offset / kCopy + i].copy = number;
+  t.tiles.push_back(copy);
+  const uint32_t number = static_cast<uint32_t>(t.tiles.size());
+  for (size_t i = 0; i < bytes / kCopy; ++i) t.granules[offset / kCopy + i].copy = number;
   ++m.counts.tile_copies;
   if (m.async == Async::lazy) {
     memset(to, 0xFF, bytes);
-    m.under_way.push_back(number - 1);
+    t.under_way.push_back(number - 1);
   } else {
-    land(m.tiles.back());
+    land(t.tiles.back());
   }
+}
+
+static TiledMap read_map(const CUtensorMap& map, Place place) {
+  if (reinterpret_cast<uintptr_t>(&map) % 64)
+    violate("memcheck", "copies a tile by a map that is not 64-byte aligned, in ", where(place));
+  TiledMap tiled;
+  memcpy(&tiled, &map, sizeof tiled);
+  return tiled;
+}
+
+void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, Place place) {
+  Mbarrier& b = find_barrier(barrier, "load_tile", place);
+  start_tile(m, static_cast<char*>(to), read_map(map, place), b, column, row, place);
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// Clusters and dependent launches
+
+constexpr const char* kClusterWait = "cluster_wait";
+
+// The running thread is about to use shared memory of another block of the cluster.
+static void reach(Block& t, const char* does, Place place) {
+  const auto wrong = [&](const char* why) {
+    violate("racecheck", does, " shared memory of block ", t.rank, " of its cluster, ", why, ", in ", where(place));
+  };
+  if (own_thread().cluster_waited == 0) wrong("which may not have started: no barrier of the cluster before");
+  if (t.returned == static_cast<int>(t.threads.size())) wrong("which has ended");
+  t.reached = true;
+  if (own_thread().cluster_arrived < t.reached_after) return;
+  t.reached_after = own_thread().cluster_arrived;
+  t.reached_by = name(m.running) + " of " + block_name() + " " + does + " shared memory of block " +
+                 std::to_string(t.rank) + " of its cluster in " + where(place);
+}
+
+// The barrier of block t that lies where `offset` says.
+static Mbarrier& barrier_of(Block& t, size_t offset, const char* what, Place place) {
+  const auto found = t.barriers.find(reinterpret_cast<uintptr_t>(t.arena) + offset);
+  if (found == t.barriers.end())
+    violate("initcheck", "is at ", what, " for a barrier of block ", t.rank, " that nobody has initialised, in ",
+            where(place));
+  Mbarrier& b = found->second;
+  if (!b.fenced)
+    violate("racecheck", "is at ", what, " for a barrier of another block with no barrier_init_fence, in ",
+            where(place));
+  if (b.initialised >= own_thread().cluster_waited)
+    violate("racecheck", "is at ", what, " for a barrier of another block, with no barrier of the cluster since its ",
+            "barrier_init, in ", where(place));
+  return b;
+}
+
+void load_tile_to_blocks(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, uint16_t blocks,
+                         Place place) {
+  constexpr const char* kWhat = "load_tile_to_blocks";
+  if (blocks == 0 || blocks >> m.cluster)
+    violate("memcheck", "copies a tile to blocks ", blocks, " of a cluster of ", m.cluster, ", in ", where(place));
+  const TiledMap tiled = read_map(map, place);
+  const uint32_t offset = shared_address(to), barrier_offset = shared_address(barrier);
+  for (int r = 0; r < m.cluster; ++r) {
+    if (!(blocks >> r & 1)) continue;
+    Block& t = block_of(r);
+    if (&t == &m) {
+      start_tile(m, static_cast<char*>(to), tiled, find_barrier(barrier, kWhat, place), column, row, place);
+      continue;
+    }
+    reach(t, "copies a tile to", place);
+    start_tile(t, t.arena + offset, tiled, barrier_of(t, barrier_offset, kWhat, place), column, row, place);
+  }
+}
+
+void prefetch_map(const CUtensorMap& map, Place place) { read_map(map, place); }
+
+int cluster_rank() { return m.rank; }
+
+void cluster_arrive(Place place) {
+  meet_warp("cluster_arrive", 0, place, {}, [&](Warp&) {
+    const int first = m.running / kWarp * kWarp;
+    for (int i = first; i < first + kWarp; ++i) {
+      Thread& t = m.threads[i];
+      if (t.cluster_arrived > t.cluster_waited)
+        violate("synccheck", "arrives at the cluster's barrier again before it has waited, in ", where(place));
+      ++t.cluster_arrived;
+      m.cluster_gathered.add(all_known(i));
+    }
+    m.cluster_arrivals += kWarp;
+    if (m.cluster_arrivals < m.cluster * static_cast<int>(m.threads.size())) return;
+    m.cluster_arrivals = 0;
+    ++m.cluster_phase;
+    m.cluster_told = m.cluster_gathered;
+    for (int r = 0; r < m.cluster; ++r)
+      for (Thread& t : block_of(r).threads)
+        if (t.state == Thread::waiting && t.what == kClusterWait) t.state = Thread::ready;
+  });
+}
+
+void cluster_wait(Place place) {
+  meet_warp("the warp's part of cluster_wait", 0, place, {}, [](Warp&) {});
+  Thread& t = own_thread();
+  if (t.cluster_arrived == t.cluster_waited)
+    violate("synccheck", "waits for the cluster's barrier before it has arrived there, in ", where(place));
+  while (m.cluster_phase < t.cluster_arrived) wait(kClusterWait, place);
+  t.cluster_waited = t.cluster_arrived;
+  t.known.add(m.cluster_told);
+}
+
+uint32_t address_in_block(const void* p, int rank, Place place) {
+  const uint32_t offset = shared_address(p);
+  if (rank < 0 || rank >= m.cluster)
+    violate("memcheck", "asks for an address in block ", rank, " of a cluster of ", m.cluster, ", in ", where(place));
+  const size_t size = m.dynamic.end - m.dynamic.begin;
+  if (offset < kDynamicOffset || offset - kDynamicOffset >= size)  // static arrays need not lie at equal places here
+    violate("memcheck", "asks for an address in another block outside dynamic shared memory, in ", where(place));
+  return static_cast<uint32_t>(rank + 1) << kRankBit | offset;
+}
+
+// The block whose address that is, and where it has it.
+static std::pair<Block&, char*> place_of(uint32_t address) {
+  const int rank = static_cast<int>(address >> kRankBit) - 1;
+  Block& t = rank < 0 ? m : block_of(rank);
+  return {t, t.arena + (address & ((1u << kRankBit) - 1))};
+}
+
+static char* reached_place(uint32_t address, size_t bytes, Kind kind, Place place) {
+  const auto [t, p] = place_of(address);
+  const bool store = kind == Kind::store;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p);
+  if (at % bytes)
+    violate("memcheck", store ? "stores to" : "loads", " an address in another block that is not ", bytes,
+            "-byte aligned, in ", where(place));
+  if (at < t.dynamic.begin || at + bytes > t.dynamic.end)
+    violate("memcheck", store ? "stores " : "loads ", bytes, " bytes outside the dynamic shared memory of a block, in ",
+            where(place));
+  if (&t == &m) {
+    check(p, bytes, kind, place);
+    return p;
+  }
+  reach(t, store ? "stores to" : "loads", place);
+  if (t.granules_used) check_granules(t, at - t.dynamic.begin, bytes, store, store ? "stores to" : "loads", place);
+  t.generic_stores |= store;
+  t.reached_by_loads |= !store;
+  touch(t, t.dynamic, at, bytes, kind, place);
+  return p;
+}
+
+void load_from_block(void* to, uint32_t address, size_t bytes, Place place) {
+  memcpy(to, reached_place(address, bytes, Kind::load, place), bytes);
+}
+
+void store_to_block(uint32_t address, const void* from, size_t bytes, Place place) {
+  memcpy(reached_place(address, bytes, Kind::store, place), from, bytes);
+}
+
+void barrier_arrive_in_block(uint32_t address, Place place) {
+  constexpr const char* kWhat = "barrier_arrive_in_block";
+  const auto [t, p] = place_of(address);
+  if (&t == &m) return arrive_at(find_barrier(reinterpret_cast<uint64_t*>(p), kWhat, place), 0, place);
+  reach(t, "arrives at a barrier in", place);
+  arrive_at(barrier_of(t, p - t.arena, kWhat, place), 0, place);
+}
+
+void allow_next_launch() {
+  if (std::exchange(m.allowed_next, true)) return;
+  m.waited_before_next |= own_thread().earlier_ended;
+}
+
+void wait_for_earlier_launches() { own_thread().earlier_ended = m.waited = true; }
+
+// Called before a launch's blocks start: which launches may be unfinished then.
+static void begin_launch(bool dependent) {
+  const uint32_t before_early = m.early_from;
+  ++m.number;
+  if (dependent) {
+    m.early_from = m.waited_before_next ? m.number - 1 : std::min(before_early, m.number - 1);
+    m.late_from = m.waited ? m.number - 1 : std::min(before_early, m.number - 1);
+  } else {
+    m.early_from = m.late_from = m.number;
+  }
+  m.dependent = dependent;
+  m.waited = m.waited_before_next = !dependent;  // all before it has ended
+  m.follows_unknown = dependent && m.arrays_named && !std::exchange(m.arrays_launched, true);
+  if (m.arrays_named) m.arrays_launched = true;
 }
 
 uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, Place place) {
@@ -1349,7 +1758,7 @@ void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half typ
     const int warp = m.running / kWarp;
     for (const uint32_t i : x.copies)
       for (int l = 0; l < kWarp; ++l)
-        if (!has_seen(warp * kWarp + l, m.tiles[i]))
+        if (!has_seen(m, warp * kWarp + l, m.tiles[i]))
           violate("racecheck", "multiplies what the copy started in ", where(m.tiles[i].place), " brings, for which ",
                   name(warp * kWarp + l), " has not waited, in ", where(place));
     Accumulators& to = take_registers(w, blocks, place);
@@ -1437,18 +1846,35 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   const auto asked = m.dynamic_limits.find(kernel);
   const bool has_asked = asked != m.dynamic_limits.end();
   if (config.dynamicSmemBytes > (has_asked ? asked->second : kSharedLimit)) return cudaErrorInvalidValue;
-  bool cooperative = false;
+  bool cooperative = false, dependent = false;
+  dim3 cluster(1, 1, 1);
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (config.attrs[i].id != cudaLaunchAttributeCooperative) return cudaErrorNotSupported;  // here, not by CUDA
-    cooperative = config.attrs[i].val.cooperative;
+    const auto& [id, pad, value] = config.attrs[i];
+    if (m.refused >> id & 1) return cudaErrorNotSupported;
+    if (id == cudaLaunchAttributeCooperative)
+      cooperative = value.cooperative;
+    else if (id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      dependent = value.programmaticStreamSerializationAllowed;
+    else if (id == cudaLaunchAttributeClusterDimension)
+      cluster = dim3(value.clusterDim.x, value.clusterDim.y, value.clusterDim.z);
+    else
+      return cudaErrorNotSupported;  // here, not by CUDA
   }
   if (cooperative && blocks > kResident) return cudaErrorCooperativeLaunchTooLarge;
+  if (cluster.x < 1 || cluster.x > kCluster || g.x % cluster.x || cluster.y != 1 || cluster.z != 1)
+    return cudaErrorInvalidClusterSize;
+  if (cooperative && cluster.x > 1) return cudaErrorNotSupported;  // here, not by CUDA
+  if (m.device != 0 && (cluster.x > 1 || dependent)) return cudaErrorNotSupported;
   ++m.counts.launches;
   m.body = body;
   m.started = started;
   m.grid = g;
   m.block = b;
   m.cooperative = cooperative;
+  m.cluster = static_cast<int>(cluster.x);
+  m.cluster_arrivals = 0;
+  m.cluster_phase = 0;
+  begin_launch(dependent);
   m.shared_limit = has_asked ? kLargeSharedLimit : kSharedLimit;
   struct Parameters {  // threads read them where the launch keeps them
     Parameters(const void* p, size_t bytes) {
@@ -1457,6 +1883,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
       r.begin = reinterpret_cast<uintptr_t>(p);
       r.end = r.begin + bytes;
       r.access = Access::in;
+      r.parameters = true;
       m.arrays.push_back(std::move(r));
     }
     ~Parameters() { m.arrays.pop_back(); }
@@ -1470,11 +1897,24 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     run_together(order, config.dynamicSmemBytes);
     return cudaSuccess;
   }
+  if (m.cluster > 1) {
+    order.resize(blocks / m.cluster);
+    std::iota(order.begin(), order.end(), uint64_t(0));
+    if (backwards()) std::reverse(order.begin(), order.end());
+  }
   if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
+  if (m.cluster > 1) {
+    for (const uint64_t k : order) run_cluster(k * m.cluster, config.dynamicSmemBytes);
+    m.cluster = 1;
+    return cudaSuccess;
+  }
   prepare_block(config.dynamicSmemBytes);
   for (uint64_t k = 0; k < blocks; ++k) {
     start_block(!order.empty() ? order[k] : backwards() ? blocks - 1 - k : k);
     m.visit = ++m.visits;
+    m.cluster_arrivals = 0;
+    m.cluster_phase = 0;
+    m.cluster_gathered = m.cluster_told = {};
     run_block();
   }
   return cudaSuccess;
@@ -1497,7 +1937,12 @@ EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
 
 // For those who load a library that is no Python module.
 extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { return emulator::counts().launches; }
+extern "C" __attribute__((visibility("default"))) int64_t emulated_questions() { return emulator::counts().questions; }
+extern "C" __attribute__((visibility("default"))) int64_t emulated_maps() { return emulator::counts().maps; }
 extern "C" __attribute__((visibility("default"))) void emulated_device(int device) { emulator::set_device(device); }
+extern "C" __attribute__((visibility("default"))) void emulated_refusal(int attributes) {
+  emulator::refuse(attributes);
+}
 
 // What -fsanitize=thread calls; the names are the compiler's.
 extern "C" {
@@ -1526,6 +1971,10 @@ void __tsan_write_range(void* p, size_t n) {
   emulator::check_access(p, n, emulator::Kind::store, __builtin_return_address(0));
 }
 
+// Of the launchers' std::atomic.
+int __tsan_atomic32_load(const volatile int* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+int __tsan_atomic32_fetch_or(volatile int* p, int v, int) { return __atomic_fetch_or(p, v, __ATOMIC_SEQ_CST); }
+
 #ifndef __SANITIZE_ADDRESS__  // which brings its own
 // What -fsanitize=alignment calls for an address that its type does not allow.
 void __ubsan_handle_type_mismatch_v1(const emulator::Place* place, uintptr_t address) {
@@ -1536,6 +1985,7 @@ void __ubsan_handle_type_mismatch_v1(const emulator::Place* place, uintptr_t add
 #endif
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  ++emulator::m.counts.questions;
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize)
     return emulator::remembered(cudaErrorNotSupported);  // here, not by CUDA
   if (value < 0 || size_t(value) > emulator::kLargeSharedLimit) return emulator::remembered(cudaErrorInvalidValue);
@@ -1557,6 +2007,7 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  ++emulator::m.counts.questions;
   if (device < 0 || device > 1) return emulator::remembered(cudaErrorInvalidDevice);
   const int capability = device == 0 ? 90 : 86;
   switch (attribute) {
@@ -1569,6 +2020,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMultiProcessorCount:
       *value = emulator::kResident;  // with a block on each
       return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = 1;
+      return cudaSuccess;
     default:
       return emulator::remembered(cudaErrorInvalidValue);
   }
@@ -1576,6 +2030,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel, int threads,
                                                           size_t shared_bytes) {
+  ++emulator::m.counts.questions;
   const auto asked = emulator::m.dynamic_limits.find(kernel);
   const size_t limit = asked == emulator::m.dynamic_limits.end() ? emulator::kSharedLimit : asked->second;
   *blocks = threads <= emulator::kMaxThreads && shared_bytes <= limit;
@@ -1603,6 +2058,8 @@ const char* cudaGetErrorString(cudaError_t code) {
       return "no CUDA-capable device is detected";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
+    case cudaErrorInvalidClusterSize:
+      return "cluster misconfiguration";
     case cudaErrorCooperativeLaunchTooLarge:
       return "too many blocks in cooperative launch";
     case cudaErrorNotSupported:

@@ -3,9 +3,9 @@
 //
 // Each CUDA thread is a fiber; the threads of a block take turns in the order of a Schedule and change over at barriers
 // and warp-wide instructions only; blocks run one after another, those of a cooperative launch from one of the grid's
-// barriers to the next. The kernels are compiled with -fsanitize=thread but linked without its library: the calls that
-// the compiler puts before each load and store arrive in emulator.cpp, which checks them as compute-sanitizer would on
-// a GPU:
+// barriers to the next, those of a cluster in turns. The kernels are compiled with -fsanitize=thread but linked without
+// its library: the calls that the compiler puts before each load and store arrive in emulator.cpp, which checks them as
+// compute-sanitizer would on a GPU:
 //   memcheck   an address that is neither the thread's own stack, nor live shared memory, nor one of the call's arrays;
 //              a store to an array that the call only reads; an address not aligned to what is read or written there
 //   racecheck  two threads, at least one of them storing, at one element of shared or global memory with no barrier
@@ -30,8 +30,21 @@
 //              arrivals than a barrier expects; a block whose threads all wait, which names what for; a thread that
 //              returns without having waited for its multiplications, a block that ends with tile copies nobody has
 //              waited for
-// That one thread's wait on a barrier orders what others did is known of a __syncthreads only, not of an mbarrier's
-// arrivals.
+// An mbarrier's arrivals tell those who wait for it of copies that have landed and of multiplications that have been
+// waited for; that one thread's wait orders other loads and stores of others is known of a __syncthreads only.
+//
+// Of clusters, and of launches that start before the one before them has ended:
+//   memcheck   an address in a block that is not of the cluster, outside its dynamic shared memory, or not aligned
+//   racecheck  another block's shared memory reached for before a barrier of the cluster, after the block has ended, or
+//              with no barrier of the cluster behind it that keeps the block from ending; two blocks at one element, at
+//              least one of them storing, with no barrier of the cluster between; a copy or an arrival for another
+//              block's barrier with none since that was initialised; global memory that an unfinished launch stores to,
+//              or loads what this one stores, before wait_for_earlier_launches: of the launch before, or of an earlier
+//              one for which that did not wait
+//   synccheck  arrivals and waits at the cluster's barrier that do not alternate, or diverge in a warp
+// Launches run one after another all the same: what each did to a word of global memory says whether another order
+// would have given another result. Of a call's first launch, if it is dependent, the launches before are not known: it
+// must wait before it touches any array but the frozen ones.
 //
 // What it cannot see: memory fences other than those, whether a map is a __grid_constant__ parameter, register
 // pressure, the GPU's own exp and log, in which order tensor cores add, speed.
@@ -63,6 +76,9 @@ void set_async(Async async);
 void set_device(int device);
 int device();
 
+// The driver refuses launches with these attributes: bits of their cudaLaunchAttributeIDs.
+void refuse(int attributes);
+
 // What the host leaves behind on its thread: CUDA's codes.
 int capture_mode();
 int last_error();
@@ -70,6 +86,8 @@ int last_error();
 // What kernels have done since the last clear_counts().
 struct Counts {
   int64_t launches = 0;
+  int64_t questions = 0;        // of the host to the runtime: attributes of kernels and devices, blocks that fit
+  int64_t maps = 0;             // encoded
   uint64_t copies = 0;          // asynchronous
   uint64_t load_matrix = 0;     // warp-wide instructions
   uint64_t multiply_add = 0;    // warp-wide instructions
@@ -84,7 +102,8 @@ void clear_counts();
 // The arrays that one call of a launcher may touch: copies of the caller's, far from one another, so that what lies
 // before or after one is never another; outputs go back at the end. While none is named (the whole-op tests, where
 // torch owns the memory), accesses to global memory are checked for nothing.
-enum class Access { in, out, inout };
+// frozen: an input to which no launch of an op stores, so that a dependent launch may load it before it waits.
+enum class Access { in, out, inout, frozen };
 class Arrays {
  public:
   Arrays() = default;
@@ -146,14 +165,27 @@ void multiply_add_16x8x16(float* d, const uint32_t* a, const uint32_t* b, Half t
 void copy_async16(void* to, const void* from, int bytes, Place place);
 void copy_async_commit();
 void copy_async_wait(int pending);
+void allow_next_launch();
+void wait_for_earlier_launches();
 
 // What hopper_instructions.cuh does; those whose names begin with warpgroup or multiply are for whole warps of a
 // warpgroup.
 void barrier_init(uint64_t* barrier, int arrivals, Place place);
 void barrier_init_fence();
 void barrier_expect(uint64_t* barrier, int bytes, Place place);
+void barrier_arrive(uint64_t* barrier, Place place);
 void barrier_wait(uint64_t* barrier, uint32_t parity, Place place);
 void load_tile(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, Place place);
+void load_tile_to_blocks(void* to, const CUtensorMap& map, uint64_t* barrier, int column, int row, uint16_t blocks,
+                         Place place);
+void prefetch_map(const CUtensorMap& map, Place place);
+int cluster_rank();
+void cluster_arrive(Place place);
+void cluster_wait(Place place);
+uint32_t address_in_block(const void* p, int rank, Place place);
+void load_from_block(void* to, uint32_t address, size_t bytes, Place place);
+void store_to_block(uint32_t address, const void* from, size_t bytes, Place place);
+void barrier_arrive_in_block(uint32_t barrier, Place place);
 uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, Place place);
 void warpgroup_fence(Place place);
 void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, Place place);

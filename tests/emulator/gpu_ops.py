@@ -121,7 +121,8 @@ def test_bad_labels_out_of_range_are_counted_once_a_row():
 def library():
     """The emulated kernels: how many were launched, and which GPU is current where the op does not say."""
     loaded = ctypes.CDLL(str(next((pathlib.Path(ijckd_fast.__file__).parent / "head").glob("_C.so"))))
-    loaded.emulated_launches.restype = ctypes.c_int64
+    for counter in (loaded.emulated_launches, loaded.emulated_questions, loaded.emulated_maps):
+        counter.restype = ctypes.c_int64
     return loaded
 
 
@@ -254,6 +255,31 @@ def test_a_gram_of_another_kind_is_refused_on_a_gpu_too():
             match=r"gram must be what .* makes of this weight, contiguous bfloat16 \[2, Ct, Ct\] = \[2, 24, 24\], got",
         ):
             head.classifier_loss(z, weight, bias, labels, gram=wrong, **keywords)
+
+
+def test_the_runtime_is_asked_once(library):
+    """Attributes of the kernels and the GPU, maps of arrays: a second call of equal sizes has them already."""
+    z, weight, *rest, keywords = tiled_inputs(9, 24, 90)
+
+    def asked():
+        before = library.emulated_questions(), library.emulated_maps()
+        loss_and_grad(head, z, weight, *rest, **keywords)
+        return library.emulated_questions() - before[0], library.emulated_maps() - before[1]
+
+    asked()
+    questions, maps = asked()
+    assert questions == 0
+    assert maps <= 2  # two products read W; the op's own arrays may lie elsewhere than before
+
+
+def test_maps_are_of_the_array_that_is_there_now():
+    """The same memory as weights of two shapes, one after the other: each gives what a copy of its own gives."""
+    memory = tiled_inputs(9, 24, 90)[1]
+    for Ct, K in ((24, 90), (48, 45), (24, 90), (24, 50)):
+        z, _, *rest, keywords = tiled_inputs(9, Ct, K)
+        weight = memory.flatten()[: K * Ct].view(K, Ct)
+        here, copied = (loss_and_grad(head, z, w, *rest, **keywords) for w in (weight, weight.clone()))
+        assert all(map(torch.equal, here, copied))
 
 
 @pytest.mark.parametrize("current", [-1, 1], ids=["none", "one of sm_86"])

@@ -55,7 +55,11 @@ class Call {
   T* inout(const char* name) {
     return static_cast<T*>(inout(name));
   }
-  const void* in(const char* name) { return array(name, emulator::Access::in); }
+  const void* in(const char* name) {
+    const std::string of = name;  // what no launch of an op stores to
+    const bool frozen = of == "weight" || of == "bias" || of == "gram";
+    return array(name, frozen ? emulator::Access::frozen : emulator::Access::in);
+  }
   void* out(const char* name) { return array(name, emulator::Access::out); }
   void* inout(const char* name) { return array(name, emulator::Access::inout); }
 

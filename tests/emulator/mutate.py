@@ -87,10 +87,11 @@ SWAPS = {
 PATTERN = re.compile("|".join(map(re.escape, sorted(SWAPS, key=len, reverse=True))))
 NUMBER = re.compile(r"(?<![\w.\"])\d+(?![\w.\"])")  # shifted by one
 CONDITION = re.compile(r"\bif \((.*)\) (?=[^()]*;$)|\bif \((.*)\)(?: \{)?$")  # made true
-WAIT = re.compile(r"(copy_async|warpgroup)_wait<([^<>]*)>\(\);")  # removed; for one group less
+WAIT = re.compile(r"(copy_async|warpgroup)_wait<([^<>]*)>\(([^;]*)\);")  # removed; for one group less
 XOR = re.compile(r" \^ (\([^()]*\)|[\w.]+)")  # removed
 CONJUNCTS = re.compile(r"(?:\bbool \w+ = |\breturn )(.* && .*);$|\bif \((.* && .*)\)[^()]*$")  # each made true
 CALL = re.compile(r"(?:\w+::)*\w+(?:<[^;]*>)?\(.*\);")  # removed
+HINTS = ("allow_next_launch", "prefetch_map")  # calls that change no result
 # Of a line without what stands in brackets; a declaration has two words before its =.
 STATEMENT = re.compile(r"[^ ]+ [-+*/]?= .*;")
 BRACKETS = re.compile(r"\[[^\[\]]*\]|<[^<> ]*>")
@@ -125,7 +126,7 @@ class Mutant:
     @property
     def drops_order(self) -> bool:
         """Whether it takes away a barrier, or a copy's end."""
-        return self.became == ";" and bool(re.match(r"__sync|copy_async|warpgroup|barrier", self.was))
+        return self.became == ";" and bool(re.match(r"__sync|copy_async|warpgroup|barrier|cluster|wait_for_earlier", self.was))
 
     def apply(self, source: str) -> str:
         lines = source.split("\n")
@@ -165,7 +166,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
                 yield mutant(m.start(), code[m.start() :], ";")
         for m in WAIT.finditer(code):
             yield mutant(m.start(), m[0], ";")
-            yield mutant(m.start(), m[0], f"{m[1]}_wait<{m[2]} + 1>();")
+            yield mutant(m.start(), m[0], f"{m[1]}_wait<{m[2]} + 1>();")  # as one that names no accumulators
         for m in XOR.finditer(code):
             yield mutant(m.start(), m[0], "")
         for at, condition in conjuncts(code):
@@ -174,7 +175,7 @@ def mutants_of(file: str) -> Iterator[Mutant]:
         if (
             call
             and call[0].count("(") == call[0].count(")")
-            and not call[0].startswith(("__sync", "copy_async", "warpgroup_wait"))
+            and not call[0].startswith(("__sync", "copy_async", "warpgroup_wait", *HINTS))
         ):
             yield mutant(indent, call[0], ";")
         if STATEMENT.fullmatch(BRACKETS.sub("", code.strip())):

@@ -69,7 +69,7 @@ __global__ void warpgroup_multiply_kernel(const __grid_constant__ CUtensorMap a,
         sums, matrix_descriptor(stage_a + k, 16, 1024),
         kByDepth ? matrix_descriptor(stage_b + k * 64, 8192, 1024) : matrix_descriptor(stage_b + k, 16, 1024));
   warpgroup_commit();
-  warpgroup_wait<0>();
+  warpgroup_wait<0>(sums);
 #pragma unroll
   for (int j = 0; j < kBlocks; ++j)
 #pragma unroll

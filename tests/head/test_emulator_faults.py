@@ -361,3 +361,101 @@ def test_bank_conflicts_are_counted(broken):
         counts = broken.counts()
         assert counts.load_matrix > 0
         assert counts.bank_conflicts == (4 * 7 * counts.load_matrix if name == "no_swizzle" else 0), name
+
+
+# Of clusters' shared memory, of tiles copied to several blocks, and of dependent launches.
+NO_BARRIER = "with no barrier between, in broken_cluster.cu"
+UNFINISHED = "with no wait_for_earlier_launches before, in broken_cluster.cu"
+WRONG_BYTES = (
+    "synccheck: (.* bytes more than expected|.* phase has been completed without it|.* anyone had waited for the copy)"
+)
+TOO_EARLY = "(racecheck: .*, into which the copy started|initcheck: .*, which nobody has (stored|copied) to)"
+GROUP_FAULTS = {
+    "no_barrier": "racecheck: .* loads shared memory of block . of its cluster, which may not have started",
+    "no_last_barrier": (
+        r"racecheck: .* loads shared memory of block . of its cluster(, which has ended| in .* keeps that from ending)"
+    ),
+    "no_last_barrier_after_store": (
+        r"racecheck: .* stores to shared memory of block . of its cluster(, which has ended| in .* keeps that from)"
+    ),
+    "block_barrier": "racecheck: .* loads shared memory of block . of its cluster, which may not have started",
+    "access_between_halves": f"racecheck: .* (loaded|stored to) {NO_BARRIER}",
+    "store_after_load": f"racecheck: .* element .*, which another block (loaded|stored to) {NO_BARRIER}",
+    "store_seen_without_barrier": "(racecheck: .* another block|initcheck: .* loads element .* nobody has stored to)",
+    "both_store": f"racecheck: .* stores to element .*, which another block stored to {NO_BARRIER}",
+    "block_skips_barrier": (
+        "(synccheck: all threads of block .* wait, 64 at cluster_wait|racecheck: .* which may not have started)"
+    ),
+    "no_wait": "racecheck: .* loads shared memory of block . of its cluster, which may not have started",
+    "no_arrival": "synccheck: .* waits for the cluster's barrier before it has arrived there",
+    "two_arrivals": "synccheck: .* arrives at the cluster's barrier again before it has waited",
+    "divergent_arrival": "(synccheck|racecheck): .* (cluster_arrive|may not have started)",
+    "rank_past_cluster": "memcheck: .* asks for an address in block 2 of a cluster of 2",
+    "static_shared": "memcheck: .* asks for an address in another block outside dynamic shared memory",
+    "past_shared": "memcheck: .* loads 4 bytes outside the dynamic shared memory of a block",
+    "misaligned": "memcheck: .* loads an address in another block that is not 4-byte aligned",
+    "misaligned_four": "memcheck: .* loads an address in another block that is not 16-byte aligned",
+    "never_stored": "initcheck: .* loads element .* of dynamic shared memory, which nobody has stored to",
+    "not_whole_clusters": "launch failed: 912$",
+    "no_cluster": "memcheck: .* asks for an address in block 1 of a cluster of 1",
+    "tile_expects_own_only": f"({WRONG_BYTES}|{TOO_EARLY})",
+    "tile_expects_too_much": r"synccheck: all threads of .* \(phase 0 lacks 0 arrivals and 16 bytes\)",
+    "tile_no_barrier_after_init": (
+        "(racecheck: .* copies a tile to shared memory of .*, which may not have started"
+        "|initcheck: .* for a barrier that nobody has initialised)"
+    ),
+    "tile_block_barrier_after_init": "racecheck: .* copies a tile to shared memory of .*, which may not have started",
+    "tile_no_init_fence": "racecheck: .* with no barrier_init_fence",
+    "tile_no_init": "initcheck: .* for a barrier that nobody has initialised",
+    "tile_third_block": "memcheck: .* copies a tile to blocks 7 of a cluster of 2",
+    "tile_no_block": "memcheck: .* copies a tile to blocks 0 of a cluster of 2",
+    "tile_no_wait": TOO_EARLY,
+    "tile_to_shared_loaded_before": "(initcheck: .* nobody has stored to|racecheck: .* loaded with no barrier)",
+    "tile_to_shared_stored_before": "racecheck: .* stored to with no fence towards the asynchronous proxy",
+    "one_thread_waits": f"racecheck: .* (loads|stores) 4 bytes that a launch before this one stores, {UNFINISHED}",
+    "loads_before_wait": f"racecheck: .* loads 4 bytes that a launch before this one stores, {UNFINISHED}",
+    "stores_before_wait": f"racecheck: .* stores 4 bytes that a launch before this one stores, {UNFINISHED}",
+    "stores_what_is_read": f"racecheck: .* stores 4 bytes that a launch before this one (loads|stores), {UNFINISHED}",
+    "between_waits_late": f"racecheck: .* loads 4 bytes that a launch before this one stores, {UNFINISHED}",
+    "between_never_waits": "racecheck: .* loads 4 bytes .*, whose end the launch between has not waited for",
+    "between_ends_without_wait": "racecheck: .* loads 4 bytes .*, whose end the launch between has not waited for",
+    "first_never_waits": "racecheck: .* loads 4 bytes of in with no wait_for_earlier_launches before",
+}
+RING_FAULTS = {
+    "arrives_before_wait": r"racecheck: .* copies a tile to .* reads; warp \d has (not )?waited for that",
+    "arrives_at_own_only": r"synccheck: all threads of .* \(phase 0 lacks 4 arrivals and 0 bytes\)",
+    "one_warp_arrives": r"racecheck: .* copies a tile to .* reads; warp \d has (not )?waited for that",
+    "never_waits_for_readers": r"racecheck: .* copies a tile to .*( reads; warp \d has (not )?waited| the copy)",
+    "no_last_barrier": r"racecheck: .* arrives at a barrier in shared memory of block .*(which has ended|from ending)",
+    "expects_half": f"({WRONG_BYTES}|{TOO_EARLY})",
+}
+
+
+@pytest.mark.parametrize(("schedule", "when"), ALL_ORDERS)
+def test_the_emulator_finds_every_fault_between_blocks_and_launches(broken, schedule, when):
+    sound = [name for name in broken.group_names() if name.startswith("sound")]
+    assert set(broken.group_names()) == {*sound, *GROUP_FAULTS}
+    schedules.set_order(broken, (schedule, when))
+    x = np.arange(128, dtype=np.float32)
+    for name, text in GROUP_FAULTS.items():
+        with pytest.raises(RuntimeError, match=text):
+            broken.run_group(name, x, np.full(128, np.nan, np.float32))
+    assert len(sound) == 10
+    for name in sound:
+        out = np.full(128, np.nan, np.float32)
+        broken.run_group(name, x, out)
+        np.testing.assert_array_equal(out, x.reshape(2, 64)[:, ::-1].ravel(), name)
+
+
+@pytest.mark.parametrize(("schedule", "when"), ALL_ORDERS)
+def test_the_emulator_finds_every_fault_of_a_pipeline_that_blocks_share(broken, schedule, when):
+    assert set(broken.ring_names()) == {"sound", *RING_FAULTS}
+    schedules.set_order(broken, (schedule, when))
+    size = 70, 136, 330
+    for name, text in RING_FAULTS.items():
+        with pytest.raises(RuntimeError, match=text):
+            tile_product(broken, name, *size, run="run_ring")
+    broken.clear_counts()
+    got, want = tile_product(broken, "sound", *size, run="run_ring")
+    np.testing.assert_allclose(got, want, atol=1e-5 * abs(want).max())
+    assert broken.counts().tile_copies == 2 * 4 * 6 * 3  # of each of 8 blocks' 6 stages: b's, and a's half for two

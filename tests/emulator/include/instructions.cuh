@@ -53,6 +53,9 @@ inline void multiply_add_16x8x16(float (&d)[4], const uint32_t (&a)[4], const ui
   emulator::multiply_add_16x8x16(d, a, b, type, place);
 }
 
+inline void allow_next_launch() { emulator::allow_next_launch(); }
+inline void wait_for_earlier_launches() { emulator::wait_for_earlier_launches(); }
+
 #undef EMULATED_PLACE
 
 }  // namespace ijckd

@@ -126,7 +126,8 @@ class Mutant:
     @property
     def drops_order(self) -> bool:
         """Whether it takes away a barrier, or a copy's end."""
-        return self.became == ";" and bool(re.match(r"__sync|copy_async|warpgroup|barrier|cluster|wait_for_earlier", self.was))
+        orders = r"__sync|copy_async|warpgroup|barrier|cluster|wait_for_earlier"
+        return self.became == ";" and bool(re.match(orders, self.was))
 
     def apply(self, source: str) -> str:
         lines = source.split("\n")

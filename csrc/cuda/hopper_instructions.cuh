@@ -157,36 +157,39 @@ __device__ __forceinline__ void warpgroup_wait() {
   "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                                         \
   "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                        \
   " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  " %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, 0, %34;\n}\n"
-#define IJCKD_WGMMA_128(type)                                                                                          \
-  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                                           \
-  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                         \
-  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
-  " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "    \
-  " %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, 0, " \
-  "%66;\n}\n"
+  " %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %34, %35;\n}\n"
+#define IJCKD_WGMMA_128(type)                                                                                        \
+  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\n"                                                                         \
+  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                       \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  " %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  " %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, "  \
+  "%66, "                                                                                                            \
+  "%67;\n}\n"
 #define IJCKD_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define IJCKD_SUMS_8(j)                                                                                         \
   IJCKD_SUMS(j), IJCKD_SUMS(j + 1), IJCKD_SUMS(j + 2), IJCKD_SUMS(j + 3), IJCKD_SUMS(j + 4), IJCKD_SUMS(j + 5), \
       IJCKD_SUMS(j + 6), IJCKD_SUMS(j + 7)
 
 // d [64, 8 kBlocks] += a [64, 16] b [16, 8 kBlocks], a and b of type T by their descriptors, d in float: d[j] holds of
-// the 16 rows of the calling warp and the columns from 8 j what multiply_add_16x8x16's d holds. a has rows of the
-// output; b too, or, with kByDepth, rows of the contraction. Starts only: no access to d until warpgroup_wait. The 128
-// threads of a warpgroup call it together.
-template <typename T, bool kByDepth, int kBlocks>
+// the 16 rows of the calling warp and the columns from 8 j what multiply_add_16x8x16's d holds. Both have rows
+// of the output, or rows of the contraction: b with kByDepth, a with kAByDepth. Starts only: no access to d until
+// warpgroup_wait. The 128 threads of a warpgroup call it together.
+template <typename T, bool kByDepth, bool kAByDepth = false, int kBlocks>
 __device__ __forceinline__ void multiply_add_64xNx16(float (&d)[kBlocks][4], uint64_t a, uint64_t b) {
   static_assert(kBlocks == 8 || kBlocks == 16);
   constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
   static_assert(kBf16 || std::is_same_v<T, __half>);
   if constexpr (kBlocks == 8 && kBf16)
-    IJCKD_ASM(IJCKD_WGMMA_64("bf16") : IJCKD_SUMS_8(0) : "l"(a), "l"(b), "n"(int(kByDepth)));
+    IJCKD_ASM(IJCKD_WGMMA_64("bf16") : IJCKD_SUMS_8(0) : "l"(a), "l"(b), "n"(int(kAByDepth)), "n"(int(kByDepth)));
   else if constexpr (kBlocks == 8)
-    IJCKD_ASM(IJCKD_WGMMA_64("f16") : IJCKD_SUMS_8(0) : "l"(a), "l"(b), "n"(int(kByDepth)));
+    IJCKD_ASM(IJCKD_WGMMA_64("f16") : IJCKD_SUMS_8(0) : "l"(a), "l"(b), "n"(int(kAByDepth)), "n"(int(kByDepth)));
   else if constexpr (kBf16)
-    IJCKD_ASM(IJCKD_WGMMA_128("bf16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kByDepth)));
+    IJCKD_ASM(IJCKD_WGMMA_128("bf16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kAByDepth)),
+              "n"(int(kByDepth)));
   else
-    IJCKD_ASM(IJCKD_WGMMA_128("f16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kByDepth)));
+    IJCKD_ASM(IJCKD_WGMMA_128("f16") : IJCKD_SUMS_8(0), IJCKD_SUMS_8(8) : "l"(a), "l"(b), "n"(int(kAByDepth)),
+              "n"(int(kByDepth)));
 }
 
 // Waits for all of the warpgroup's groups: the calling thread may use its accumulators, which are named here so that

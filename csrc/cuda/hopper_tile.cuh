@@ -94,9 +94,9 @@ __host__ __device__ Matrix<T> matrix(const void* data, int64_t rows, int64_t col
 }
 
 // Returns 0 or an error code.
-template <B kLayout, typename T, typename Shape>
+template <B kLayout, A kLayoutA = A::kByRow, typename T, typename Shape>
 int make_operands(Operands<T, Shape>* to, const Matrix<T>& a, const Matrix<T>& b) {
-  const int error = make_operand(&to->a, a, Shape::kM);
+  const int error = make_operand(&to->a, a, kLayoutA == A::kByRow ? Shape::kM : kDepth);
   return error ? error : make_operand(&to->b, b, kLayout == B::kByColumn ? Shape::kN : kDepth);
 }
 
@@ -108,9 +108,15 @@ struct LandingStage {
 };
 
 // Starts the copies of one stage, as for the other tiles; one thread calls.
-template <typename Shape, typename T>
+template <typename Shape, A kLayout = A::kByRow, typename T>
 __device__ __forceinline__ void copy_a(const LandingStage<T>& stage, const CUtensorMap& a, int m, int depth) {
-  load_tile(stage.a, a, stage.landed, depth, m);
+  if constexpr (kLayout == A::kByRow) {
+    load_tile(stage.a, a, stage.landed, depth, m);
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < Shape::kM / kDepth; ++panel)
+      load_tile(stage.a + panel * kDepth * kDepth, a, stage.landed, m + panel * kDepth, depth);
+  }
 }
 template <typename Shape, B kLayout, typename T>
 __device__ __forceinline__ void copy_b(const LandingStage<T>& stage, const CUtensorMap& b, int n, int depth) {
@@ -124,10 +130,10 @@ __device__ __forceinline__ void copy_b(const LandingStage<T>& stage, const CUten
 }
 
 // The copy functor for the output's tile at row m0, column n0.
-template <B kLayout, typename T, typename Shape>
+template <B kLayout, A kLayoutA = A::kByRow, typename T, typename Shape>
 __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, int n0) {
   return [&from, m0, n0](const auto& stage, int step) {
-    copy_a<Shape>(stage, from.a, m0, step * kDepth);
+    copy_a<Shape, kLayoutA>(stage, from.a, m0, step * kDepth);
     copy_b<Shape, kLayout>(stage, from.b, n0, step * kDepth);
   };
 }
@@ -136,7 +142,7 @@ __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, 
 // Every thread of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before
 // `shared` is used again. A kernel that calls again, with nothing else in `shared` since, says how many steps there
 // were before: its barriers go on.
-template <typename Shape, B kLayout, typename T, typename Copy>
+template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy>
 __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
                                                                      int steps, const Copy& copy, int before = 0) {
   constexpr int kStages = Shape::kStages, kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
@@ -166,11 +172,12 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
     warpgroup_fence();
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      const uint64_t rows = matrix_descriptor(a + k, 16, kEightRows);
-      if constexpr (kLayout == B::kByColumn)
-        multiply_add_64xNx16<T, false>(acc[0], rows, matrix_descriptor(b + k, 16, kEightRows));
-      else
-        multiply_add_64xNx16<T, true>(acc[0], rows, matrix_descriptor(b + k * kDepth, kPanel, kEightRows));
+      constexpr bool kRowsA = kLayoutA == A::kByRow, kColumnsB = kLayout == B::kByColumn;
+      const auto described = [&](const T* panels, bool by_output) {
+        return by_output ? matrix_descriptor(panels + k, 16, kEightRows)
+                         : matrix_descriptor(panels + k * kDepth, kPanel, kEightRows);
+      };
+      multiply_add_64xNx16<T, !kColumnsB, !kRowsA>(acc[0], described(a, kRowsA), described(b, kColumnsB));
     }
     warpgroup_commit();
     warpgroup_wait<1>();  // the step before has been read by this warpgroup,

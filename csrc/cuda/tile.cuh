@@ -90,9 +90,15 @@ template <>
 constexpr uint32_t kTwoOnes<__half> = 0x3c003c00;
 
 // Starts the copies of one stage: of a's rows from `m`, of b's columns from `n`, contraction steps from `depth`.
-template <typename Shape, typename T>
+template <typename Shape, A kLayout = A::kByRow, typename T>
 __device__ __forceinline__ void copy_a(const Stage<T>& stage, const Matrix<T>& a, int m, int depth) {
-  copy_panel<Shape::kM, Shape::kThreads>(stage.a, a, m, depth);
+  if constexpr (kLayout == A::kByRow) {
+    copy_panel<Shape::kM, Shape::kThreads>(stage.a, a, m, depth);
+  } else {
+#pragma unroll
+    for (int panel = 0; panel < Shape::kM / kDepth; ++panel)
+      copy_panel<kDepth, Shape::kThreads>(stage.a + panel * kDepth * kDepth, a, depth, m + panel * kDepth);
+  }
 }
 template <typename Shape, B kLayout, typename T>
 __device__ __forceinline__ void copy_b(const Stage<T>& stage, const Matrix<T>& b, int n, int depth) {

@@ -210,7 +210,7 @@ struct Accumulators {
 struct Multiply {
   uint64_t a, b;
   int blocks;
-  bool transposed;
+  bool transposed, a_transposed;
   Half type;
   Place place;
   std::vector<uint32_t> copies;                   // whose bytes it reads
@@ -1176,8 +1176,8 @@ void multiply(const Multiply& x) {
     memcpy(&bits, m.arena + address + 2 * i, sizeof bits);
     return from_half(bits, x.type);
   };
-  for_chunks(x.a, kRows, false, [&](int row, int k, uint32_t address) {
-    for (int i = 0; i < 8; ++i) A[row][k + i] = element(address, i);
+  for_chunks(x.a, kRows, x.a_transposed, [&](int row, int first, uint32_t address) {
+    for (int i = 0; i < 8; ++i) (x.a_transposed ? A[first + i][row] : A[row][first + i]) = element(address, i);
   });
   for_chunks(x.b, columns, x.transposed, [&](int row, int first, uint32_t address) {
     for (int i = 0; i < 8; ++i) (x.transposed ? B[row][first + i] : B[first + i][row]) = element(address, i);
@@ -1729,14 +1729,15 @@ void warpgroup_fence(Place place) {
   meet_warp("warpgroup_fence", 0, place, {}, [](Warp& w) { w.fenced = true; });
 }
 
-void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, Place place) {
+void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, bool a_transposed,
+                          Place place) {
   constexpr const char* kWhat = "multiply_add_64xNx16";
   check_warpgroup(kWhat, place);
   Lane lane{};
   lane.sum = d;
   lane.descriptor_a = a;
   lane.descriptor_b = b;
-  const int argument = blocks << 2 | transposed << 1 | (type == Half::f16);
+  const int argument = blocks << 3 | a_transposed << 2 | transposed << 1 | (type == Half::f16);
   meet_warp(kWhat, argument, place, lane, [&](Warp& w) {
     const auto wrong = [&](const auto&... why) { violate("synccheck", "is at ", kWhat, " in ", where(place), why...); };
     for (const Lane& l : w.lanes)
@@ -1745,15 +1746,16 @@ void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half typ
     Warpgroup& g = own_warpgroup();
     if (w.issued == g.multiplies.size()) {
       Multiply& x = g.multiplies.emplace_back();
-      x.a = a, x.b = b, x.blocks = blocks, x.transposed = transposed, x.type = type, x.place = place;
+      x.a = a, x.b = b, x.blocks = blocks, x.type = type, x.place = place;
+      x.transposed = transposed, x.a_transposed = a_transposed;
       m.granules_used = true;
-      check_operand(x, a, 16 * kWarpgroup, false);
+      check_operand(x, a, 16 * kWarpgroup, a_transposed);
       check_operand(x, b, 8 * blocks, transposed);
       ++m.counts.warpgroup_multiply_add;
     }
     Multiply& x = g.multiplies[w.issued++];
-    if (x.a != a || x.b != b || x.blocks != blocks || x.transposed != transposed || x.type != type ||
-        x.place.line != place.line)
+    if (x.a != a || x.b != b || x.blocks != blocks || x.transposed != transposed || x.a_transposed != a_transposed ||
+        x.type != type || x.place.line != place.line)
       wrong(", with other operands or elsewhere than others of its warpgroup, in ", where(x.place));
     const int warp = m.running / kWarp;
     for (const uint32_t i : x.copies)

@@ -188,7 +188,8 @@ void store_to_block(uint32_t address, const void* from, size_t bytes, Place plac
 void barrier_arrive_in_block(uint32_t barrier, Place place);
 uint64_t matrix_descriptor(const void* p, int leading_bytes, int stride_bytes, Place place);
 void warpgroup_fence(Place place);
-void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, Place place);
+void multiply_add_64xNx16(float* d, int blocks, uint64_t a, uint64_t b, Half type, bool transposed, bool a_transposed,
+                          Place place);
 void warpgroup_commit(Place place);
 void warpgroup_wait(int pending, Place place);
 

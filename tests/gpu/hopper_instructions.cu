@@ -32,8 +32,9 @@ __global__ void load_tile_kernel(const __grid_constant__ CUtensorMap map, int ro
   }
 }
 
-// d += a b, a [64, 64], d [64, 8 kBlocks]; b [8 kBlocks, 64], or [64, 8 kBlocks] with kByDepth.
-template <typename T, bool kByDepth, int kBlocks>
+// d += a b, d [64, 8 kBlocks]; a [64, 64], its transpose with kAByDepth; b [8 kBlocks, 64], or [64, 8 kBlocks] with
+// kByDepth.
+template <typename T, bool kAByDepth, bool kByDepth, int kBlocks>
 __global__ void warpgroup_multiply_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
                                           float* d) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -65,8 +66,8 @@ __global__ void warpgroup_multiply_kernel(const __grid_constant__ CUtensorMap a,
   warpgroup_fence();
 #pragma unroll
   for (int k = 0; k < 64; k += 16)
-    multiply_add_64xNx16<T, kByDepth>(
-        sums, matrix_descriptor(stage_a + k, 16, 1024),
+    multiply_add_64xNx16<T, kByDepth, kAByDepth>(
+        sums, kAByDepth ? matrix_descriptor(stage_a + k * 64, 8192, 1024) : matrix_descriptor(stage_a + k, 16, 1024),
         kByDepth ? matrix_descriptor(stage_b + k * 64, 8192, 1024) : matrix_descriptor(stage_b + k, 16, 1024));
   warpgroup_commit();
   warpgroup_wait<0>(sums);
@@ -78,7 +79,7 @@ __global__ void warpgroup_multiply_kernel(const __grid_constant__ CUtensorMap a,
 
 int finished(int error) { return error ? error : static_cast<int>(cudaDeviceSynchronize()); }
 
-template <typename T, bool kByDepth, int kBlocks>
+template <typename T, bool kAByDepth, bool kByDepth, int kBlocks>
 int multiply_whole(const T* a, const T* b, float* d) {
   constexpr int kN = 8 * kBlocks;
   CUtensorMap from_a, from_b;
@@ -86,14 +87,21 @@ int multiply_whole(const T* a, const T* b, float* d) {
   if (!error)
     error = make_operand(&from_b, kByDepth ? Matrix<T>{b, 64, kN, kN} : Matrix<T>{b, kN, 64, 64}, kByDepth ? 64 : kN);
   if (error) return error;
-  return finished(launch_sharing((64 + kN) * 128 + 8, warpgroup_multiply_kernel<T, kByDepth, kBlocks>, 1, kWarpgroup,
-                                 nullptr, from_a, from_b, d));
+  return finished(launch_sharing((64 + kN) * 128 + 8, warpgroup_multiply_kernel<T, kAByDepth, kByDepth, kBlocks>, 1,
+                                 kWarpgroup, nullptr, from_a, from_b, d));
+}
+
+template <typename T, bool kAByDepth, int kBlocks>
+int multiply_by(const T* a, const T* b, float* d, bool by_depth) {
+  return by_depth ? multiply_whole<T, kAByDepth, true, kBlocks>(a, b, d)
+                  : multiply_whole<T, kAByDepth, false, kBlocks>(a, b, d);
 }
 
 template <typename T>
-int multiply_any(const T* a, const T* b, float* d, bool by_depth, int columns) {
-  if (columns == 64) return by_depth ? multiply_whole<T, true, 8>(a, b, d) : multiply_whole<T, false, 8>(a, b, d);
-  return by_depth ? multiply_whole<T, true, 16>(a, b, d) : multiply_whole<T, false, 16>(a, b, d);
+int multiply_any(const T* a, const T* b, float* d, bool a_by_depth, bool by_depth, int columns) {
+  if (columns == 64)
+    return a_by_depth ? multiply_by<T, true, 8>(a, b, d, by_depth) : multiply_by<T, false, 8>(a, b, d, by_depth);
+  return a_by_depth ? multiply_by<T, true, 16>(a, b, d, by_depth) : multiply_by<T, false, 16>(a, b, d, by_depth);
 }
 
 }  // namespace
@@ -108,10 +116,11 @@ int load_box(const __half* x, int rows, int columns, int row, int column, uint16
   return error ? error
                : finished(launch_sharing(2048 + 8, load_tile_kernel, 1, kWarpgroup, nullptr, map, row, column, out));
 }
-int warpgroup_multiply_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int by_depth, int columns) {
-  return multiply_any(a, b, d, by_depth != 0, columns);
+int warpgroup_multiply_bf16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* d, int a_by_depth, int by_depth,
+                            int columns) {
+  return multiply_any(a, b, d, a_by_depth != 0, by_depth != 0, columns);
 }
-int warpgroup_multiply_f16(const __half* a, const __half* b, float* d, int by_depth, int columns) {
-  return multiply_any(a, b, d, by_depth != 0, columns);
+int warpgroup_multiply_f16(const __half* a, const __half* b, float* d, int a_by_depth, int by_depth, int columns) {
+  return multiply_any(a, b, d, a_by_depth != 0, by_depth != 0, columns);
 }
 }

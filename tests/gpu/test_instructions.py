@@ -117,9 +117,11 @@ def test_load_tile(hopper_library, row, column):
 @hopper_only
 @pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("by_depth", [False, True])
+@pytest.mark.parametrize("a_by_depth", [False, True])
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_warpgroup_multiply(hopper_library, name, dtype, by_depth, columns):
+def test_warpgroup_multiply(hopper_library, name, dtype, a_by_depth, by_depth, columns):
     a, b, d = torch.randn(64, 64).to(dtype), torch.randn(64, columns).to(dtype), torch.randn(64, columns)
-    given = b if by_depth else b.T.contiguous()
-    got = run(hopper_library, f"warpgroup_multiply_{name}", a, given, d, int(by_depth), columns)
+    given_a, given_b = a.T.contiguous() if a_by_depth else a, b if by_depth else b.T.contiguous()
+    layouts = int(a_by_depth), int(by_depth)
+    got = run(hopper_library, f"warpgroup_multiply_{name}", given_a, given_b, d, *layouts, columns)
     torch.testing.assert_close(got.double(), a.double() @ b.double() + d.double(), rtol=1e-5, atol=1e-4)

@@ -79,12 +79,12 @@ inline void warpgroup_wait(float (&)[kBlocks][4], EMULATED_PLACE) {
   emulator::warpgroup_wait(kPending, place);
 }
 
-template <typename T, bool kTransposed, int kBlocks>
+template <typename T, bool kTransposed, bool kATransposed = false, int kBlocks>
 inline void multiply_add_64xNx16(float (&d)[kBlocks][4], uint64_t a, uint64_t b, EMULATED_PLACE) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   static_assert(kBlocks >= 1 && kBlocks <= 32);
   const auto type = std::is_same_v<T, __half> ? emulator::Half::f16 : emulator::Half::bf16;
-  emulator::multiply_add_64xNx16(d[0], kBlocks, a, b, type, kTransposed, place);
+  emulator::multiply_add_64xNx16(d[0], kBlocks, a, b, type, kTransposed, kATransposed, place);
 }
 
 #undef EMULATED_PLACE

@@ -235,9 +235,17 @@ void check_terms(const char* op, const LossTerms& terms, int64_t B, int64_t Ct, 
 
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // loss, parts, top1, dz
 
-// Of z, or of what a projection makes; `op` is whose name errors give.
+// Whether the projection's gradient is made of a rounded dz that the loss has kept (cuda/linear_tiles.h).
+#ifdef IJCKD_CUDA
+constexpr bool kKeepsRounded = true;
+#else
+constexpr bool kKeepsRounded = false;
+#endif
+
+// Of z, or of what a projection makes; `op` is whose name errors give. dz_t, or null: becomes dz in bfloat16 where that
+// costs no launch.
 Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>& projection, LossTerms terms,
-             bool grad, std::optional<ScalarType> product) {
+             bool grad, std::optional<ScalarType> product, [[maybe_unused]] OptTensor* dz_t = nullptr) {
   const Tensor& input = projection ? projection->u : *z;
   const char* name_of = projection ? "u" : "z";
   const int64_t B = input.size(0), Ct = projection ? projection->weight.size(0) : z->size(1);
@@ -267,7 +275,11 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
   Launch launch(input);
 
 #ifdef IJCKD_CUDA
-  if (tiled_loss({as(z, acc), projection, terms, loss, parts, top1, dz, grad}, launch)) return {loss, parts, top1, dz};
+  OptTensor kept;
+  if (dz_t && t == DType::bf16) kept = empty(input, {B, Ct}, t);
+  const bool tiled = tiled_loss({as(z, acc), projection, terms, loss, parts, top1, dz, kept, grad}, launch);
+  if (tiled && kept) *dz_t = kept;
+  if (tiled) return {loss, parts, top1, dz};
 #endif
 
   const Tensor z_acc = projection ? projected(*projection) : as(*z, acc);
@@ -310,17 +322,25 @@ Loss classifier_loss(const Tensor& z, const std::vector<OptTensor>& tensors, con
   return loss_of(op, z, {}, LossTerms::from(op, tensors, numbers), grad, product);
 }
 
-Loss projected_classifier_loss(const Tensor& u, const Tensor& projection, const OptTensor& projection_bias,
-                               const std::vector<OptTensor>& tensors, const std::vector<double>& numbers, bool grad,
-                               std::optional<ScalarType> product) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projected_classifier_loss(
+    const Tensor& u, const Tensor& projection, const OptTensor& projection_bias, const std::vector<OptTensor>& tensors,
+    const std::vector<double>& numbers, bool grad, std::optional<ScalarType> product) {
   constexpr const char* op = "projected_classifier_loss";
-  check_projection(u, projection, op, "projection");
+  const DType t = dtype(u, op, "u");
+  const bool cast = product && projection.scalar_type() == ScalarType::Float && t != DType::f32;
+  const Tensor weight = cast ? as(projection, t) : projection;
+  check_projection(u, weight, op, "projection");
   check(u.size(1) == 1, op, ": u must be vectors [B, 1, Cs], got ", shape(u));
   check_shape(projection_bias, {projection.size(0)}, op, "projection_bias", "[Ct]");
   check_device(projection_bias, op, "projection_bias");
   check_floating(projection_bias, op, "projection_bias");
-  const Projection from{u, projection, as(projection_bias, accumulator(dtype(u, op, "u")))};
-  return loss_of(op, {}, from, LossTerms::from(op, tensors, numbers), grad, product);
+  const Projection from{u, weight, as(projection_bias, accumulator(t))};
+  const bool rounded = kKeepsRounded && grad && t == DType::bf16;
+  OptTensor dz_t;
+  const auto [loss, parts, top1, dz] =
+      loss_of(op, {}, from, LossTerms::from(op, tensors, numbers), grad, product, rounded ? &dz_t : nullptr);
+  if (rounded && !dz_t) dz_t = as(dz, t);
+  return {loss, parts, top1, dz, dz_t ? *dz_t : empty(u, {0}, t), cast && grad ? weight : empty(u, {0}, t)};
 }
 
 }  // namespace

@@ -363,30 +363,35 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
                                                           const OptTensor& grad_fm, const OptTensor& z,
                                                           const OptTensor& pooled_t, const Tensor& u,
                                                           const Tensor& weight, bool need_du, bool need_dweight,
-                                                          bool need_dbias) {
+                                                          bool need_dbias, [[maybe_unused]] const OptTensor& rounded,
+                                                          bool wide) {
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), Ct = weight.size(0);
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
   const Tensor g = as(grad_z, acc);
   const OptTensor factor = as(scale, acc), fm = as(grad_fm, acc), target = as(pooled_t, acc);
+  const DType of_weight = wide ? acc : t;
   Launch launch(u);
 #ifdef IJCKD_CUDA
-  if (linear_stage({u, weight, {}}, {g, z, target}, launch)) {
+  if (const int stage = linear_stage({u, weight, {}}, {g, rounded, z, target}, launch)) {
     const int64_t Cs = u.size(2);
     const Tensor rows = dense(u), w = dense(weight);
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
-                 dweight = need_dweight ? empty(u, {Ct, Cs}, t) : none(u, t),
+                 dweight = need_dweight ? empty(u, {Ct, Cs}, of_weight) : none(u, of_weight),
                  dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
-    launched(linear_grad_tiles({.dtype = t,
+    launched(linear_grad_tiles({.stage = stage,
+                                .dtype = t,
                                 .grad_z = g.const_data_ptr<float>(),
                                 .scale = static_cast<const float*>(data(factor)),
                                 .grad_fm = static_cast<const float*>(data(fm)),
                                 .z = static_cast<const float*>(data(z)),
                                 .pooled_t = static_cast<const float*>(data(target)),
+                                .rounded = data(rounded),
                                 .u = rows.const_data_ptr(),
                                 .weight = w.const_data_ptr(),
                                 .du = need_du ? du.mutable_data_ptr() : nullptr,
                                 .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
+                                .wide = wide,
                                 .dbias = need_dbias ? dbias.mutable_data_ptr<float>() : nullptr,
                                 .B = B,
                                 .Cs = Cs,
@@ -405,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
   else
     torch::stable::zero_(sums);
   const auto [du, dweight] = product_grads(as(dz, t), u, weight, need_du, need_dweight);
-  return {du, dweight, need_dbias ? sums : none(u, acc)};
+  return {du, as(dweight, of_weight), need_dbias ? sums : none(u, acc)};
 }
 
 }  // namespace

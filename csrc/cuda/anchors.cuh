@@ -14,14 +14,43 @@ __device__ __forceinline__ void count_row(int64_t* counts, int what) {
 
 // The labels of row b. Where one lies outside [0, K) both are 0 and the row is not valid.
 struct RowLabels {
-  int64_t a, b;
+  int a, b;
   bool valid;
 
-  __device__ __forceinline__ RowLabels(const Anchors& p, int64_t row)
-      : a(p.labels[row]), b(p.labels_b ? p.labels_b[row] : a), valid(a >= 0 && a < p.K && b >= 0 && b < p.K) {
-    if (!valid) a = b = 0;
+  __device__ __forceinline__ RowLabels(const Anchors& p, int64_t row) {
+    const int64_t first = p.labels[row], second = p.labels_b ? p.labels_b[row] : first;
+    valid = first >= 0 && first < p.K && second >= 0 && second < p.K;
+    a = valid ? int(first) : 0, b = valid ? int(second) : 0;
   }
 };
+
+// What is read of two neighbouring channels of a row. Apart from what becomes of them, so that a kernel can load those
+// of many before it stores anything of the first: a load does not pass a store that might be to the same address.
+// kLogits: with the labels' rows of W; pooled_t serves where there is one.
+template <typename T, bool kLogits>
+struct Neighbours {
+  typename Together<T, 2>::type w_a, w_b;
+  float2 pooled_t;
+
+  // The channels are c and c + 1, at `at` in [B, Ct].
+  __device__ __forceinline__ void load(const Anchors& p, const RowLabels& labels, const float* pooled, int64_t at,
+                                       int64_t c, int64_t Ct) {
+    if constexpr (kLogits) {
+      const T* weight = static_cast<const T*>(p.weight) + c;
+      w_a = load_together<2>(weight, labels.a * Ct);
+      w_b = load_together<2>(weight, labels.b * Ct);
+    }
+    if (pooled) pooled_t = load_pair(pooled + at);
+  }
+};
+
+// v as T has it.
+template <typename T>
+__device__ __forceinline__ float2 rounded_to(float2 v) {
+  alignas(4) T pair[2];
+  store_pair(pair, v);
+  return load_pair(pair);
+}
 
 // Sums over some of a row's channels.
 struct RowDots {
@@ -29,27 +58,30 @@ struct RowDots {
 
   __device__ __forceinline__ void add(const RowDots& o) { a += o.a, b += o.b, square += o.square, pooled += o.pooled; }
 
-  // Two neighbouring channels, from c, of row `row`: stores what becomes of them.
-  template <typename T>
-  __device__ __forceinline__ void meet(const Anchors& p, const RowLabels& labels, float2 z, const float* pooled_t,
-                                       int64_t row, int64_t c, int64_t B, int64_t Ct) {
-    const auto weight_pair = [&](int64_t k) { return load_pair(static_cast<const T*>(p.weight) + k * Ct + c); };
-    const int64_t at = row * Ct + c;
-    T* z_t = static_cast<T*>(p.z_t) + at;
-    store_pair(z_t, z);
-    const float2 rounded = load_pair(z_t), w_a = weight_pair(labels.a), w_b = weight_pair(labels.b);
-    a += rounded.x * w_a.x + rounded.y * w_a.y;
-    b += rounded.x * w_b.x + rounded.y * w_b.y;
-    if (!pooled_t) return;
-    const float2 t = load_pair(pooled_t + at), d{z.x - t.x, z.y - t.y};
+  // Two neighbouring channels at `at` in [B, Ct], whose z is given: stores what becomes of them. `matched`: there is a
+  // pooled_t.
+  template <typename T, bool kLogits>
+  __device__ __forceinline__ void meet(const Anchors& p, const Neighbours<T, kLogits>& with, float2 z, bool matched,
+                                       int64_t at, int64_t B, int64_t Ct) {
+    if constexpr (kLogits) {
+      const float2 rounded = rounded_to<T>(z);
+      float w_a[2], w_b[2];
+      take_apart<T, 2>(with.w_a, w_a);
+      take_apart<T, 2>(with.w_b, w_b);
+      a += rounded.x * w_a[0] + rounded.y * w_a[1];
+      b += rounded.x * w_b[0] + rounded.y * w_b[1];
+    }
+    store_pair(static_cast<T*>(p.z_t) + at, z);
+    if (!matched) return;
+    const float2 t = with.pooled_t, d{z.x - t.x, z.y - t.y};
     square += d.x * d.x + d.y * d.y;
     pooled += t.x * t.x + t.y * t.y;
     if (p.d_t) store_pair(static_cast<T*>(p.d_t) + at, d);
     if (p.pooled) store_pair(static_cast<T*>(p.pooled) + at, t);
     if (p.d_split) {
       __nv_bfloat16 *high = static_cast<__nv_bfloat16*>(p.d_split) + at, *low = high + B * Ct;
+      const float2 h = rounded_to<__nv_bfloat16>(d);
       store_pair(high, d);
-      const float2 h = load_pair(high);
       store_pair(low, float2{d.x - h.x, d.y - h.y});
     }
   }

@@ -17,16 +17,22 @@ constexpr float kLog2e = 1.44269504f;
 // anchor_rows
 
 // One block per row, two channels per thread and turn.
-template <typename T>
+template <typename T, bool kLogits>
 __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRows p) {
   __shared__ float slots[kRowThreads / 32];
   const int64_t b = blockIdx.x;
   const RowLabels labels(p.anchors, b);
   RowDots dots;
-  for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads)
-    dots.meet<T>(p.anchors, labels, load_pair(p.z + b * p.Ct + c), p.pooled_t, b, c, p.B, p.Ct);
+  for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads) {
+    const int64_t at = b * p.Ct + c;
+    const float2 z = load_pair(p.z + at);
+    Neighbours<T, kLogits> with;
+    with.load(p.anchors, labels, p.pooled_t, at, c, p.Ct);
+    dots.meet(p.anchors, with, z, p.pooled_t, at, p.B, p.Ct);
+  }
   const auto sum = [&](float v) { return block_reduce<kRowThreads>(v, slots, Sum{}); };
-  dots.a = sum(dots.a), dots.b = sum(dots.b), dots.square = sum(dots.square);
+  if constexpr (kLogits) dots.a = sum(dots.a), dots.b = sum(dots.b);
+  dots.square = sum(dots.square);
   if (p.anchors.rows.pooled) dots.pooled = sum(dots.pooled);
   if (threadIdx.x == 0) dots.store(p.anchors, labels, 0, b, p.B);
 }
@@ -366,7 +372,7 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
     const int64_t at = b * p.Ct + n0 + n;
     const float dz = p.dz[at] + float(p.weights.ce / double(p.B)) * v / total;
     p.dz[at] = dz;
-    if (p.dz_t) store(static_cast<bf16*>(p.dz_t), at, float(p.B) * dz);
+    if (p.dz_t) store(static_cast<bf16*>(p.dz_t), at, dz);
   }
 }
 
@@ -450,7 +456,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : 2)
             const float2 z = load_pair(p.z + at), t = load_pair(p.pooled_t + at);
             add(c_fm, float2{z.x - t.x, z.y - t.y});
           }
-          if (p.dz_t) store_pair(static_cast<bf16*>(p.dz_t) + at, float2{float(p.B) * v.x, float(p.B) * v.y});
+          if (p.dz_t) store_pair(static_cast<bf16*>(p.dz_t) + at, v);
         }
         store_pair(p.dz + at, v);
       }
@@ -498,7 +504,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
       v.x += c * (z.x - t.x), v.y += c * (z.y - t.y);
     }
     store_pair(p.dz + at, v);
-    if (p.dz_t) store_pair(static_cast<T*>(p.dz_t) + at, float2{float(p.B) * v.x, float(p.B) * v.y});
+    if (p.dz_t) store_pair(static_cast<T*>(p.dz_t) + at, v);
   });
 }
 
@@ -509,8 +515,12 @@ int class_tile(int stage, int64_t B, int64_t classes) {
 }
 
 int anchor_rows(const AnchorRows& a, void* stream) {
-  if (a.dtype == DType::bf16) return launch(anchor_rows_kernel<__nv_bfloat16>, a.B, kRowThreads, stream, a);
-  return launch(anchor_rows_kernel<__half>, a.B, kRowThreads, stream, a);
+  const auto start = [&](auto t) {
+    using T = decltype(t);
+    return launch(a.anchors.rows.anchor ? anchor_rows_kernel<T, true> : anchor_rows_kernel<T, false>, a.B, kRowThreads,
+                  stream, a);
+  };
+  return a.dtype == DType::bf16 ? start(__nv_bfloat16{}) : start(__half{});
 }
 
 int logits_exp(const LogitsExp& l, void* stream) {

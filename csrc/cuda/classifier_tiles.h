@@ -117,7 +117,7 @@ struct GradRows {
   bool first, last;
   bool grad;                    // false: the losses only
   float* dz;                    // [B, Ct]  in, out
-  void* dz_t;                   // [B, Ct] bfloat16  out with the last classes, or null: B dz, rounded
+  void* dz_t;                   // [B, Ct] bfloat16  out with the last classes, or null: dz rounded
   const float* weight_sums_in;  // [Ct], or null with the first classes: columns' sums of W so far, for label smoothing
   float* weight_sums_out;       // [Ct]  out: these classes included; null with the last, or without smoothing or grad
   // read with the last classes:
@@ -160,7 +160,7 @@ struct TimesClassifier {
   const float* z;          // [B, Ct]
   const float* pooled_t;   // [B, Ct], or null where weights.fm is 0
   float* dz;               // [B, Ct]  out
-  void* dz_t;              // [B, Ct] T  out, or null: B dz, rounded: the mean's 1/B would leave float16's range
+  void* dz_t;              // [B, Ct] T  out, or null: dz rounded, which may be too small for float16
   const float* part_rows;  // [kParts, B]: logit_rows'; of kPartFm rows.fm instead
   RowParts rows;
   const int64_t* top1_rows;  // [B]

@@ -7,39 +7,85 @@
 namespace ijckd {
 namespace {
 
-// What becomes of a tile of z where classifier_loss follows. `rows` [kM, kWarpsN].
-template <typename T, typename Shape>
-__device__ __forceinline__ void store_anchors(const LinearTiles& p, const typename Shape::Accumulators& acc,
-                                              RowDots* rows, int m0, int n0) {
+using bf16 = __nv_bfloat16;
+
+// Accumulator columns j of both rows of a thread that the epilogues take at once: they load what belongs to all of
+// them, then store. A latency each time, and registers for what is on its way, of which large tiles have few to spare.
+template <typename Shape, bool kLogits>
+constexpr int kAtOnce = Shape::kM == 64  ? Shape::kBlocksN
+                        : !kLogits       ? 4
+                        : Shape::kHopper ? 2
+                                         : 1;
+
+// Calls use(half, n, row, column) for the pairs (i, first + n, half), n < kSome, of the tile at m0, n0 that lie in
+// [0, rows) x [0, cols).
+template <typename Shape, int kSome, typename Use>
+__device__ __forceinline__ void for_some_pairs(int i, int first, int m0, int n0, int64_t rows, int64_t cols,
+                                               const Use& use) {
 #pragma unroll
-  for (int i = 0; i < Shape::kBlocksM; ++i)
+  for (int n = 0; n < kSome; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int m = tile_row<Shape>(i, half), b = m0 + m;
-      RowDots dots;
-      if (b < p.B) {
-        const RowLabels labels(p.anchors, b);
+      const int64_t row = m0 + tile_row<Shape>(i, half);
+      const int column = n0 + tile_column<Shape>(first + n);
+      if (row < rows && column < cols) use(half, n, row, column);
+    }
+}
+
+// Those columns of the bias.
+template <typename Shape, int kSome>
+struct BiasPairs {
+  float2 at[kSome] = {};
+
+  __device__ __forceinline__ BiasPairs(const LinearTiles& p, int n0, int first) {
 #pragma unroll
-        for (int j = 0; j < Shape::kBlocksN; ++j) {
-          const int c = n0 + tile_column<Shape>(j);
-          if (c >= p.Ct) continue;
-          const float2 bias = p.bias ? load_pair(p.bias + c) : float2{0, 0};
-          const float2 z{acc[i][j][2 * half] + bias.x, acc[i][j][2 * half + 1] + bias.y};
-          store_pair(p.z + b * p.Ct + c, z);
-          dots.meet<T>(p.anchors, labels, z, p.pooled_t, b, c, p.B, p.Ct);
-        }
-      }
+    for (int n = 0; n < kSome; ++n)
+      if (const int c = n0 + tile_column<Shape>(first + n); p.bias && c < p.Ct) at[n] = load_pair(p.bias + c);
+  }
+};
+
+// What becomes of a tile of z where classifier_loss follows. `rows` [kM, kWarpsN]. kLogits: the labels' logits too.
+template <typename T, typename Shape, bool kLogits>
+__device__ __forceinline__ void store_anchors(const LinearTiles& p, const typename Shape::Accumulators& acc,
+                                              RowDots* rows, int m0, int n0) {
+  constexpr int kSome = kAtOnce<Shape, kLogits>;
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i) {
+    const auto labels_of = [&](int half) {
+      const int64_t b = m0 + tile_row<Shape>(i, half);
+      return RowLabels(p.anchors, b < p.B ? b : 0);
+    };
+    const RowLabels labels[2] = {labels_of(0), labels_of(1)};
+    RowDots dots[2];
+#pragma unroll
+    for (int first = 0; first < Shape::kBlocksN; first += kSome) {
+      const BiasPairs<Shape, kSome> bias(p, n0, first);
+      Neighbours<T, kLogits> with[2][kSome];
+      for_some_pairs<Shape, kSome>(i, first, m0, n0, p.B, p.Ct, [&](int half, int n, int64_t b, int c) {
+        with[half][n].load(p.anchors, labels[half], p.pooled_t, b * p.Ct + c, c, p.Ct);
+      });
+      for_some_pairs<Shape, kSome>(i, first, m0, n0, p.B, p.Ct, [&](int half, int n, int64_t b, int c) {
+        const float* product = acc[i][first + n] + 2 * half;
+        const float2 z{product[0] + bias.at[n].x, product[1] + bias.at[n].y};
+        store_pair(p.z + b * p.Ct + c, z);
+        dots[half].meet(p.anchors, with[half][n], z, p.pooled_t, b * p.Ct + c, p.B, p.Ct);
+      });
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int mask = 1; mask < 4; mask *= 2) {
         RowDots other;
-        other.a = shuffle_xor(dots.a, mask);
-        other.b = shuffle_xor(dots.b, mask);
-        other.square = shuffle_xor(dots.square, mask);
-        other.pooled = shuffle_xor(dots.pooled, mask);
-        dots.add(other);
+        other.a = shuffle_xor(dots[half].a, mask);
+        other.b = shuffle_xor(dots[half].b, mask);
+        other.square = shuffle_xor(dots[half].square, mask);
+        other.pooled = shuffle_xor(dots[half].pooled, mask);
+        dots[half].add(other);
       }
-      if (threadIdx.x % 4 == 0) rows[m * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = dots;
+      if (threadIdx.x % 4 == 0)
+        rows[tile_row<Shape>(i, half) * Shape::kWarpsN + threadIdx.x / 32 % Shape::kWarpsN] = dots[half];
     }
+  }
   __syncthreads();
   for (int m = threadIdx.x; m < Shape::kM && m0 + m < p.B; m += Shape::kThreads) {
     RowDots dots = rows[m * Shape::kWarpsN];
@@ -48,8 +94,10 @@ __device__ __forceinline__ void store_anchors(const LinearTiles& p, const typena
   }
 }
 
+enum class Follows { kNothing, kRounding, kLogits };  // classifier_loss: not, without the labels' logits, with them
+
 // Blocks go through the channels' tiles first: those in flight together share their rows of u.
-template <typename T, typename Shape, bool kAnchors>
+template <typename T, typename Shape, Follows kFollows>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     linear_tile_kernel(const LinearTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
@@ -58,19 +106,30 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   typename Shape::Accumulators acc = {};
   multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth),
                                 tile_at<B::kByColumn>(from, m0, n0));
-  if constexpr (kAnchors) {
+  if constexpr (kFollows != Follows::kNothing) {
     __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
-    return store_anchors<T, Shape>(p, acc, reinterpret_cast<RowDots*>(stages), m0, n0);
+    return store_anchors<T, Shape, kFollows == Follows::kLogits>(p, acc, reinterpret_cast<RowDots*>(stages), m0, n0);
   }
 
+  constexpr int kSome = kAtOnce<Shape, false>;
   float square = 0;
-  for_pairs<Shape>(acc, m0, n0, p.B, p.Ct, [&](int64_t b, int c, float2 product) {
-    const float2 bias = p.bias ? load_pair(p.bias + c) : float2{0, 0}, z{product.x + bias.x, product.y + bias.y};
-    store_pair(p.z + b * p.Ct + c, z);
-    if (!p.pooled_t) return;
-    const float2 t = load_pair(p.pooled_t + b * p.Ct + c);
-    square += (z.x - t.x) * (z.x - t.x) + (z.y - t.y) * (z.y - t.y);
-  });
+#pragma unroll
+  for (int i = 0; i < Shape::kBlocksM; ++i)
+#pragma unroll
+    for (int first = 0; first < Shape::kBlocksN; first += kSome) {
+      const BiasPairs<Shape, kSome> bias(p, n0, first);
+      float2 pooled_t[2][kSome];
+      if (p.pooled_t)
+        for_some_pairs<Shape, kSome>(i, first, m0, n0, p.B, p.Ct, [&](int half, int n, int64_t b, int c) {
+          pooled_t[half][n] = load_pair(p.pooled_t + b * p.Ct + c);
+        });
+      for_some_pairs<Shape, kSome>(i, first, m0, n0, p.B, p.Ct, [&](int half, int n, int64_t b, int c) {
+        const float* product = acc[i][first + n] + 2 * half;
+        const float2 z{product[0] + bias.at[n].x, product[1] + bias.at[n].y}, t = pooled_t[half][n];
+        store_pair(p.z + b * p.Ct + c, z);
+        if (p.pooled_t) square += (z.x - t.x) * (z.x - t.x) + (z.y - t.y) * (z.y - t.y);
+      });
+    }
   if (p.pooled_t) {
     __syncthreads();  // likewise the threads' sums
     square = block_reduce<Shape::kThreads>(square, reinterpret_cast<float*>(stages), Sum{});
@@ -97,6 +156,22 @@ __device__ __forceinline__ uint32_t pair_bits(float x, float y) {
   return bits;
 }
 
+// What dz is made of, by number.
+template <bool kPooled>
+struct DzScale {
+  float scale, c;  // of grad_z and of z - pooled_t
+
+  __device__ __forceinline__ explicit DzScale(const LinearGradTiles& p)
+      : scale(p.scale ? *p.scale : 1), c(kPooled ? 2 * *p.grad_fm / float(double(p.B) * double(p.Ct)) : 0) {}
+
+  __device__ __forceinline__ float dz(float grad_z, float z, float pooled_t) const {
+    if constexpr (kPooled)
+      return scale * grad_z + c * (z - pooled_t);
+    else
+      return scale * grad_z;
+  }
+};
+
 // What dz's rows [row, row + 64), columns [col, col + 64) are made of: every thread of the block holds kChunk
 // neighbours, those of chunk threadIdx.x % 8, in each of kRows rows. Nothing is computed before it is asked for, so
 // that no thread waits for the loads sooner. What lies outside dz is 0.
@@ -104,10 +179,9 @@ template <bool kPooled>
 struct Window {
   static constexpr int kRows = kDepth * kDepth / (GradTile::kThreads * kChunk), kMatched = kPooled ? kRows : 1;
   float grad_z[kRows][kChunk], z[kMatched][kChunk], pooled_t[kMatched][kChunk];
-  float scale, c;  // of grad_z and of z - pooled_t in dz
+  DzScale<kPooled> scale;
 
-  __device__ __forceinline__ explicit Window(const LinearGradTiles& p)
-      : scale(p.scale ? *p.scale : 1), c(kPooled ? 2 * *p.grad_fm / float(double(p.B) * double(p.Ct)) : 0) {}
+  __device__ __forceinline__ explicit Window(const LinearGradTiles& p) : scale(p) {}
 
   static __device__ __forceinline__ int row_of(int i) { return (i * GradTile::kThreads + threadIdx.x) / 8; }
 
@@ -133,10 +207,7 @@ struct Window {
   }
 
   __device__ __forceinline__ float dz(int i, int k) const {
-    if constexpr (kPooled)
-      return scale * grad_z[i][k] + c * (z[i][k] - pooled_t[i][k]);
-    else
-      return scale * grad_z[i][k];
+    return scale.dz(grad_z[i][k], z[kPooled ? i : 0][k], pooled_t[kPooled ? i : 0][k]);
   }
 
   template <typename T>
@@ -149,10 +220,22 @@ struct Window {
   }
 };
 
-// One tile of out [rows, Cs] = a b, where a [rows, depth] is dz as it lies (A::kByRow) or transposed and b [depth, Cs].
+// Two neighbours of du (A::kByRow) or of dweight, at `at`.
+template <A kLayout, typename T>
+__device__ __forceinline__ void store_product(const LinearGradTiles& p, int64_t at, float2 v) {
+  if constexpr (kLayout == A::kByRow)
+    store_pair(static_cast<T*>(p.du) + at, v);
+  else if (p.wide)
+    store_pair(static_cast<float*>(p.dweight) + at, v);
+  else
+    store_pair(static_cast<T*>(p.dweight) + at, v);
+}
+
+// One tile of du or dweight [rows, Cs] = a b, where a [rows, depth] is dz as it lies (A::kByRow) or transposed and b
+// [depth, Cs].
 template <A kLayout, bool kPooled, typename T>
 __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared, int tile, const void* b_data,
-                                             void* out, int64_t rows, int64_t depth) {
+                                             int64_t rows, int64_t depth) {
   using Shape = GradTile;
   const Matrix<T> b = matrix<T>(b_data, depth, p.Cs);
   const int tiles_n = ceil_div(p.Cs, Shape::kN), m0 = tile / tiles_n * Shape::kM, n0 = tile % tiles_n * Shape::kN;
@@ -168,33 +251,45 @@ __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared
   multiply<Shape, B::kByDepth, kLayout>(acc, shared, ceil_div(depth, kDepth), copy, Nothing{},
                                         [&](T* stage_a) { window.store(stage_a); });
   for_pairs<Shape>(acc, m0, n0, rows, p.Cs,
-                   [&](int64_t row, int col, float2 v) { store_pair(static_cast<T*>(out) + row * p.Cs + col, v); });
+                   [&](int64_t row, int col, float2 v) { store_product<kLayout, T>(p, row * p.Cs + col, v); });
 }
 
 // dbias of channels [col, col + 64), from dz before its rounding; in double, for a thread adds many rows one after the
-// other. warps [kThreads / 32, 64].
-template <bool kPooled>
-__device__ __forceinline__ void bias_columns(const LinearGradTiles& p, double* warps, int col) {
-  Window<kPooled> window(p);
-  double sums[kChunk] = {};
-  for (int row = 0; row < p.B; row += kDepth) {
-    window.load(p, row, col);
+// other. A thread takes four channels of every kLanes-th row, eight rows at a time. lanes [kLanes, 64].
+template <int kThreads, bool kPooled>
+__device__ __forceinline__ void bias_columns(const LinearGradTiles& p, double* lanes, int col) {
+  constexpr int kWidth = 4, kGroups = kDepth / kWidth, kLanes = kThreads / kGroups, kRows = 8;
+  const int lane = threadIdx.x / kGroups, n0 = threadIdx.x % kGroups * kWidth, c = col + n0;
+  const DzScale<kPooled> scale(p);
+  double sums[kWidth] = {};
+  for (int64_t first = lane; first < p.B; first += kRows * kLanes) {
+    float4 grad_z[kRows] = {}, z[kPooled ? kRows : 1] = {}, pooled_t[kPooled ? kRows : 1] = {};
 #pragma unroll
-    for (int i = 0; i < Window<kPooled>::kRows; ++i)
+    for (int i = 0; i < kRows; ++i) {
+      const int64_t b = first + i * kLanes, at = b * p.Ct + c;
+      if (b >= p.B || c >= p.Ct) continue;
+      grad_z[i] = *reinterpret_cast<const float4*>(p.grad_z + at);
+      if constexpr (kPooled) {
+        z[i] = *reinterpret_cast<const float4*>(p.z + at);
+        pooled_t[i] = *reinterpret_cast<const float4*>(p.pooled_t + at);
+      }
+    }
 #pragma unroll
-      for (int k = 0; k < kChunk; ++k) sums[k] += window.dz(i, k);
+    for (int i = 0; i < kRows; ++i) {
+      const float4 g = grad_z[i], v = z[kPooled ? i : 0], t = pooled_t[kPooled ? i : 0];
+      sums[0] += scale.dz(g.x, v.x, t.x);
+      sums[1] += scale.dz(g.y, v.y, t.y);
+      sums[2] += scale.dz(g.z, v.z, t.z);
+      sums[3] += scale.dz(g.w, v.w, t.w);
+    }
   }
 #pragma unroll
-  for (int k = 0; k < kChunk; ++k) {
-#pragma unroll
-    for (int mask = 8; mask < 32; mask *= 2) sums[k] += shuffle_xor(sums[k], mask);
-    if (threadIdx.x % 32 < 8) warps[threadIdx.x / 32 * kDepth + threadIdx.x % 8 * kChunk + k] = sums[k];
-  }
+  for (int k = 0; k < kWidth; ++k) lanes[lane * kDepth + n0 + k] = sums[k];
   __syncthreads();
   const int n = threadIdx.x;
   if (n >= kDepth || col + n >= p.Ct) return;
   double sum = 0;
-  for (int warp = 0; warp < GradTile::kThreads / 32; ++warp) sum += warps[warp * kDepth + n];
+  for (int i = 0; i < kLanes; ++i) sum += lanes[i * kDepth + n];
   p.dbias[col + n] = float(sum);
 }
 
@@ -206,11 +301,43 @@ __global__ void __launch_bounds__(GradTile::kThreads, 2)
   T* shared = reinterpret_cast<T*>(stages);
   const int block = blockIdx.x;
   if (block < du_tiles)
-    product_tile<A::kByRow, kPooled>(p, shared, block, p.weight, p.du, p.B, p.Ct);
+    product_tile<A::kByRow, kPooled>(p, shared, block, p.weight, p.B, p.Ct);
   else if (block < du_tiles + dweight_tiles)
-    product_tile<A::kByDepth, kPooled>(p, shared, block - du_tiles, p.u, p.dweight, p.Ct, p.B);
+    product_tile<A::kByDepth, kPooled>(p, shared, block - du_tiles, p.u, p.Ct, p.B);
   else
-    bias_columns<kPooled>(p, reinterpret_cast<double*>(stages), (block - du_tiles - dweight_tiles) * kDepth);
+    bias_columns<GradTile::kThreads, kPooled>(p, reinterpret_cast<double*>(stages),
+                                              (block - du_tiles - dweight_tiles) * kDepth);
+}
+
+// The same of the gradient that is rounded already.
+template <A kLayout, typename Shape>
+__device__ __forceinline__ void rounded_product_tile(const LinearGradTiles& p, const Operands<bf16, Shape>& from,
+                                                     bf16* shared, int tile, int64_t rows, int64_t depth) {
+  const float scale = p.scale ? *p.scale : 1;
+  const int tiles_n = ceil_div(p.Cs, Shape::kN), m0 = tile / tiles_n * Shape::kM, n0 = tile % tiles_n * Shape::kN;
+  typename Shape::Accumulators acc = {};
+  multiply<Shape, B::kByDepth, kLayout>(acc, shared, ceil_div(depth, kDepth),
+                                        tile_at<B::kByDepth, kLayout>(from, m0, n0));
+  for_pairs<Shape>(acc, m0, n0, rows, p.Cs, [&](int64_t row, int col, float2 v) {
+    store_product<kLayout, bf16>(p, row * p.Cs + col, float2{scale * v.x, scale * v.y});
+  });
+}
+
+// Blocks as linear_grad_tile_kernel's.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 2)
+    rounded_grad_tile_kernel(const LinearGradTiles p, const __grid_constant__ Operands<bf16, Shape> du,
+                             const __grid_constant__ Operands<bf16, Shape> dweight, int du_tiles, int dweight_tiles) {
+  extern __shared__ __align__(1024) unsigned char stages[];
+  bf16* shared = reinterpret_cast<bf16*>(stages);
+  const int block = blockIdx.x;
+  if (block < du_tiles)
+    rounded_product_tile<A::kByRow>(p, du, shared, block, p.B, p.Ct);
+  else if (block < du_tiles + dweight_tiles)
+    rounded_product_tile<A::kByDepth>(p, dweight, shared, block - du_tiles, p.Ct, p.B);
+  else
+    bias_columns<Shape::kThreads, false>(p, reinterpret_cast<double*>(stages),
+                                         (block - du_tiles - dweight_tiles) * kDepth);
 }
 
 template <typename T>
@@ -225,8 +352,38 @@ int start_linear(const LinearTiles& p, void* stream) {
     const auto start = [&](auto kernel) {
       return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p, from);
     };
-    return p.anchors.z_t ? start(linear_tile_kernel<T, Shape, true>) : start(linear_tile_kernel<T, Shape, false>);
+    if (!p.anchors.z_t) return start(linear_tile_kernel<T, Shape, Follows::kNothing>);
+    return p.anchors.rows.anchor ? start(linear_tile_kernel<T, Shape, Follows::kLogits>)
+                                 : start(linear_tile_kernel<T, Shape, Follows::kRounding>);
   });
+}
+
+// Blocks of the gradients' kernels.
+struct GradBlocks {
+  int du, dweight, dbias;
+
+  int all() const { return du + dweight + dbias; }
+};
+
+template <typename Shape>
+GradBlocks grad_blocks(const LinearGradTiles& p) {
+  const int tiles_n = ceil_div(p.Cs, Shape::kN);
+  return {p.du ? ceil_div(p.B, Shape::kM) * tiles_n : 0, p.dweight ? ceil_div(p.Ct, Shape::kM) * tiles_n : 0,
+          p.dbias ? ceil_div(p.Ct, kDepth) : 0};
+}
+
+template <typename Shape>
+int start_rounded(const LinearGradTiles& p, void* stream) {
+  const auto rounded = matrix<bf16>(p.rounded, p.B, p.Ct);
+  Operands<bf16, Shape> du{}, dweight{};
+  int error = 0;
+  if (p.du) error = make_operands<B::kByDepth>(&du, rounded, matrix<bf16>(p.weight, p.Ct, p.Cs));
+  if (p.dweight && !error)
+    error = make_operands<B::kByDepth, A::kByDepth>(&dweight, rounded, matrix<bf16>(p.u, p.B, p.Cs));
+  if (error) return error;
+  const GradBlocks blocks = grad_blocks<Shape>(p);
+  return launch_sharing(Shape::kSharedBytes, rounded_grad_tile_kernel<Shape>, blocks.all(), Shape::kThreads, stream, p,
+                        du, dweight, blocks.du, blocks.dweight);
 }
 
 }  // namespace
@@ -245,19 +402,20 @@ int linear_tiles(const LinearTiles& p, void* stream) {
 }
 
 int linear_grad_tiles(const LinearGradTiles& p, void* stream) {
-  const int tiles_n = ceil_div(p.Cs, GradTile::kN);
-  const int du_tiles = p.du ? ceil_div(p.B, GradTile::kM) * tiles_n : 0;
-  const int dweight_tiles = p.dweight ? ceil_div(p.Ct, GradTile::kM) * tiles_n : 0;
-  const int blocks = du_tiles + dweight_tiles + (p.dbias ? ceil_div(p.Ct, kDepth) : 0);
+  if (p.rounded) {
+    if (p.stage >= 2) return start_rounded<SmallHopperTile>(p, stream);
+    return start_rounded<SmallTile>(p, stream);
+  }
+  const GradBlocks blocks = grad_blocks<GradTile>(p);
   const auto start = [&](auto kernel) {
-    return launch_sharing(GradTile::kSharedBytes, kernel, blocks, GradTile::kThreads, stream, p, du_tiles,
-                          dweight_tiles);
+    return launch_sharing(GradTile::kSharedBytes, kernel, blocks.all(), GradTile::kThreads, stream, p, blocks.du,
+                          blocks.dweight);
   };
   const auto start_as = [&](auto t) {
     using T = decltype(t);
     return p.pooled_t ? start(linear_grad_tile_kernel<T, true>) : start(linear_grad_tile_kernel<T, false>);
   };
-  return p.dtype == DType::bf16 ? start_as(__nv_bfloat16{}) : start_as(__half{});
+  return p.dtype == DType::bf16 ? start_as(bf16{}) : start_as(__half{});
 }
 
 }  // namespace ijckd

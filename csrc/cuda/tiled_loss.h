@@ -14,6 +14,7 @@ struct TiledLoss {
   LossTerms terms;                       // weight in T; bias, mix and pooled_t in float32; labels contiguous
   Tensor loss, parts, top1;              // [], [kParts], []  out
   Tensor dz;                             // [B, Ct] float32  out: dloss/dz if `grad`
+  OptTensor dz_t;                        // [B, Ct] bfloat16  out, or none: dz rounded
   bool grad;
 };
 

@@ -151,8 +151,8 @@ def projected_classifier_loss(
     projection_bias  [Ct] or None; gets a gradient
     weight ... gram  as for `classifier_loss`, with u instead of z: float64 goes with float64
     returns          as `classifier_loss`; z is not kept
-    autocast         u and projection are cast to the autocast dtype; z is float32, and the rest as for
-                     `classifier_loss`
+    autocast         u and projection are cast to the autocast dtype; z is float32, as is the gradient of a float32
+                     projection, and the rest as for `classifier_loss`
     raises           RuntimeError as `classifier_loss`, for anything of it that requires grad, and for u and projection
                      as `connector_match`
     """
@@ -162,7 +162,9 @@ def projected_classifier_loss(
         raise RuntimeError(f"{op}: u must be [B, Cs], got {list(u.shape)}")
     dtype = autocast_dtype(u)
     if dtype is not None:
-        u, projection = u.to(dtype), projection.to(dtype)
+        u = u.to(dtype)
+        if projection.dtype != torch.float32:  # which the op casts, whose gradient then is float32 without a cast
+            projection = projection.to(dtype)
     terms = LossTerms(
         weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
     )
@@ -192,7 +194,7 @@ def _loss(
                 )
         grad = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
     with own_products(inputs[0]):
-        loss, parts, top1, _ = op(*inputs, tensors, numbers, grad, dtype)
+        loss, parts, top1, *_ = op(*inputs, tensors, numbers, grad, dtype)
     return loss, parts, top1
 
 
@@ -213,7 +215,10 @@ def _(z, tensors, numbers, grad, dtype):
 @torch.library.register_fake("ijckd::projected_classifier_loss")
 def _(u, projection, projection_bias, tensors, numbers, grad, dtype):
     inputs = {"u": u, "projection": projection, "projection_bias": projection_bias}
-    return _fake_loss("projected_classifier_loss", inputs, tensors, projection.shape[0], grad)
+    loss, parts, top1, dz = _fake_loss("projected_classifier_loss", inputs, tensors, projection.shape[0], grad)
+    dz_t = dz.shape if grad and u.is_cuda and u.dtype == torch.bfloat16 else 0
+    cast = projection.shape if grad and projection.dtype != u.dtype else 0
+    return loss, parts, top1, dz, u.new_empty(dz_t), u.new_empty(cast)
 
 
 def _setup(ctx, inputs, output):
@@ -239,7 +244,10 @@ _classifier_loss = differentiable(
 
 def _projected_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:3], output[3])
+    u, projection, projection_bias, *_ = inputs
+    *_, dz, dz_t, projection_t = output
+    ctx.wide = projection.dtype != u.dtype
+    ctx.save_for_backward(u, projection_t if ctx.wide else projection, projection_bias, dz, dz_t)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -247,8 +255,12 @@ def _projected_backward(ctx, grad_loss, *_):
     refuse_double_backward("projected_classifier_loss")
     if grad_loss is None:
         return None, None, None
-    u, projection, projection_bias, dz = ctx.saved_tensors
-    return linear_grads(ctx.needs_input_grad, dz, grad_loss, (None, None, None), u, projection, projection_bias)
+    u, projection, projection_bias, dz, dz_t = ctx.saved_tensors
+    rounded = dz_t if dz_t.numel() else None
+    match = (None, None, None)
+    return linear_grads(
+        ctx.needs_input_grad, dz, grad_loss, match, u, projection, projection_bias, rounded, wide=ctx.wide
+    )
 
 
 _projected_classifier_loss = differentiable(

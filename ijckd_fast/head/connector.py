@@ -278,9 +278,10 @@ def _(
 
 
 @torch.library.register_fake("ijckd::connector_linear_grads")
-def _(grad_z, scale, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias):
+def _(grad_z, scale, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias, rounded=None, wide=False):
     du = u.new_empty(u.shape) if need_du else u.new_empty(0)
-    dweight = weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
+    dtype = accumulator(u.dtype) if wide else u.dtype
+    dweight = weight.new_empty(weight.shape if need_dweight else 0, dtype=dtype)
     return du, dweight, u.new_empty(weight.shape[0] if need_dbias else 0, dtype=accumulator(u.dtype))
 
 
@@ -320,15 +321,17 @@ def _backward(ctx, grad_z, grad_fm, *_):
     return *linear_grads(ctx.needs_input_grad, grad_z, None, match, u, weight, bias), None, None
 
 
-def linear_grads(needs_input_grad, grad_z, scale, match, u, weight, bias):
+def linear_grads(needs_input_grad, grad_z, scale, match, u, weight, bias, rounded=None, wide=False):
     """Gradients of u, weight, bias of a linear connector on vectors, None where `needs_input_grad` says so.
 
-    grad_z  [B, Ct]
-    scale   [], what grad_z is multiplied by, or None: 1
-    match   (grad_fm [], z [B, Ct], pooled_t [B, Ct]) of the match of z with pooled_t, or (None, None, None)
+    grad_z   [B, Ct]
+    scale    [], what grad_z is multiplied by, or None: 1
+    match    (grad_fm [], z [B, Ct], pooled_t [B, Ct]) of the match of z with pooled_t, or (None, None, None)
+    rounded  [B, Ct], grad_z in bfloat16 without a match, or None
+    wide     the gradient of weight in float32, whatever the dtype of weight
     """
     needs = needs_input_grad[:3]
-    grads = ops.connector_linear_grads(grad_z, scale, *match, u, weight, *needs)
+    grads = ops.connector_linear_grads(grad_z, scale, *match, u, weight, *needs, rounded, wide)
     du, dw, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
     return du, dw, d_bias if d_bias is None else d_bias.to(bias.dtype)
 

@@ -274,9 +274,9 @@ PYBIND11_MODULE(emulated_kernels, module) {
   });
   def("linear_grad_tiles", [](Call& c) {
     return linear_grad_tiles(
-        {c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"), c.in<float>("z"),
-         c.in<float>("pooled_t"), c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"), c.out<float>("dbias"),
-         c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        {int(c.integer("stage")), c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"),
+         c.in<float>("z"), c.in<float>("pooled_t"), c.in("rounded"), c.in("u"), c.in("weight"), c.out("du"),
+         c.out("dweight"), c.flag("wide"), c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
         nullptr);
   });
   def("logit_rows", [](Call& c) {

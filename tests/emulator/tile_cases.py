@@ -250,8 +250,8 @@ def logits_exp(
     return [e, others, best, best_class, square, gram_d]
 
 
-def _check_rounded(t: DType, dz_t: Array, dz: Array, B: int) -> None:
-    np.testing.assert_array_equal(t.decode(dz_t), t.decode(t.encode(np.float32(B) * dz)), "dz_t is not B dz")
+def _check_rounded(t: DType, dz_t: Array, dz: Array) -> None:
+    np.testing.assert_array_equal(t.decode(dz_t), t.decode(t.encode(dz)), "dz_t is not dz rounded")
 
 
 def grad_rows(
@@ -409,7 +409,7 @@ def grad_rows(
     size = np.nanmax(abs(want))
     close("dz", dz / size, want / size, t, scale=scale)
     if rounded:
-        _check_rounded(t, dz_t, dz, B)
+        _check_rounded(t, dz_t, dz)
     return [loss, parts, dz, dz_t]
 
 
@@ -537,7 +537,7 @@ def times_classifier(
         want = t.decode(gradient)[:, :K] @ weight64 / B
         close("dz", dz, want + 2 * w["fm"] / (B * Ct) * (z64 - pooled64), t, scale=K**0.5)
         if rounded:
-            _check_rounded(t, dz_t, dz, B)
+            _check_rounded(t, dz_t, dz)
     return [dz, dz_t, loss, parts]
 
 
@@ -658,8 +658,11 @@ def linear_grad_tiles(
     Ct: int,
     pooled: bool = False,
     scaled: bool = False,
+    rounded: bool = False,
+    wide: bool = False,
     wanted: str = "du dweight dbias",
     shift: float = 0,
+    stage: int = 1,
 ) -> list[Array]:
     data = Data(t, f"linear_grad_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
@@ -667,16 +670,20 @@ def linear_grad_tiles(
     scale = np.full((), 0.37, np.float32)
     grad_fm = np.full((), 3 * B * Ct, np.float32)  # so that the match weighs as much as grad_z
     outs = {"du": data.out_stored(B, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
+    if wide:
+        outs["dweight"] = data.out(Ct, Cs)
+    rounded_t = t.encode(grad_z)
     match = {"grad_fm": grad_fm, "z": z, "pooled_t": pooled_t}
     kernels.linear_grad_tiles(
-        dtype=t.name, grad_z=grad_z, scale=scale if scaled else None,
-        **{k: v if pooled else None for k, v in match.items()}, u=u, weight=weight,
+        stage=stage, dtype=t.name, grad_z=grad_z, scale=scale if scaled else None,
+        rounded=rounded_t if rounded else None, wide=wide, u=u, weight=weight,
+        **{k: v if pooled else None for k, v in match.items()},
         **{k: v if k in wanted.split() else None for k, v in outs.items()}, B=B, Cs=Cs, Ct=Ct,
     )  # fmt: skip
     dz = scale * grad_z if scaled else grad_z  # in float, as the kernel rounds it
     dz = dz + np.float32(6) * (z - pooled_t) if pooled else dz
-    rounded = t.decode(t.encode(dz))
-    want = {"du": rounded @ weight64, "dweight": rounded.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
+    dz_t = t.decode(rounded_t) * (scale if scaled else 1) if rounded else t.decode(t.encode(dz))
+    want = {"du": dz_t @ weight64, "dweight": dz_t.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
     for name, out in outs.items():
         if name in wanted.split():
             close(
@@ -684,11 +691,11 @@ def linear_grad_tiles(
                 out,
                 want[name],
                 strict(t) if shift else t,
-                stored=name != "dbias",
+                stored=out.dtype == t.storage,
                 scale=4 if name != "dbias" else 1 if shift else 10 * max(B, Ct) ** 0.5,
             )
         else:
-            assert np.isnan(t.decode(out) if name != "dbias" else out).all()
+            assert np.isnan(t.decode(out) if out.dtype == t.storage else out).all()
     return list(outs.values())
 
 
@@ -713,6 +720,7 @@ def all_cases() -> dict[str, Case]:
             add(linear_grad_tiles, t, 67, 72, 136, pooled=pooled, scaled=True)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
             add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
+        add(linear_grad_tiles, t, 67, 72, 136, wanted="dweight", wide=True)
         add(linear_grad_tiles, t, 200000, 8, 8, wanted="dbias", shift=3)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
@@ -744,6 +752,10 @@ def all_cases() -> dict[str, Case]:
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
+        for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
+            add(linear_grad_tiles, BF16, B, Cs, Ct, rounded=True, scaled=B == 70, wide=B != 64, stage=stage)
+        for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
+            add(linear_grad_tiles, BF16, 67, 72, 136, rounded=True, wanted=wanted, stage=stage)
         add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
         add(project_tiles, BF16, 128 * 2 + 3, 72, 264, True, stage=stage)  # large tiles
         for anchored in (False, True):

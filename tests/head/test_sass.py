@@ -23,7 +23,12 @@ NEWER_GPUS = "sm_100"  # PTX that GPUs without code of their own compile when th
 
 MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 # kernel: bound, where fewer threads are meant, or the stages leave room for no more; match_forward's is float64's
-MORE_REGISTERS = {"grad_rows_tile_kernel": 168, "logit_rows_tile_kernel": 184, "match_forward_kernel": 136}
+MORE_REGISTERS = {
+    "grad_rows_tile_kernel": 168,
+    "linear_tile_kernel": 168,
+    "logit_rows_tile_kernel": 184,
+    "match_forward_kernel": 136,
+}
 # The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are
 # HopperTiles.
 TILES = {"sm_75": set[str](), "sm_80": {"HMMA"}, "sm_90a": {"HMMA"}}

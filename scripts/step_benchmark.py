@@ -949,7 +949,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--images", type=number(0), default=2000, help="pictures to write where there is no --data-dir")
     parser.add_argument(
         "--data-backend", choices=("dali", "blocks", "pillow", "synthetic"), default="dali",
-        help="loader of ours (default: dali); synthetic: one batch of noise for everybody, no file is opened",
+        help="loader of ours (default: dali); blocks: from a pack that is made of the pictures where there is no "
+        "--data-dir; synthetic: one batch of noise for everybody, no file is opened",
     )  # fmt: skip
     records.add_save(parser, "step.csv")
 
@@ -986,7 +987,13 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         if root is None:
             root = pathlib.Path(folder, "photos")
             loader_benchmark.write_photos(root, max(args.images, math.ceil(batch / 0.9)))
-        index = build_index(root, "train", verify="fast", cache_dir=pathlib.Path(folder, "index"))
+        ours_from = root
+        if args.data_backend == "blocks" and args.data_dir is None:
+            from ijckd_fast.data.prepare import BlockPack, pack
+
+            ours_from = pathlib.Path(folder, "blocks")
+            pack(root, ours_from, BlockPack(), splits=("train",))
+        index = build_index(ours_from, "train", verify="fast", cache_dir=pathlib.Path(folder, "index"))
         for pair_name in args.pair:
             pair = PAIRS[pair_name]
             size = args.image_size or pair.image_size
@@ -1046,7 +1053,7 @@ def _chosen(args: argparse.Namespace) -> list[str]:
         raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
     if args.turn_seconds <= 0:
         raise UserError(f"--turn-seconds must be above 0, got {args.turn_seconds:g}")
-    for package in ("torchvision", "pyarrow", "rich", "yaml"):
+    for package in ("torchvision", "pyarrow", "rich", "yaml", "jsonargparse"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"benchmark.py step needs {package}, which is not installed: pip install {package}")
     names = []

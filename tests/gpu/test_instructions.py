@@ -1,9 +1,10 @@
 """Each function of csrc/cuda/instructions.cuh and hopper_instructions.cuh on a GPU, against torch on the CPU. nvcc
 compiles instructions.cu and hopper_instructions.cu when the tests start; without a GPU they only show that those
-compile.
+compile. With IJCKD_INSTRUCTIONS_IN=DIR they are taken from there, as scripts/gpu_pack compiled them for sm_90a.
 """
 
 import ctypes
+import os
 import pathlib
 import subprocess
 
@@ -14,7 +15,8 @@ from toolkit import nvcc
 HERE = pathlib.Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 LANES = 32
-pytestmark = pytest.mark.skipif(nvcc() is None, reason="needs nvcc")
+BUILT_IN = os.environ.get("IJCKD_INSTRUCTIONS_IN")
+pytestmark = pytest.mark.skipif(nvcc() is None and not BUILT_IN, reason="needs nvcc")
 gpu_only = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -23,6 +25,8 @@ hopper_only = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capa
 
 
 def compiled(source, architecture, folder):
+    if BUILT_IN:
+        return ctypes.CDLL(str(pathlib.Path(BUILT_IN, f"{source}.so").resolve()))
     built = folder / f"{source}.so"
     command = [nvcc(), "-shared", "-Xcompiler", "-fPIC", "-std=c++17", f"-arch={architecture}"]
     command += [f"-I{CSRC}", f"-I{CSRC / 'cuda'}", HERE / f"{source}.cu", "-o", built]

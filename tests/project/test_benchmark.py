@@ -1,11 +1,8 @@
-"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results; scripts/gpu_check.sh's steps. Nothing
-here judges speed.
-"""
+"""scripts/benchmark.py: the JSON line, the CSV, the refusal of wrong results. Nothing here judges speed."""
 
 import csv
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -280,103 +277,6 @@ def test_help_names_units_workloads_and_baselines():
     )
     for word in ("milliseconds", "MB = 1e6 bytes", *benchmark.WORKLOADS, *benchmark.BASELINES):
         assert word in done.stdout
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# gpu_check.sh
-
-# In place of python: no GPU, no rich, tests that fail, a benchmark that works.
-STUB = """#!/usr/bin/env bash
-case "$*" in
-    *benchmark.py*) echo '{"rows": []}'; echo 'benchmark: 0 rows' ;;
-    *pytest*tests/head/test_ops.py*) echo '3 failed, 4 passed in 1.00s'; exit 1 ;;
-    *pytest*) echo '7 passed in 1.00s' ;;
-    "-c "*) exit 1 ;;
-    *) cat >/dev/null; echo 'seen' ;;
-esac
-"""
-
-
-def test_gpu_check_goes_on_after_a_failure_and_reports_it(tmp_path):
-    stub = tmp_path / "python"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [ROOT / "scripts" / "gpu_check.sh", "--out", out],
-        env=dict(os.environ, PYTHON=str(stub)),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1, done.stderr
-    with (out / "steps.csv").open() as file:
-        results = {row["step"]: (row["result"], row["what"]) for row in csv.DictReader(file)}
-    assert results == {
-        "environment": ("ok", "seen"),
-        "ops on the CPU": ("failed (1)", "3 failed 4 passed in 1.00s"),
-        "GPU tests on CPU": ("ok", "7 passed in 1.00s"),
-        "benchmark": ("ok", "benchmark: 0 rows"),
-    }
-    assert "no GPU here: running the CPU half" in done.stdout
-    assert "1 step FAILED" in done.stdout.splitlines()[-1]
-    assert "3 failed, 4 passed" in (out / "gpu_check.log").read_text()
-
-
-def test_gpu_check_steps_where_there_is_a_gpu(tmp_path):
-    """The order of the steps only: the stub says yes to everything."""
-    stub = tmp_path / "python"
-    stub.write_text(STUB.replace('"-c "*) exit 1', '"-c "*) exit 0'))
-    stub.chmod(0o755)
-    done = subprocess.run(
-        [ROOT / "scripts" / "gpu_check.sh", "--out", tmp_path / "out"],
-        env=dict(os.environ, PYTHON=str(stub)),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "out" / "steps.csv").open() as file:
-        steps = [row["step"] for row in csv.DictReader(file)]
-    steps = [s for s in steps if s not in ("compute-sanitizer", "memcheck", "racecheck")]
-    assert steps == [
-        *(
-            "environment",
-            "doctor",
-            "instructions",
-            "ops float64",
-            "ops float32",
-            "ops bfloat16",
-            "ops float16",
-            "bad labels",
-        ),
-        *(
-            "gradcheck",
-            "opcheck",
-            "bitwise x10",
-            "no host sync",
-            "CUDA graph",
-            "torch.compile",
-            "trainer no sync",
-            "training step",
-            "views of blocks",
-            "views alone",
-            "DALI on the GPU",
-            "loader",
-            "loader blocks",
-            "step r34-r18",
-            "step r50-mv1",
-            "benchmark",
-        ),
-    ]
-
-
-def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
-    for arguments, text in (
-        (["--outt", "x"], "unknown argument --outt"),
-        (["--out"], "--out needs a folder"),
-        (["--wheels", tmp_path / "none", "--out", tmp_path], "there is no such folder"),
-    ):
-        done = subprocess.run([ROOT / "scripts" / "gpu_check.sh", *arguments], capture_output=True, text=True)
-        assert (done.returncode, text in done.stderr) == (2, True), done.stderr
 
 
 LOADER = ["loader", "--images", "30", "--batch", "8", "--steps", "6", "--seconds", "0", "--repeats", "1"]

@@ -129,3 +129,31 @@ def test_warpgroup_multiply(hopper_library, name, dtype, a_by_depth, by_depth, c
     layouts = int(a_by_depth), int(by_depth)
     got = run(hopper_library, f"warpgroup_multiply_{name}", given_a, given_b, d, *layouts, columns)
     torch.testing.assert_close(got.double(), a.double() @ b.double() + d.double(), rtol=1e-5, atol=1e-4)
+
+
+@hopper_only
+def test_exchange_in_a_cluster(hopper_library):
+    x = torch.randn(4, 128)
+    got = run(hopper_library, "exchange", x, torch.zeros(4, 4, 128))
+    next_, before = x.roll(-1, 0), x.roll(2, 0)  # block r stores to r + 2 what it has, and reversed fours of r + 1's
+    fours = x.roll(1, 0).reshape(4, 32, 4).flip(2).reshape(4, 128)
+    assert torch.equal(got, torch.stack([next_, next_, before, fours], 1))
+
+
+@hopper_only
+def test_load_tile_to_blocks(hopper_library):
+    x = torch.randint(-(2**15), 2**15, (32, 64), dtype=torch.int16)
+    got = run(hopper_library, "load_box_to_blocks", x, torch.full((2, 2, 32, 64), 7, dtype=torch.int16))
+    chunks = torch.arange(8)
+    swizzled = torch.stack([x.reshape(32, 8, 8)[r, chunks ^ (r % 8)] for r in range(32)]).reshape(32, 64)
+    assert torch.equal(got, swizzled.expand(2, 2, 32, 64))
+
+
+@hopper_only
+def test_dependent_launches_wait(hopper_library):
+    n, launches = 132 * 128, 20
+    rows = torch.zeros(launches + 1, n)
+    rows[0] = torch.arange(n) % 7
+    got = run(hopper_library, "in_turn", n, launches, rows)
+    for i in range(launches):
+        assert torch.equal(got[i + 1], 2 * got[i] + 1), i

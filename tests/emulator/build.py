@@ -33,6 +33,7 @@ UNITS = tuple(sorted(p.name for p in (CSRC / "cuda").glob("*.cu")))
 KERNEL_FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-g1", "-fno-strict-aliasing", "-ftrivial-auto-var-init=pattern"]
 SMALL = "-DIJCKD_SMALL_SIZES"  # large tiles, and several chunks of classes, at sizes that a CPU can emulate
 KERNEL_FLAGS += [SMALL]
+REAL = "-UIJCKD_SMALL_SIZES"  # after it
 KERNEL_FLAGS += ["-Wno-unknown-pragmas"]  # #pragma unroll
 KERNEL_FLAGS += ["-fno-threadsafe-statics"]  # whose guards -fsanitize=thread would watch
 WATCHED = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=alignment"]
@@ -187,23 +188,39 @@ def sanitizer_environment() -> dict[str, str]:
     return {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 
+def host_units(folder: pathlib.Path, header: str, *flags: str) -> list[Callable[[], pathlib.Path]]:
+    """The GPU's host code, with `header` before each file."""
+    torch = torch_folder()
+    arguments = [f"-I{CSRC}", f"-I{HERE}", "-isystem", f"{torch}/include", "-DTORCH_STABLE_ONLY", "-DIJCKD_CUDA"]
+    arguments += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *flags, "-include", str(HERE / header)]
+    others = {"blocks.cpp", "sources.cpp"}  # ops of the CPU alone; what a library was built from
+    sources = [p for p in (*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp")) if p.name not in others]
+    return [functools.partial(compile_host, p, folder / f"{p.stem}_host.o", arguments) for p in sources]
+
+
+def torch_folder() -> pathlib.Path:
+    return pathlib.Path(importlib.util.find_spec("torch").origin).parent
+
+
+def link_ops(objects: list[pathlib.Path], folder: pathlib.Path) -> None:
+    link(
+        objects,
+        folder / "_C.so",
+        tuple(str(torch_folder() / "lib" / name) for name in ("libtorch_cpu.so", "libc10.so")),
+    )
+
+
 def build_ops(folder: pathlib.Path) -> None:
     """`_C_cuda.so`'s host code on CPU tensors and emulated kernels, with the schemas: a `_C.so` for tests."""
-    torch = pathlib.Path(importlib.util.find_spec("torch").origin).parent
-    includes = [f"-I{CSRC}", "-isystem", f"{torch}/include"]
-    includes += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    gpu = ["-DIJCKD_CUDA", SMALL, "-include", str(HERE / "host_on_cpu.h")]
     objects = [built("kernels") / f"{pathlib.Path(name).stem}.o" for name in (*UNITS, "emulator.cpp")]
-    objects += together(
-        *(
-            functools.partial(compile_host, source, folder / f"{source.stem}_host.o", [*includes, *gpu])
-            for source in (*CSRC.glob("*.cpp"), *CSRC.glob("cuda/*.cpp"))
-            # the first has ops of the CPU's alone, the second says what a built library was made of
-            if source.name not in ("blocks.cpp", "sources.cpp")
-        )
-    )
-    torch_libraries = (str(torch / "lib/libtorch_cpu.so"), str(torch / "lib/libc10.so"))
-    link(objects, folder / "_C.so", torch_libraries)
+    link_ops(objects + together(*host_units(folder, "host_on_cpu.h", SMALL)), folder)
+
+
+def build_recorded(folder: pathlib.Path) -> None:
+    """As build_ops, for launches at real sizes that are recorded (emulator.h): no library GEMM is computed either."""
+    units = [functools.partial(compile_kernels, CSRC / "cuda" / unit, folder, CSRC, REAL) for unit in UNITS]
+    runtime = functools.partial(build_runtime, folder, "-O3")
+    link_ops(together(runtime, *units, *host_units(folder, "host_recorded.h")), folder)
 
 
 BUILDERS = {
@@ -213,6 +230,7 @@ BUILDERS = {
     "broken": build_broken,
     "sanitized": build_sanitized,
     "ops": build_ops,
+    "recorded": build_recorded,
 }
 
 

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <list>
 #include <map>
 #include <numeric>
@@ -16,6 +17,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -75,8 +77,9 @@ constexpr size_t kStack = 64 << 10;
 constexpr size_t kStackStride = kStack + 13 * 64;
 constexpr size_t kSharedLimit = 48 << 10;  // of shared memory for a kernel that asked for no more, as on every GPU
 constexpr size_t kLargeSharedLimit = 227 << 10;  // for one that did, on the largest GPUs
-constexpr size_t kGuard = 256;                   // bytes between shared arrays, owned by nobody
-constexpr size_t kDistance = 1 << 20;            // at least, between the call's arrays
+constexpr size_t kMultiprocessorShared = 228 << 10;
+constexpr size_t kGuard = 256;         // bytes between shared arrays, owned by nobody
+constexpr size_t kDistance = 1 << 20;  // at least, between the call's arrays
 constexpr size_t kDynamicAlign = 1024;
 constexpr size_t kDynamicOffset = kDynamicAlign;  // in the arena; static arrays lie behind it
 constexpr size_t kStaticOffset = kDynamicOffset + kLargeSharedLimit + 4096;
@@ -95,7 +98,7 @@ constexpr int kMostArrivals = (1 << 20) - 1, kMostBytes = (1 << 20) - 1;  // of 
 constexpr size_t kDescribed = 1 << 18;  // bytes of shared memory that a matrix descriptor can point into
 static_assert(kDynamicOffset % kTileAlign == 0 && kDynamicOffset + kLargeSharedLimit <= kDescribed);
 
-enum class Kind { load, store, atomic };
+enum class Kind { load, store, atomic, copy };  // copy: asynchronous, of a recorded launch
 
 // Who touched one element last.
 struct Touch {
@@ -275,6 +278,28 @@ struct Warp {
   std::list<Accumulators> accumulators;
 };
 
+// What a block of a recorded launch did at one place of its code, in global memory.
+struct Accesses {
+  uint64_t times = 0, bytes = 0;
+  uintptr_t lowest = UINTPTR_MAX, end = 0;
+  std::vector<uint32_t> by_thread;
+};
+
+// What a block of a recorded launch did in global memory.
+struct Recorded {
+  std::map<std::pair<Kind, uintptr_t>, Accesses> accesses;  // by address of code
+  // bytes that tile copies brought, by array (begin, bytes), box and how many blocks each copy was for
+  std::map<std::tuple<uintptr_t, uint64_t, uint64_t, int>, uint64_t> tiles;
+};
+
+// Launches that are recorded, as text that scripts/kernel_record.py reads.
+struct Recording {
+  bool on = false;
+  int multiprocessors = 0;
+  int receivers = 1;  // blocks that a tile copy is for
+  std::ostringstream text;
+};
+
 // A block that has been started and not ended.
 struct Block {
   uint32_t block_number = 0;
@@ -309,6 +334,7 @@ struct Block {
   size_t dynamic_align = 0;     // declared
   bool generic_stores = false;  // to dynamic shared memory; barriers do not count
   int64_t generic_epoch = -1;   // of the last load or store there
+  Recorded recorded;
 
   char* stacks = nullptr;
   char* arena = nullptr;
@@ -326,6 +352,7 @@ struct Machine : Block {
   int device = 0;
   cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
   cudaError_t last_error = cudaSuccess;
+  Recording recording;
 
   // of the launch
   void (*body)(void*) = nullptr;
@@ -647,24 +674,26 @@ void change_over(uint64_t i) { std::swap(static_cast<Block&>(m), m.group[i]); }
 // The blocks of a cooperative launch, each as far as it gets, until all have ended. All come to the grid's barrier or
 // none.
 void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
+  std::map<uint64_t, uint64_t> place;  // in m.group
   for (const uint64_t i : order) {
-    change_over(i);
+    place.emplace(i, place.size());
+    change_over(place[i]);
     prepare_block(dynamic_bytes);
     start_block(i);
-    change_over(i);
+    change_over(place[i]);
   }
   for (;;) {
     if (m.schedule == Schedule::random) std::shuffle(order.begin(), order.end(), m.random);
     size_t ended = 0;
     std::ostringstream waiting;
     for (const uint64_t i : order) {
-      change_over(i);
+      change_over(place[i]);
       m.visit = ++m.visits;
       if (run_block() == Came::to_end)
         ++ended;
       else if (waiting.str().empty())
         waiting << block_name() << " waits at " << m.grid_barrier;
-      change_over(i);
+      change_over(place[i]);
     }
     if (ended == order.size()) return;
     if (ended)
@@ -672,10 +701,10 @@ void run_together(std::vector<uint64_t> order, size_t dynamic_bytes) {
                                " blocks ended without");
     m.first_visit = m.visits + 1;
     for (const uint64_t i : order) {
-      change_over(i);
+      change_over(place[i]);
       m.grid_barrier.arrived = 0;
       pass_barrier();
-      change_over(i);
+      change_over(place[i]);
     }
   }
 }
@@ -950,11 +979,26 @@ Region* check(const void* pointer, size_t bytes, Kind kind, At place) {
   touch(m, *r, address, bytes, kind, place);
   return r;
 }
+void note_access(const void* p, size_t bytes, Kind kind, const void* code) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  const Region& parameters = m.arrays.back();
+  if (in_arena(address) || (address >= parameters.begin && address < parameters.end)) return;
+  Accesses& a = m.recorded.accesses[{kind, reinterpret_cast<uintptr_t>(code)}];
+  a.by_thread.resize(m.threads.size());
+  ++a.by_thread[m.running];
+  ++a.times;
+  a.bytes += bytes;
+  a.lowest = std::min(a.lowest, address);
+  a.end = std::max(a.end, address + bytes);
+}
+
 // From the compiler's call before an access. Most are to the thread's own stack.
 inline void check_access(void* p, size_t bytes, Kind kind, const void* code) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(p) - m.stack;
   if (offset < kStack && bytes <= kStack - offset) return;
-  if (m.running >= 0) check(p, bytes, kind, code);
+  if (m.running < 0) return;
+  if (m.recording.on) note_access(p, bytes, kind, code);
+  check(p, bytes, kind, code);
 }
 
 void mark_in_flight(Region* r, const char* to, bool in_flight) {
@@ -1168,6 +1212,7 @@ void give_registers(Warp& w, uint32_t end, Place place) {
 }
 
 void multiply(const Multiply& x) {
+  if (m.recording.on) return;
   constexpr int kRows = 16 * kWarpgroup, kMostColumns = 256;
   static float A[kRows][16], B[16][kMostColumns];
   const int columns = 8 * x.blocks;
@@ -1380,6 +1425,7 @@ void multiply_add_16x8x16(float* d, const uint32_t* a, const uint32_t* b, Half t
   lane.b = b;
   meet_warp("multiply_add_16x8x16", static_cast<int>(type), place, lane, [type](Warp& w) {
     ++m.counts.multiply_add;
+    if (m.recording.on) return;
     float A[16][16], B[16][8], D[16][8] = {};
     const auto low = [&](uint32_t bits) { return from_half(static_cast<uint16_t>(bits), type); };
     const auto high = [&](uint32_t bits) { return from_half(static_cast<uint16_t>(bits >> 16), type); };
@@ -1415,6 +1461,7 @@ void copy_async16(void* to, const void* from, int bytes, Place place) {
   Thread& t = m.threads[m.running];
   const Copy copy{static_cast<char*>(to), static_cast<const char*>(from), static_cast<size_t>(bytes), place, t.groups};
   if (bytes) check(from, bytes, Kind::load, place);
+  if (bytes && m.recording.on) note_access(from, bytes, Kind::copy, __builtin_return_address(0));
   Region* r = check(to, kCopy, Kind::store, place);
   mark_in_flight(r, copy.to, true);
   t.copies.push_back(copy);
@@ -1527,6 +1574,9 @@ static void start_tile(Block& t, char* to, const TiledMap& map, Mbarrier& b, int
   const uint32_t number = static_cast<uint32_t>(t.tiles.size());
   for (size_t i = 0; i < bytes / kCopy; ++i) t.granules[offset / kCopy + i].copy = number;
   ++m.counts.tile_copies;
+  if (m.recording.on)
+    t.recorded.tiles[{reinterpret_cast<uintptr_t>(copy.map.base), copy.map.rows * copy.map.stride, bytes,
+                      m.recording.receivers}] += bytes;
   if (m.async == Async::lazy) {
     memset(to, 0xFF, bytes);
     t.under_way.push_back(number - 1);
@@ -1590,6 +1640,7 @@ void load_tile_to_blocks(void* to, const CUtensorMap& map, uint64_t* barrier, in
     violate("memcheck", "copies a tile to blocks ", blocks, " of a cluster of ", m.cluster, ", in ", where(place));
   const TiledMap tiled = read_map(map, place);
   const uint32_t offset = shared_address(to), barrier_offset = shared_address(barrier);
+  m.recording.receivers = __builtin_popcount(blocks);
   for (int r = 0; r < m.cluster; ++r) {
     if (!(blocks >> r & 1)) continue;
     Block& t = block_of(r);
@@ -1600,6 +1651,7 @@ void load_tile_to_blocks(void* to, const CUtensorMap& map, uint64_t* barrier, in
     reach(t, "copies a tile to", place);
     start_tile(t, t.arena + offset, tiled, barrier_of(t, barrier_offset, kWhat, place), column, row, place);
   }
+  m.recording.receivers = 1;
 }
 
 void prefetch_map(const CUtensorMap& map, Place place) { read_map(map, place); }
@@ -1839,6 +1891,91 @@ cudaError_t find_symbol() {
   return remembered(m.capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : cudaErrorStreamCaptureUnsupported);
 }
 
+void record_launches(int multiprocessors) {
+  m.recording.on = true;
+  m.recording.multiprocessors = multiprocessors;
+}
+
+void record_product(int64_t rows, int64_t columns, int64_t depth) {
+  m.recording.text << "product " << rows << ' ' << columns << ' ' << depth << '\n';
+}
+
+static uintptr_t in_library(const void* code) {
+  Dl_info info;
+  return dladdr(code, &info) ? reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(info.dli_fbase) : 0;
+}
+
+using Work = std::array<uint64_t, 4>;  // instructions that tell blocks of different work apart
+
+static Work work() {
+  const Counts& c = m.counts;
+  return {c.multiply_add, c.warpgroup_multiply_add, c.copies, c.tile_copies};
+}
+
+// The block that has run, of which this is the work.
+static void write_block(uint64_t index, const Work& work) {
+  std::ostringstream& text = m.recording.text;
+  text << "block " << index;
+  for (const uint64_t n : work) text << ' ' << n;
+  text << '\n';
+  for (const auto& [at, a] : m.recorded.accesses)
+    text << "access " << static_cast<int>(at.first) << ' ' << in_library(reinterpret_cast<const void*>(at.second))
+         << ' ' << *std::max_element(a.by_thread.begin(), a.by_thread.end()) << ' ' << a.times << ' ' << a.bytes << ' '
+         << a.lowest << ' ' << a.end << '\n';
+  for (const auto& [array, bytes] : m.recorded.tiles)
+    text << "tile " << std::get<0>(array) << ' ' << std::get<1>(array) << ' ' << std::get<2>(array) << ' '
+         << std::get<3>(array) << ' ' << bytes << '\n';
+  m.recorded = {};
+}
+
+// Runs blocks of the launch, or its clusters, the first and last, and between two that differ in their work another
+// one, until neighbours are found. Each runs alone, also past the grid's barrier.
+static void record_blocks(const cudaLaunchConfig_t& config, const void* kernel, uint64_t blocks, bool dependent) {
+  const dim3 g = m.grid, b = m.block;
+  m.recording.text << "launch " << in_library(kernel) << ' ' << g.x << ' ' << g.y << ' ' << g.z << ' ' << b.x << ' '
+                   << b.y << ' ' << b.z << ' ' << config.dynamicSmemBytes << ' ' << m.cooperative << ' ' << m.cluster
+                   << ' ' << dependent << '\n';
+  const bool together = m.cooperative || m.cluster > 1;
+  if (!together) prepare_block(config.dynamicSmemBytes);
+  std::map<uint64_t, Work> ran;
+  const auto run = [&](uint64_t i) {
+    if (const auto known = ran.find(i); known != ran.end()) return known->second;
+    const Work before = work();
+    if (m.cooperative) {
+      run_together({i}, config.dynamicSmemBytes);
+    } else if (m.cluster > 1) {
+      run_cluster(i * m.cluster, config.dynamicSmemBytes);
+    } else {
+      start_block(i);
+      m.visit = ++m.visits;
+      m.cluster_arrivals = 0;
+      m.cluster_phase = 0;
+      m.cluster_gathered = m.cluster_told = {};
+      run_block();
+    }
+    Work did = work();
+    for (size_t k = 0; k < did.size(); ++k) did[k] = (did[k] - before[k]) / m.cluster;
+    for (int r = 0; r < m.cluster; ++r) {
+      if (together) change_over(r);
+      write_block(i * m.cluster + r, did);
+      if (together) change_over(r);
+    }
+    return ran[i] = did;
+  };
+  const std::function<void(uint64_t, uint64_t)> between = [&](uint64_t first, uint64_t last) {
+    if (last - first < 2 || run(first) == run(last)) return;
+    const uint64_t middle = first + (last - first) / 2;
+    run(middle);
+    between(first, middle);
+    between(middle, last);
+  };
+  const uint64_t n = blocks / m.cluster;
+  for (const uint64_t i : {uint64_t(0), uint64_t(1), n / 3, n * 2 / 3, n - 1})
+    if (i < n) run(i);
+  const std::map<uint64_t, Work> first_ones = ran;
+  for (auto at = first_ones.begin(); std::next(at) != first_ones.end(); ++at) between(at->first, std::next(at)->first);
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(void*), void* started,
                    size_t started_bytes) {
   const dim3 g = config.gridDim, b = config.blockDim;
@@ -1862,7 +1999,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     else
       return cudaErrorNotSupported;  // here, not by CUDA
   }
-  if (cooperative && blocks > kResident) return cudaErrorCooperativeLaunchTooLarge;
+  if (cooperative && blocks > kResident && !m.recording.on) return cudaErrorCooperativeLaunchTooLarge;
   if (cluster.x < 1 || cluster.x > kCluster || g.x % cluster.x || cluster.y != 1 || cluster.z != 1)
     return cudaErrorInvalidClusterSize;
   if (cooperative && cluster.x > 1) return cudaErrorNotSupported;  // here, not by CUDA
@@ -1892,6 +2029,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   } parameters(started, started_bytes);
 
   m.first_visit = m.visits + 1;
+  if (m.recording.on) {
+    record_blocks(config, kernel, blocks, dependent);
+    m.cluster = 1;
+    return cudaSuccess;
+  }
   std::vector<uint64_t> order(cooperative || m.schedule == Schedule::random ? blocks : 0);
   std::iota(order.begin(), order.end(), uint64_t(0));
   if (backwards()) std::reverse(order.begin(), order.end());
@@ -1944,6 +2086,17 @@ extern "C" __attribute__((visibility("default"))) int64_t emulated_maps() { retu
 extern "C" __attribute__((visibility("default"))) void emulated_device(int device) { emulator::set_device(device); }
 extern "C" __attribute__((visibility("default"))) void emulated_refusal(int attributes) {
   emulator::refuse(attributes);
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_record(int multiprocessors) {
+  emulator::record_launches(multiprocessors);
+}
+// The record so far, which begins again.
+extern "C" __attribute__((visibility("default"))) const char* emulator_recorded() {
+  static std::string text;
+  text = emulator::m.recording.text.str();
+  emulator::m.recording.text.str("");
+  return text.c_str();
 }
 
 // What -fsanitize=thread calls; the names are the compiler's.
@@ -2020,7 +2173,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = capability % 10;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = emulator::kResident;  // with a block on each
+      // with a block on each
+      *value = emulator::m.recording.on ? emulator::m.recording.multiprocessors : emulator::kResident;
       return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
@@ -2036,6 +2190,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   const auto asked = emulator::m.dynamic_limits.find(kernel);
   const size_t limit = asked == emulator::m.dynamic_limits.end() ? emulator::kSharedLimit : asked->second;
   *blocks = threads <= emulator::kMaxThreads && shared_bytes <= limit;
+  // Recorded kernels are compiled to stand twice on a multiprocessor at most, where its shared memory lets them.
+  if (emulator::m.recording.on && 2 * (shared_bytes + 1024) <= emulator::kMultiprocessorShared) *blocks *= 2;
   return cudaSuccess;
 }
 

@@ -99,6 +99,11 @@ struct Counts {
 const Counts& counts();
 void clear_counts();
 
+// From now on launches are recorded, as a GPU of `multiprocessors` would be given them: of each only a few blocks run,
+// enough to find where the grid's blocks change their work, and products are not computed, so that sizes may be real
+// ones. For scripts/kernel_model.py; values mean nothing.
+void record_launches(int multiprocessors);
+
 // The arrays that one call of a launcher may touch: copies of the caller's, far from one another, so that what lies
 // before or after one is never another; outputs go back at the end. While none is named (the whole-op tests, where
 // torch owns the memory), accesses to global memory are checked for nothing.

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the
-data loaders against torchvision's, views of block packs, by stage too, and the index of a data folder:
-`scripts/benchmark.py op --help`, and likewise step, loader, views, stages and index.
+data loaders against torchvision's, views of block packs, by stage too, and the index of a data folder; models the
+kernels of a GPU that is not there: `scripts/benchmark.py op --help`, and likewise step, loader, views, stages, index
+and model.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's,
 else the workload is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits
@@ -34,6 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 
 import index_benchmark  # noqa: E402
+import kernel_model  # noqa: E402
 import loader_benchmark  # noqa: E402
 import records  # noqa: E402
 import stage_benchmark  # noqa: E402
@@ -841,6 +843,7 @@ def parser() -> argparse.ArgumentParser:
     views_benchmark.add_parser(commands)
     index_benchmark.add_parser(commands)
     stage_benchmark.add_parser(commands)
+    kernel_model.add_parser(commands)
     return top
 
 
@@ -945,6 +948,8 @@ def main(argv: list[str] | None = None) -> int:
             return index_benchmark.run(args, records.environment("cpu"))
         if args.what == "stages":
             return stage_benchmark.run(args, records.environment("cpu"))
+        if args.what == "model":
+            return kernel_model.run(args, WORKLOADS, records.environment("cpu"))
         return run_op(args)
     except (Usage, UserError) as usage:
         print(f"benchmark: {usage}", file=sys.stderr)

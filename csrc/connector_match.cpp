@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "connector_products.h"
 #include "op.h"
 #include "projection.h"
 #include "rows.h"
@@ -15,6 +16,7 @@
 #ifdef IJCKD_CUDA
 #include "cuda/connector_tiles.h"
 #include "cuda/linear_tiles.h"
+#include "cuda/product_grads.h"
 #include "cuda/stage.h"
 #else
 #include "cpu/linear.h"
@@ -24,7 +26,7 @@
 namespace ijckd {
 namespace {
 
-constexpr const char* kOp = "connector_match";
+constexpr const char* kOp = kConnectorOp;
 
 // The affine map's tensors in the accumulator type; keeps them alive while pointers to them are in use.
 struct AffineTensors {
@@ -44,51 +46,9 @@ AffineTensors affine(const OptTensor& bias, const OptTensor& bn_weight, const Op
   return {as(mean, acc), as(var, acc), as(bn_weight, acc), as(bn_weight ? bn_bias : bias, acc)};
 }
 
-Tensor none(const Tensor& like, DType t) { return empty(like, {0}, t); }
-
 struct Projected {
   Tensor y, mean, var;  // [B, P, Ct] T, [Ct] A, [Ct] A (statistics empty unless asked for)
 };
-
-#ifdef IJCKD_CUDA
-// Up to this depth of the product stage 1's tiles, whose statistics save a pass over y, outweigh the library's faster
-// GEMM on a Hopper GPU: by arithmetic, not yet measured. On earlier GPUs both use the same instructions.
-constexpr int64_t kTileDepth = 320;
-
-bool aligned(const OptTensor& t) { return !t || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0; }
-
-// The stage whose tiles can read these rows [N, Cs] and this weight [Ct, Cs]; 0: none.
-int readable_stage(const Tensor& rows, const Tensor& weight, const Launch& launch) {
-  const bool half = rows.scalar_type() == ScalarType::BFloat16 || rows.scalar_type() == ScalarType::Half;
-  return half && weight.size(1) % 8 == 0 && aligned(rows) && aligned(weight) ? stage(launch) : 0;
-}
-
-// The stage whose tiles serve the product; 0: the library's GEMM.
-int tile_stage(const Tensor& rows, const Tensor& weight, const Launch& launch) {
-  const int readable = weight.size(0) % 2 == 0 ? readable_stage(rows, weight, launch) : 0;
-  return readable == 1 && compute_capability() >= 90 && weight.size(1) > kTileDepth ? 0 : readable;
-}
-
-#endif
-
-#ifdef IJCKD_CUDA
-// d_out [N, Ct] times weight [Ct, Cs], and d_out transposed times rows [N, Cs]: by the library's GEMM.
-Tensor rows_times(const Tensor& d_out, const Tensor& weight) { return torch::stable::matmul(d_out, weight); }
-Tensor transposed_times(const Tensor& d_out, const Tensor& rows) {
-  return torch::stable::matmul(transposed(d_out), rows);
-}
-#endif
-
-// rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
-Tensor times_weight(const Tensor& rows, const Tensor& weight) {
-#ifndef IJCKD_CUDA
-  const DType t = dtype(rows, kOp, "u"), products = product_type(t);
-  if (products != t) return as(times_weight(as(rows, products), as(weight, products)), t);
-  return rows_times_transposed(rows, dense(weight));
-#else
-  return dense(matmul_nt(rows, weight));
-#endif
-}
 
 Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check_projection(u, weight, kOp, "weight");
@@ -322,22 +282,6 @@ std::tuple<Tensor, Tensor, Tensor> connector_channel_grads(const Tensor& grad_z,
   return {g, d_gamma, d_beta};
 }
 
-// What y = u W^T hands on of its gradient dy [N, Ct], each where it is needed.
-std::tuple<Tensor, Tensor> product_grads(const Tensor& dy, const Tensor& u, const Tensor& weight, bool need_du,
-                                         bool need_dweight) {
-  const DType t = dtype(u, kOp, "u");
-  const int64_t B = u.size(0), P = u.size(1), Cs = u.size(2), N = B * P;
-  Tensor du = none(u, t), dweight = none(u, t);
-  const DType products = product_type(t);
-  const Tensor d_out = as(dy, products);
-  if (need_du) du = torch::stable::view(as(rows_times(d_out, as(weight, products)), t), {B, P, Cs});
-  if (need_dweight) {
-    const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
-    dweight = as(transposed_times(d_out, rows), t);
-  }
-  return {du, dweight};
-}
-
 std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const OptTensor& grad_fm,
                                                  const OptTensor& d_gamma, const OptTensor& d_beta, double n_stats,
                                                  const Tensor& u, const Tensor& weight, const Tensor& y,
@@ -356,7 +300,7 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
                              data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
                             launch.stream),
              "connector_match's backward pass");
-  return product_grads(dy, u, weight, need_du, need_dweight);
+  return grads_of_product(dy, u, weight, need_du, need_dweight, launch);
 }
 
 std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale,
@@ -379,25 +323,42 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
                  dweight = need_dweight ? empty(u, {Ct, Cs}, of_weight) : none(u, of_weight),
                  dbias = need_dbias ? empty(u, {Ct}, acc) : none(u, acc);
-    launched(linear_grad_tiles({.stage = stage,
-                                .dtype = t,
-                                .grad_z = g.const_data_ptr<float>(),
-                                .scale = static_cast<const float*>(data(factor)),
-                                .grad_fm = static_cast<const float*>(data(fm)),
-                                .z = static_cast<const float*>(data(z)),
-                                .pooled_t = static_cast<const float*>(data(target)),
-                                .rounded = data(rounded),
-                                .u = rows.const_data_ptr(),
-                                .weight = w.const_data_ptr(),
-                                .du = need_du ? du.mutable_data_ptr() : nullptr,
-                                .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
-                                .wide = wide,
-                                .dbias = need_dbias ? dbias.mutable_data_ptr<float>() : nullptr,
-                                .B = B,
-                                .Cs = Cs,
-                                .Ct = Ct},
-                               launch.stream),
-             "connector_match's gradients");
+    const auto out = [](bool needed, const Tensor& x) { return needed ? x.mutable_data_ptr() : nullptr; };
+    if (rounded)
+      launched(product_grads({.stage = stage,
+                              .dtype = t,
+                              .dy = data(rounded),
+                              .scale = static_cast<const float*>(data(factor)),
+                              .float_dy = g.const_data_ptr<float>(),
+                              .u = rows.const_data_ptr(),
+                              .weight = w.const_data_ptr(),
+                              .du = out(need_du, du),
+                              .dweight = out(need_dweight, dweight),
+                              .float_dweight = wide,
+                              .dbias = static_cast<float*>(out(need_dbias, dbias)),
+                              .N = B,
+                              .Cs = Cs,
+                              .Ct = Ct},
+                             launch.stream),
+               "connector_match's gradients");
+    else
+      launched(linear_grad_tiles({.dtype = t,
+                                  .grad_z = g.const_data_ptr<float>(),
+                                  .scale = static_cast<const float*>(data(factor)),
+                                  .grad_fm = static_cast<const float*>(data(fm)),
+                                  .z = static_cast<const float*>(data(z)),
+                                  .pooled_t = static_cast<const float*>(data(target)),
+                                  .u = rows.const_data_ptr(),
+                                  .weight = w.const_data_ptr(),
+                                  .du = out(need_du, du),
+                                  .dweight = out(need_dweight, dweight),
+                                  .float_dweight = wide,
+                                  .dbias = static_cast<float*>(out(need_dbias, dbias)),
+                                  .B = B,
+                                  .Cs = Cs,
+                                  .Ct = Ct},
+                                 launch.stream),
+               "connector_match's gradients");
     return {du, dweight, dbias};
   }
 #endif
@@ -409,7 +370,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
              "connector_match's channel gradients");
   else
     torch::stable::zero_(sums);
-  const auto [du, dweight] = product_grads(as(dz, t), u, weight, need_du, need_dweight);
+  const auto [du, dweight] = grads_of_product(as(dz, t), u, weight, need_du, need_dweight, launch);
   return {du, as(dweight, of_weight), need_dbias ? sums : none(u, acc)};
 }
 

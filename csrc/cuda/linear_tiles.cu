@@ -1,13 +1,12 @@
 // Kernels of linear_tiles.h.
 #include "anchors.cuh"
+#include "bias_columns.cuh"
 #include "block_reduce.cuh"
 #include "cuda/linear_tiles.h"
 #include "hopper_tile.cuh"
 
 namespace ijckd {
 namespace {
-
-using bf16 = __nv_bfloat16;
 
 // Accumulator columns j of both rows of a thread that the epilogues take at once: they load what belongs to all of
 // them, then store. A latency each time, and registers for what is on its way, of which large tiles have few to spare.
@@ -225,7 +224,7 @@ template <A kLayout, typename T>
 __device__ __forceinline__ void store_product(const LinearGradTiles& p, int64_t at, float2 v) {
   if constexpr (kLayout == A::kByRow)
     store_pair(static_cast<T*>(p.du) + at, v);
-  else if (p.wide)
+  else if (p.float_dweight)
     store_pair(static_cast<float*>(p.dweight) + at, v);
   else
     store_pair(static_cast<T*>(p.dweight) + at, v);
@@ -254,43 +253,24 @@ __device__ __forceinline__ void product_tile(const LinearGradTiles& p, T* shared
                    [&](int64_t row, int col, float2 v) { store_product<kLayout, T>(p, row * p.Cs + col, v); });
 }
 
-// dbias of channels [col, col + 64), from dz before its rounding; in double, for a thread adds many rows one after the
-// other. A thread takes four channels of every kLanes-th row, eight rows at a time. lanes [kLanes, 64].
-template <int kThreads, bool kPooled>
-__device__ __forceinline__ void bias_columns(const LinearGradTiles& p, double* lanes, int col) {
-  constexpr int kWidth = 4, kGroups = kDepth / kWidth, kLanes = kThreads / kGroups, kRows = 8;
-  const int lane = threadIdx.x / kGroups, n0 = threadIdx.x % kGroups * kWidth, c = col + n0;
+// What dz's four neighbours at one place are made of.
+template <bool kPooled>
+struct Four {
+  float4 grad_z, z, pooled_t;
+};
+
+template <bool kPooled>
+__device__ __forceinline__ void dbias_columns(const LinearGradTiles& p, double* lanes, int col) {
   const DzScale<kPooled> scale(p);
-  double sums[kWidth] = {};
-  for (int64_t first = lane; first < p.B; first += kRows * kLanes) {
-    float4 grad_z[kRows] = {}, z[kPooled ? kRows : 1] = {}, pooled_t[kPooled ? kRows : 1] = {};
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t b = first + i * kLanes, at = b * p.Ct + c;
-      if (b >= p.B || c >= p.Ct) continue;
-      grad_z[i] = *reinterpret_cast<const float4*>(p.grad_z + at);
-      if constexpr (kPooled) {
-        z[i] = *reinterpret_cast<const float4*>(p.z + at);
-        pooled_t[i] = *reinterpret_cast<const float4*>(p.pooled_t + at);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float4 g = grad_z[i], v = z[kPooled ? i : 0], t = pooled_t[kPooled ? i : 0];
-      sums[0] += scale.dz(g.x, v.x, t.x);
-      sums[1] += scale.dz(g.y, v.y, t.y);
-      sums[2] += scale.dz(g.z, v.z, t.z);
-      sums[3] += scale.dz(g.w, v.w, t.w);
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < kWidth; ++k) lanes[lane * kDepth + n0 + k] = sums[k];
-  __syncthreads();
-  const int n = threadIdx.x;
-  if (n >= kDepth || col + n >= p.Ct) return;
-  double sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += lanes[i * kDepth + n];
-  p.dbias[col + n] = float(sum);
+  const auto load = [&](int64_t row, int c) {
+    const auto at = [&](const float* x) { return *reinterpret_cast<const float4*>(x + row * p.Ct + c); };
+    Four<kPooled> four{at(p.grad_z), {}, {}};
+    if constexpr (kPooled) four.z = at(p.z), four.pooled_t = at(p.pooled_t);
+    return four;
+  };
+  bias_columns<GradTile::kThreads>(lanes, p.dbias, p.B, p.Ct, col, load, [&](const Four<kPooled>& four, int k) {
+    return scale.dz(element(four.grad_z, k), element(four.z, k), element(four.pooled_t, k));
+  });
 }
 
 // A block per tile of du, whose sums are the longest, then of dweight, then per 64 channels of dbias.
@@ -305,39 +285,7 @@ __global__ void __launch_bounds__(GradTile::kThreads, 2)
   else if (block < du_tiles + dweight_tiles)
     product_tile<A::kByDepth, kPooled>(p, shared, block - du_tiles, p.u, p.Ct, p.B);
   else
-    bias_columns<GradTile::kThreads, kPooled>(p, reinterpret_cast<double*>(stages),
-                                              (block - du_tiles - dweight_tiles) * kDepth);
-}
-
-// The same of the gradient that is rounded already.
-template <A kLayout, typename Shape>
-__device__ __forceinline__ void rounded_product_tile(const LinearGradTiles& p, const Operands<bf16, Shape>& from,
-                                                     bf16* shared, int tile, int64_t rows, int64_t depth) {
-  const float scale = p.scale ? *p.scale : 1;
-  const int tiles_n = ceil_div(p.Cs, Shape::kN), m0 = tile / tiles_n * Shape::kM, n0 = tile % tiles_n * Shape::kN;
-  typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByDepth, kLayout>(acc, shared, ceil_div(depth, kDepth),
-                                        tile_at<B::kByDepth, kLayout>(from, m0, n0));
-  for_pairs<Shape>(acc, m0, n0, rows, p.Cs, [&](int64_t row, int col, float2 v) {
-    store_product<kLayout, bf16>(p, row * p.Cs + col, float2{scale * v.x, scale * v.y});
-  });
-}
-
-// Blocks as linear_grad_tile_kernel's.
-template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2)
-    rounded_grad_tile_kernel(const LinearGradTiles p, const __grid_constant__ Operands<bf16, Shape> du,
-                             const __grid_constant__ Operands<bf16, Shape> dweight, int du_tiles, int dweight_tiles) {
-  extern __shared__ __align__(1024) unsigned char stages[];
-  bf16* shared = reinterpret_cast<bf16*>(stages);
-  const int block = blockIdx.x;
-  if (block < du_tiles)
-    rounded_product_tile<A::kByRow>(p, du, shared, block, p.B, p.Ct);
-  else if (block < du_tiles + dweight_tiles)
-    rounded_product_tile<A::kByDepth>(p, dweight, shared, block - du_tiles, p.Ct, p.B);
-  else
-    bias_columns<Shape::kThreads, false>(p, reinterpret_cast<double*>(stages),
-                                         (block - du_tiles - dweight_tiles) * kDepth);
+    dbias_columns<kPooled>(p, reinterpret_cast<double*>(stages), (block - du_tiles - dweight_tiles) * kDepth);
 }
 
 template <typename T>
@@ -358,34 +306,6 @@ int start_linear(const LinearTiles& p, void* stream) {
   });
 }
 
-// Blocks of the gradients' kernels.
-struct GradBlocks {
-  int du, dweight, dbias;
-
-  int all() const { return du + dweight + dbias; }
-};
-
-template <typename Shape>
-GradBlocks grad_blocks(const LinearGradTiles& p) {
-  const int tiles_n = ceil_div(p.Cs, Shape::kN);
-  return {p.du ? ceil_div(p.B, Shape::kM) * tiles_n : 0, p.dweight ? ceil_div(p.Ct, Shape::kM) * tiles_n : 0,
-          p.dbias ? ceil_div(p.Ct, kDepth) : 0};
-}
-
-template <typename Shape>
-int start_rounded(const LinearGradTiles& p, void* stream) {
-  const auto rounded = matrix<bf16>(p.rounded, p.B, p.Ct);
-  Operands<bf16, Shape> du{}, dweight{};
-  int error = 0;
-  if (p.du) error = make_operands<B::kByDepth>(&du, rounded, matrix<bf16>(p.weight, p.Ct, p.Cs));
-  if (p.dweight && !error)
-    error = make_operands<B::kByDepth, A::kByDepth>(&dweight, rounded, matrix<bf16>(p.u, p.B, p.Cs));
-  if (error) return error;
-  const GradBlocks blocks = grad_blocks<Shape>(p);
-  return launch_sharing(Shape::kSharedBytes, rounded_grad_tile_kernel<Shape>, blocks.all(), Shape::kThreads, stream, p,
-                        du, dweight, blocks.du, blocks.dweight);
-}
-
 }  // namespace
 
 int64_t linear_blocks(int stage, int64_t B, int64_t Ct) {
@@ -402,20 +322,19 @@ int linear_tiles(const LinearTiles& p, void* stream) {
 }
 
 int linear_grad_tiles(const LinearGradTiles& p, void* stream) {
-  if (p.rounded) {
-    if (p.stage >= 2) return start_rounded<SmallHopperTile>(p, stream);
-    return start_rounded<SmallTile>(p, stream);
-  }
-  const GradBlocks blocks = grad_blocks<GradTile>(p);
+  const int tiles_n = ceil_div(p.Cs, GradTile::kN);
+  const int du_tiles = p.du ? ceil_div(p.B, GradTile::kM) * tiles_n : 0;
+  const int dweight_tiles = p.dweight ? ceil_div(p.Ct, GradTile::kM) * tiles_n : 0;
+  const int blocks = du_tiles + dweight_tiles + (p.dbias ? ceil_div(p.Ct, kDepth) : 0);
   const auto start = [&](auto kernel) {
-    return launch_sharing(GradTile::kSharedBytes, kernel, blocks.all(), GradTile::kThreads, stream, p, blocks.du,
-                          blocks.dweight);
+    return launch_sharing(GradTile::kSharedBytes, kernel, blocks, GradTile::kThreads, stream, p, du_tiles,
+                          dweight_tiles);
   };
   const auto start_as = [&](auto t) {
     using T = decltype(t);
     return p.pooled_t ? start(linear_grad_tile_kernel<T, true>) : start(linear_grad_tile_kernel<T, false>);
   };
-  return p.dtype == DType::bf16 ? start_as(bf16{}) : start_as(__half{});
+  return p.dtype == DType::bf16 ? start_as(__nv_bfloat16{}) : start_as(__half{});
 }
 
 }  // namespace ijckd

@@ -34,24 +34,19 @@ int64_t linear_parts(int stage, int64_t B, int64_t Ct);
 
 // With dz = scale grad_z (+ 2 grad_fm (z - pooled_t) / (B Ct) with a match), rounded to T for the products only:
 // du = dz W,  dweight = dz^T u,  dbias = dz's sum over the images. At least one of the three is needed.
-//
-// Where what made grad_z has kept it rounded too, the products are taken of that and multiplied by scale afterwards:
-// the tiles copy it as it lies and no block rounds it again. For bfloat16 alone, which has float's range. In float16 a
-// gradient of one large batch may be too small before the scale, by which training in float16 makes it large.
+// Where what made grad_z has kept it in T, product_grads.h:product_grads is the faster way.
 struct LinearGradTiles {
-  int stage;              // 1 or 2: stage.h; without rounded 1 serves both
   DType dtype;            // T
   const float* grad_z;    // [B, Ct]
   const float* scale;     // [], or null: 1
   const float* grad_fm;   // [], with pooled_t
   const float* z;         // [B, Ct], with pooled_t
   const float* pooled_t;  // [B, Ct], or null
-  const void* rounded;    // [B, Ct] bfloat16: grad_z rounded, without pooled_t; or null
   const void* u;          // [B, Cs] T
   const void* weight;     // [Ct, Cs] T
   void* du;               // [B, Cs] T   out, or null
-  void* dweight;          // [Ct, Cs] T, or float if `wide`  out, or null
-  bool wide;
+  void* dweight;          // [Ct, Cs] T, or float if float_dweight  out, or null
+  bool float_dweight;
   float* dbias;  // [Ct]  out, or null
   int64_t B, Cs, Ct;
 };

@@ -17,6 +17,7 @@
 #include "cuda/classifier_tiles.h"
 #include "cuda/connector_tiles.h"
 #include "cuda/linear_tiles.h"
+#include "cuda/product_grads.h"
 #include "cuda/stage.h"
 #include "rows.h"
 
@@ -274,10 +275,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
   });
   def("linear_grad_tiles", [](Call& c) {
     return linear_grad_tiles(
-        {int(c.integer("stage")), c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"),
-         c.in<float>("z"), c.in<float>("pooled_t"), c.in("rounded"), c.in("u"), c.in("weight"), c.out("du"),
-         c.out("dweight"), c.flag("wide"), c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
+        {c.dtype(), c.in<float>("grad_z"), c.in<float>("scale"), c.in<float>("grad_fm"), c.in<float>("z"),
+         c.in<float>("pooled_t"), c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"), c.flag("float_dweight"),
+         c.out<float>("dbias"), c.integer("B"), c.integer("Cs"), c.integer("Ct")},
         nullptr);
+  });
+  def("product_grads", [](Call& c) {
+    return product_grads({int(c.integer("stage")), c.dtype(), c.in("dy"), c.in<float>("scale"), c.in<float>("float_dy"),
+                          c.in("u"), c.in("weight"), c.out("du"), c.out("dweight"), c.flag("float_dweight"),
+                          c.out<float>("dbias"), c.integer("N"), c.integer("Cs"), c.integer("Ct")},
+                         nullptr);
   });
   def("logit_rows", [](Call& c) {
     LogitRows l;

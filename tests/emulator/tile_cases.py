@@ -658,11 +658,9 @@ def linear_grad_tiles(
     Ct: int,
     pooled: bool = False,
     scaled: bool = False,
-    rounded: bool = False,
-    wide: bool = False,
+    float_dweight: bool = False,
     wanted: str = "du dweight dbias",
     shift: float = 0,
-    stage: int = 1,
 ) -> list[Array]:
     data = Data(t, f"linear_grad_tiles {B} {Cs} {Ct}")
     (u, u64), (weight, weight64) = data.normal(B, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
@@ -670,20 +668,18 @@ def linear_grad_tiles(
     scale = np.full((), 0.37, np.float32)
     grad_fm = np.full((), 3 * B * Ct, np.float32)  # so that the match weighs as much as grad_z
     outs = {"du": data.out_stored(B, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
-    if wide:
+    if float_dweight:
         outs["dweight"] = data.out(Ct, Cs)
-    rounded_t = t.encode(grad_z)
     match = {"grad_fm": grad_fm, "z": z, "pooled_t": pooled_t}
     kernels.linear_grad_tiles(
-        stage=stage, dtype=t.name, grad_z=grad_z, scale=scale if scaled else None,
-        rounded=rounded_t if rounded else None, wide=wide, u=u, weight=weight,
-        **{k: v if pooled else None for k, v in match.items()},
+        dtype=t.name, grad_z=grad_z, scale=scale if scaled else None,
+        **{k: v if pooled else None for k, v in match.items()}, u=u, weight=weight, float_dweight=float_dweight,
         **{k: v if k in wanted.split() else None for k, v in outs.items()}, B=B, Cs=Cs, Ct=Ct,
     )  # fmt: skip
     dz = scale * grad_z if scaled else grad_z  # in float, as the kernel rounds it
     dz = dz + np.float32(6) * (z - pooled_t) if pooled else dz
-    dz_t = t.decode(rounded_t) * (scale if scaled else 1) if rounded else t.decode(t.encode(dz))
-    want = {"du": dz_t @ weight64, "dweight": dz_t.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
+    rounded = t.decode(t.encode(dz))
+    want = {"du": rounded @ weight64, "dweight": rounded.T @ u64, "dbias": dz.astype(np.float64).sum(0)}
     for name, out in outs.items():
         if name in wanted.split():
             close(
@@ -694,6 +690,41 @@ def linear_grad_tiles(
                 stored=out.dtype == t.storage,
                 scale=4 if name != "dbias" else 1 if shift else 10 * max(B, Ct) ** 0.5,
             )
+        else:
+            assert np.isnan(t.decode(out) if out.dtype == t.storage else out).all()
+    return list(outs.values())
+
+
+def product_grads(
+    kernels: ModuleType,
+    t: DType,
+    N: int,
+    Cs: int,
+    Ct: int,
+    scaled: bool = True,
+    float_dweight: bool = False,
+    wanted: str = "du dweight dbias",
+    stage: int = 1,
+) -> list[Array]:
+    data = Data(t, f"product_grads {N} {Cs} {Ct}")
+    (u, u64), (weight, weight64) = data.normal(N, Cs), data.normal(Ct, Cs, scale=1 / Cs**0.5)
+    float_dy, float64_dy = data.normal_acc(N, Ct)
+    dy, factor = t.encode(float_dy), 0.375 if scaled else 1
+    outs = {"du": data.out_stored(N, Cs), "dweight": data.out_stored(Ct, Cs), "dbias": data.out(Ct)}
+    if float_dweight:
+        outs["dweight"] = data.out(Ct, Cs)
+    kernels.product_grads(
+        stage=stage, dtype=t.name, dy=dy, scale=np.full((), factor, np.float32) if scaled else None,
+        float_dy=float_dy if "dbias" in wanted else None, u=u, weight=weight,
+        **{k: v if k in wanted.split() else None for k, v in outs.items()}, float_dweight=float_dweight,
+        N=N, Cs=Cs, Ct=Ct,
+    )  # fmt: skip
+    dy64 = factor * t.decode(dy)
+    want = {"du": dy64 @ weight64, "dweight": dy64.T @ u64, "dbias": factor * float64_dy.sum(0)}
+    for name, out in outs.items():
+        if name in wanted.split():
+            scale = 4 if name == "du" else N**0.5
+            close(name, out, want[name], t, stored=out.dtype == t.storage, scale=scale)
         else:
             assert np.isnan(t.decode(out) if out.dtype == t.storage else out).all()
     return list(outs.values())
@@ -720,7 +751,7 @@ def all_cases() -> dict[str, Case]:
             add(linear_grad_tiles, t, 67, 72, 136, pooled=pooled, scaled=True)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
             add(linear_grad_tiles, t, 67, 72, 136, wanted=wanted)
-        add(linear_grad_tiles, t, 67, 72, 136, wanted="dweight", wide=True)
+        add(linear_grad_tiles, t, 67, 72, 136, wanted="dweight", float_dweight=True)
         add(linear_grad_tiles, t, 200000, 8, 8, wanted="dbias", shift=3)
         for edit in ("labels", "infinite"):
             add(anchor_rows, t, 7, 40, 24, edit=edit)
@@ -752,10 +783,13 @@ def all_cases() -> dict[str, Case]:
         add(project_tiles, t, 65, 72, 24, False, stage=stage)
         add(project_tiles, t, 130, 64, 16, True, shift=30.0, stage=stage)
     for stage in (1, 2):
-        for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
-            add(linear_grad_tiles, BF16, B, Cs, Ct, rounded=True, scaled=B == 70, wide=B != 64, stage=stage)
+        for N, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
+            add(product_grads, BF16, N, Cs, Ct, float_dweight=N != 64, stage=stage)
         for wanted in ("du", "dweight", "dbias", "du dbias", "dweight dbias"):
-            add(linear_grad_tiles, BF16, 67, 72, 136, rounded=True, wanted=wanted, stage=stage)
+            add(product_grads, BF16, 67, 72, 136, wanted=wanted, stage=stage)
+        for N, Cs, Ct in ((600, 8, 16), (9, 40, 520), (260, 264, 72), (100, 136, 776)):  # tiles split over clusters
+            add(product_grads, BF16, N, Cs, Ct, float_dweight=N > 100, stage=stage)
+        add(product_grads, F16, 70, 24, 264, scaled=False, stage=stage)
         add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
         add(project_tiles, BF16, 128 * 2 + 3, 72, 264, True, stage=stage)  # large tiles
         for anchored in (False, True):

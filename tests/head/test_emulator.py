@@ -55,6 +55,7 @@ HEADERS = (
     "cuda/classifier_tiles.h",
     "cuda/connector_tiles.h",
     "cuda/linear_tiles.h",
+    "cuda/product_grads.h",
     "cuda/stage.h",
 )
 

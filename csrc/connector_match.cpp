@@ -144,29 +144,39 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   const OptTensor target = as(map_t, t);
   Applied out{empty(y, {B, Ct}, acc), empty(y, {}, acc), empty(y, {B, Ct}, acc),
               empty(y, {B, Ct}, acc), none(y, acc),      none(y, acc)};
-  OptTensor square, res, res_yhat;  // [B, Ct] A
-  if (map_t) square = empty(y, {B, Ct}, acc), res = empty(y, {B, Ct}, acc), res_yhat = empty(y, {B, Ct}, acc);
+  OptTensor square, res, res_yhat, shares;  // [B, Ct] A, three of them; match_sums' shares and, behind them, its count
+  if (map_t) {
+    square = empty(y, {B, Ct}, acc), res = empty(y, {B, Ct}, acc), res_yhat = empty(y, {B, Ct}, acc);
+    shares = empty(y, {Ct + 1}, DType::f64);
+    if (B == 0) torch::stable::zero_(*shares);
+  }
+  double* const share = shares ? shares->mutable_data_ptr<double>() : nullptr;
+  int* const arrived = shares ? reinterpret_cast<int*>(share + Ct) : nullptr;
   Launch launch(y);
   const auto out_ptr = [](const OptTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
   if (B > 0)
     launched(match_forward({t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(),
                             out.count.mutable_data_ptr(), out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res),
-                            out_ptr(res_yhat), B, P, Ct, relu},
+                            out_ptr(res_yhat), arrived, B, P, Ct, relu},
                            launch.stream),
              "connector_match's forward pass");
-  const auto to_fm = [&](const Tensor& x, int64_t n, double scale) {
-    launched(column_sum({acc, x.const_data_ptr(), out.fm.mutable_data_ptr(), n, 1, scale}, launch.stream),
-             "connector_match's feature loss");
-  };
   if (map_t) {
     out.res = empty(y, {Ct}, acc);
     out.res_yhat = empty(y, {Ct}, acc);
-    const Tensor per_channel = empty(y, {Ct}, acc);
-    launched(match_sums({acc, data(square), data(res), data(res_yhat), per_channel.mutable_data_ptr(),
-                         out.res.mutable_data_ptr(), out.res_yhat.mutable_data_ptr(), B, Ct},
+    launched(match_sums({.dtype = acc,
+                         .square = data(square),
+                         .res = data(res),
+                         .res_yhat = data(res_yhat),
+                         .res_sum = out.res.mutable_data_ptr(),
+                         .res_yhat_sum = out.res_yhat.mutable_data_ptr(),
+                         .fm = out.fm.mutable_data_ptr(),
+                         .scale = 1 / (double(B) * double(P) * double(Ct)),
+                         .shares = share,
+                         .arrived = arrived,
+                         .B = B,
+                         .Ct = Ct},
                         launch.stream),
              "connector_match's sums");
-    to_fm(per_channel, Ct, 1 / (double(B) * double(P) * double(Ct)));
   } else if (pooled_t) {
     const Tensor target_z = as(*pooled_t, acc), d = empty(y, {B, Ct}, acc), rows = empty(y, {B}, acc);
     if (B > 0)
@@ -174,7 +184,9 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
                              rows.mutable_data_ptr(), B, Ct},
                             launch.stream),
                "connector_match's pooled match");
-    to_fm(rows, B, 1 / (double(B) * double(Ct)));
+    launched(column_sum({acc, rows.const_data_ptr(), out.fm.mutable_data_ptr(), B, 1, 1 / (double(B) * double(Ct))},
+                        launch.stream),
+             "connector_match's feature loss");
   } else {
     torch::stable::zero_(out.fm);
   }

@@ -75,20 +75,24 @@ struct MatchForward {
   void* square;    // [B, Ct] A  out, with map_t: Pooled::square
   void* res;       // [B, Ct] A  out, with map_t: Pooled::res
   void* res_yhat;  // [B, Ct] A  out, with map_t: Pooled::res_yhat
+  int* arrived;    // []  out, with map_t: 0, where match_sums counts; the CPU does without
   int64_t B, P, Ct;
   bool relu;
 };
 int match_forward(const MatchForward& m, void* stream);
 
-// Sums of match_forward's outputs over the images.
+// Sums of match_forward's outputs over the images, and the match.
 struct MatchSums {
   DType dtype;           // A
   const void* square;    // [B, Ct] A
   const void* res;       // [B, Ct] A
   const void* res_yhat;  // [B, Ct] A
-  void* square_sum;      // [Ct] A  out
   void* res_sum;         // [Ct] A  out
   void* res_yhat_sum;    // [Ct] A  out
+  void* fm;              // [] A  out: scale times the sum of all of `square`
+  double scale;
+  double* shares;  // [Ct]  workspace: parts of that sum
+  int* arrived;    // []  0, and no longer afterwards: how many blocks have written theirs
   int64_t B, Ct;
 };
 int match_sums(const MatchSums& s, void* stream);

@@ -328,7 +328,8 @@ int match_forward(const MatchForward& m, void*) {
 }
 
 int match_sums(const MatchSums& s, void* stream) {
-  column_sum({s.dtype, s.square, s.square_sum, s.B, s.Ct, 1}, stream);
+  column_sum({s.dtype, s.square, s.shares, s.B, s.Ct, 1}, stream);
+  column_sum({s.dtype, s.shares, s.fm, s.Ct, 1, s.scale}, stream);
   column_sum({s.dtype, s.res, s.res_sum, s.B, s.Ct, 1}, stream);
   return column_sum({s.dtype, s.res_yhat, s.res_yhat_sum, s.B, s.Ct, 1}, stream);
 }

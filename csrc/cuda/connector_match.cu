@@ -4,6 +4,7 @@
 // under way: every pass over a map loads several rows per thread before it uses the first.
 #include <type_traits>
 
+#include "block_reduce.cuh"
 #include "connector_match.h"
 #include "device.cuh"
 
@@ -166,6 +167,7 @@ __device__ __forceinline__ void for_positions(const T* y, const T* map_t, int64_
 // more than kRun positions, whose runs are added up in double.
 template <typename T, typename A, int V, bool kMatched, bool kLong>
 __global__ void __launch_bounds__(kThreads) match_forward_kernel(MatchForward m) {
+  if (kMatched && blockIdx.x == 0 && threadIdx.x == 0) *m.arrived = 0;
   const Place at = place<V>(m.Ct);
   if (at.b >= m.B) return;
   Channel<A> ch[V];
@@ -210,15 +212,52 @@ __global__ void __launch_bounds__(kThreads) match_forward_kernel(MatchForward m)
   }
 }
 
+// The lanes' values in a warp's order of pairs.
+__device__ double warp_sum(double v) {
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) v += shuffle_xor(v, mask);
+  return v;
+}
+
+// fm of what the blocks' warps have of `square`, by the last one of `blocks` to arrive, in the blocks' order. Shares go
+// by atomic operations, so that no cache's older value is met. One warp of each block calls.
+template <typename A>
+__device__ void sum_shares(const MatchSums& s, double share, int block, int blocks) {
+  auto* shares = reinterpret_cast<unsigned long long*>(s.shares);
+  const int lane = threadIdx.x;
+  int last = 0;
+  if (lane == 0) {
+    unsigned long long bits;
+    memcpy(&bits, &share, sizeof bits);
+    atomicExch(shares + block, bits);
+    __threadfence();  // the share is there before its block is counted
+    last = atomicAdd(s.arrived, 1) == blocks - 1;
+    __threadfence();
+  }
+#pragma unroll
+  for (int mask = 1; mask < 32; mask *= 2) last |= shuffle_xor(last, mask);
+  if (!last) return;
+  double sum = 0;
+  for (int i = lane; i < blocks; i += 32) {
+    const unsigned long long bits = atomicAdd(shares + i, 0ull);
+    double of_block;
+    memcpy(&of_block, &bits, sizeof bits);
+    sum += of_block;
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) *static_cast<A*>(s.fm) = A(s.scale * sum);
+}
+
 // A block per kColumns channels of one of the three arrays.
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
   __shared__ double slots[1][kSumLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const void* x = blockIdx.y == 0 ? s.square : blockIdx.y == 1 ? s.res : s.res_yhat;
-  void* out = blockIdx.y == 0 ? s.square_sum : blockIdx.y == 1 ? s.res_sum : s.res_yhat_sum;
-  const A total = column_total(static_cast<const A*>(x), s.B, s.Ct, c, slots);
-  if (c < s.Ct && threadIdx.y == 0) static_cast<A*>(out)[c] = total;
+  const A total = column_total(static_cast<const A*>(x), s.B, s.Ct, c, slots);  // 0 past the last channel
+  if (threadIdx.y != 0) return;
+  if (blockIdx.y == 0) return sum_shares<A>(s, warp_sum(total), blockIdx.x, gridDim.x);
+  if (c < s.Ct) static_cast<A*>(blockIdx.y == 1 ? s.res_sum : s.res_yhat_sum)[c] = total;
 }
 
 // A block per kColumns channels, its lanes through the images, many for each: their sums are in double. grad_fm is read

@@ -225,7 +225,11 @@ def match_forward(
     for some in (maps, outs):
         if odd in some:
             some[odd] = at_odd_address(some[odd])
-    kernels.match_forward(dtype=t.name, **maps, **arrays, **outs, B=B, P=P, Ct=Ct, relu=relu)
+    arrived = np.full((), 7, np.int32)
+    kernels.match_forward(
+        dtype=t.name, **maps, **arrays, **outs, arrived=arrived if match else None, B=B, P=P, Ct=Ct, relu=relu
+    )
+    assert arrived == (0 if match else 7)
     h = (y64 - mean) * inv_std
     pre = gamma * h + beta
     on = (pre > 0) | (not relu)
@@ -244,11 +248,16 @@ def match_sums(kernels: ModuleType, t: DType, B: int, Ct: int) -> list[Array]:
     data = Data(t, f"match_sums {B} {Ct}")
     names = ("square", "res", "res_yhat")
     stored, wide = zip(*(data.normal_acc(B, Ct) for _ in names), strict=True)
-    outs = {f"{name}_sum": data.out(Ct) for name in names}
-    kernels.match_sums(dtype=t.name, **dict(zip(names, stored, strict=True)), **outs, B=B, Ct=Ct)
-    for (name, out), want in zip(outs.items(), wide, strict=True):
+    outs = {f"{name}_sum": data.out(Ct) for name in names[1:]}
+    fm = data.out()
+    kernels.match_sums(
+        dtype=t.name, **dict(zip(names, stored, strict=True)), **outs, fm=fm, scale=0.125,
+        shares=np.full(Ct, np.nan), arrived=np.zeros((), np.int32), B=B, Ct=Ct,
+    )  # fmt: skip
+    for (name, out), want in zip(outs.items(), wide[1:], strict=True):
         close(name, out, want.sum(0), t, scale=B**0.5)
-    return list(outs.values())
+    close("fm", fm, wide[0].sum() / 8, t, scale=(B * Ct) ** 0.5)
+    return [*outs.values(), fm]
 
 
 def channel_grads(
@@ -600,7 +609,7 @@ def all_cases() -> dict[str, Case]:
             for shift in (0, 300):
                 add(combine_stats, t, N, Ct, rows_per_part, shift)
         add(combine_stats, t, 12000, 2, 2, 100000)
-        for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40)):
+        for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40), (2, 1100)):
             add(match_sums, t, B, Ct)
         for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41), (140, 2, 3)):
             for match in ("map", "pooled", None):

@@ -160,15 +160,16 @@ PYBIND11_MODULE(emulated_kernels, module) {
                          nullptr);
   });
   def("match_forward", [](Call& c) {
-    return match_forward(
-        {c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.out("z"), c.out("count"), c.out("yhat"), c.out("square"),
-         c.out("res"), c.out("res_yhat"), c.integer("B"), c.integer("P"), c.integer("Ct"), c.flag("relu")},
-        nullptr);
+    return match_forward({c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.out("z"), c.out("count"), c.out("yhat"),
+                          c.out("square"), c.out("res"), c.out("res_yhat"), c.out<int>("arrived"), c.integer("B"),
+                          c.integer("P"), c.integer("Ct"), c.flag("relu")},
+                         nullptr);
   });
   def("match_sums", [](Call& c) {
-    return match_sums({c.dtype(), c.in("square"), c.in("res"), c.in("res_yhat"), c.out("square_sum"), c.out("res_sum"),
-                       c.out("res_yhat_sum"), c.integer("B"), c.integer("Ct")},
-                      nullptr);
+    return match_sums(
+        {c.dtype(), c.in("square"), c.in("res"), c.in("res_yhat"), c.out("res_sum"), c.out("res_yhat_sum"), c.out("fm"),
+         c.real("scale"), c.inout<double>("shares"), c.inout<int>("arrived"), c.integer("B"), c.integer("Ct")},
+        nullptr);
   });
   def("channel_grads", [](Call& c) {
     return channel_grads({c.dtype(), c.in("grad_z"), c.in("scale"), c.in("grad_fm"), c.in("z"), c.in("pooled_t"),

@@ -32,6 +32,9 @@
 inline void __syncthreads(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::barrier(place); }
 inline void __syncwarp(emulator::Place place = {__builtin_FILE(), __builtin_LINE()}) { emulator::sync_warp(place); }
 
+// Threads see one another's stores at once.
+inline void __threadfence() {}
+
 inline float __uint_as_float(unsigned bits) {
   float v;
   memcpy(&v, &bits, sizeof v);

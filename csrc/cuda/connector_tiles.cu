@@ -30,16 +30,24 @@ __device__ __forceinline__ void column_sums(float* warps, const Value& value) {
   __syncthreads();
 }
 
-// Blocks go through the channels' tiles first: those in flight together share their rows of u.
-template <typename T, typename Shape>
+// Blocks go through the channels' tiles first: those in flight together share their rows of u. kPaired: two neighbours,
+// a cluster, take the same channels of neighbouring parts.
+template <typename T, typename Shape, bool kPaired>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     project_tile_kernel(const ProjectTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  const int tiles_n = ceil_div(p.Ct, Shape::kN), part = blockIdx.x / tiles_n;
-  const int m0 = part * Shape::kM, n0 = blockIdx.x % tiles_n * Shape::kN;
+  constexpr int kParts = kPaired ? 2 : 1;
+  const int tiles_n = ceil_div(p.Ct, Shape::kN), tile = blockIdx.x / kParts;
+  const int part = tile / tiles_n * kParts + blockIdx.x % kParts;
+  const int m0 = part * Shape::kM, n0 = tile % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth),
-                                tile_at<B::kByColumn>(from, m0, n0));
+  T* shared = reinterpret_cast<T*>(stages);
+  if constexpr (kPaired) {
+    multiply_paired<Shape>(acc, shared, ceil_div(p.Cs, kDepth), from, m0, n0);
+    if (m0 >= p.N) return;  // of an odd number of parts
+  } else {
+    multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
+  }
 
   for_pairs<Shape>(acc, m0, n0, p.N, p.Ct,
                    [&](int64_t row, int c, float2 v) { store_pair(static_cast<T*>(p.y) + row * p.Ct + c, v); });
@@ -74,12 +82,27 @@ template <typename T>
 int start_project(const ProjectTiles& p, void* stream) {
   return with_tile(p.stage, p.N, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
-    Operands<T, Shape> from{};
-    if (const int error =
-            make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.N, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
-      return error;
-    const int blocks = ceil_div(p.N, Shape::kM) * ceil_div(p.Ct, Shape::kN);
-    return launch_sharing(Shape::kSharedBytes, project_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream, p, from);
+    const auto u = matrix<T>(p.u, p.N, p.Cs), weight = matrix<T>(p.weight, p.Ct, p.Cs);
+    const int parts = ceil_div(p.N, Shape::kM), tiles_n = ceil_div(p.Ct, Shape::kN);
+    const auto alone = [&] {
+      Operands<T, Shape> from{};
+      if (const int error = make_operands<B::kByColumn>(&from, u, weight)) return error;
+      return launch_sharing(Shape::kSharedBytes, project_tile_kernel<T, Shape, false>, parts * tiles_n, Shape::kThreads,
+                            stream, p, from);
+    };
+    if constexpr (std::is_same_v<Shape, LargeHopperTile>)
+      return either(
+          kClusters,
+          [&] {
+            Operands<T, Shape> from{};
+            if (const int error = make_paired_operands(&from, u, weight)) return error;
+            Start how{(parts + 1) / 2 * 2 * tiles_n, Shape::kThreads, kPairedBytes<Shape>};
+            how.cluster = 2;
+            return launch_as(how, project_tile_kernel<T, Shape, true>, stream, p, from);
+          },
+          alone);
+    else
+      return alone();
   });
 }
 

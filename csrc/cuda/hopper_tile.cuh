@@ -138,6 +138,24 @@ __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, 
   };
 }
 
+// Starts acc += a b of one stage; `a` has the stage's operands one after the other. The threads of all warpgroups call.
+template <typename Shape, B kLayout, A kLayoutA, typename T>
+__device__ __forceinline__ void multiply_stage(typename Shape::Accumulators& acc, const T* stage) {
+  constexpr int kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
+  const T *a = stage + threadIdx.x / 128 * 64 * kDepth, *b = stage + Shape::kStageA;
+  warpgroup_fence();
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+    constexpr bool kRowsA = kLayoutA == A::kByRow, kColumnsB = kLayout == B::kByColumn;
+    const auto described = [&](const T* panels, bool by_output) {
+      return by_output ? matrix_descriptor(panels + k, 16, kEightRows)
+                       : matrix_descriptor(panels + k * kDepth, kPanel, kEightRows);
+    };
+    multiply_add_64xNx16<T, !kColumnsB, !kRowsA>(acc[0], described(a, kRowsA), described(b, kColumnsB));
+  }
+  warpgroup_commit();
+}
+
 // acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread.
 // Every thread of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before
 // `shared` is used again. A kernel that calls again, with nothing else in `shared` since, says how many steps there
@@ -145,7 +163,7 @@ __device__ __forceinline__ auto tile_at(const Operands<T, Shape>& from, int m0, 
 template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy>
 __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
                                                                      int steps, const Copy& copy, int before = 0) {
-  constexpr int kStages = Shape::kStages, kRow = kDepth * 2, kEightRows = 8 * kRow, kPanel = kDepth * kRow;  // bytes
+  constexpr int kStages = Shape::kStages;
   uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);  // [kStages]
   if (before == 0) {
     if (threadIdx.x == 0) {
@@ -167,24 +185,67 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
   for (int step = 0; step < steps; ++step) {
     const int slot = (before + step) % kStages;
     barrier_wait(landed + slot, (before + step) / kStages % 2);
-    const T* a = shared + slot * Shape::kStage + threadIdx.x / 128 * 64 * kDepth;
-    const T* b = shared + slot * Shape::kStage + Shape::kStageA;
-    warpgroup_fence();
-#pragma unroll
-    for (int k = 0; k < kDepth; k += 16) {
-      constexpr bool kRowsA = kLayoutA == A::kByRow, kColumnsB = kLayout == B::kByColumn;
-      const auto described = [&](const T* panels, bool by_output) {
-        return by_output ? matrix_descriptor(panels + k, 16, kEightRows)
-                         : matrix_descriptor(panels + k * kDepth, kPanel, kEightRows);
-      };
-      multiply_add_64xNx16<T, !kColumnsB, !kRowsA>(acc[0], described(a, kRowsA), described(b, kColumnsB));
-    }
-    warpgroup_commit();
+    multiply_stage<Shape, kLayout, kLayoutA>(acc, shared + slot * Shape::kStage);
     warpgroup_wait<1>();  // the step before has been read by this warpgroup,
     __syncthreads();      // and by the others: while this one's products are made its stage is filled again
     start(step + kStages - 1);
   }
   warpgroup_wait<0>(acc[0]);
+}
+
+// What multiply_paired needs of shared memory, and the operands as it copies them.
+template <typename Shape>
+constexpr int kPairedBytes = Shape::kSharedBytes + Shape::kStages * 8;
+
+template <typename T, typename Shape>
+int make_paired_operands(Operands<T, Shape>* to, const Matrix<T>& a, const Matrix<T>& b) {
+  const int error = make_operand(&to->a, a, Shape::kM);
+  return error ? error : make_operand(&to->b, b, Shape::kN / 2);
+}
+
+// acc += a b (B::kByColumn) for the two blocks of a cluster, whose tiles at m0 and n0 have the same columns: each
+// copies its rows of a, and half of the columns of b into both, so that a stage costs the L2 three quarters. Every
+// thread of both calls, with as many steps.
+template <typename Shape, typename T>
+__device__ __forceinline__ void multiply_paired(typename Shape::Accumulators& acc, T* shared, int steps,
+                                                const Operands<T, Shape>& from, int m0, int n0) {
+  constexpr int kStages = Shape::kStages, kHalf = Shape::kN / 2;
+  uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);  // [kStages]
+  uint64_t* read = landed + kStages;                                                 // [kStages]: by both blocks
+  const int rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < kStages; ++s) barrier_init(landed + s, 1), barrier_init(read + s, 2);
+    barrier_init_fence();
+  }
+  cluster_arrive();
+  cluster_wait();  // the other block's barriers are made as well
+  const auto start = [&](int step) {
+    if (threadIdx.x == 0 && step < steps) {
+      const int slot = step % kStages;
+      if (step >= kStages) {  // this block has read the stage's last content; the other one may not
+        barrier_arrive(read + slot);
+        barrier_arrive_in_block(address_in_block(read + slot, 1 - rank));
+        barrier_wait(read + slot, (step / kStages - 1) % 2);
+      }
+      T* stage = shared + slot * Shape::kStage;
+      barrier_expect(landed + slot, Shape::kStage * 2);
+      load_tile(stage, from.a, landed + slot, step * kDepth, m0);
+      load_tile_to_blocks(stage + Shape::kStageA + rank * kHalf * kDepth, from.b, landed + slot, step * kDepth,
+                          n0 + rank * kHalf, 3);
+    }
+    __syncwarp();  // a warpgroup's instructions take whole warps
+  };
+  for (int s = 0; s < kStages - 1; ++s) start(s);
+  for (int step = 0; step < steps; ++step) {
+    barrier_wait(landed + step % kStages, step / kStages % 2);
+    multiply_stage<Shape, B::kByColumn, A::kByRow>(acc, shared + step % kStages * Shape::kStage);
+    warpgroup_wait<1>();  // as in `multiply`
+    __syncthreads();
+    start(step + kStages - 1);
+  }
+  warpgroup_wait<0>(acc[0]);
+  cluster_arrive();
+  cluster_wait();  // neither block ends, or uses `shared` otherwise, while the other one may reach it
 }
 
 }  // namespace ijckd

@@ -7,12 +7,13 @@
 
 STABLE_TORCH_LIBRARY(ijckd, m) {
   // Projection, BatchNorm (batch statistics unless mean and var are given), ReLU, match, pooling. What backward alone
-  // reads is empty of a linear connector: y, count, yhat with one position, no BatchNorm, no ReLU and no map_t.
+  // reads is empty of a linear connector: y, count, yhat with one position, no BatchNorm, no ReLU and no map_t. The
+  // weight may be float32 where u is a half type: weight_t is what it becomes, else empty.
   m.def(
       "connector_match(Tensor u, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, "
       "Tensor? var, Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
       "(Tensor z, Tensor fm, Tensor mean, Tensor var, Tensor y, Tensor count, Tensor yhat, Tensor res, "
-      "Tensor res_yhat)");
+      "Tensor res_yhat, Tensor weight_t)");
   // The same in two steps, with the all-reduce of SyncBN between them.
   m.def("connector_project(Tensor u, Tensor weight) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
@@ -26,7 +27,8 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
   m.def(
       "connector_input_grads(Tensor grad_z, Tensor? grad_fm, Tensor? d_gamma, Tensor? d_beta, float n_stats, Tensor u, "
       "Tensor weight, Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
-      "Tensor? map_t, bool relu, float eps, bool need_du, bool need_dweight) -> (Tensor du, Tensor dweight)");
+      "Tensor? map_t, bool relu, float eps, bool need_du, bool need_dweight, bool wide=False) -> "
+      "(Tensor du, Tensor dweight)");
   // All of backward for a linear connector; grad_fm and z with pooled_t. grad_z is what it says times scale [];
   // rounded, without pooled_t, is grad_z in bfloat16. dweight in the accumulator's type if `wide`.
   m.def(

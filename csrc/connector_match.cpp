@@ -239,25 +239,27 @@ std::pair<Tensor, Tensor> linear_match(const Projection& p, const OptTensor& poo
   return {o.z, o.fm};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
-    const Tensor& u, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias,
-    const OptTensor& mean, const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu,
-    double eps) {
-  check_projection(u, weight, kOp, "weight");
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_match(
+    const Tensor& u, const Tensor& given_weight, const OptTensor& bias, const OptTensor& bn_weight,
+    const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var, const OptTensor& map_t,
+    const OptTensor& pooled_t, bool relu, double eps) {
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
+  const bool cast = given_weight.scalar_type() == ScalarType::Float && acc == DType::f32 && t != DType::f32;
+  const Tensor weight = cast ? as(given_weight, t) : given_weight, kept = cast ? weight : none(u, t);
+  check_projection(u, weight, kOp, "weight");
   if (is_linear(u, bn_weight, map_t, relu)) {
     const AffineTensors a = affine(bias, {}, {}, {}, {}, acc);
     check_match(u, weight.size(0), a, {}, pooled_t, eps);
     const auto [z, fm] = linear_match({u, weight, a.beta}, pooled_t);
     const auto unused = [&] { return none(u, acc); };
-    return {z, fm, unused(), unused(), none(u, t), unused(), unused(), unused(), unused()};
+    return {z, fm, unused(), unused(), none(u, t), unused(), unused(), unused(), unused(), kept};
   }
   const bool batch_stats = bn_weight && !mean;
   const Projected p = project(u, weight, batch_stats);
   const AffineTensors a = affine(bias, bn_weight, bn_bias, batch_stats ? OptTensor(p.mean) : mean,
                                  batch_stats ? OptTensor(p.var) : var, acc);
   const Applied o = apply(p.y, a, map_t, pooled_t, relu, eps);
-  return {o.z, o.fm, p.mean, p.var, p.y, o.count, o.yhat, o.res, o.res_yhat};
+  return {o.z, o.fm, p.mean, p.var, p.y, o.count, o.yhat, o.res, o.res_yhat, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> connector_project(const Tensor& u, const Tensor& weight) {
@@ -300,7 +302,7 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
                                                  const OptTensor& bias, const OptTensor& bn_weight,
                                                  const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
                                                  const OptTensor& map_t, bool relu, double eps, bool need_du,
-                                                 bool need_dweight) {
+                                                 bool need_dweight, bool wide) {
   const DType t = dtype(y, kOp, "y"), acc = accumulator(t);
   const int64_t B = y.size(0), P = y.size(1), Ct = y.size(2), N = B * P;
   const AffineTensors a = affine(bias, bn_weight, bn_bias, mean, var, acc);
@@ -312,7 +314,7 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
                              data(d_gamma), data(d_beta), dy.mutable_data_ptr(), B, P, Ct, n_stats, relu},
                             launch.stream),
              "connector_match's backward pass");
-  return grads_of_product(dy, u, weight, need_du, need_dweight, launch);
+  return grads_of_product(dy, u, weight, need_du, need_dweight, wide, launch);
 }
 
 std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale,
@@ -326,9 +328,9 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
   const Tensor g = as(grad_z, acc);
   const OptTensor factor = as(scale, acc), fm = as(grad_fm, acc), target = as(pooled_t, acc);
-  const DType of_weight = wide ? acc : t;
   Launch launch(u);
 #ifdef IJCKD_CUDA
+  const DType of_weight = wide ? acc : t;
   if (const int stage = linear_stage({u, weight, {}}, {g, rounded, z, target}, launch)) {
     const int64_t Cs = u.size(2);
     const Tensor rows = dense(u), w = dense(weight);
@@ -382,8 +384,8 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
              "connector_match's channel gradients");
   else
     torch::stable::zero_(sums);
-  const auto [du, dweight] = grads_of_product(as(dz, t), u, weight, need_du, need_dweight, launch);
-  return {du, as(dweight, of_weight), need_dbias ? sums : none(u, acc)};
+  const auto [du, dweight] = grads_of_product(as(dz, t), u, weight, need_du, need_dweight, wide, launch);
+  return {du, dweight, need_dbias ? sums : none(u, acc)};
 }
 
 }  // namespace

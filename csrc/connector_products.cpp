@@ -50,17 +50,17 @@ Tensor times_weight(const Tensor& rows, const Tensor& weight) {
 }
 
 std::tuple<Tensor, Tensor> grads_of_product(const Tensor& dy, const Tensor& u, const Tensor& weight, bool need_du,
-                                            bool need_dweight, [[maybe_unused]] const Launch& launch) {
-  const DType t = dtype(u, kConnectorOp, "u");
+                                            bool need_dweight, bool wide, [[maybe_unused]] const Launch& launch) {
+  const DType t = dtype(u, kConnectorOp, "u"), of_weight = wide ? accumulator(t) : t;
   const int64_t B = u.size(0), P = u.size(1), Cs = u.size(2), N = B * P;
-  Tensor du = none(u, t), dweight = none(u, t);
+  Tensor du = none(u, t), dweight = none(u, of_weight);
 #ifdef IJCKD_CUDA
   const int64_t Ct = weight.size(0);
   const Tensor rows_u = dense(u), w = dense(weight);
   if (N > 0 && (need_du || need_dweight) && N * Ct * Cs <= kGradProducts && Ct % 8 == 0 && aligned(dy) &&
       readable_stage(rows_u, w, launch) == 2) {
     if (need_du) du = empty(u, {B, P, Cs}, t);
-    if (need_dweight) dweight = empty(u, {Ct, Cs}, t);
+    if (need_dweight) dweight = empty(u, {Ct, Cs}, of_weight);
     launched(product_grads({.stage = 2,
                             .dtype = t,
                             .dy = dy.const_data_ptr(),
@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> grads_of_product(const Tensor& dy, const Tensor& u, c
                             .weight = w.const_data_ptr(),
                             .du = need_du ? du.mutable_data_ptr() : nullptr,
                             .dweight = need_dweight ? dweight.mutable_data_ptr() : nullptr,
-                            .float_dweight = false,
+                            .float_dweight = wide,
                             .dbias = nullptr,
                             .N = N,
                             .Cs = Cs,
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor> grads_of_product(const Tensor& dy, const Tensor& u, c
   if (need_du) du = torch::stable::view(as(rows_times(d_out, as(weight, products)), t), {B, P, Cs});
   if (need_dweight) {
     const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
-    dweight = as(transposed_times(d_out, rows), t);
+    dweight = as(as(transposed_times(d_out, rows), t), of_weight);
   }
   return {du, dweight};
 }

@@ -14,9 +14,10 @@ inline Tensor none(const Tensor& like, DType t) { return empty(like, {0}, t); }
 // rows [N, Cs] times weight [Ct, Cs] transposed -> [N, Ct]
 Tensor times_weight(const Tensor& rows, const Tensor& weight);
 
-// What y = u W^T, u [B, P, Cs], hands on of its gradient dy [N, Ct], each where it is needed, else empty.
+// What y = u W^T, u [B, P, Cs], hands on of its gradient dy [N, Ct], each where it is needed, else empty; W's in the
+// accumulator's type if `wide`.
 std::tuple<Tensor, Tensor> grads_of_product(const Tensor& dy, const Tensor& u, const Tensor& weight, bool need_du,
-                                            bool need_dweight, const Launch& launch);
+                                            bool need_dweight, bool wide, const Launch& launch);
 
 #ifdef IJCKD_CUDA
 // Whether tiles, which read pieces of 16 bytes, can read it.

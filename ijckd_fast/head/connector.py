@@ -85,7 +85,7 @@ def connector_match(
     B = 0         as torch: fm is NaN where there is a match (the mean of nothing), gradients are 0, running statistics
                   stay
     autocast      u, weight and map_t are cast to the autocast dtype; statistics, BatchNorm, match and pool stay in
-                  float32
+                  float32, as does the gradient of a float32 weight
     raises        RuntimeError naming argument, expected and found; also where map_t, pooled_t or a running statistic
                   requires grad, and on double backward
     """
@@ -97,8 +97,13 @@ def connector_match(
         process_group = None  # only the batch's own statistics are shared
 
     if (amp := autocast_dtype(u)) is not None:
-        u, weight = u.to(amp), weight.to(amp)
+        u = u.to(amp)
+        if weight.dtype != torch.float32 or process_group is not None:
+            weight = weight.to(amp)  # the op casts one in float32, whose gradient then is float32 without a cast
         map_t = map_t.to(amp) if map_t is not None else None
+    elif weight.dtype == torch.float32 and u.dtype in (torch.bfloat16, torch.float16):  # not on the quiet
+        got = str(u.dtype).removeprefix("torch.")
+        raise RuntimeError(f"connector_match: weight must have u's dtype {got}, got float32")
     B, positions = u.shape[0], math.prod(u.shape[2:])
     if batch_stats and process_group is None and B * positions == 1:
         _count(num_batches_tracked)  # as torch's, which refuses a batch that it has counted
@@ -217,7 +222,8 @@ def _(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps
     z, fm, count, yhat, res, res_yhat = _fake_apply(y, map_t)
     if _is_linear(u, bn_weight, map_t, relu):
         y, count, yhat = (x.new_empty(0) for x in (y, count, yhat))
-    return z, fm, mean_out, var_out, y, count, yhat, res, res_yhat
+    weight_t = u.new_empty(weight.shape if weight.dtype != u.dtype else 0)
+    return z, fm, mean_out, var_out, y, count, yhat, res, res_yhat, weight_t
 
 
 def _is_linear(u: Tensor, bn_weight: Tensor | None, map_t: Tensor | None, relu: bool) -> bool:
@@ -272,9 +278,11 @@ def _(
     eps,
     need_du,
     need_dweight,
+    wide=False,
 ):
     du = u.new_empty(u.shape) if need_du else u.new_empty(0)
-    return du, weight.new_empty(weight.shape) if need_dweight else weight.new_empty(0)
+    dtype = accumulator(u.dtype) if wide else u.dtype
+    return du, weight.new_empty(weight.shape if need_dweight else 0, dtype=dtype)
 
 
 @torch.library.register_fake("ijckd::connector_linear_grads")
@@ -298,7 +306,9 @@ def _setup(ctx, inputs, output):
     ):
         if ctx.needs_input_grad[i]:
             raise RuntimeError(f"connector_match: {name} must not require grad ({why}); detach it")
-    z, _, mean, var, y, *pooled = output
+    z, _, mean, var, y, *pooled, weight_t = output
+    ctx.wide = weight.dtype != u.dtype
+    weight = weight_t if ctx.wide else weight
     ctx.linear = _is_linear(u, affine.bn_weight, map_t, ctx.relu)
     ctx.batch_stats = affine.bn_weight is not None and affine.mean is None
     if ctx.batch_stats:
@@ -318,7 +328,7 @@ def _backward(ctx, grad_z, grad_fm, *_):
     if grad_z is None:
         grad_z = u.new_zeros(u.shape[0], weight.shape[0], dtype=accumulator(u.dtype))
     match = (None, None, None) if pooled_t is None or grad_fm is None else (grad_fm, z, pooled_t)
-    return *linear_grads(ctx.needs_input_grad, grad_z, None, match, u, weight, bias), None, None
+    return *linear_grads(ctx.needs_input_grad, grad_z, None, match, u, weight, bias, wide=ctx.wide), None, None
 
 
 def linear_grads(needs_input_grad, grad_z, scale, match, u, weight, bias, rounded=None, wide=False):
@@ -359,7 +369,7 @@ def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
             both = both / n_stats  # here, on the device: reading the count of all ranks would make the host wait
             sums, n = (both[0], both[1]), 1.0
         du, dw = ops.connector_input_grads(
-            grad_z, grad_fm, *sums, n, u, weight, y, *affine, map_t, ctx.relu, ctx.eps, *needs
+            grad_z, grad_fm, *sums, n, u, weight, y, *affine, map_t, ctx.relu, ctx.eps, *needs, ctx.wide
         )
 
     def like(g, x, i):
@@ -397,7 +407,7 @@ class _SyncConnectorMatch(torch.autograd.Function):
         affine = Affine(bias, bn_weight, bn_bias, mean, var)
         z, fm, *pooled = ops.connector_apply(y, *affine, map_t, pooled_t, relu, eps)
         ctx.set_materialize_grads(False)
-        ctx.relu, ctx.eps, ctx.group, ctx.batch_stats = relu, eps, group, True
+        ctx.relu, ctx.eps, ctx.group, ctx.batch_stats, ctx.wide = relu, eps, group, True, False
         ctx.save_for_backward(u, weight, *affine, map_t, pooled_t, y, z, *pooled)
         ctx.n_stats = n
         ctx.mark_non_differentiable(mean, var, n)

@@ -338,6 +338,14 @@ def test_linear_connector_in_tiles_no_worse_than_eager(shape, Ct, match, norm, d
         assert_no_worse_than_eager(f, e, o, floor=torch.finfo(dtype).eps / 2 * o.abs().max().item() + 1e-6)
 
 
+def test_launches_of_a_map_in_tiles(library):
+    """Projection, statistics, the pass over the map, its sums with the match; then two passes and both products."""
+    leaves, keywords = connector_inputs((4, 24, 3, 3), 40, dtype=torch.bfloat16, channels_last=True)
+    before = library.emulated_launches()
+    run_connector(head.connector_match, leaves, keywords)
+    assert library.emulated_launches() - before == 4 + 3
+
+
 @pytest.mark.parametrize("match", ["pooled", None])
 def test_a_linear_connector_in_tiles_does_not_round_its_result(match):
     leaves, keywords = connector_inputs((9, 24), 40, norm="bias", match=match, relu=False, dtype=torch.bfloat16)

@@ -352,6 +352,7 @@ def test_connector_match_refuses():
     refused("u must be [B, Cs, H, W] or [B, Cs], got [5, 6, 3]", lambda: call(u[..., 0], weight))
     refused("weight must be [Ct, Cs] with Cs = 6 like u, got [7, 5]", lambda: call(u, weight[:, :5]))
     refused("weight must have u's dtype float64, got float32", lambda: call(u, weight.float()))
+    refused("weight must have u's dtype bfloat16, got float32", lambda: call(u.bfloat16(), weight.float()))
     refused(
         "u must be a floating-point tensor (float64, float32, bfloat16, or float16 on a GPU), got int64",
         lambda: call(u.long(), weight.long()),

@@ -36,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: 
 
 import index_benchmark  # noqa: E402
 import kernel_model  # noqa: E402
+import kernel_record  # noqa: E402
 import loader_benchmark  # noqa: E402
 import records  # noqa: E402
 import stage_benchmark  # noqa: E402
@@ -574,17 +575,11 @@ def kernels_in(traces: list[list[dict[str, Any]]]) -> list[Kernel]:
     for events in traces:
         times: dict[str, list[float]] = {}
         for event in sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"]):
-            times.setdefault(kernel_name(event["name"]), []).append(event["dur"])
+            times.setdefault(kernel_record.short_name(event["name"]), []).append(event["dur"])
         for name, each in times.items():
             means.setdefault(name, []).append(statistics.fmean(each))
             counts[name] = len(each)
     return [Kernel(name, statistics.median(each), counts[name]) for name, each in means.items()]
-
-
-def kernel_name(signature: str) -> str:
-    """`exp_tile<Tile<64>>` of `void ijckd::(anonymous namespace)::exp_tile<Tile<64>>(float const*, int)`."""
-    name = signature.replace("(anonymous namespace)::", "").removeprefix("void ").replace("ijckd::", "")
-    return name.partition("(")[0]
 
 
 class Measured(NamedTuple):

@@ -260,7 +260,7 @@ def test_rows_say_what_bounds_each_launch_and_their_sum(tmp_path):
     (tmp_path / "kernels.csv").write_text(
         "workload,kernel,us,count,contender\n"
         "W1,void ijckd::(anonymous namespace)::k<ijckd::HopperTile<(int)64>>(ijckd::P),5.5,1,ours\n"
-        "W1,void other(),2.5,1,ours\nW1,void eager(),9,1,eager\n"
+        "W1,void other(),1.25,2,ours\nW1,void other(),1.5,2,ours-graph\nW1,void eager(),9,1,eager\n"
     )
     measured = kernel_model.measured_kernels(tmp_path / "kernels.csv")["W1"]
     x = dataclasses.replace(modelled(launch()), kernel="k<HopperTile<64> >")

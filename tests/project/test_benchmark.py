@@ -224,7 +224,10 @@ def test_kernels_are_read_from_traces():
     """Two runs of a step; the mean of a kernel's launches, then the median of the runs; in the order of the launches,
     not of the file.
     """
-    tile, fill = "void ijckd::(anonymous namespace)::exp_tile<ijckd::Tile<64, 2> >(float const*, int)", "fill(char*)"
+    tile, fill = (
+        "void ijckd::(anonymous namespace)::exp_tile<ijckd::Tile<(int)64, 2> >(float const*, int)",
+        "fill(char*)",
+    )
     runs = [
         [
             {"cat": "kernel", "name": fill, "ts": 30, "dur": 7.0},
@@ -235,7 +238,7 @@ def test_kernels_are_read_from_traces():
         ]
         for run in (0, 1)
     ]
-    assert benchmark.kernels_in(runs) == [("exp_tile<Tile<64, 2> >", 4.5, 2), ("fill", 7.0, 1)]
+    assert benchmark.kernels_in(runs) == [("exp_tile<Tile<(int)64, 2> >", 4.5, 2), ("fill", 7.0, 1)]
 
 
 def test_kernels_are_saved(capsys, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 #pragma once
-// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers of classifier_tiles.cu and logit_rows.cu,
-// in the order of use.
+// classifier_loss on tensor cores (sm_80 and newer), without torch: launchers, in the order of use; each has a unit
+// of its own.
 //
 // Two ways, both begun by anchor_rows, or by linear_tiles.h:linear_tiles where z is made too. The anchored one, for
 // bfloat16: then logits_exp and grad_rows for every chunk of classes. Where the loss needs what only whole rows of
@@ -65,11 +65,15 @@ struct AnchorRows {
 };
 int anchor_rows(const AnchorRows& a, void* stream);
 
-// What the batch comes to.
+// What the batch comes to. Some blocks of the last launch take a share of the rows each, in doubles; the last of them
+// to finish adds the shares in the blocks' order. The launch before it sets `arrived` to 0.
+constexpr int kLossBlocks = 4, kLossShares = kLossBlocks * (kParts + 1);
 struct Losses {
-  float* loss;    // []  out
-  float* parts;   // [kParts]  out
-  int64_t* top1;  // []  out
+  float* loss;                 // []  out
+  float* parts;                // [kParts]  out
+  int64_t* top1;               // []  out
+  unsigned long long* shares;  // [kLossShares]  scratch: doubles' bits; [kLossBlocks, kParts + 1]
+  int* arrived;                // []  out of logits_exp and logit_rows, in and out of the last launch: blocks done
 };
 
 // Per tile of classes (of G's columns) and row, written by logits_exp and summed in tile order by grad_rows: [tiles, B]
@@ -104,6 +108,7 @@ struct LogitsExp {
   const float* z;       // [B, Ct], with gram
   const float* pooled_t;
   float* gram_d;  // [B, Ct]  out, with gram: G d
+  int* arrived;   // []  out: 0, of Losses
   int64_t B, Ct, first_class, classes;
 };
 int logits_exp(const LogitsExp& l, void* stream);
@@ -146,6 +151,7 @@ struct LogitRows {
   RowLoss rows;  // float; logits [B, K], and with it delta, which follows, are out, and no gradient takes their place
   RowParts squares;  // fm and pooled say which rows are far (row_math.h): delta is W pooled_t there. pooled null: none
   void* gradient;    // [B, stride] T  out, with rows.grad; columns past K are 0
+  int* arrived;      // []  out: 0, of Losses
   int64_t Ct, stride;  // stride: K rounded up to a multiple of 8
 };
 int logit_rows(const LogitRows& l, void* stream);

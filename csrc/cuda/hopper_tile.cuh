@@ -20,6 +20,8 @@ struct HopperTile {
   static constexpr int kBlocksM = 1, kBlocksN = kN / 8;  // 16 x 8 accumulators of a warp
   static constexpr int kStageA = kM * kDepth, kStage = (kM + kN) * kDepth;
   static constexpr int kSharedBytes = kStages * (kStage * 2 + 8);  // and a barrier
+  // Blocks that share a multiprocessor of 227 KiB, with up to 6 KiB of what kernels keep besides.
+  static constexpr int kResident = 2 * (kSharedBytes + (6 << 10)) <= 227 << 10 ? 2 : 1;
   using Accumulators = float[kBlocksM][kBlocksN][4];
   template <typename T>
   using Operand = CUtensorMap;
@@ -27,9 +29,12 @@ struct HopperTile {
   static_assert(kM % 64 == 0 && kN % 64 == 0);
 };
 
-// Two large ones fit a multiprocessor, so that one multiplies while the other writes its results.
-using SmallHopperTile = HopperTile<64, 64, 4>;
+// Two of either fit a multiprocessor, so that one multiplies while the other writes its results. A small one's product
+// takes a sixth of the time in which memory answers: with six stages five are on their way.
+using SmallHopperTile = HopperTile<64, 64, 6>;
 using LargeHopperTile = HopperTile<128, 128, 3>;
+// For kernels that seldom have more large tiles than a GPU has multiprocessors.
+using DeepHopperTile = HopperTile<128, 128, 6>;
 
 // Small tiles fill the GPU where there are few of them; large ones read memory half as often.
 #ifdef IJCKD_SMALL_SIZES  // tests/emulator, as in tiled_loss.cpp
@@ -39,11 +44,11 @@ constexpr int kEnoughTiles = 128;
 #endif
 
 // Runs `body(Shape{})` for the shape that suits an output of [rows, columns] at that stage (stage.h).
-template <typename F>
+template <typename Large = LargeHopperTile, typename F>
 auto with_tile(int stage, int64_t rows, int64_t columns, const F& body) {
   const auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
   const bool large = up(rows, LargeTile::kM) * up(columns, LargeTile::kN) >= kEnoughTiles;
-  if (stage >= 2) return large ? body(LargeHopperTile{}) : body(SmallHopperTile{});
+  if (stage >= 2) return large ? body(Large{}) : body(SmallHopperTile{});
   return large ? body(LargeTile{}) : body(SmallTile{});
 }
 
@@ -159,10 +164,11 @@ __device__ __forceinline__ void multiply_stage(typename Shape::Accumulators& acc
 // acc += a b over `steps` stages. `copy(LandingStage, step)` starts the copies of all of one stage, in one thread.
 // Every thread of the block calls; `shared` has kSharedBytes, at a multiple of 1024. A barrier must follow before
 // `shared` is used again. A kernel that calls again, with nothing else in `shared` since, says how many steps there
-// were before: its barriers go on.
-template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy>
+// were before: its barriers go on. `meanwhile` as for the other tiles.
+template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy, typename Meanwhile = Nothing>
 __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
-                                                                     int steps, const Copy& copy, int before = 0) {
+                                                                     int steps, const Copy& copy, int before = 0,
+                                                                     const Meanwhile& meanwhile = {}) {
   constexpr int kStages = Shape::kStages;
   uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);  // [kStages]
   if (before == 0) {
@@ -182,6 +188,7 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
     __syncwarp();  // a warpgroup's instructions take whole warps
   };
   for (int s = 0; s < kStages - 1; ++s) start(s);
+  meanwhile();
   for (int step = 0; step < steps; ++step) {
     const int slot = (before + step) % kStages;
     barrier_wait(landed + slot, (before + step) / kStages % 2);
@@ -191,6 +198,16 @@ __device__ __forceinline__ std::enable_if_t<Shape::kHopper> multiply(typename Sh
     start(step + kStages - 1);
   }
   warpgroup_wait<0>(acc[0]);
+}
+
+// For kernels that serve both kinds of tiles: multiply with `meanwhile`.
+template <typename Shape, B kLayout, typename T, typename Copy, typename Meanwhile>
+__device__ __forceinline__ void multiply_while(typename Shape::Accumulators& acc, T* shared, int steps,
+                                               const Copy& copy, const Meanwhile& meanwhile) {
+  if constexpr (Shape::kHopper)
+    multiply<Shape, kLayout>(acc, shared, steps, copy, 0, meanwhile);
+  else
+    multiply<Shape, kLayout>(acc, shared, steps, copy, Nothing{}, Nothing{}, meanwhile);
 }
 
 // What multiply_paired needs of shared memory, and the operands as it copies them.

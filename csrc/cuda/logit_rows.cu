@@ -47,13 +47,12 @@ __host__ __device__ inline int64_t stacked_rows(const LogitRows& p) {
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
 // each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
 // out: where all rows are far, or none is, the third part of the stack costs nothing.
-// The large tile of mma.sync takes more registers than two blocks to a multiprocessor leave; its stages do not fit
-// twice either, but on Hopper, which has its own tile.
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kHopper || Shape::kThreads < 256 ? 2 : 1)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   __shared__ int at[Shape::kM];  // where the tile's rows go
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   // Few registers are left beside a large tile's: sizes in 32 bits, addresses when they are needed.
   const int rows = int(p.rows.B), K = int(p.rows.K), stacked = int(stacked_rows(p));
   const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),

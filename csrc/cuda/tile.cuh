@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "device.cuh"
 #include "instructions.cuh"
 
 namespace ijckd {
@@ -50,6 +51,8 @@ struct Tile {
   static constexpr int kBlocksM = kWarpM / 16, kBlocksN = kWarpN / 8;  // 16 x 8 accumulators of a warp
   static constexpr int kStageA = kM * kDepth, kStage = (kM + kN) * kDepth;
   static constexpr int kSharedBytes = kStages * kStage * 2;
+  // Blocks that share a multiprocessor: two large ones' stages do not fit, nor do their registers.
+  static constexpr int kResident = kThreads < 256 ? 2 : 1;
   using Accumulators = float[kBlocksM][kBlocksN][4];
   template <typename T>
   using Operand = Matrix<T>;
@@ -126,14 +129,14 @@ struct Nothing {
 
 // acc += a b over `steps` stages. `copy(Stage, step)` starts the copies of one stage; `also(fragments of b)` sees every
 // 16 steps of the contraction as they pass; `finish(stage of a)` may store there what `copy` has only begun to load,
-// and comes after products that run meanwhile. Every thread of the block calls; a barrier must follow before `shared`
-// is used again.
+// and comes after products that run meanwhile. All threads call `meanwhile()` once, while the first copies are under
+// way. Every thread of the block calls; a barrier must follow before `shared` is used again.
 template <typename Shape, B kLayout, A kLayoutA = A::kByRow, typename T, typename Copy, typename Also = Nothing,
-          typename Finish = Nothing>
+          typename Finish = Nothing, typename Meanwhile = Nothing>
 __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename Shape::Accumulators& acc, T* shared,
                                                                       int steps, const Copy& copy,
-                                                                      const Also& also = {},
-                                                                      const Finish& finish = {}) {
+                                                                      const Also& also = {}, const Finish& finish = {},
+                                                                      const Meanwhile& meanwhile = {}) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kBlocksM * 16, warp_n = warp % Shape::kWarpsN * Shape::kBlocksN * 8;
   const auto start = [&](int step) {
@@ -149,6 +152,7 @@ __device__ __forceinline__ std::enable_if_t<!Shape::kHopper> multiply(typename S
     start(s);
     end(s);
   }
+  meanwhile();
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<Shape::kStages - 2>();  // this step's copies have landed,
     __syncthreads();                        // everyone's; and everyone is done with the stage that is filled next
@@ -200,20 +204,75 @@ __device__ __forceinline__ int tile_column(int j) {
   return threadIdx.x / 32 % Shape::kWarpsN * Shape::kBlocksN * 8 + j * 8 + threadIdx.x % 4 * 2;
 }
 
-// Calls use(row, column, pair) for every accumulator pair of the tile at m0, n0 that lies in [0, rows) x [0, cols).
-template <typename Shape, typename Use>
+// How many pairs' loads a thread has under way at a time, as its registers allow beside the accumulators.
+template <typename Shape>
+constexpr int kPairsAtOnce = Shape::kBlocksN < 4    ? Shape::kBlocksN
+                             : Shape::kBlocksN == 8 ? 8
+                                                    : 4;
+
+// The columns of kPairsAtOnce neighbouring accumulator pairs of a thread, the first at `first`.
+struct Columns {
+  int first;
+  int64_t cols;
+
+  __device__ __forceinline__ int at(int k) const { return first + 8 * k; }
+  __device__ __forceinline__ bool has(int k) const { return at(k) < cols; }
+  // The last pair's where there is none: loads that need not be asked for are not parted by branches.
+  __device__ __forceinline__ int any(int k) const { return has(k) ? at(k) : int(cols) - 2; }
+};
+
+// For the accumulator pairs (i, half) that the calling thread has of a row of the tile at m0, n0, where they lie in [0,
+// rows) x [0, cols): load(x, row, columns) of kPairsAtOnce of them, then use(row, column, pair, x[k]) of each. So loads
+// do not wait for what `use` stores.
+template <typename X, typename Shape, typename Load, typename Use>
+__device__ __forceinline__ void for_row(const typename Shape::Accumulators& acc, int i, int half, int m0, int n0,
+                                        int64_t rows, int64_t cols, const Load& load, const Use& use) {
+  constexpr int kAtOnce = kPairsAtOnce<Shape>;
+  static_assert(Shape::kBlocksN % kAtOnce == 0);
+  const int64_t row = m0 + tile_row<Shape>(i, half);
+  if (row >= rows) return;
+#pragma unroll
+  for (int first = 0; first < Shape::kBlocksN; first += kAtOnce) {
+    const Columns columns{n0 + tile_column<Shape>(first), cols};
+    X x[kAtOnce];
+    load(x, row, columns);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (columns.has(k))
+        use(row, columns.at(k), float2{acc[i][first + k][2 * half], acc[i][first + k][2 * half + 1]}, x[k]);
+  }
+}
+
+// for_row of all rows of the tile.
+template <typename X, typename Shape, typename Load, typename Use>
 __device__ __forceinline__ void for_pairs(const typename Shape::Accumulators& acc, int m0, int n0, int64_t rows,
-                                          int64_t cols, const Use& use) {
+                                          int64_t cols, const Load& load, const Use& use) {
 #pragma unroll
   for (int i = 0; i < Shape::kBlocksM; ++i)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) for_row<X, Shape>(acc, i, half, m0, n0, rows, cols, load, use);
+}
+
+// Likewise use(row, column, pair), which needs no loads.
+template <typename Shape, typename Use>
+__device__ __forceinline__ void for_pairs(const typename Shape::Accumulators& acc, int m0, int n0, int64_t rows,
+                                          int64_t cols, const Use& use) {
+  for_pairs<Nothing, Shape>(acc, m0, n0, rows, cols, Nothing{},
+                            [&](int64_t row, int column, float2 pair, Nothing) { use(row, column, pair); });
+}
+
+// A pair of each of two arrays, and for_row's load of them.
+struct TwoPairs {
+  float2 a, b;
+};
+
+__device__ __forceinline__ auto load_two(const float* a, const float* b, int64_t stride) {
+  return [=](auto& x, int64_t row, const Columns& columns) {
 #pragma unroll
-      for (int j = 0; j < Shape::kBlocksN; ++j) {
-        const int64_t row = m0 + tile_row<Shape>(i, half);
-        const int column = n0 + tile_column<Shape>(j);
-        if (row < rows && column < cols) use(row, column, float2{acc[i][j][2 * half], acc[i][j][2 * half + 1]});
-      }
+    for (int k = 0; k < int(sizeof x / sizeof x[0]); ++k) x[k].a = load_pair(a + row * stride + columns.any(k));
+#pragma unroll
+    for (int k = 0; k < int(sizeof x / sizeof x[0]); ++k) x[k].b = load_pair(b + row * stride + columns.any(k));
+  };
 }
 
 }  // namespace ijckd

@@ -41,7 +41,9 @@ const T* in(const OptTensor& t) {
   return static_cast<const T*>(data(t));
 }
 
-Losses losses(const TiledLoss& t) { return {out<float>(t.loss), out<float>(t.parts), out<int64_t>(t.top1)}; }
+Losses losses(const TiledLoss& t, unsigned long long* shares, int* arrived) {
+  return {out<float>(t.loss), out<float>(t.parts), out<int64_t>(t.top1), shares, arrived};
+}
 
 // Into how many parts the first launch cuts its sums over a row's channels.
 int first_parts(const TiledLoss& t, int stage) {
@@ -108,6 +110,8 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
   const auto best_part = memory.part<float>(of_tiles);
   const auto best_class_part = memory.part<int>(of_tiles);
   const auto square_part = memory.part<float>(gram_tiles * B);
+  const auto shares_part = memory.part<unsigned long long>(kLossShares);
+  const auto arrived_part = memory.part<int>(1);
   memory.allocate(t.terms.weight);
 
   float* made = memory[z_part];
@@ -143,6 +147,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                          .z = z,
                          .pooled_t = in<float>(t.terms.pooled_t),
                          .gram_d = gram_d,
+                         .arrived = memory[arrived_part],
                          .B = B,
                          .Ct = Ct,
                          .first_class = k,
@@ -175,7 +180,7 @@ void anchored(const TiledLoss& t, int stage, int64_t* counts, const Launch& laun
                         .z = z,
                         .pooled_t = in<float>(t.terms.pooled_t),
                         .gram_d = gram_d,
-                        .losses = losses(t),
+                        .losses = losses(t, memory[shares_part], memory[arrived_part]),
                         .counts = counts,
                         .B = B,
                         .K = K,
@@ -207,6 +212,8 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
   const auto fm_part = memory.part<float>(t.terms.pooled_t ? parts * B : 0);
   const auto pooled_part = memory.part<float>(either ? parts * B : 0);
   const auto gradient_part = memory.part<uint16_t>(t.grad ? B * stride : 0);
+  const auto shares_part = memory.part<unsigned long long>(kLossShares);
+  const auto arrived_part = memory.part<int>(1);
   memory.allocate(t.terms.weight);
 
   OptTensor logits_t;
@@ -252,6 +259,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                                 .grad = t.grad},
                        .squares = rows,
                        .gradient = gradient,
+                       .arrived = memory[arrived_part],
                        .Ct = Ct,
                        .stride = stride},
                       launch.stream),
@@ -268,7 +276,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                              .part_rows = part_rows,
                              .rows = rows,
                              .top1_rows = hits,
-                             .losses = losses(t),
+                             .losses = losses(t, memory[shares_part], memory[arrived_part]),
                              .B = B,
                              .K = K,
                              .Ct = Ct,

@@ -69,7 +69,10 @@ class Call {
     const auto floats = [&](const char* name) { return static_cast<float*>(array(name, access)); };
     return {floats("anchor"), floats("logit_b"), floats("fm_rows"), floats("pooled_rows"), int(integer("row_parts"))};
   }
-  Losses losses() { return {out<float>("loss"), out<float>("parts"), out<int64_t>("top1")}; }
+  Losses losses() {
+    return {out<float>("loss"), out<float>("parts"), out<int64_t>("top1"), inout<unsigned long long>("shares"),
+            inout<int>("arrived")};
+  }
   Anchors anchors() {
     return {in("classifier"),
             in<float>("classifier_bias"),
@@ -224,6 +227,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
                        c.in<float>("z"),
                        c.in<float>("pooled_t"),
                        c.out<float>("gram_d"),
+                       c.out<int>("arrived"),
                        c.integer("B"),
                        c.integer("Ct"),
                        c.integer("first_class"),
@@ -313,6 +317,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
               c.flag("grad")};
     l.squares = c.row_parts(emulator::Access::in);
     l.gradient = c.out("gradient");
+    l.arrived = c.out<int>("arrived");
     l.Ct = c.integer("Ct");
     l.stride = c.integer("stride");
     return logit_rows(l, nullptr);

@@ -185,6 +185,7 @@ def logits_exp(
     others, sums, best = data.out(every, B), data.out(every, B), data.out(every, B)
     best_class = np.full((every, B), -7, np.int32)
     square, gram_d = data.out(max(1, gram_tiles), B), data.out(B, Ct)
+    arrived = np.full((), -7, np.int32)
     d = (z - pooled_t).astype(np.float32)
     d_split, d64 = _split(d)
     g = weight64.T @ weight64
@@ -199,11 +200,12 @@ def logits_exp(
         square=square if gram else None, class_tiles=every, gram_tiles=gram_tiles, first_tile=first_tile,
         gram=g_split if gram else None, d_split=d_split if gram else None, z=z if gram else None,
         pooled_t=pooled_t if gram else None, gram_d=gram_d if gram else None, B=B, Ct=Ct, first_class=first_class,
-        classes=classes,
+        classes=classes, arrived=arrived,
     )  # fmt: skip
     if odd:
         return _refused(call)
     call()
+    assert arrived == 0
     own = logits[:, first_class : first_class + classes]
     above = np.minimum(own - anchor.astype(np.float64)[:, None], SATURATION)
     exponentials = np.exp(above)
@@ -248,6 +250,11 @@ def logits_exp(
         close("gram_d", gram_d / size, gd / size, rough)
         close("square", square.sum(0) / np.square(d64).sum(1), (d64 * gd).sum(1) / np.square(d64).sum(1), rough)
     return [e, others, best, best_class, square, gram_d]
+
+
+def _shares() -> dict[str, Array]:
+    """Where the blocks that take the losses meet: csrc/cuda/classifier_tiles.h:Losses."""
+    return {"shares": np.full((4, 5), np.nan), "arrived": np.zeros((), np.int32)}
 
 
 def _check_rounded(t: DType, dz_t: Array, dz: Array) -> None:
@@ -352,7 +359,8 @@ def grad_rows(
         anchor=anchor, logit_b=logit_b, fm_rows=fm_rows if pooled else None, pooled_rows=None, row_parts=row_parts,
         labels=labels, labels_b=labels_b if two_labels else None, mix=mix if two_labels else None, z=z,
         pooled_t=pooled_t if pooled else None, gram_d=gram_d if gram else None, loss=loss, parts=parts, top1=top1,
-        counts=counts, B=B, K=K, Ct=Ct, **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
+        **_shares(), counts=counts, B=B, K=K, Ct=Ct,
+        **(w | {"fm": w["fm"] if pooled else 0, "sr": w["sr"] if gram else 0}),
     )  # fmt: skip
     fm_weight, sr_weight = w["fm"] if pooled else 0, w["sr"] if gram else 0
     product = e64 @ weight64[first_class : first_class + classes] if w["ce"] else np.zeros((B, Ct))
@@ -441,12 +449,13 @@ def logit_rows(kernels: ModuleType, t: DType, B: int, K: int, stage: int = 1, **
             stack[:, :K] = np.concatenate(rows)
             served = [logits] if delta is None else [logits, delta]
             wanted = t.decode(np.concatenate(served))
-            product = np.full((len(served) * B, K), np.nan, np.float32)
+            product, arrived = np.full((len(served) * B, K), np.nan, np.float32), np.full((), -7, np.int32)
             kernels.logit_rows(
                 stage=stage, dtype=t.name, stack=stack, weight=weight, logits=product, features=delta is not None,
                 logits_t=logits_t, grad=grad, gradient=gradient if grad else None, anchor=None, logit_b=None,
-                **squares, row_parts=2, Ct=Ct, stride=stride, **rest,
+                **squares, row_parts=2, arrived=arrived, Ct=Ct, stride=stride, **rest,
             )  # fmt: skip
+            assert arrived == 0
             np.testing.assert_array_equal(product, wanted)
             bits.append(product)
             if grad:
@@ -471,7 +480,7 @@ def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage:
         kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None,
         anchor=None, logit_b=None, fm_rows=None, pooled_rows=None, row_parts=1, bias=None, labels=labels, labels_b=None,
         mix=None, part_rows=parts, top1_rows=top1, counts=counts, grad=True, gradient=gradient, B=B, K=K, Ct=Ct,
-        stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
+        arrived=np.full((), -7, np.int32), stride=stride, **(cases.WEIGHTS | {"ce": 0, "kl": 0, "sr": 0.5}),
     )  # fmt: skip
     if odd:
         return _refused(call)
@@ -523,7 +532,7 @@ def times_classifier(
         pooled_t=pooled_t if pooled else None, dz=dz if grad else None,
         dz_t=dz_t if grad and rounded else None, part_rows=rows, anchor=None, logit_b=None,
         fm_rows=fm_rows if pooled else None, pooled_rows=None, row_parts=row_parts, top1_rows=top1_rows, loss=loss,
-        parts=parts, top1=top1, B=B, K=K, Ct=Ct, stride=stride, **w,
+        parts=parts, top1=top1, **_shares(), B=B, K=K, Ct=Ct, stride=stride, **w,
     )  # fmt: skip
     if odd:
         return _refused(call)

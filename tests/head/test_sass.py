@@ -26,7 +26,9 @@ MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 MORE_REGISTERS = {
     "grad_rows_tile_kernel": 168,
     "linear_tile_kernel": 168,
-    "logit_rows_tile_kernel": 184,
+    "logit_rows_tile_kernel": 192,
+    "logits_exp_tile_kernel": 160,
+    "times_classifier_tile_kernel": 168,
     "match_forward_kernel": 136,
 }
 # The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are

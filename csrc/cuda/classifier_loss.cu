@@ -16,8 +16,8 @@ __global__ void row_loss_kernel(RowLoss r) {
   __shared__ RowExponentials<A> exponentials[kThreads / 32];
   __shared__ A kl[kThreads / 32];
   const int64_t b = blockIdx.x;
-  row_loss_by_block<kThreads, T>(r, b, r.far && r.far[b], static_cast<T*>(r.logits), r.K,
-                                 RowSlots<A>{tops, exponentials, kl});
+  row_loss_by_block<kThreads>(r, b, row_of_matrix<T>(r.logits, b, r.K), row_of_matrix<T>(r.delta, b, r.K),
+                              r.far && r.far[b], static_cast<T*>(r.logits), r.K, RowSlots<A>{tops, exponentials, kl});
 }
 
 // One block per row.

@@ -1,7 +1,7 @@
 // Kernel of classifier_tiles.h:grad_rows.
 #include "classifier_rows.cuh"
 #include "cuda/classifier_tiles.h"
-#include "hopper_tile.cuh"
+#include "split_tile.cuh"
 
 namespace ijckd {
 namespace {
@@ -125,7 +125,7 @@ constexpr int kExactFloats = Shape::kThreads / 32 * (Shape::kN + 2);
 // kWarps-th class and keeps its softmax relative to the largest logit it has met. Every thread of the block calls.
 template <typename Shape>
 __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
-  constexpr int kWarps = Shape::kThreads / 32, kColumns = Shape::kN / 32;
+  constexpr int kWarps = Shape::kThreads / 32, kColumns = (Shape::kN + 31) / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bf16 *z = static_cast<const bf16*>(p.z_t) + b * p.Ct, *weight = static_cast<const bf16*>(p.weight);
   float top = -INFINITY, sum = 0, acc[kColumns] = {};
@@ -146,13 +146,14 @@ __device__ void exact_row(const GradRows& p, int64_t b, int n0, float* shared) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       const int c = n0 + lane + 32 * j;
-      if (c < p.Ct) acc[j] = before * acc[j] + e * load<float>(w, c);
+      if (lane + 32 * j < Shape::kN && c < p.Ct) acc[j] = before * acc[j] + e * load<float>(w, c);
     }
   }
   float* of_warp = shared + warp * (Shape::kN + 2);
   __syncthreads();  // every reader of `shared` is done
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) of_warp[lane + 32 * j] = acc[j];
+  for (int j = 0; j < kColumns; ++j)
+    if (lane + 32 * j < Shape::kN) of_warp[lane + 32 * j] = acc[j];
   if (lane == 0) of_warp[Shape::kN] = top, of_warp[Shape::kN + 1] = sum;
   __syncthreads();
   for (int n = threadIdx.x; n < Shape::kN && n0 + n < p.Ct; n += Shape::kThreads) {
@@ -187,17 +188,22 @@ __device__ __forceinline__ float2 pair_of(uint32_t word) {
 
 // With the last classes the first kLossBlocks take the losses, the others a tile of dz each. The columns' sums take
 // registers that leave room for one large block to a multiprocessor only.
-template <typename Shape, bool kSums>
+template <typename Shape, bool kSums, Cluster kCluster>
 __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : Shape::kResident)
     grad_rows_tile_kernel(const GradRows p, const __grid_constant__ Operands<bf16, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  wait_for_earlier_launches();
   __shared__ RowScale rows[Shape::kM];
+  constexpr int kBlocks = kCluster == Cluster::steps ? kSplit : 1;  // to a tile
+  using Own = std::conditional_t<kBlocks == 1, Shape, ColumnsOf<Shape, kBlocks>>;
   static_assert(Shape::kThreads == 2 * Shape::kM, "a RowPair to each row");
+  static_assert(kLossBlocks % kBlocks == 0, "a cluster has tiles or losses");
   const int loss_blocks = p.last ? kLossBlocks : 0, block = int(blockIdx.x) - loss_blocks;
   if (block < 0) return mean_losses<Shape::kThreads>(p, reinterpret_cast<double*>(stages));
   bf16* shared = reinterpret_cast<bf16*>(stages);
-  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = block % tiles_m * Shape::kM, n0 = block / tiles_m * Shape::kN;
-  typename Shape::Accumulators acc = {};
+  const int tile = block / kBlocks, tiles_m = ceil_div(p.B, Shape::kM), m0 = tile % tiles_m * Shape::kM;
+  int n0 = tile / tiles_m * Shape::kN;
+  typename Own::Accumulators acc = {};
   float sums[Shape::kBlocksN][4] = {};
   const int steps = p.weights.ce != 0 ? ceil_div(p.classes, kDepth) : 0;
   const auto copy = tile_at<B::kByDepth>(from, m0, n0);
@@ -207,15 +213,25 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : Shape::kResident)
     const RowScale scale = row_scale(p, b < p.B ? b : p.B - 1);
     if (RowPair::half() == 0) rows[RowPair::row()] = scale;
   };
-  if constexpr (kSums)
+  if constexpr (kCluster == Cluster::pair) {
+    multiply_paired<Shape, B::kByDepth>(acc, shared, steps, from, m0, n0, scale_rows);
+  } else if constexpr (kCluster == Cluster::steps) {
+    const StepsOf own(steps, cluster_rank(), kBlocks);
+    typename Shape::Accumulators part = {};
+    multiply_while<Shape, B::kByDepth>(part, shared, own.count, steps_from(own.first, copy), scale_rows);
+    __syncthreads();  // the last stage has been read
+    join<Shape, kBlocks>(acc, part, stages);
+    n0 += cluster_rank() * Own::kN;
+  } else if constexpr (kSums) {
     multiply<Shape, B::kByDepth>(
         acc, shared, steps, copy,
         [&](const uint32_t (&fragments)[Shape::kBlocksN][2]) {
           if (threadIdx.x / 32 < Shape::kWarpsN) add_columns<bf16>(sums, fragments);
         },
         Nothing{}, scale_rows);
-  else
+  } else {
     multiply_while<Shape, B::kByDepth>(acc, shared, steps, copy, scale_rows);
+  }
   __syncthreads();  // the last stage has been read: its memory now holds the columns' sums, and what exact_row keeps
 
   float* exact = reinterpret_cast<float*>(stages);
@@ -248,12 +264,12 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : Shape::kResident)
     const RowScale& row = rows[b - m0];
     const auto each = [&](const auto& use) {
 #pragma unroll
-      for (int k = 0; k < kPairsAtOnce<Shape>; ++k) use(x[k], columns.any(k));
+      for (int k = 0; k < kPairsAtOnce<Own>; ++k) use(x[k], columns.any(k));
     };
     each([](Terms& of, int) { of = {}; });
     if (!p.first)
 #pragma unroll
-      for (int k = 0; k < kPairsAtOnce<Shape>; ++k)
+      for (int k = 0; k < kPairsAtOnce<Own>; ++k)
         if (columns.has(k)) x[k].before = load_pair(p.dz + b * p.Ct + columns.at(k));  // others store theirs
     if (!p.last) return;
     if (lw.ce != 0) each([&](Terms& of, int c) { of.w_a = load_together<2>(weight, row.class_a * p.Ct + c); });
@@ -265,7 +281,7 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : Shape::kResident)
       each([&](Terms& of, int c) { of.z.b = load_pair(p.pooled_t + b * p.Ct + c); });
     }
   };
-  for_pairs<Terms, Shape>(acc, m0, n0, p.B, p.Ct, load, [&](int64_t b, int c, float2 v, const Terms& x) {
+  for_pairs<Terms, Own>(acc, m0, n0, p.B, p.Ct, load, [&](int64_t b, int c, float2 v, const Terms& x) {
     const int64_t at = b * p.Ct + c;
     const auto add = [&](float factor, float2 y) { v.x += factor * y.x, v.y += factor * y.y; };
     add(1, x.before);
@@ -281,9 +297,10 @@ __global__ void __launch_bounds__(Shape::kThreads, kSums ? 1 : Shape::kResident)
     }
     store_pair(p.dz + at, v);
   });
+  if constexpr (kBlocks > 1) join_end();
   if (!p.last) return;
   for (int m = 0; m < Shape::kM && m0 + m < p.B; ++m)
-    if (rows[m].saturated) exact_row<Shape>(p, m0 + m, n0, exact);
+    if (rows[m].saturated) exact_row<Own>(p, m0 + m, n0, exact);
 }
 
 }  // namespace
@@ -294,19 +311,44 @@ int grad_rows(const GradRows& g, void* stream) {
   return with_tile<DeepHopperTile>(stage, g.B, g.Ct, [&](auto shape) {
     using Shape = decltype(shape);
     Operands<bf16, Shape> from{};
-    if (g.grad) {
-      const bf16* weight = static_cast<const bf16*>(g.weight) + g.first_class * g.Ct;
-      if (const int error = make_operands<B::kByDepth>(&from, matrix<bf16>(g.e, g.B, g.stride_e),
-                                                       matrix<bf16>(weight, g.classes, g.Ct)))
-        return error;
-    }
-    const int blocks = (g.grad ? ceil_div(g.B, Shape::kM) * ceil_div(g.Ct, Shape::kN) : 0) + (g.last ? kLossBlocks : 0);
-    const auto start = [&](auto kernel) {
-      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, g, from);
+    const int tiles_m = ceil_div(g.B, Shape::kM), tiles = g.grad ? tiles_m * ceil_div(g.Ct, Shape::kN) : 0;
+    const auto e = matrix<bf16>(g.e, g.B, g.stride_e),
+               weight = matrix<bf16>(static_cast<const bf16*>(g.weight) + g.first_class * g.Ct, g.classes, g.Ct);
+    const auto start_as = [&](auto kernel, int error, int blocks, int cluster, int shared_bytes) {
+      if (error) return error;
+      Start how{blocks + (g.last ? kLossBlocks : 0), Shape::kThreads, shared_bytes};
+      how.dependent = true;
+      how.cluster = cluster;
+      return launch_as(how, kernel, stream, g, from);
     };
-    if constexpr (!Shape::kHopper)
-      if (sums) return start(grad_rows_tile_kernel<Shape, true>);
-    return start(grad_rows_tile_kernel<Shape, false>);
+    const auto alone = [&](auto kernel) {
+      const int error = g.grad ? make_operands<B::kByDepth>(&from, e, weight) : 0;
+      return start_as(kernel, error, tiles, 1, Shape::kSharedBytes);
+    };
+    const auto whole = [&] { return alone(grad_rows_tile_kernel<Shape, false, Cluster::none>); };
+    const bool products = g.grad && g.weights.ce != 0;
+    if constexpr (!Shape::kHopper) {
+      if (sums) return alone(grad_rows_tile_kernel<Shape, true, Cluster::none>);
+    } else if constexpr (Shape::kM == 64) {
+      if (products && worth_splitting(tiles, ceil_div(g.classes, kDepth)))
+        return either(
+            kClusters,
+            [&] {
+              return start_as(grad_rows_tile_kernel<Shape, false, Cluster::steps>,
+                              make_operands<B::kByDepth>(&from, e, weight), tiles * kSplit, kSplit,
+                              Shape::kSharedBytes);
+            },
+            whole);
+    } else if (products && tiles_m % 2 == 0) {
+      return either(
+          kClusters,
+          [&] {
+            return start_as(grad_rows_tile_kernel<Shape, false, Cluster::pair>,
+                            make_paired_operands<B::kByDepth>(&from, e, weight), tiles, 2, kPairedBytes<Shape>);
+          },
+          whole);
+    }
+    return whole();
   });
 }
 

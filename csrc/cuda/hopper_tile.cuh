@@ -214,19 +214,21 @@ __device__ __forceinline__ void multiply_while(typename Shape::Accumulators& acc
 template <typename Shape>
 constexpr int kPairedBytes = Shape::kSharedBytes + Shape::kStages * 8;
 
-template <typename T, typename Shape>
+template <B kLayout = B::kByColumn, typename T, typename Shape>
 int make_paired_operands(Operands<T, Shape>* to, const Matrix<T>& a, const Matrix<T>& b) {
+  static_assert(Shape::kN / 2 == kDepth, "half of the columns are a panel of either layout");
   const int error = make_operand(&to->a, a, Shape::kM);
-  return error ? error : make_operand(&to->b, b, Shape::kN / 2);
+  return error ? error : make_operand(&to->b, b, kDepth);
 }
 
-// acc += a b (B::kByColumn) for the two blocks of a cluster, whose tiles at m0 and n0 have the same columns: each
+// acc += a b for the two blocks of a cluster, whose tiles at m0 and n0 have the same columns: each
 // copies its rows of a, and half of the columns of b into both, so that a stage costs the L2 three quarters. Every
-// thread of both calls, with as many steps.
-template <typename Shape, typename T>
+// thread of both calls, with as many steps. `meanwhile` as for `multiply`.
+template <typename Shape, B kLayout = B::kByColumn, typename T, typename Meanwhile = Nothing>
 __device__ __forceinline__ void multiply_paired(typename Shape::Accumulators& acc, T* shared, int steps,
-                                                const Operands<T, Shape>& from, int m0, int n0) {
-  constexpr int kStages = Shape::kStages, kHalf = Shape::kN / 2;
+                                                const Operands<T, Shape>& from, int m0, int n0,
+                                                const Meanwhile& meanwhile = {}) {
+  constexpr int kStages = Shape::kStages;
   uint64_t* landed = reinterpret_cast<uint64_t*>(shared + kStages * Shape::kStage);  // [kStages]
   uint64_t* read = landed + kStages;                                                 // [kStages]: by both blocks
   const int rank = cluster_rank();
@@ -247,15 +249,20 @@ __device__ __forceinline__ void multiply_paired(typename Shape::Accumulators& ac
       T* stage = shared + slot * Shape::kStage;
       barrier_expect(landed + slot, Shape::kStage * 2);
       load_tile(stage, from.a, landed + slot, step * kDepth, m0);
-      load_tile_to_blocks(stage + Shape::kStageA + rank * kHalf * kDepth, from.b, landed + slot, step * kDepth,
-                          n0 + rank * kHalf, 3);
+      T* half = stage + Shape::kStageA + rank * kDepth * kDepth;
+      const int column = n0 + rank * kDepth, depth = step * kDepth;
+      if constexpr (kLayout == B::kByColumn)
+        load_tile_to_blocks(half, from.b, landed + slot, depth, column, 3);
+      else
+        load_tile_to_blocks(half, from.b, landed + slot, column, depth, 3);
     }
     __syncwarp();  // a warpgroup's instructions take whole warps
   };
   for (int s = 0; s < kStages - 1; ++s) start(s);
+  meanwhile();
   for (int step = 0; step < steps; ++step) {
     barrier_wait(landed + step % kStages, step / kStages % 2);
-    multiply_stage<Shape, B::kByColumn, A::kByRow>(acc, shared + step % kStages * Shape::kStage);
+    multiply_stage<Shape, kLayout, A::kByRow>(acc, shared + step % kStages * Shape::kStage);
     warpgroup_wait<1>();  // as in `multiply`
     __syncthreads();
     start(step + kStages - 1);

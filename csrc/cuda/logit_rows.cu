@@ -44,6 +44,25 @@ __host__ __device__ inline int64_t stacked_rows(const LogitRows& p) {
   return p.rows.B * (p.squares.pooled ? 3 : p.rows.delta ? 2 : 1);
 }
 
+// Shared memory for a row's sums, before the row itself.
+constexpr int kSlotBytes = 1024;
+static_assert(kSlotBytes >= 8 * sizeof(RowTops<float>) && kSlotBytes >= 8 * sizeof(RowExponentials<float>));
+
+// kept [K] = row: the passes over it then wait for shared memory only, once the loads of eight elements per thread have
+// been under way together.
+template <int kThreads>
+__device__ __forceinline__ void keep_row(float* kept, const float* row, int K) {
+  constexpr int kAtOnce = 8;
+  for (int first = threadIdx.x; first < K; first += kAtOnce * kThreads) {
+    float x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i] = row[first + i * kThreads < K ? first + i * kThreads : K - 1];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i * kThreads < K) kept[first + i * kThreads] = x[i];
+  }
+}
+
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
 // each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
 // out: where all rows are far, or none is, the third part of the stack costs nothing.
@@ -52,6 +71,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   __shared__ int at[Shape::kM];  // where the tile's rows go
+  allow_next_launch();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   // Few registers are left beside a large tile's: sizes in 32 bits, addresses when they are needed.
   const int rows = int(p.rows.B), K = int(p.rows.K), stacked = int(stacked_rows(p));
@@ -81,8 +101,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 
   const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages),
                               reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages)};
-  for (int64_t b = blockIdx.x; b < rows; b += gridDim.x)
-    row_loss_by_block<Shape::kThreads, float>(p.rows, b, far_row(p, b), static_cast<T*>(p.gradient), p.stride, slots);
+  float* kept = reinterpret_cast<float*>(stages + kSlotBytes);  // [2, K]: the row's logits and delta, if they fit
+  const int arrays = p.rows.delta ? 2 : 1;
+  const bool keep = int64_t(arrays) * K * 4 <= Shape::kSharedBytes - kSlotBytes;
+  for (int64_t b = blockIdx.x; b < rows; b += gridDim.x) {
+    const float* logits = row_of_matrix<float>(p.rows.logits, b, K);
+    const float* delta = row_of_matrix<float>(p.rows.delta, b, K);
+    if (keep) {
+      keep_row<Shape::kThreads>(kept, logits, K);
+      if (delta) keep_row<Shape::kThreads>(kept + K, delta, K);
+      __syncthreads();
+      logits = kept;
+      if (delta) delta = kept + K;
+    }
+    row_loss_by_block<Shape::kThreads>(p.rows, b, logits, delta, far_row(p, b), static_cast<T*>(p.gradient), p.stride,
+                                       slots);
+  }
 }
 
 template <typename T>

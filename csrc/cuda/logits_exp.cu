@@ -29,21 +29,26 @@ struct InTile {
 };
 
 // e_k and the sums of one tile of classes.
-template <typename Shape>
+template <typename Shape, bool kPaired>
 __device__ void exp_tile(const LogitsExp& p, const Operands<bf16, Shape>& from, bf16* shared, int tile_m, int tile_n) {
   __shared__ InTile anchors[Shape::kM];
   __shared__ float biases[Shape::kN];
   static_assert(Shape::kThreads == 2 * Shape::kM && Shape::kN <= Shape::kThreads, "a RowPair to each row");
   const int m0 = tile_m * Shape::kM, n0 = tile_n * Shape::kN, lane = threadIdx.x % 32;
   typename Shape::Accumulators acc = {};
-  multiply_while<Shape, B::kByColumn>(acc, shared, ceil_div(p.Ct, kDepth), tile_at<B::kByColumn>(from, m0, n0), [&] {
+  const auto anchor_rows = [&] {
     const int m = RowPair::row(), n = threadIdx.x;
     const int64_t b = m0 + m < p.B ? m0 + m : p.B - 1;
     const RowAnchor anchor = row_anchor(p.rows, p.labels_b, p.B, b);
     const int64_t from_n0 = (anchor.second ? p.labels_b : p.labels)[b] - p.first_class - n0;
     if (RowPair::half() == 0) anchors[m] = {anchor.logit, from_n0 >= 0 && from_n0 < Shape::kN ? int(from_n0) : -1};
     if (n < Shape::kN) biases[n] = p.bias && n0 + n < p.classes ? p.bias[p.first_class + n0 + n] : 0;
-  });
+  };
+  const int steps = ceil_div(p.Ct, kDepth);
+  if constexpr (kPaired)
+    multiply_paired<Shape>(acc, shared, steps, from, m0, n0, anchor_rows);
+  else
+    multiply_while<Shape, B::kByColumn>(acc, shared, steps, tile_at<B::kByColumn>(from, m0, n0), anchor_rows);
 
   __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
   RowSums* rows = reinterpret_cast<RowSums*>(shared);  // [kM, kWarpsN]
@@ -140,18 +145,20 @@ __device__ void gram_tile(const LogitsExp& p, const Operands<bf16, Shape>& from,
 }
 
 // Blocks go through the rows' tiles first, so that those in flight together share their classes and W is read once from
-// memory.
-template <typename Shape>
+// memory. kPaired: two neighbours, a cluster, copy their classes' rows once.
+template <typename Shape, bool kPaired>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     logits_exp_tile_kernel(const LogitsExp p, const __grid_constant__ Operands<bf16, Shape> logits,
                            const __grid_constant__ Operands<bf16, Shape> gram) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  wait_for_earlier_launches();
+  allow_next_launch();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
   const int class_tiles = ceil_div(p.classes, Shape::kN);
   if (tile_n < class_tiles)
-    exp_tile<Shape>(p, logits, shared, tile_m, tile_n);
+    exp_tile<Shape, kPaired>(p, logits, shared, tile_m, tile_n);
   else
     gram_tile<Shape>(p, gram, shared, tile_m, tile_n - class_tiles);
 }
@@ -165,17 +172,35 @@ int class_tile(int stage, int64_t B, int64_t classes) {
 int logits_exp(const LogitsExp& l, void* stream) {
   return with_tile(l.stage, l.B, l.classes, [&](auto shape) {
     using Shape = decltype(shape);
+    const bf16* rows_of_w = static_cast<const bf16*>(l.weight) + l.first_class * l.Ct;
+    const auto z_t = matrix<bf16>(l.z_t, l.B, l.Ct), weight = matrix<bf16>(rows_of_w, l.classes, l.Ct);
+    const int tiles_m = ceil_div(l.B, Shape::kM),
+              tiles_n = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
     Operands<bf16, Shape> logits{}, gram{};
-    const bf16* weight = static_cast<const bf16*>(l.weight) + l.first_class * l.Ct;
-    int error =
-        make_operands<B::kByColumn>(&logits, matrix<bf16>(l.z_t, l.B, l.Ct), matrix<bf16>(weight, l.classes, l.Ct));
-    if (!error && l.gram)
-      error = make_operands<B::kByColumn>(&gram, matrix<bf16>(l.d_split, 2 * l.B, l.Ct),
-                                          matrix<bf16>(l.gram, 2 * l.Ct, l.Ct));
-    if (error) return error;
-    const int tiles = ceil_div(l.classes, Shape::kN) + (l.gram ? ceil_div(l.Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, logits_exp_tile_kernel<Shape>, tiles * ceil_div(l.B, Shape::kM),
-                          Shape::kThreads, stream, l, logits, gram);
+    const auto start = [&](auto kernel, int error, int cluster, int shared_bytes) {
+      if (!error && l.gram)
+        error = make_operands<B::kByColumn>(&gram, matrix<bf16>(l.d_split, 2 * l.B, l.Ct),
+                                            matrix<bf16>(l.gram, 2 * l.Ct, l.Ct));
+      if (error) return error;
+      Start how{tiles_m * tiles_n, Shape::kThreads, shared_bytes};
+      how.dependent = true;
+      how.cluster = cluster;
+      return launch_as(how, kernel, stream, l, logits, gram);
+    };
+    const auto alone = [&] {
+      return start(logits_exp_tile_kernel<Shape, false>, make_operands<B::kByColumn>(&logits, z_t, weight), 1,
+                   Shape::kSharedBytes);
+    };
+    if constexpr (std::is_same_v<Shape, LargeHopperTile>)
+      if (tiles_m % 2 == 0)
+        return either(
+            kClusters,
+            [&] {
+              return start(logits_exp_tile_kernel<Shape, true>, make_paired_operands(&logits, z_t, weight), 2,
+                           kPairedBytes<Shape>);
+            },
+            alone);
+    return alone();
   });
 }
 

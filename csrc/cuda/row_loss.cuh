@@ -60,17 +60,15 @@ struct RowSlots {
   A* kl;
 };
 
-// Passes over the row, which stays in L2: largest logits and the logit match; the teacher's largest logit where it
-// follows from the student's; exponentials; KL and the gradient, which may take the logits' place. Sums in A, in fixed
-// order: deterministic. A label outside [0, K) gives a NaN loss and is counted. The gradient's row, of type G, is 0
-// between K and `stride`. `far`: as RowLoss says of the row. Ends with a barrier.
+// Passes over row b, whose logits and delta, or null, the caller has at hand: largest logits and the logit match; the
+// teacher's largest logit where it follows from the student's; exponentials; KL and the gradient, which may take the
+// logits' place. Sums in A, in fixed order: deterministic. A label outside [0, K) gives a NaN loss and is counted. The
+// gradient's row, of type G, is 0 between K and `stride`. `far`: as RowLoss says of the row. Ends with a barrier.
 template <int kThreads, typename T, typename A, typename G>
-__device__ void row_loss_by_block(const RowLoss& r, int64_t b, bool far, G* gradient, int64_t stride,
-                                  const RowSlots<A>& slots) {
+__device__ void row_loss_by_block(const RowLoss& r, int64_t b, const T* logits, const T* delta, bool far, G* gradient,
+                                  int64_t stride, const RowSlots<A>& slots) {
   const int64_t K = r.K;
-  const T* logits = static_cast<const T*>(r.logits) + b * K;
   const A* bias = static_cast<const A*>(r.bias);
-  const T* delta = r.delta ? static_cast<const T*>(r.delta) + b * K : nullptr;
   const A* logits_t = r.logits_t ? static_cast<const A*>(r.logits_t) + b * K : nullptr;
   const LossWeights& w = r.weights;
   const bool match = w.sr != 0 || w.kl != 0, near = delta && !far;
@@ -160,6 +158,12 @@ __device__ void row_loss_by_block(const RowLoss& r, int64_t b, bool far, G* grad
   rows[kPartKl * r.B + b] = w.kl != 0 ? temp * temp * kl.value(excess) : A(0);
   r.top1_rows[b] = tops.index == label_a;
   if (!valid) atomicAdd(reinterpret_cast<unsigned long long*>(r.counts + kBadLabels), 1ull);
+}
+
+// Row b of [rows, K].
+template <typename T>
+__device__ __forceinline__ const T* row_of_matrix(const void* p, int64_t b, int64_t K) {
+  return p ? static_cast<const T*>(p) + b * K : nullptr;
 }
 
 }  // namespace ijckd

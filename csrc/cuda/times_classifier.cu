@@ -1,6 +1,6 @@
 // Kernel of classifier_tiles.h:times_classifier.
 #include "classifier_rows.cuh"
-#include "hopper_tile.cuh"
+#include "split_tile.cuh"
 
 namespace ijckd {
 namespace {
@@ -27,27 +27,41 @@ __device__ void mean_rows(const TimesClassifier& p, double* slots, int block) {
 
 // The last kLossBlocks blocks take the losses, the others a tile of dz each: with the first ones for them registers did
 // not suffice.
-template <typename T, typename Shape>
+template <typename T, typename Shape, Cluster kCluster>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     times_classifier_tile_kernel(const TimesClassifier p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
-  const int tiles = gridDim.x - kLossBlocks, block = blockIdx.x;
-  if (block >= tiles) return mean_rows<Shape::kThreads>(p, reinterpret_cast<double*>(stages), block - tiles);
-  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = block % tiles_m * Shape::kM, n0 = block / tiles_m * Shape::kN;
-  typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), ceil_div(p.K, kDepth),
-                               tile_at<B::kByDepth>(from, m0, n0));
+  wait_for_earlier_launches();
+  constexpr int kBlocks = kCluster == Cluster::steps ? kSplit : 1;  // to a tile
+  using Own = std::conditional_t<kBlocks == 1, Shape, ColumnsOf<Shape, kBlocks>>;
+  const int loss_block = int(blockIdx.x) - int(gridDim.x - kLossBlocks), tile = blockIdx.x / kBlocks;
+  if (loss_block >= 0) return mean_rows<Shape::kThreads>(p, reinterpret_cast<double*>(stages), loss_block);
+  const int tiles_m = ceil_div(p.B, Shape::kM), m0 = tile % tiles_m * Shape::kM, steps = ceil_div(p.K, kDepth);
+  int n0 = tile / tiles_m * Shape::kN;
+  typename Own::Accumulators acc = {};
+  const auto copy = tile_at<B::kByDepth>(from, m0, n0);
+  if constexpr (kCluster == Cluster::none) {
+    multiply<Shape, B::kByDepth>(acc, reinterpret_cast<T*>(stages), steps, copy);
+  } else {
+    const StepsOf own(steps, cluster_rank(), kBlocks);
+    typename Shape::Accumulators part = {};
+    multiply<Shape, B::kByDepth>(part, reinterpret_cast<T*>(stages), own.count, steps_from(own.first, copy));
+    __syncthreads();  // the last stage has been read
+    join<Shape, kBlocks>(acc, part, stages);
+    n0 += cluster_rank() * Own::kN;
+  }
   const float share = 1 / float(p.B), c = float(2 * p.weights.fm / (double(p.B) * double(p.Ct)));
   const auto load = [&](auto& x, int64_t b, const Columns& columns) {
     for (TwoPairs& none : x) none = {};
     if (c != 0) load_two(p.z, p.pooled_t, p.Ct)(x, b, columns);
   };
-  for_pairs<TwoPairs, Shape>(acc, m0, n0, p.B, p.Ct, load, [&](int64_t b, int n, float2 product, const TwoPairs& of) {
+  for_pairs<TwoPairs, Own>(acc, m0, n0, p.B, p.Ct, load, [&](int64_t b, int n, float2 product, const TwoPairs& of) {
     const int64_t at = b * p.Ct + n;
     const float2 v{share * product.x + c * (of.a.x - of.b.x), share * product.y + c * (of.a.y - of.b.y)};
     store_pair(p.dz + at, v);
     if (p.dz_t) store_pair(static_cast<T*>(p.dz_t) + at, v);
   });
+  if constexpr (kBlocks > 1) join_end();
 }
 
 template <typename T>
@@ -59,9 +73,20 @@ int start_times_classifier(const TimesClassifier& t, void* stream) {
       if (const int error =
               make_operands<B::kByDepth>(&from, matrix<T>(t.gradient, t.B, t.stride), matrix<T>(t.weight, t.K, t.Ct)))
         return error;
-    const int blocks = kLossBlocks + (t.grad ? ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN) : 0);
-    return launch_sharing(Shape::kSharedBytes, times_classifier_tile_kernel<T, Shape>, blocks, Shape::kThreads, stream,
-                          t, from);
+    const int tiles = t.grad ? ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN) : 0;
+    const auto start_split = [&](auto kernel, int split) {
+      Start start{kLossBlocks + tiles * split, Shape::kThreads, Shape::kSharedBytes};
+      start.dependent = true;
+      start.cluster = split;
+      return launch_as(start, kernel, stream, t, from);
+    };
+    const auto whole = [&] { return start_split(times_classifier_tile_kernel<T, Shape, Cluster::none>, 1); };
+    if constexpr (Shape::kHopper && Shape::kM == 64)
+      if (t.grad && worth_splitting(tiles, ceil_div(t.K, kDepth)))
+        return either(
+            kClusters, [&] { return start_split(times_classifier_tile_kernel<T, Shape, Cluster::steps>, kSplit); },
+            whole);
+    return whole();
   });
 }
 

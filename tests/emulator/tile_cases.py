@@ -835,7 +835,12 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 67, 75, 136, edit="saturated", chunk="last", stage=stage, **smoothing)
         add(grad_rows, BF16, 5, 90, 72, edit="saturated", bias=False, rounded=False, stage=stage, **smoothing)
         add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
-        add(grad_rows, BF16, 128 * 2 + 2, 72, 264, stage=stage, **smoothing)  # large tiles
+        for B in (128 * 2 + 2, 128 + 2):  # large tiles, in the second case in pairs on Hopper
+            add(grad_rows, BF16, B, 72, 264, stage=stage, **smoothing)
+        add(times_classifier, BF16, 128 * 2 + 2, 137, 264, stage=stage)  # large tiles
+        add(logits_exp, BF16, 128 * 2 + 2, 133, 136, stage=stage)  # large tiles of an odd number of rows' tiles
+        add(grad_rows, BF16, 5, 300, 264, label_smoothing=0, edit="saturated", stage=stage)  # more tiles than are split
+        add(logit_rows_of, BF16, 1, 12500, 8, stage=stage)  # a row that shared memory does not hold
     for odd in ("stack", "weight"):
         add(logit_rows_of, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("gradient", "weight"):

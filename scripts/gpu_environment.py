@@ -69,15 +69,15 @@ def main(out: pathlib.Path) -> int:
     from ijckd_fast.head import kernels_for, load_libraries
 
     cuda = load_libraries()
+    try:  # a report, not a check: training needs more than the ops do
+        importlib.import_module("ijckd_fast.commands.doctor").run(None)
+    except ModuleNotFoundError as missing:
+        print(f"no report by doctor: {missing}")
     if gpu is None:
         print(f"no GPU; the CUDA library {'loads' if cuda else 'is not built'}")
         return 0
     query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,temperature.gpu"
     subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv"])
-    try:  # a report, not a check: training needs more than the ops do
-        importlib.import_module("ijckd_fast.commands.doctor").run(None)
-    except ModuleNotFoundError as missing:
-        print(f"no report by doctor: {missing}")
     print(f"{gpu}: {kernels_for(torch.cuda.get_device_capability())}")
     if not cuda:
         print("ijckd_fast/head/_C_cuda.so is missing: make a pack with scripts/gpu_pack and name it with --pack")

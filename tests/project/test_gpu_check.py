@@ -478,12 +478,11 @@ def test_another_python_is_told(packing, capsys):
     assert "is Python 3.11 with torch 2.11.0+cu130, not 3.12 with 2.11.0" in capsys.readouterr().err
 
 
-def test_the_libraries_need_the_stable_abi_alone():
-    for name in built_from.LIBRARIES:
-        library = ROOT / "ijckd_fast/head" / name
-        if library.exists():
-            fault = gpu_packing.library_fault(library)
-            assert fault is None or "built from other sources" in fault  # which test_build.py says
+def test_the_libraries_need_the_stable_abi_alone(monkeypatch):
+    """Whatever sources they are of, which test_build.py asks."""
+    monkeypatch.setattr(built_from, "fault", lambda library: None)
+    found = [ROOT / "ijckd_fast/head" / name for name in built_from.LIBRARIES]
+    assert {gpu_packing.library_fault(library) for library in found if library.exists()} == {None}
 
 
 def test_the_launchers_pass_arguments_on():

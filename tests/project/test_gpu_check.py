@@ -5,6 +5,7 @@ dies, and what the next call does; scripts/gpu_pack's checks.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
@@ -492,3 +494,16 @@ def test_the_launchers_pass_arguments_on():
             env=dict(os.environ, PYTHON=sys.executable),
         )  # fmt: skip
         assert (done.returncode, word in done.stdout) == (0, True), done.stderr
+
+
+def test_the_first_look_sees_wrong_results():
+    """Of a result's norm: one element that a ReLU's rounding moved is none, NaN and a wrong factor are."""
+    spec = importlib.util.spec_from_file_location("small_shapes", ROOT / "tests/gpu/small_shapes.py")
+    small_shapes = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(small_shapes)
+    exact = [torch.ones((), dtype=torch.float64), torch.linspace(-3, 3, 1000, dtype=torch.float64)]
+    moved = exact[1].clone()
+    moved[500] += 1
+    assert small_shapes.compare("maps", [exact[0].bfloat16(), moved.bfloat16()], exact, 0.1) is None
+    for wrong in (exact[1] * 1.2, exact[1].roll(100), exact[1] * float("nan")):
+        assert "maps: result 1 is off by" in small_shapes.compare("maps", [exact[0], wrong], exact, 0.1)

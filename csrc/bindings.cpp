@@ -1,6 +1,7 @@
 // The table of contents: the schema of every op. Implementations register themselves beside their code, for the CPU in
 // _C and for CUDA in _C_cuda; contracts and gradients are in ijckd_fast/head/, those of the block ops in
-// ijckd_fast/data/blocks/. All ops but take_counts and those that make views of blocks are functional.
+// ijckd_fast/data/blocks/. All ops but follow_statistics, take_counts and those that make views of blocks are
+// functional.
 //
 // u and the maps come as rows: [B, P, C] with P = H*W positions, channels last.
 #include <torch/csrc/stable/library.h>
@@ -20,6 +21,12 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "connector_apply(Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
       "Tensor? map_t, Tensor? pooled_t, bool relu, float eps) -> "
       "(Tensor z, Tensor fm, Tensor count, Tensor yhat, Tensor res, Tensor res_yhat)");
+  // BatchNorm's running statistics after a batch of these statistics, var biased: a share of the way to mean and to
+  // var times unbiased. One batch more.
+  m.def(
+      "follow_statistics(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? batches, Tensor mean, Tensor "
+      "var, "
+      "float unbiased, float share) -> ()");
   // Backward, in two steps for the same reason: the channel sums, then all that needs them. grad_fm with a match.
   m.def(
       "connector_channel_grads(Tensor grad_z, Tensor? grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, "

@@ -267,6 +267,26 @@ std::tuple<Tensor, Tensor, Tensor> connector_project(const Tensor& u, const Tens
   return {p.y, p.mean, p.var};
 }
 
+void follow_statistics(const Tensor& running_mean, const Tensor& running_var, const OptTensor& batches,
+                       const Tensor& mean, const Tensor& var, double unbiased, double share) {
+  const DType acc = dtype(mean, kOp, "mean");
+  for (const Tensor* x : {&running_mean, &running_var, &var})
+    check(x->scalar_type() == mean.scalar_type() && x->is_contiguous() && x->numel() == mean.numel(), kOp,
+          ": the statistics must be contiguous, of one dtype and of as many channels");
+  Launch launch(mean);
+  launched(follow_stats({.dtype = acc,
+                         .mean = mean.const_data_ptr(),
+                         .var = var.const_data_ptr(),
+                         .running_mean = running_mean.mutable_data_ptr(),
+                         .running_var = running_var.mutable_data_ptr(),
+                         .batches = batches ? batches->mutable_data_ptr<int64_t>() : nullptr,
+                         .Ct = mean.numel(),
+                         .unbiased = unbiased,
+                         .share = share},
+                        launch.stream),
+           "connector_match's running statistics");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> connector_apply(
     const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
     const OptTensor& var, const OptTensor& map_t, const OptTensor& pooled_t, bool relu, double eps) {
@@ -437,6 +457,7 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
   m.impl("connector_match", TORCH_BOX(&ijckd::connector_match));
   m.impl("connector_project", TORCH_BOX(&ijckd::connector_project));
   m.impl("connector_apply", TORCH_BOX(&ijckd::connector_apply));
+  m.impl("follow_statistics", TORCH_BOX(&ijckd::follow_statistics));
   m.impl("connector_channel_grads", TORCH_BOX(&ijckd::connector_channel_grads));
   m.impl("connector_input_grads", TORCH_BOX(&ijckd::connector_input_grads));
   m.impl("connector_linear_grads", TORCH_BOX(&ijckd::connector_linear_grads));

@@ -63,6 +63,20 @@ struct CombineStats {
 };
 int combine_stats(const CombineStats& s, void* stream);
 
+// BatchNorm's running statistics after a batch, whose statistics are mean and var: row_math.h:followed.
+struct RunningStats {
+  DType dtype;         // A
+  const void* mean;    // [Ct] A
+  const void* var;     // [Ct] A, biased
+  void* running_mean;  // [Ct] A  in, out
+  void* running_var;   // [Ct] A  in, out
+  int64_t* batches;    // []  in, out: one more; or null
+  int64_t Ct;
+  double unbiased;  // times var is the unbiased variance
+  double share;
+};
+int follow_stats(const RunningStats& s, void* stream);
+
 // BatchNorm-apply, ReLU, match against the teacher's map and pooling in one pass over (y, map_t).
 struct MatchForward {
   DType dtype;

@@ -24,6 +24,13 @@ IJCKD_HD bool passes(A pre, bool relu) {
   return !relu || !(pre <= A(0));
 }
 
+// The running statistic after a batch's: a share of the way to it, as torch's lerp goes.
+template <typename A>
+IJCKD_HD A followed(A running, A batch, A share) {
+  const A way = batch - running;
+  return share < A(0.5) ? running + share * way : batch - way * (A(1) - share);
+}
+
 // What the forward pass keeps per (image, channel). Every reduction that BatchNorm's backward needs follows from these
 // and the incoming gradient, so backward never sums over the map again. `on` is the set of positions the ReLU lets
 // through.

@@ -182,6 +182,9 @@ def op_samples():
     (u, *projection), rest = projected_inputs()
     trained = [x.requires_grad_() for x in (u[:, None].clone(), *projection)]
     yield "projected_classifier_loss", ops.projected_classifier_loss.default, (*trained, *loss)
+    running_mean, running_var, mean, var = (torch.rand(7) for _ in range(4))
+    args = (running_mean, running_var, torch.tensor(3), mean, var, 1.1, 0.1)
+    yield "follow_statistics", ops.follow_statistics.default, args
     yield "take_counts", ops.take_counts.default, (torch.empty(0),)
     u = torch.randn(3, 4, 6, dtype=F64)
     weight = torch.randn(5, 6, dtype=F64)

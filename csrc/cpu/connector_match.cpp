@@ -317,6 +317,20 @@ int combine_stats(const CombineStats& s, void*) {
   return 0;
 }
 
+int follow_stats(const RunningStats& s, void*) {
+  const auto run = [&](auto zero) {
+    using A = decltype(zero);
+    A *running_mean = static_cast<A*>(s.running_mean), *running_var = static_cast<A*>(s.running_var);
+    for (int64_t c = 0; c < s.Ct; ++c) {
+      running_mean[c] = followed(running_mean[c], static_cast<const A*>(s.mean)[c], A(s.share));
+      running_var[c] = followed(running_var[c], A(s.unbiased) * static_cast<const A*>(s.var)[c], A(s.share));
+    }
+  };
+  by_dtype(s.dtype, [&] { run(float{}); }, [&] { run(double{}); }, [] {});
+  if (s.batches) ++*s.batches;
+  return 0;
+}
+
 int match_forward(const MatchForward& m, void*) {
   const auto run = [&](auto image) {
     parallel_for(m.B, 1, [&](int64_t first, int64_t last) {

@@ -99,6 +99,17 @@ __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats
   static_cast<A*>(s.var)[c] = A(m2[0] / double(s.N));
 }
 
+// A thread per channel.
+template <typename A>
+__global__ void __launch_bounds__(kThreads) follow_stats_kernel(RunningStats s) {
+  const int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (c == 0 && s.batches) ++*s.batches;
+  if (c >= s.Ct) return;
+  A &mean = static_cast<A*>(s.running_mean)[c], &var = static_cast<A*>(s.running_var)[c];
+  mean = followed(mean, static_cast<const A*>(s.mean)[c], A(s.share));
+  var = followed(var, A(s.unbiased) * static_cast<const A*>(s.var)[c], A(s.share));
+}
+
 // The image and the first channel of a thread that owns V channels of one image; b >= B for threads past the end. In
 // one dimension: a grid's second one ends at 65,535.
 struct Place {
@@ -342,6 +353,12 @@ int channel_stats(const ChannelStats& s, void* stream) {
 int combine_stats(const CombineStats& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
     return launch(combine_stats_kernel<decltype(a)>, ceil_div(s.Ct, kColumns), dim3(kColumns, kSumLanes), stream, s);
+  });
+}
+
+int follow_stats(const RunningStats& s, void* stream) {
+  return dispatch(s.dtype, [&](auto, auto a) {
+    return launch(follow_stats_kernel<decltype(a)>, ceil_div(s.Ct, kThreads), kThreads, stream, s);
   });
 }
 

@@ -131,16 +131,8 @@ def connector_match(
                 u, weight, bias, bn_weight, bn_bias, map_t, pooled_t, relu, eps, process_group
             )
     if batch_stats:
-        _count(num_batches_tracked)
-    nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
-    if batch_stats and running_mean is not None and running_var is not None and not nothing:
-        with torch.no_grad():
-            for running, new in ((running_mean, mean), (running_var, var * (n_stats / (n_stats - 1)))):
-                share: float | Tensor | None = momentum
-                if share is None:
-                    assert num_batches_tracked is not None
-                    share = num_batches_tracked.to(running.dtype).reciprocal()  # the host does not wait for the count
-                running.lerp_(new.to(running.dtype), share)
+        nothing = process_group is None and B == 0  # the running statistics stay as they are, as torch's
+        _follow(norm, mean, var, None if nothing else n_stats)
     return z, fm
 
 
@@ -204,6 +196,33 @@ def _check(u: Tensor, weight: Tensor, bias: Tensor | None, map_t: Tensor | None,
             raise RuntimeError(f"{op}: {name} must be [Ct] = [{weight.shape[0]}], got {list(running.shape)}")
 
 
+def _follow(norm: Norm, mean: Tensor, var: Tensor, n_stats: Tensor | int | None) -> None:
+    """Counts the batch and, of n_stats positions, lets the running statistics follow its mean and biased variance."""
+    running_mean, running_var, batches, share = norm.running_mean, norm.running_var, norm.batches, norm.momentum
+    if n_stats is None or running_mean is None or running_var is None:
+        return _count(batches)
+    changed = [x for x in (running_mean, running_var, batches) if x is not None]
+    if (
+        not torch.compiler.is_compiling()  # which fuses torch's own
+        and isinstance(n_stats, int)
+        and share is not None
+        and running_mean.dtype == running_var.dtype == mean.dtype
+        and all(x.is_contiguous() and x.device == mean.device and not x.is_inference() for x in changed)
+    ):
+        ops.follow_statistics(running_mean, running_var, batches, mean, var, n_stats / (n_stats - 1), share)
+        for x in changed:
+            torch.autograd.graph.increment_version(x)
+        return None
+    _count(batches)
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, var * (n_stats / (n_stats - 1)))):
+            of_batch: float | Tensor | None = share
+            if of_batch is None:
+                assert batches is not None
+                of_batch = batches.to(running.dtype).reciprocal()  # the host does not wait for the count
+            running.lerp_(new.to(running.dtype), of_batch)
+
+
 def _count(batches: Tensor | None) -> None:
     if batches is not None:
         with torch.no_grad():
@@ -224,6 +243,11 @@ def _(u, weight, bias, bn_weight, bn_bias, mean, var, map_t, pooled_t, relu, eps
         y, count, yhat = (x.new_empty(0) for x in (y, count, yhat))
     weight_t = u.new_empty(weight.shape if weight.dtype != u.dtype else 0)
     return z, fm, mean_out, var_out, y, count, yhat, res, res_yhat, weight_t
+
+
+@torch.library.register_fake("ijckd::follow_statistics")
+def _(running_mean, running_var, batches, mean, var, unbiased, share):
+    return None
 
 
 def _is_linear(u: Tensor, bn_weight: Tensor | None, map_t: Tensor | None, relu: bool) -> bool:

@@ -193,6 +193,22 @@ def combine_stats(kernels: ModuleType, t: DType, N: int, Ct: int, rows_per_part:
     return [mean, var]
 
 
+def follow_stats(kernels: ModuleType, t: DType, Ct: int, share: float, counted: bool = True) -> list[Array]:
+    data = Data(t, f"follow_stats {Ct}")
+    (mean, mean64), (var, var64), (running_mean, before_mean), (running_var, before_var) = (
+        data.normal_acc(Ct) for _ in range(4)
+    )
+    batches = np.full((), 2**40)
+    kernels.follow_stats(
+        dtype=t.name, mean=mean, var=var, running_mean=running_mean, running_var=running_var,
+        batches=batches if counted else None, Ct=Ct, unbiased=1.25, share=share,
+    )  # fmt: skip
+    close("running_mean", running_mean, before_mean + share * (mean64 - before_mean), t)
+    close("running_var", running_var, before_var + share * (1.25 * var64 - before_var), t)
+    assert batches == 2**40 + counted
+    return [running_mean, running_var]
+
+
 AFFINES = ("none", "bias", "norm")
 
 
@@ -609,6 +625,8 @@ def all_cases() -> dict[str, Case]:
             for shift in (0, 300):
                 add(combine_stats, t, N, Ct, rows_per_part, shift)
         add(combine_stats, t, 12000, 2, 2, 100000)
+        for Ct, share in ((1, 0.1), (300, 0.1), (129, 0.75), (5, 1)):
+            add(follow_stats, t, Ct, share, counted=Ct != 129)
         for B, Ct in ((1, 1), (31, 33), (33, 64), (70, 40), (2, 1100)):
             add(match_sums, t, B, Ct)
         for B, P, Ct in ((1, 1, 1), (3, 49, 31), (33, 64, 32), (70, 1, 41), (140, 2, 3)):

@@ -162,6 +162,11 @@ PYBIND11_MODULE(emulated_kernels, module) {
                           c.integer("Ct"), c.integer("rows_per_part")},
                          nullptr);
   });
+  def("follow_stats", [](Call& c) {
+    return follow_stats({c.dtype(), c.in("mean"), c.in("var"), c.inout("running_mean"), c.inout("running_var"),
+                         c.inout<int64_t>("batches"), c.integer("Ct"), c.real("unbiased"), c.real("share")},
+                        nullptr);
+  });
   def("match_forward", [](Call& c) {
     return match_forward({c.dtype(), c.in("y"), c.in("map_t"), c.affine(), c.out("z"), c.out("count"), c.out("yhat"),
                           c.out("square"), c.out("res"), c.out("res_yhat"), c.out<int>("arrived"), c.integer("B"),

@@ -120,7 +120,7 @@ struct ChannelGrads {
   const void* grad_fm;   // [] A, with a match
   const void* z;         // [B, Ct] A, with pooled_t
   const void* pooled_t;  // [B, Ct] A, or null
-  const void* count;     // [B, Ct] A, or null: the P that it is where there is no ReLU
+  const void* count;     // [B, Ct] A, or null like yhat: the P that it is where there is no ReLU
   const void* yhat;      // [B, Ct] A, or null: no d_gamma
   const void* res;       // [Ct] A, or null without map match
   const void* res_yhat;  // [Ct] A, or null

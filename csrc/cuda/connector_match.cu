@@ -272,8 +272,8 @@ __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
 }
 
 // A block per kColumns channels, its lanes through the images, many for each: their sums are in double. grad_fm is read
-// from device memory: no host synchronisation.
-template <typename A, bool kPooled>
+// from device memory: no host synchronisation. kPooled: with pooled_t; kMap: with count and yhat.
+template <typename A, bool kPooled, bool kMap>
 __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads g) {
   __shared__ double slots[2][kSumLanes][kColumns];
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
@@ -285,25 +285,28 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
   const A grad_fm = g.grad_fm ? *static_cast<const A*>(g.grad_fm) : A(0);
   const A c_pooled = A(2) * grad_fm / A(double(g.B) * double(g.Ct));
   struct Image {
-    A v, count, yhat;
+    A grad_z, z, pooled_t, count, yhat;
   };
   const auto load = [&](int64_t b) {
     const int64_t i = b * g.Ct + c;
-    A v = scale * grad_z[i];
-    if constexpr (kPooled) v += c_pooled * (z[i] - pooled_t[i]);
-    return Image{v, count ? count[i] : A(g.P), yhat ? yhat[i] : A(0)};
+    Image image{grad_z[i], 0, 0, A(g.P), 0};
+    if constexpr (kPooled) image.z = z[i], image.pooled_t = pooled_t[i];
+    if constexpr (kMap) image.count = count[i], image.yhat = yhat[i];
+    return image;
   };
   double sums[2] = {0, 0};  // of v * count, v * yhat
   for_lane<kSumLanes, 8>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
-    static_cast<A*>(g.grad_out)[b * g.Ct + c] = image.v;
-    sums[0] += image.v * image.count;
-    sums[1] += image.v * image.yhat;
+    A v = scale * image.grad_z;
+    if constexpr (kPooled) v += c_pooled * (image.z - image.pooled_t);
+    static_cast<A*>(g.grad_out)[b * g.Ct + c] = v;
+    sums[0] += v * image.count;
+    sums[1] += v * image.yhat;
   });
   sum_lanes(sums, slots);
   if (!inside || threadIdx.y != 0) return;
   const A c_map = A(2) * grad_fm / A(double(g.B) * double(g.P) * double(g.Ct));
   static_cast<A*>(g.d_beta)[c] = A(sums[0] / A(g.P)) + (g.res ? c_map * static_cast<const A*>(g.res)[c] : A(0));
-  if (yhat)
+  if constexpr (kMap)
     static_cast<A*>(g.d_gamma)[c] = A(sums[1] / A(g.P)) + (g.res ? c_map * static_cast<const A*>(g.res_yhat)[c] : A(0));
 }
 
@@ -388,8 +391,11 @@ int match_sums(const MatchSums& s, void* stream) {
 int channel_grads(const ChannelGrads& g, void* stream) {
   return dispatch(g.dtype, [&](auto, auto a) {
     using A = decltype(a);
-    const auto kernel = g.pooled_t ? channel_grads_kernel<A, true> : channel_grads_kernel<A, false>;
-    return launch(kernel, ceil_div(g.Ct, kColumns), dim3(kColumns, kSumLanes), stream, g);
+    const auto start = [&](auto kernel) {
+      return launch(kernel, ceil_div(g.Ct, kColumns), dim3(kColumns, kSumLanes), stream, g);
+    };
+    if (g.yhat) return start(g.pooled_t ? channel_grads_kernel<A, true, true> : channel_grads_kernel<A, false, true>);
+    return start(g.pooled_t ? channel_grads_kernel<A, true, false> : channel_grads_kernel<A, false, false>);
   });
 }
 

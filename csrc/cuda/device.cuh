@@ -135,14 +135,17 @@ __device__ void sum_lanes(A (&v)[V], A (&slots)[V][kLanes][kColumns]) {
   __syncthreads();
 }
 
-// Calls use(r, load(r)) for the rows r of the calling thread's lane, kAtOnce loads ahead of their uses.
+// Calls use(r, load(r)) for the rows r of the calling thread's lane, kAtOnce loads ahead of their uses. Past the end
+// the last row is loaded again: a load on a condition would wait for the one before it.
 template <int kLanes, int kAtOnce, typename Load, typename Use>
 __device__ __forceinline__ void for_lane(int64_t rows, const Load& load, const Use& use) {
   for (int64_t first = threadIdx.y; first < rows; first += kAtOnce * kLanes) {
     decltype(load(first)) x[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (first + k * kLanes < rows) x[k] = load(first + k * kLanes);
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t r = first + k * kLanes;
+      x[k] = load(r < rows ? r : rows - 1);
+    }
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)
       if (first + k * kLanes < rows) use(first + k * kLanes, x[k]);

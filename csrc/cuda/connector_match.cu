@@ -294,8 +294,9 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
     if constexpr (kMap) image.count = count[i], image.yhat = yhat[i];
     return image;
   };
-  double sums[2] = {0, 0};  // of v * count, v * yhat
-  for_lane<kSumLanes, 8>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
+  double sums[2] = {0, 0};                         // of v * count, v * yhat
+  constexpr int kAtOnce = sizeof(A) == 8 ? 4 : 8;  // of five doubles each, eight would not fit the registers
+  for_lane<kSumLanes, kAtOnce>(inside ? g.B : 0, load, [&](int64_t b, const Image& image) {
     A v = scale * image.grad_z;
     if constexpr (kPooled) v += c_pooled * (image.z - image.pooled_t);
     static_cast<A*>(g.grad_out)[b * g.Ct + c] = v;

@@ -36,8 +36,8 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "Tensor weight, Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
       "Tensor? map_t, bool relu, float eps, bool need_du, bool need_dweight, bool wide=False) -> "
       "(Tensor du, Tensor dweight)");
-  // All of backward for a linear connector; grad_fm and z with pooled_t. grad_z is what it says times scale [];
-  // rounded, without pooled_t, is grad_z in bfloat16. dweight in the accumulator's type if `wide`.
+  // All of backward for a linear connector, u [B, Cs] or [B, 1, Cs]; grad_fm and z with pooled_t. grad_z is what it
+  // says times scale []; rounded, without pooled_t, is grad_z in bfloat16. dweight in the accumulator's type if `wide`.
   m.def(
       "connector_linear_grads(Tensor grad_z, Tensor? scale, Tensor? grad_fm, Tensor? z, Tensor? pooled_t, Tensor u, "
       "Tensor weight, bool need_du, bool need_dweight, bool need_dbias, Tensor? rounded=None, bool wide=False) -> "
@@ -50,9 +50,9 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "classifier_loss(Tensor z, Tensor?[] tensors, float[] numbers, bool grad, ScalarType? dtype) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz)");
 
-  // The same of z = u projection^T + projection_bias, u [B, 1, Cs]: a linear connector on vectors. With `dtype` the
-  // projection may be float32 where u is not. For backward, if `grad`: dz_t is dz in bfloat16 where u is and on a GPU
-  // (else empty), projection_t the projection in u's dtype where it was another (else empty).
+  // The same of z = u projection^T + projection_bias, u [B, Cs] or [B, 1, Cs]: a linear connector on vectors. With
+  // `dtype` the projection may be float32 where u is not. For backward, if `grad`: dz_t is dz in bfloat16 where u is
+  // and on a GPU (else empty), projection_t the projection in u's dtype where it was another (else empty).
   m.def(
       "projected_classifier_loss(Tensor u, Tensor projection, Tensor? projection_bias, Tensor?[] tensors, float[] "
       "numbers, bool grad, ScalarType? dtype) -> "

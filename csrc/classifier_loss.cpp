@@ -323,9 +323,11 @@ Loss classifier_loss(const Tensor& z, const std::vector<OptTensor>& tensors, con
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projected_classifier_loss(
-    const Tensor& u, const Tensor& projection, const OptTensor& projection_bias, const std::vector<OptTensor>& tensors,
-    const std::vector<double>& numbers, bool grad, std::optional<ScalarType> product) {
+    const Tensor& vectors, const Tensor& projection, const OptTensor& projection_bias,
+    const std::vector<OptTensor>& tensors, const std::vector<double>& numbers, bool grad,
+    std::optional<ScalarType> product) {
   constexpr const char* op = "projected_classifier_loss";
+  const Tensor u = vectors_as_rows(vectors);
   const DType t = dtype(u, op, "u");
   const bool cast = product && projection.scalar_type() == ScalarType::Float && t != DType::f32;
   const Tensor weight = cast ? as(projection, t) : projection;

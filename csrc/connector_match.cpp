@@ -339,20 +339,23 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
 
 std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale,
                                                           const OptTensor& grad_fm, const OptTensor& z,
-                                                          const OptTensor& pooled_t, const Tensor& u,
+                                                          const OptTensor& pooled_t, const Tensor& vectors,
                                                           const Tensor& weight, bool need_du, bool need_dweight,
                                                           bool need_dbias, [[maybe_unused]] const OptTensor& rounded,
                                                           bool wide) {
+  const Tensor u = vectors_as_rows(vectors);
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
-  const int64_t B = u.size(0), Ct = weight.size(0);
+  const int64_t B = u.size(0), Cs = u.size(2), Ct = weight.size(0);
   check_shape(grad_z, {B, Ct}, kOp, "the gradient of z", "[B, Ct]");
   const Tensor g = as(grad_z, acc);
   const OptTensor factor = as(scale, acc), fm = as(grad_fm, acc), target = as(pooled_t, acc);
+  const auto like_u = [&](const Tensor& du) {
+    return need_du && vectors.dim() == 2 ? strided(du, {B, Cs}, {Cs, 1}) : du;
+  };
   Launch launch(u);
 #ifdef IJCKD_CUDA
   const DType of_weight = wide ? acc : t;
   if (const int stage = linear_stage({u, weight, {}}, {g, rounded, z, target}, launch)) {
-    const int64_t Cs = u.size(2);
     const Tensor rows = dense(u), w = dense(weight);
     const Tensor du = need_du ? empty(u, {B, 1, Cs}, t) : none(u, t),
                  dweight = need_dweight ? empty(u, {Ct, Cs}, of_weight) : none(u, of_weight),
@@ -393,7 +396,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
                                   .Ct = Ct},
                                  launch.stream),
                "connector_match's gradients");
-    return {du, dweight, dbias};
+    return {like_u(du), dweight, dbias};
   }
 #endif
   Tensor dz = empty(u, {B, Ct}, acc), sums = empty(u, {Ct}, acc);
@@ -405,7 +408,7 @@ std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, 
   else
     torch::stable::zero_(sums);
   const auto [du, dweight] = grads_of_product(as(dz, t), u, weight, need_du, need_dweight, wide, launch);
-  return {du, dweight, need_dbias ? sums : none(u, acc)};
+  return {like_u(du), dweight, need_dbias ? sums : none(u, acc)};
 }
 
 }  // namespace

@@ -21,14 +21,15 @@ struct LossTerms {
   OptTensor gram;      // [2, Ct, Ct] bfloat16, classifier_gram of this weight; read on a GPU only
   LossWeights weights;
 
-  // From the two lists of the schema, in the order in which Python packs them.
+  // From the two lists of the schema, in the order in which Python packs them; the tensors may end before the last.
   static LossTerms from(const char* op, const std::vector<OptTensor>& tensors, const std::vector<double>& numbers) {
-    check(tensors.size() == 8 && numbers.size() == 6, op, ": the loss must be 8 tensors and 6 numbers, got ",
+    check(tensors.size() <= 8 && numbers.size() == 6, op, ": the loss must be at most 8 tensors and 6 numbers, got ",
           tensors.size(), " and ", numbers.size());
-    check(tensors[0] && tensors[2], op, ": weight and labels must be given");
+    check(tensors.size() > 2 && tensors[0] && tensors[2], op, ": weight and labels must be given");
+    const auto given = [&](size_t i) { return i < tensors.size() ? tensors[i] : OptTensor(); };
     return {*tensors[0], tensors[1], *tensors[2],
-            tensors[3],  tensors[4], tensors[5],
-            tensors[6],  tensors[7], {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]}};
+            given(3),    given(4),   given(5),
+            given(6),    given(7),   {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]}};
   }
 
   bool match() const { return weights.sr != 0 || weights.kl != 0; }  // whether it needs the teacher's logits

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -42,12 +43,17 @@ void check(bool ok, const Args&... args) {
   if (!ok) fail(args...);
 }
 
-inline std::string shape(const Tensor& t) {
-  std::ostringstream s;
-  s << "[";
-  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
-  s << "]";
-  return s.str();
+// Of a tensor, in a text: written where the text is, since a check that holds needs none.
+struct Shape {
+  const Tensor& of;
+};
+
+inline Shape shape(const Tensor& t) { return {t}; }
+
+inline std::ostream& operator<<(std::ostream& to, const Shape& s) {
+  to << "[";
+  for (int64_t i = 0; i < s.of.dim(); ++i) to << (i ? ", " : "") << s.of.size(i);
+  return to << "]";
 }
 
 inline const char* name(ScalarType t) {
@@ -136,7 +142,8 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // Uninitialised, on like's device; past the dispatcher too.
 inline Tensor empty(const Tensor& like, Sizes size, ScalarType t) {
-  std::vector<int64_t> strides(size.size(), 1);
+  std::array<int64_t, 8> strides;
+  strides.fill(1);
   for (size_t i = size.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * std::max<int64_t>(size[i - 1], 1);
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -162,6 +169,11 @@ inline Tensor rows_of(const Tensor& t, int64_t first, int64_t n) {
   std::vector<int64_t> size(t.sizes().begin(), t.sizes().end());
   size[0] = n;
   return strided(t, size, t.strides(), first * t.stride(0));
+}
+
+// Vectors [B, C] as rows [B, 1, C], a view; itself where it is rows already.
+inline Tensor vectors_as_rows(const Tensor& x) {
+  return x.dim() == 2 ? strided(x, {x.size(0), 1, x.size(1)}, {x.stride(0), x.stride(0), x.stride(1)}) : x;
 }
 
 // x [M, N] transposed, a view.
@@ -250,13 +262,11 @@ inline void check_shape(const OptTensor& t, std::initializer_list<int64_t> expec
   if (!t) return;
   bool same = t->dim() == static_cast<int64_t>(expected.size());
   int64_t i = 0;
-  std::ostringstream w;
-  for (const int64_t n : expected) {
-    w << (i ? ", " : "") << n;
-    same = same && t->size(i) == n;
-    ++i;
-  }
-  check(same, op, ": ", arg, " must be ", symbols, " = [", w.str(), "], got ", shape(*t));
+  for (const int64_t n : expected) same = same && t->size(i++) == n;
+  if (same) return;
+  std::ostringstream list;
+  for (const int64_t n : expected) list << (list.tellp() > 0 ? ", " : "") << n;
+  fail(op, ": ", arg, " must be ", symbols, " = [", list.str(), "], got ", shape(*t));
 }
 
 }  // namespace ijckd

@@ -42,7 +42,10 @@ inline bool by_inner_product(const Tensor& rows) { return by_convolution(rows) &
 // rows [N, Cs], weight [Ct, Cs], both contiguous -> [N, Ct]
 inline Tensor rows_times_transposed(const Tensor& rows, const Tensor& weight) {
   if (by_inner_product(rows)) return inner_product(rows, weight);
-  return by_convolution(rows) ? conv_rows(rows, weight) : dense(matmul_nt(rows, weight));
+  if (by_convolution(rows)) return conv_rows(rows, weight);
+  const Tensor out = empty(rows, {rows.size(0), weight.size(0)}, rows.scalar_type());
+  matmul_out(rows, transposed(weight), out);
+  return out;
 }
 
 // d_out [N, Ct], weight [Ct, Cs], both contiguous -> [N, Cs], in `into` where that is given.

@@ -5,8 +5,11 @@ from ijckd_fast.head import (
     FrozenClassifier as FrozenClassifier,
     classifier_gram as classifier_gram,
     classifier_loss as classifier_loss,
+    classifier_loss_and_grad as classifier_loss_and_grad,
+    connector_loss_and_grads as connector_loss_and_grads,
     connector_match as connector_match,
     projected_classifier_loss as projected_classifier_loss,
+    projected_classifier_loss_and_grads as projected_classifier_loss_and_grads,
     take_bad_rows as take_bad_rows,
 )
 from ijckd_fast.nets import create_model as create_model

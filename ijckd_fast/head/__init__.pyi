@@ -10,6 +10,11 @@ from ijckd_fast.head.frozen import (
     FrozenClassifier as FrozenClassifier,
     classifier_gram as classifier_gram,
 )
+from ijckd_fast.head.gradients import (
+    classifier_loss_and_grad as classifier_loss_and_grad,
+    connector_loss_and_grads as connector_loss_and_grads,
+    projected_classifier_loss_and_grads as projected_classifier_loss_and_grads,
+)
 from ijckd_fast.head.libraries import (
     REBUILD as REBUILD,
     kernels_for as kernels_for,

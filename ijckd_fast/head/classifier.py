@@ -6,7 +6,6 @@ The C++ is in csrc/classifier_loss.cpp; `reference.py` has the ops in plain PyTo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from ijckd_fast.head.connector import linear_grads
 from ijckd_fast.head.dispatch import (
+    UNSCALED,
+    Differentiable,
     accumulator,
-    as_rows,
     autocast_dtype,
     check_library,
     differentiable,
@@ -49,9 +49,14 @@ class LossTerms(NamedTuple):
     label_smoothing: float
 
     def packed(self) -> tuple[list[Tensor | None], list[float]]:
-        """(tensors, numbers), the ops' two lists."""
+        """(tensors, numbers), the ops' two lists. The first ends with the last tensor that is given: each costs the
+        call as it is handed on.
+        """
         fields: list[Any] = list(self)
-        return fields[:_TENSORS], fields[_TENSORS:]
+        last = _TENSORS
+        while fields[last - 1] is None:
+            last -= 1
+        return fields[:last], fields[_TENSORS:]
 
 
 _TENSORS = LossTerms._fields.index("ce")  # how many of the fields are tensors
@@ -117,7 +122,7 @@ def classifier_loss(
     terms = LossTerms(
         weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
     )
-    return _loss("classifier_loss", _classifier_loss, (z,), terms, "z is", autocast_dtype(z))
+    return _loss("classifier_loss", of_features, (z,), terms, "z is", autocast_dtype(z))
 
 
 def projected_classifier_loss(
@@ -168,13 +173,13 @@ def projected_classifier_loss(
     terms = LossTerms(
         weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
     )
-    inputs = (as_rows(u), projection, projection_bias)
-    return _loss(op, _projected_classifier_loss, inputs, terms, "u and its projection are", dtype)
+    inputs = (u, projection, projection_bias)
+    return _loss(op, of_projected, inputs, terms, "u and its projection are", dtype)
 
 
 def _loss(
     name: str,
-    op: Callable[..., tuple[Tensor, ...]],
+    op: Differentiable,
     inputs: tuple[Any, ...],
     terms: LossTerms,
     trained: str,
@@ -186,16 +191,21 @@ def _loss(
     tensors, numbers = terms.packed()
     grad = torch.is_grad_enabled()
     if grad:
-        for i, x in enumerate(tensors):
-            if isinstance(x, Tensor) and x.requires_grad:  # the op would make no gradient of it
-                raise RuntimeError(
-                    f"{name}: {terms._fields[i]} must not require grad: the classifier and the teacher are frozen "
-                    f"and only {trained} trained; detach it"
-                )
-        grad = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        refuse_trained(name, tensors, trained)
+        grad = any(getattr(x, "requires_grad", False) for x in inputs)
     with own_products(inputs[0]):
-        loss, parts, top1, *_ = op(*inputs, tensors, numbers, grad, dtype)
+        loss, parts, top1, *_ = op.call(*inputs, tensors, numbers, grad, dtype)
     return loss, parts, top1
+
+
+def refuse_trained(name: str, tensors: list[Tensor | None], trained: str) -> None:
+    """Raises RuntimeError where one of LossTerms' tensors requires grad: the op would make no gradient of it."""
+    for i, x in enumerate(tensors):
+        if x is not None and getattr(x, "requires_grad", False):
+            raise RuntimeError(
+                f"{name}: {LossTerms._fields[i]} must not require grad: the classifier and the teacher are frozen "
+                f"and only {trained} trained; detach it"
+            )
 
 
 def _fake_loss(op, inputs, tensors, Ct, grad):
@@ -234,11 +244,12 @@ def _backward(ctx, grad_loss, *_):
         return (None,)
     (dz,) = ctx.saved_tensors
     # scaled on the device: asking whether grad_loss is 1 would make the host wait
-    return ((dz * grad_loss).to(ctx.dtype),)
+    scaled = dz if grad_loss is UNSCALED else dz * grad_loss
+    return (scaled if scaled.dtype == ctx.dtype else scaled.to(ctx.dtype),)
 
 
-_classifier_loss = differentiable(
-    ops.classifier_loss.default, _setup, _backward, trained=1, listed=LossTerms._fields[:_TENSORS]
+of_features = differentiable(
+    ops.classifier_loss.default, _setup, _backward, trained=1, results=3, listed=LossTerms._fields[:_TENSORS]
 )
 
 
@@ -255,6 +266,8 @@ def _projected_backward(ctx, grad_loss, *_):
     refuse_double_backward("projected_classifier_loss")
     if grad_loss is None:
         return None, None, None
+    if grad_loss is UNSCALED:
+        grad_loss = None
     u, projection, projection_bias, dz, dz_t = ctx.saved_tensors
     rounded = dz_t if dz_t.numel() else None
     match = (None, None, None)
@@ -263,11 +276,12 @@ def _projected_backward(ctx, grad_loss, *_):
     )
 
 
-_projected_classifier_loss = differentiable(
+of_projected = differentiable(
     ops.projected_classifier_loss.default,
     _projected_setup,
     _projected_backward,
     trained=3,
+    results=3,
     listed=LossTerms._fields[:_TENSORS],
 )
 

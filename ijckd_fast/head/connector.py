@@ -7,6 +7,7 @@ csrc/connector_match.cpp.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -89,9 +90,27 @@ def connector_match(
     raises        RuntimeError naming argument, expected and found; also where map_t, pooled_t or a running statistic
                   requires grad, and on double backward
     """
-    check_library(u, "connector_match")
-    batch_stats = bn_weight is not None and training
     norm = Norm(bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, momentum)
+    return match_by(matched.call, u, weight, bias, norm, training, eps, relu, map_t, pooled_t, process_group)
+
+
+def match_by(
+    enter: Callable[..., tuple[Tensor, ...]],
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm,
+    training: bool,
+    eps: float,
+    relu: bool,
+    map_t: Tensor | None,
+    pooled_t: Tensor | None,
+    process_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """`connector_match`, whose op is called as `enter` where one process makes the statistics."""
+    check_library(u, "connector_match")
+    bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, _ = norm
+    batch_stats = bn_weight is not None and training
     _check(u, weight, bias, map_t, norm, training)
     if process_group is not None and not batch_stats:
         process_group = None  # only the batch's own statistics are shared
@@ -119,13 +138,13 @@ def connector_match(
             )
     u = as_rows(u)  # [B, P, Cs]
     map_t = as_rows(map_t) if map_t is not None else None  # [B, P, Ct]
-    weight = weight.flatten(1)  # [Ct, Cs]
+    weight = weight if weight.dim() == 2 else weight.flatten(1)  # [Ct, Cs]
     mean, var = (None, None) if batch_stats or bn_weight is None else (running_mean, running_var)
     affine = Affine(bias, bn_weight, bn_bias, mean, var)
     n_stats: Tensor | int = B * positions
     with own_products(u):
         if process_group is None:
-            z, fm, mean, var, *_ = _connector_match(u, weight, *affine, map_t, pooled_t, relu, eps)
+            z, fm, mean, var, *_ = enter(u, weight, *affine, map_t, pooled_t, relu, eps)
         else:
             z, fm, mean, var, n_stats = _SyncConnectorMatch.apply(
                 u, weight, bias, bn_weight, bn_bias, map_t, pooled_t, relu, eps, process_group
@@ -365,9 +384,11 @@ def linear_grads(needs_input_grad, grad_z, scale, match, u, weight, bias, rounde
     wide     the gradient of weight in float32, whatever the dtype of weight
     """
     needs = needs_input_grad[:3]
-    grads = ops.connector_linear_grads(grad_z, scale, *match, u, weight, *needs, rounded, wide)
-    du, dw, d_bias = (g if need else None for g, need in zip(grads, needs, strict=True))
-    return du, dw, d_bias if d_bias is None else d_bias.to(bias.dtype)
+    grads = ops.connector_linear_grads.default(grad_z, scale, *match, u, weight, *needs, rounded, wide)
+    du, dw, d_bias = grads
+    if needs[2] and d_bias.dtype != bias.dtype:
+        d_bias = d_bias.to(bias.dtype)
+    return du if needs[0] else None, dw if needs[1] else None, d_bias if needs[2] else None
 
 
 def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
@@ -379,7 +400,7 @@ def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_fm is None and (map_t is not None or pooled_t is not None):
         grad_fm = z.new_zeros(())
-    grad_z, d_gamma, d_beta = ops.connector_channel_grads(
+    grad_z, d_gamma, d_beta = ops.connector_channel_grads.default(
         grad_z, grad_fm, z, pooled_t, *pooled, positions, map_t is not None
     )
     needs = ctx.needs_input_grad[:2]
@@ -392,7 +413,7 @@ def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
             dist.all_reduce(both, group=group)
             both = both / n_stats  # here, on the device: reading the count of all ranks would make the host wait
             sums, n = (both[0], both[1]), 1.0
-        du, dw = ops.connector_input_grads(
+        du, dw = ops.connector_input_grads.default(
             grad_z, grad_fm, *sums, n, u, weight, y, *affine, map_t, ctx.relu, ctx.eps, *needs, ctx.wide
         )
 
@@ -408,7 +429,7 @@ def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
     )
 
 
-_connector_match = differentiable(ops.connector_match.default, _setup, _backward, trained=5)
+matched = differentiable(ops.connector_match.default, _setup, _backward, trained=5, results=4)
 
 
 class _SyncConnectorMatch(torch.autograd.Function):

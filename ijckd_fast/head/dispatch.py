@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def refuse_kinds(op: str, arguments: Iterable[tuple[str, Any]]) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast takes matrix products on x's device; None where it is off or x is float64."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type  # asking for the device itself takes longer
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return None
@@ -59,9 +60,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def own_products(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """For calls of ops on x under autocast, which would otherwise change a CPU op's own float32 products."""
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+    if x.is_cpu and torch.is_autocast_enabled("cpu"):
         return torch.autocast("cpu", enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -83,23 +87,57 @@ _below_autograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nul
 _in_transform = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
+UNSCALED: Any = object()  # the gradient 1 of a loss, where no tensor of it exists
+
+
+class Differentiable(NamedTuple):
+    """An op with its gradient, as `differentiable` makes it."""
+
+    # (arguments) -> the op's first results, recorded by autograd where it is on
+    call: Callable[..., tuple[Tensor, ...]]
+    # (which of the trained arguments need a gradient, arguments) -> (all results, gradients of results -> those of the
+    # trained arguments); both in torch.no_grad()
+    at_once: Callable[..., tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor | None, ...]]]]
+
+
+class _AtOnce:
+    """What autograd's context is to a gradient that is made without autograd."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+    def mark_non_differentiable(self, *results: Tensor) -> None:
+        pass
+
+
 def differentiable(
     op: Any,
     setup: Callable[..., None],
     backward: Callable[..., tuple[Tensor | None, ...]],
     trained: int,
+    results: int,
     listed: tuple[str, ...] = (),
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Registers the gradient of `op`; returns the op to call.
+) -> Differentiable:
+    """Registers the gradient of `op`.
 
     What torch.library makes of `setup` and `backward` serves the compiler. Eager calls take an autograd.Function of the
     same two, which costs Python less.
 
     setup      (ctx, inputs, output), as torch.library.register_autograd expects it
     backward   (ctx, *gradients of the outputs) -> gradients of the first `trained` arguments; the others get none
-    listed     names of the tensors in the op's list of tensors
+    results    how many of the op's results are for the caller, the first; autograd handles no others
+    listed     names of the tensors in the op's list of tensors, which may end before them
     """
-    untrained = len(op._schema.arguments) - trained
+    names = [argument.name for argument in op._schema.arguments]
+    of_tensors = ["Tensor" in str(argument.type) for argument in op._schema.arguments]
+    untrained = (None,) * (len(names) - trained)
 
     def library_setup(ctx, inputs, output):
         # torch.library takes a list of tensors apart into single arguments, but not one that holds a None; the
@@ -113,28 +151,32 @@ def differentiable(
     def library_backward(ctx, *grads):
         return (*backward(ctx, *grads), *ctx.untrained)
 
-    def forward(ctx, *args):
+    def below_autograd(*args):
         with _below_autograd():
-            output = op(*args)
+            return op(*args)
+
+    def forward(ctx, *args):
+        output = below_autograd(*args)
         setup(ctx, args, output)
-        return output
+        return output[:results]
 
     def eager_backward(ctx, *grads):
-        return (*backward(ctx, *grads), *[None] * untrained)
+        return backward(ctx, *grads) + untrained
 
     torch.library.register_autograd(op._schema.name, library_backward, setup_context=library_setup)
     # Not with a setup_context of its own: for that apply binds the arguments to names first, and backward costs more.
     methods = {"forward": forward, "backward": eager_backward}
     function: Any = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    apply = function.apply
 
     def tensors_of(args) -> Iterator[tuple[str, Any]]:
-        for argument, value in zip(op._schema.arguments, args, strict=True):
-            if isinstance(value, list) and listed and len(value) == len(listed):
-                yield from zip(listed, value, strict=True)
-            elif "Tensor" in str(argument.type):
-                yield {"mean": "running_mean", "var": "running_var"}.get(argument.name, argument.name), value
+        for name, holds, value in zip(names, of_tensors, args, strict=True):
+            if name == "tensors":
+                yield from zip(listed, value, strict=False)
+            elif holds:
+                yield {"mean": "running_mean", "var": "running_var"}.get(name, name), value
 
-    def call(*args):
+    def checked(enter, args):
         if torch.compiler.is_compiling():
             return op(*args)
         if _in_transform():
@@ -143,12 +185,21 @@ def differentiable(
                 "torch.autograd, and a loop or a larger batch instead of vmap"
             )
         try:
-            return function.apply(*args) if torch.is_grad_enabled() else op(*args)
+            return enter(*args)
         except Exception:
             refuse_kinds(op._opname, tensors_of(args))
             raise
 
-    return call
+    def call(*args):
+        return checked(apply if torch.is_grad_enabled() else below_autograd, args)
+
+    def at_once(needs, *args):
+        output = checked(below_autograd, args)
+        ctx = _AtOnce(needs + (False,) * len(untrained))
+        setup(ctx, args, output)
+        return output, functools.partial(backward, ctx)
+
+    return Differentiable(call, at_once)
 
 
 def refuse_double_backward(op: str) -> None:

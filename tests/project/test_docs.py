@@ -46,8 +46,9 @@ def test_prose_has_lines_of_at_most_120_columns(page):
 def test_own_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = write_tree(tmp_path / "data")
-    net, script, loop, after, renormalised, dataset = _blocks("own_model.md", "python")
+    net, script, one_call, loop, after, renormalised, dataset = _blocks("own_model.md", "python")
     names: dict = {"__name__": "__main__"}
+    exec(one_call, {})
 
     exec(net, names)
     torch.manual_seed(0)

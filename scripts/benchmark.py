@@ -146,12 +146,16 @@ WORKLOADS = {
     "tiny-ce": Workload(8, None, 24, 50, ce_only=True),
     "tiny-kl": Workload(8, 6, 24, 50, kl=True),
     "tiny-only-kl": Workload(8, 6, 24, 50, kl=True, fm=False),
+    "tiny-linear": Workload(8, 6, 24, 50),
 }
 DEFAULT_WORKLOADS = {
     "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl"],
     "cpu": ["C512x1000", "C2048x1000", "C512x21841", "C2048x21841", "M1"],
 }
 SMALL_WORKLOADS = [name for name in WORKLOADS if name.startswith(("K", "L", "map"))]
+# of the shapes that people use, so small that the host's part is all there is
+HOST_WORKLOADS = ("tiny-linear", "tiny-ce", "tiny-kl", "tiny")
+HOST_STEPS = 10  # timed as one
 SWEEP_K = (100, 300, 1000, 3000, 10_000, 21_841, 50_000, 100_000, 200_000)
 SWEEP_B = {"cuda": (16, 64, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256)}
 
@@ -278,10 +282,7 @@ def fused_loss(
         )
     if w.K is None:
         return match, z
-    terms: dict[str, Any] = {} if w.ce_only else {"kl" if w.kl else "sr": 1.0, "pooled_t": t["pooled_t"]}
-    if not w.side and not w.ce_only and w.fm:
-        terms["fm"] = 1.0
-    weight = t["weight"]
+    terms, weight = loss_terms(w, t), t["weight"]
     if frozen is not None and weight.is_cuda:
         weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only and not w.kl)
     classifier = (weight, t.get("bias"), t["labels"])
@@ -291,6 +292,30 @@ def fused_loss(
         ], None
     loss, _, _ = op.classifier_loss(z, *classifier, **terms)
     return loss if match is None else loss + match, z
+
+
+def loss_terms(w: Workload, t: dict[str, Tensor]) -> dict[str, Any]:
+    """The classifier's losses as keywords of our ops."""
+    terms: dict[str, Any] = {} if w.ce_only else {"kl" if w.kl else "sr": 1.0, "pooled_t": t["pooled_t"]}
+    if not w.side and not w.ce_only and w.fm:
+        terms["fm"] = 1.0
+    return terms
+
+
+def one_call(w: Workload, t: dict[str, Tensor]) -> list[Tensor]:
+    """The results of a step by our ops that return loss and gradients in one call."""
+    classifier, terms = (t["weight"], t.get("bias"), t["labels"]), loss_terms(w, t)
+    if w.side:
+        connector = {k: t[k] for k in ("bn_weight", "bn_bias", "running_mean", "running_var", "map_t")}
+        matched = ops.connector_loss_and_grads(t["u"], t["projection"], connector, *classifier, **terms)
+        return [matched.loss, matched.z, *matched.grads.values()]
+    if w.projects_in_loss:
+        projected = ops.projected_classifier_loss_and_grads(
+            t["u"], t["projection"], t["projection_bias"], *classifier, **terms
+        )
+        return [projected.loss, projected.grad_u, projected.grad_projection, projected.grad_projection_bias]
+    alone = ops.classifier_loss_and_grad(t["z"], *classifier, **terms)
+    return [alone.loss, t["z"].detach(), alone.grad]
 
 
 def temperature_kl(logits: Tensor, logits_t: Tensor, temperature: float = 4.0) -> Tensor:
@@ -421,6 +446,8 @@ def absent(baseline: str, w: Workload, dtype: torch.dtype, device: str, stage: i
 def make_contender(name: str, w: Workload, t: dict[str, Tensor], mode: str, dtype: torch.dtype) -> Step:
     """The step called `name`: 'ours', 'ours-graph' or a baseline."""
     scale = LOSS_SCALE[dtype]
+    if name == "ours-one-call":
+        return lambda: one_call(w, t)
     if name in CE_ONLY:
         return peer_step(name, t, mode, dtype, scale)
     program, _, graph = name.partition("-")
@@ -484,8 +511,9 @@ def check(
 class Timer:
     """Milliseconds of one step: CUDA events, with the L2 cache overwritten before it, or the wall clock on a CPU."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, steps: int = 1) -> None:
         self.cuda = device == "cuda"
+        self.steps = steps  # on a CPU: so many are timed as one, since a clock's own time counts beside a small one
         if self.cuda:
             self.start, self.end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             self.cache_filler = torch.empty(256 << 20, dtype=torch.int8, device=device)
@@ -493,10 +521,11 @@ class Timer:
     def __call__(self, step: Step) -> float:
         if not self.cuda:
             began = time.perf_counter()
-            results = step()
+            for _ in range(self.steps):
+                results = step()
             elapsed = (time.perf_counter() - began) * 1e3
             del results
-            return elapsed
+            return elapsed / self.steps
         self.cache_filler.zero_()
         self.start.record()
         step()
@@ -832,6 +861,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="CSV",
         help="append every contender's kernels to this file: name, microseconds of a launch, launches (GPU)",
     )
+    op.add_argument(
+        "--host",
+        action="store_true",
+        help=f"instead of workloads: the host's part of a step, by tiny tensors on one CPU thread ({HOST_WORKLOADS}), "
+        "float32, against eager; rows of mode 'host', and of 'host-one-call' for loss and gradients in one call",
+    )
     op.add_argument("--plot", type=pathlib.Path, metavar="FILE", help="draw the rows into this file (.png, .svg, .pdf)")
     loader_benchmark.add_parser(commands)
     step_benchmark.add_parser(commands)
@@ -866,8 +901,39 @@ def chosen_workloads(
     return chosen
 
 
+def run_host(args: argparse.Namespace) -> int:
+    """The exit status: 1 if ours was wrong on any workload."""
+    if args.workloads or args.sweep or args.threads or args.dtype or args.baselines or args.device == "cuda":
+        raise Usage("--host brings its own workloads, float32 on one CPU thread, and eager: leave those options out")
+    repeats = args.repeats if args.repeats is not None else 300
+    if repeats < 1:
+        raise Usage(f"--repeats must be at least 1, got {repeats}")
+    records.check(args.save, JSON_KEYS + CSV_ONLY_KEYS)
+    torch.set_num_threads(1)
+    timer, rows, failed = Timer("cpu", HOST_STEPS), [], False
+    for name in HOST_WORKLOADS:
+        w = WORKLOADS[name]
+        try:
+            measured = measure(name, w, torch.float32, "cpu", "both", ["ours-one-call", "eager"], repeats, timer)
+        except WrongResult as wrong:
+            print(f"benchmark: refused to time {name}: {wrong}", file=sys.stderr)
+            failed = True
+            continue
+        where = records.environment("cpu")
+        for mode, ours in (("host", "ours"), ("host-one-call", "ours-one-call")):
+            pair = {"ours": measured[ours], "eager": measured["eager"]}
+            new = make_rows(name, w, "float32", mode, pair, where)
+            records.append(args.save, JSON_KEYS + CSV_ONLY_KEYS, new)
+            rows += new
+    print_table(rows)
+    print(json.dumps({"rows": [{k: row[k] for k in JSON_KEYS} for row in rows]}), flush=True)
+    return int(failed)
+
+
 def run_op(args: argparse.Namespace) -> int:
     """The exit status: 1 if ours was wrong or failed on any workload."""
+    if args.host:
+        return run_host(args)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise Usage("--device cuda: torch finds no GPU here; use --device cpu")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import os
@@ -69,10 +68,6 @@ def main(out: pathlib.Path) -> int:
     from ijckd_fast.head import kernels_for, load_libraries
 
     cuda = load_libraries()
-    try:  # a report, not a check: training needs more than the ops do
-        importlib.import_module("ijckd_fast.commands.doctor").run(None)
-    except ModuleNotFoundError as missing:
-        print(f"no report by doctor: {missing}")
     if gpu is None:
         print(f"no GPU; the CUDA library {'loads' if cuda else 'is not built'}")
         return 0

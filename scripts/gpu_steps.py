@@ -129,6 +129,8 @@ STEPS = (
          f"{STEP} --pair r34-r18 --images 300 --data-backend blocks --turn-seconds 2 --contenders ours eager-autocast",
          f"{STEP_CPU} --data-backend blocks --contenders ours eager-channels-last --save {{out}}/step.csv",
          packages=TRAINING),
+    Step("doctor", "rest", 40, "{python} -m ijckd_fast.cli doctor", "{python} -m ijckd_fast.cli doctor",
+         packages=("jsonargparse", "rich")),
     Step("racecheck", "rest", 90, SANITIZER + "racecheck {python} tests/gpu/small_shapes.py cuda --stage {stage}",
          "{python} tests/gpu/small_shapes.py cpu", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, tool="compute-sanitizer"),
     benchmark(

@@ -139,6 +139,7 @@ def test_what_nvcc_has_merged_is_found_by_the_lines_around_it():
         (256, 64, 0, 4),  # 65,536 registers
         (256, 65, 0, 3),  # given out eight to a thread
         (1024, 64, 0, 1),
+        (128, 44, 0, 10),  # eight at a time
         (128, 168, 0, 3),
         (96, 255, 0, 2),  # three warps take a place in four quarters
         (32, 16, 0, 32),

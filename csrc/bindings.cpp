@@ -60,6 +60,8 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
   m.def("limit_stage(int most) -> int");
+  // What the driver of like's GPU refuses (cuda/launches.h), as bits; on a GPU alone.
+  m.def("refused_launches(Tensor like) -> int");
   // The counters of counts.h on the device of `like`, [2] int64, which begin again at 0. Zeros on the CPU.
   m.def("take_counts(Tensor like) -> Tensor");
 

@@ -7,6 +7,7 @@
 #include "block_reduce.cuh"
 #include "connector_match.h"
 #include "device.cuh"
+#include "instructions.cuh"
 
 namespace ijckd {
 namespace {
@@ -33,6 +34,7 @@ template <typename T, typename A, int V>
 __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStats s) {
   constexpr int kRows = kStatRows / kStatLanes;  // of a thread
   __shared__ A slots[V][kStatLanes][kColumns];
+  allow_next_launch();
   const unsigned per_part = ceil_div(s.Ct, kColumns * V);
   const int64_t part = blockIdx.x / per_part, c = (int64_t(blockIdx.x % per_part) * kColumns + threadIdx.x) * V;
   const int64_t left = s.N - part * kStatRows, rows = left < kStatRows ? left : kStatRows;
@@ -74,6 +76,8 @@ __global__ void __launch_bounds__(kStatThreads) channel_stats_kernel(ChannelStat
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) combine_stats_kernel(CombineStats s) {
   __shared__ double slots[1][kSumLanes][kColumns];
+  allow_next_launch();
+  wait_for_earlier_launches();
   const A *part_mean = static_cast<const A*>(s.part_mean), *part_m2 = static_cast<const A*>(s.part_m2);
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x, parts = stat_parts(s.N, s.rows_per_part);
   const bool inside = c < s.Ct;
@@ -178,6 +182,8 @@ __device__ __forceinline__ void for_positions(const T* y, const T* map_t, int64_
 // more than kRun positions, whose runs are added up in double.
 template <typename T, typename A, int V, bool kMatched, bool kLong>
 __global__ void __launch_bounds__(kThreads) match_forward_kernel(MatchForward m) {
+  allow_next_launch();
+  wait_for_earlier_launches();
   if (kMatched && blockIdx.x == 0 && threadIdx.x == 0) *m.arrived = 0;
   const Place at = place<V>(m.Ct);
   if (at.b >= m.B) return;
@@ -263,6 +269,7 @@ __device__ void sum_shares(const MatchSums& s, double share, int block, int bloc
 template <typename A>
 __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
   __shared__ double slots[1][kSumLanes][kColumns];
+  wait_for_earlier_launches();
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const void* x = blockIdx.y == 0 ? s.square : blockIdx.y == 1 ? s.res : s.res_yhat;
   const A total = column_total(static_cast<const A*>(x), s.B, s.Ct, c, slots);  // 0 past the last channel
@@ -276,6 +283,7 @@ __global__ void __launch_bounds__(kSumThreads) match_sums_kernel(MatchSums s) {
 template <typename A, bool kPooled, bool kMap>
 __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads g) {
   __shared__ double slots[2][kSumLanes][kColumns];
+  allow_next_launch();
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const bool inside = c < g.Ct;
   const A *grad_z = static_cast<const A*>(g.grad_z), *z = static_cast<const A*>(g.z);
@@ -314,6 +322,7 @@ __global__ void __launch_bounds__(kSumThreads) channel_grads_kernel(ChannelGrads
 // A thread per image and V channels, positions in a loop: dL/dy, row_math.h:position_grad.
 template <typename T, typename A, int V, bool kMatched>
 __global__ void __launch_bounds__(kThreads) match_backward_kernel(MatchBackward m) {
+  wait_for_earlier_launches();
   const Place at = place<V>(m.Ct);
   if (at.b >= m.B) return;
   Channel<A> ch[V];
@@ -356,7 +365,8 @@ int channel_stats(const ChannelStats& s, void* stream) {
 
 int combine_stats(const CombineStats& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
-    return launch(combine_stats_kernel<decltype(a)>, ceil_div(s.Ct, kColumns), dim3(kColumns, kSumLanes), stream, s);
+    return launch_dependent(0, combine_stats_kernel<decltype(a)>, ceil_div(s.Ct, kColumns), dim3(kColumns, kSumLanes),
+                            stream, s);
   });
 }
 
@@ -374,7 +384,9 @@ int match_forward(const MatchForward& m, void* stream) {
                        aligned(2 * sizeof(A), {m.z, m.count, m.yhat, m.square, m.res, m.res_yhat});
     return by_width<T>(pairs, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      const auto start = [&](auto kernel) { return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m); };
+      const auto start = [&](auto kernel) {
+        return launch_dependent(0, kernel, places(m.B, m.Ct, V), kThreads, stream, m);
+      };
       if (m.P > kRun)
         return start(m.map_t ? match_forward_kernel<T, A, V, true, true> : match_forward_kernel<T, A, V, false, true>);
       return start(m.map_t ? match_forward_kernel<T, A, V, true, false> : match_forward_kernel<T, A, V, false, false>);
@@ -384,8 +396,8 @@ int match_forward(const MatchForward& m, void* stream) {
 
 int match_sums(const MatchSums& s, void* stream) {
   return dispatch(s.dtype, [&](auto, auto a) {
-    return launch(match_sums_kernel<decltype(a)>, dim3(ceil_div(s.Ct, kColumns), 3), dim3(kColumns, kSumLanes), stream,
-                  s);
+    return launch_dependent(0, match_sums_kernel<decltype(a)>, dim3(ceil_div(s.Ct, kColumns), 3),
+                            dim3(kColumns, kSumLanes), stream, s);
   });
 }
 
@@ -407,7 +419,7 @@ int match_backward(const MatchBackward& m, void* stream) {
     return by_width<T>(m.Ct % 2 == 0 && aligned(2 * sizeof(T), {m.y, m.map_t, m.dy}), [&](auto width) {
       constexpr int V = decltype(width)::value;
       const auto kernel = m.map_t ? match_backward_kernel<T, A, V, true> : match_backward_kernel<T, A, V, false>;
-      return launch(kernel, places(m.B, m.Ct, V), kThreads, stream, m);
+      return launch_dependent(0, kernel, places(m.B, m.Ct, V), kThreads, stream, m);
     });
   });
 }

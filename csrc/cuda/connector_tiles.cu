@@ -36,6 +36,7 @@ template <typename T, typename Shape, bool kPaired>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     project_tile_kernel(const ProjectTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  allow_next_launch();
   constexpr int kParts = kPaired ? 2 : 1;
   const int tiles_n = ceil_div(p.Ct, Shape::kN), tile = blockIdx.x / kParts;
   const int part = tile / tiles_n * kParts + blockIdx.x % kParts;

@@ -89,9 +89,10 @@ inline cudaError_t allow_shared(const void* kernel, int device, int bytes) {
 
 // Ways to start a kernel that a GPU or its driver may refuse.
 enum Feature {
-  kDependent = 1,   // before the launch before it on the stream has ended: "programmatic dependent launch"
-  kClusters = 2,    // in clusters of blocks
-  kCooperative = 4  // all blocks at a time
+  kDependent = 1,            // before the launch before it on the stream has ended: "programmatic dependent launch"
+  kClusters = 2,             // in clusters of blocks
+  kCooperative = 4,          // all blocks at a time
+  kDependentCooperative = 8  // both
 };
 
 // Features that a driver has refused on a GPU that should have them: not tried again in this process.
@@ -155,13 +156,14 @@ int launch_as(const Start& start, void (*kernel)(Params...), void* stream, const
         attributes, attribute_count};
     return cudaLaunchKernelEx(&config, kernel, args...);
   };
-  if (!start.dependent || !served(kDependent, device)) return returned(launch_with(count));
+  const Feature overlap = start.cooperative ? kDependentCooperative : kDependent;
+  if (!start.dependent || !served(overlap, device)) return returned(launch_with(count));
   attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[count].val.programmaticStreamSerializationAllowed = 1;
   const int refused = returned(launch_with(count + 1));
   if (refused == 0) return 0;
   error = launch_with(count);
-  if (error == cudaSuccess) refused_features |= kDependent;
+  if (error == cudaSuccess) refused_features |= overlap;
   return returned(error);
 }
 
@@ -172,12 +174,18 @@ int launch_sharing(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 
 }
 
 template <typename... Params, typename... Args>
+int launch_dependent(int shared_bytes, void (*kernel)(Params...), dim3 grid, dim3 block, void* stream,
+                     const Args&... args) {
+  return launch_as({grid, block, shared_bytes, true}, kernel, stream, args...);
+}
+
+template <typename... Params, typename... Args>
 int launch(void (*kernel)(Params...), dim3 grid, dim3 block, void* stream, const Args&... args) {
   return launch_as({grid, block}, kernel, stream, args...);
 }
 
-// Of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time. Each of them must do
-// what the missing ones would have done.
+// A dependent launch of a kernel whose blocks wait for one another: as many of `blocks` as the GPU holds at a time.
+// Each of them must do what the missing ones would have done.
 template <typename... Params, typename... Args>
 int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int threads, void* stream,
                     const Args&... args) {
@@ -198,7 +206,7 @@ int launch_resident(int shared_bytes, void (*kernel)(Params...), int blocks, int
   }
   const int resident = multiprocessors * on_each;
   Start start{blocks < resident ? blocks : resident, threads, shared_bytes};
-  start.cooperative = true;
+  start.dependent = start.cooperative = true;
   return launch_as(start, kernel, stream, args...);
 }
 

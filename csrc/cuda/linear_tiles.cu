@@ -100,6 +100,7 @@ template <typename T, typename Shape, Follows kFollows>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     linear_tile_kernel(const LinearTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
+  allow_next_launch();
   const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM,
             n0 = blockIdx.x % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};

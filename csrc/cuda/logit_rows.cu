@@ -63,19 +63,23 @@ __device__ __forceinline__ void keep_row(float* kept, const float* row, int K) {
   }
 }
 
+// What a launch does: all, or where the driver refuses launches whose blocks wait for one another, one half of it.
+enum class Part { both, products, rows };
+
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
 // each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
 // out: where all rows are far, or none is, the third part of the stack costs nothing.
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
-    logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from) {
+    logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from, const Part part) {
   extern __shared__ __align__(1024) unsigned char stages[];
   __shared__ int at[Shape::kM];  // where the tile's rows go
   allow_next_launch();
+  wait_for_earlier_launches();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   // Few registers are left beside a large tile's: sizes in 32 bits, addresses when they are needed.
   const int rows = int(p.rows.B), K = int(p.rows.K), stacked = int(stacked_rows(p));
-  const int tiles_m = ceil_div(stacked, Shape::kM), tiles = tiles_m * ceil_div(K, Shape::kN),
+  const int tiles_m = ceil_div(stacked, Shape::kM), tiles = part == Part::rows ? 0 : tiles_m * ceil_div(K, Shape::kN),
             steps = ceil_div(p.Ct, kDepth);
   for (int tile = blockIdx.x, before = 0; tile < tiles; tile += gridDim.x) {
     const int m0 = tile % tiles_m * Shape::kM, n0 = tile / tiles_m * Shape::kN;
@@ -97,7 +101,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     });
     __syncthreads();  // the last stage has been read, and `at`
   }
-  cooperative_groups::this_grid().sync();
+  if (part == Part::products) return;
+  if (part == Part::both) cooperative_groups::this_grid().sync();
 
   const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages),
                               reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages)};
@@ -129,8 +134,19 @@ int start(const LogitRows& l, void* stream) {
             make_operands<B::kByColumn>(&from, matrix<T>(l.stack, stacked, l.Ct), matrix<T>(l.weight, K, l.Ct)))
       return error;
     const int64_t tiles = int64_t(ceil_div(stacked, Shape::kM)) * ceil_div(K, Shape::kN);
-    return launch_resident(Shape::kSharedBytes, logit_rows_tile_kernel<T, Shape>, tiles > rows ? tiles : rows,
-                           Shape::kThreads, stream, l, from);
+    const auto kernel = logit_rows_tile_kernel<T, Shape>;
+    const auto part = [&](int64_t blocks, Part which) {
+      return launch_dependent(Shape::kSharedBytes, kernel, dim3(unsigned(blocks)), Shape::kThreads, stream, l, from,
+                              which);
+    };
+    const auto together = [&] {
+      const int blocks = int(tiles > rows ? tiles : rows);
+      return launch_resident(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, l, from, Part::both);
+    };
+    return either(kCooperative, together, [&] {
+      const int error = part(tiles, Part::products);
+      return error ? error : part(rows, Part::rows);
+    });
   });
 }
 

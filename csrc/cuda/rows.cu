@@ -2,6 +2,7 @@
 #include "block_reduce.cuh"
 #include "cuda/stage.h"
 #include "device.cuh"
+#include "instructions.cuh"
 #include "rows.h"
 
 namespace ijckd {
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const A* x,  //
                                                                  A* out,      // [cols] out
                                                                  int64_t rows, int64_t cols, A scale) {
   __shared__ double slots[1][kLanes][kColumns];
+  wait_for_earlier_launches();
   const int64_t c = int64_t(blockIdx.x) * kColumns + threadIdx.x;
   const A s = column_total(x, rows, cols, c, slots);
   if (c < cols && threadIdx.y == 0) out[c] = s * scale;
@@ -55,6 +57,7 @@ __global__ void __launch_bounds__(kSumThreads) array_sum_kernel(const A* x,  // 
                                                                 A* out,      // [1] out
                                                                 int64_t n, A scale) {
   __shared__ double slots[kSumThreads / 32];
+  wait_for_earlier_launches();
   double s = 0;
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += kSumThreads) s += x[i];
@@ -77,9 +80,10 @@ int column_sum(const ColumnSum& s, void* stream) {
     using A = decltype(a);
     const A* x = static_cast<const A*>(s.x);
     A* out = static_cast<A*>(s.out);
-    if (s.cols == 1) return launch(array_sum_kernel<A>, 1, kSumThreads, stream, x, out, s.rows, A(s.scale));
-    return launch(column_sum_kernel<A>, ceil_div(s.cols, kColumns), dim3(kColumns, kLanes), stream, x, out, s.rows,
-                  s.cols, A(s.scale));
+    if (s.cols == 1)
+      return launch_dependent(0, array_sum_kernel<A>, 1, kSumThreads, stream, x, out, s.rows, A(s.scale));
+    return launch_dependent(0, column_sum_kernel<A>, ceil_div(s.cols, kColumns), dim3(kColumns, kLanes), stream, x, out,
+                            s.rows, s.cols, A(s.scale));
   });
 }
 

@@ -127,11 +127,13 @@ def _gpu() -> Finding:
                 f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
             )
             raise RuntimeError(f"none usable; {built}")
-        from ijckd_fast.head import kernels_for
+        from ijckd_fast.head import HAS_CUDA_LIBRARY, kernels_for, refused_launches
 
         cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(len(cards))})
-        return "; ".join([f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}", *map(kernels_for, capabilities)])
+        refused = (refused_launches(f"cuda:{i}") for i in range(len(cards)) if HAS_CUDA_LIBRARY)
+        kernels = [*map(kernels_for, capabilities), *sorted(set(filter(None, refused)))]
+        return "; ".join([f"{len(cards)} x {cards[0]}, CUDA {torch.version.cuda}", *kernels])
 
     advice = (
         "training runs on the CPU; for a GPU install NVIDIA's driver and a CUDA build of torch (nvidia-smi shows the "

@@ -19,4 +19,5 @@ from ijckd_fast.head.libraries import (
     REBUILD as REBUILD,
     kernels_for as kernels_for,
     load_libraries as load_libraries,
+    refused_launches as refused_launches,
 )

@@ -46,3 +46,18 @@ def kernels_for(capability: tuple[int, int]) -> str:
     if capability >= (10, 0):
         tiles += " of PTX, which the driver compiles once"
     return f"{name}: {tiles}; library GEMMs and plain kernels (stage 0) for what those do not cover"
+
+
+# What the kernels do without the launches that csrc/cuda/launches.h names by these bits.
+WITHOUT = {
+    1: "launches that overlap, so each waits for the end of the one before",
+    2: "clusters, so blocks share no memory",
+    4: "cooperative launches, so whole rows of logits take one launch more",
+}
+
+
+def refused_launches(device: str) -> str:
+    """What the driver of this GPU refuses, and what the kernels do instead; empty if nothing."""
+    refused = torch.ops.ijckd.refused_launches(torch.empty(0, device=device))
+    what = " and ".join(text for bit, text in WITHOUT.items() if refused & bit)
+    return what and f"the driver refuses {what}"

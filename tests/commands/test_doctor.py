@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ijckd_fast import cli
+from ijckd_fast import cli, head
 from ijckd_fast.commands import doctor
 
 
@@ -54,10 +54,27 @@ def test_doctor_says_which_kernels_serve_the_gpu(monkeypatch, capabilities, text
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_name", "card {}".format)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    monkeypatch.setattr(head, "refused_launches", lambda device: "")
     gpu = {item.what: item for item in doctor.examine()}["GPU"]
     assert gpu.ok
     for text in texts:
         assert text in gpu.found
+
+
+@pytest.mark.parametrize(
+    ("refused", "text"),
+    [
+        (0, ""),
+        (1, "the driver refuses launches that overlap, so each waits for the end of the one before"),
+        (6, "the driver refuses clusters, so blocks share no memory and cooperative launches, so whole rows"),
+    ],
+)
+def test_doctor_says_what_the_driver_refuses(monkeypatch, refused, text):
+    ops = SimpleNamespace(ijckd=SimpleNamespace(refused_launches=lambda like: refused))
+    monkeypatch.setattr(torch, "ops", ops)
+    said = head.refused_launches("cpu")
+    assert said.startswith(text)
+    assert bool(said) == bool(text)
 
 
 def test_doctor_says_how_to_build_a_missing_library(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <deque>
@@ -55,6 +56,10 @@ emulator_switch:
   ret
 .size emulator_switch, .-emulator_switch
 )");
+
+namespace ijckd {
+extern std::atomic<int> refused_features;  // launch.cuh's
+}
 
 namespace emulator {
 namespace {
@@ -1282,7 +1287,10 @@ void set_schedule(Schedule schedule, unsigned seed) {
 void set_async(Async async) { m.async = async; }
 
 void set_device(int device) { m.device = device; }
-void refuse(int attributes) { m.refused = attributes; }
+void refuse(int attributes) {
+  m.refused = attributes;
+  ijckd::refused_features = 0;
+}
 int device() { return m.device; }
 int capture_mode() { return m.capture_mode; }
 int last_error() { return m.last_error; }

@@ -76,7 +76,8 @@ void set_async(Async async);
 void set_device(int device);
 int device();
 
-// The driver refuses launches with these attributes: bits of their cudaLaunchAttributeIDs.
+// The driver refuses launches with these attributes, bits of their cudaLaunchAttributeIDs; the launchers do not know
+// yet.
 void refuse(int attributes);
 
 // What the host leaves behind on its thread: CUDA's codes.

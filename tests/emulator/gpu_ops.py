@@ -282,6 +282,34 @@ def test_maps_are_of_the_array_that_is_there_now():
         assert all(map(torch.equal, here, copied))
 
 
+# cudaLaunchAttributeIDs that a driver may refuse, and the bits by which the library says so
+REFUSALS = {"nothing": (0, 0), "dependent launches": (1 << 6, 1), "clusters": (1 << 4, 2), "cooperative": (1 << 2, 4)}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("case", ["ce", "kl"])
+def test_a_refused_launch_has_a_path_without(refusal, case, library):
+    attributes, bits = REFUSALS[refusal]
+    z, weight, *rest, keywords = tiled_inputs(9, 24, 90, **TILED[case])
+    want = loss_and_grad(head, z, weight, *rest, **keywords)
+
+    def check():
+        got = loss_and_grad(head, z, weight, *rest, **keywords)
+        if refusal == "clusters":  # whose blocks share a sum: another order
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        else:
+            assert all(map(torch.equal, want, got))
+
+    library.emulated_refusal(attributes)
+    try:
+        assert torch.ops.ijckd.refused_launches(z) == bits
+        check()
+        library.emulated_refusal(attributes)  # found by an op
+        check()
+    finally:
+        library.emulated_refusal(0)
+
+
 @pytest.mark.parametrize("current", [-1, 1], ids=["none", "one of sm_86"])
 @pytest.mark.parametrize("op", ["linear", "map", "loss", "projected loss"])
 def test_the_stage_is_that_of_the_tensors_gpu(op, current, library):

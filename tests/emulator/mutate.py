@@ -57,16 +57,20 @@ def included(file: str) -> set[str]:
     return found
 
 
+# How the host starts kernels, which cases of single kernels say little of: gpu_ops.py has tests of their own for it.
+HOST = {"launch.cuh", "launches.cu"}
+
+
 def has_code(header: str) -> bool:
     """For the GPU, and not the emulator's own in its place; csrc/*.h mark theirs."""
     if header.endswith(".cuh"):
-        return pathlib.PurePath(header).name not in build.REPLACED
+        return pathlib.PurePath(header).name not in build.REPLACED | HOST
     return "IJCKD_HD" in (build.CSRC / header).read_text()
 
 
 def mutable_files() -> dict[str, tuple[str, ...]]:
     """The units to compile anew when the file changes."""
-    files = {f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS}
+    files = {f"cuda/{unit}": (unit,) for unit in UNIT_KERNELS if unit not in HOST}
     for unit in sorted(UNIT_KERNELS, key=lambda unit: (build.CSRC / "cuda" / unit).stat().st_size):
         for header in sorted(filter(has_code, included(f"cuda/{unit}"))):
             files[header] = (*files.get(header, ()), unit)

@@ -11,6 +11,7 @@ constexpr int kRowThreads = 128;
 template <typename T, bool kLogits>
 __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRows p) {
   __shared__ float slots[kRowThreads / 32];
+  allow_next_launch();
   const int64_t b = blockIdx.x;
   const RowLabels labels(p.anchors, b);
   RowDots dots;

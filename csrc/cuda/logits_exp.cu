@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
   bf16* shared = reinterpret_cast<bf16*>(stages);
   const int tiles_m = ceil_div(p.B, Shape::kM), tile_m = blockIdx.x % tiles_m, tile_n = blockIdx.x / tiles_m;
-  const int class_tiles = ceil_div(p.classes, Shape::kN);
-  if (tile_n < class_tiles)
-    exp_tile<Shape, kPaired>(p, logits, shared, tile_m, tile_n);
+  const int gram_tiles = p.gram ? ceil_div(p.Ct, Shape::kN) : 0;  // the first: their sums are three times as long
+  if (tile_n < gram_tiles)
+    gram_tile<Shape>(p, gram, shared, tile_m, tile_n);
   else
-    gram_tile<Shape>(p, gram, shared, tile_m, tile_n - class_tiles);
+    exp_tile<Shape, kPaired>(p, logits, shared, tile_m, tile_n - gram_tiles);
 }
 
 }  // namespace

@@ -62,7 +62,10 @@ __device__ __forceinline__ void join(typename ColumnsOf<Shape, kBlocks>::Accumul
   }
   cluster_arrive();
 }
-__device__ __forceinline__ void join_end() { cluster_wait(); }
+__device__ __forceinline__ void join_end() {
+  __syncwarp();  // the cluster's barrier takes whole warps
+  cluster_wait();
+}
 
 // The copy functor for part of a product's steps, from `first`.
 template <typename Copy>

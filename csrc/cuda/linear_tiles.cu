@@ -274,9 +274,10 @@ __device__ __forceinline__ void dbias_columns(const LinearGradTiles& p, double* 
   });
 }
 
-// A block per tile of du, whose sums are the longest, then of dweight, then per 64 channels of dbias.
+// A block per tile of du, whose sums are the longest, then of dweight, then per 64 channels of dbias. With pooled_t a
+// thread has both of its windows' operands in flight, more registers than two blocks to a multiprocessor leave.
 template <typename T, bool kPooled>
-__global__ void __launch_bounds__(GradTile::kThreads, 2)
+__global__ void __launch_bounds__(GradTile::kThreads, kPooled ? 1 : 2)
     linear_grad_tile_kernel(const LinearGradTiles p, int du_tiles, int dweight_tiles) {
   extern __shared__ __align__(1024) unsigned char stages[];
   T* shared = reinterpret_cast<T*>(stages);

@@ -25,6 +25,7 @@ MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
 # kernel: bound, where fewer threads are meant, or the stages leave room for no more; match_forward's is float64's
 MORE_REGISTERS = {
     "grad_rows_tile_kernel": 168,
+    "linear_grad_tile_kernel": 160,
     "linear_tile_kernel": 168,
     "logit_rows_tile_kernel": 192,
     "logits_exp_tile_kernel": 160,

@@ -6,6 +6,8 @@ change that no case notices is a hole in the tests, unless it changes nothing th
                                                  was ended
     python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases
     python tests/emulator/mutate.py --only STR   those of which file or code holds STR; goes with the others
+    python tests/emulator/mutate.py --defer      judges none: gives each without a row one that says so, which --missing
+                                                 then judges; test_mutants.py counts them as work that is left
 
 mutants.csv has one row per mutant that has been judged: what was changed and what noticed. It is brought up to date as
 the run goes on. `explanation` is written by hand for survivors, and kept.
@@ -37,7 +39,7 @@ KEY = ("file", "code", "nth", "column", "was", "became")
 COLUMNS = ("file", "line", *KEY[1:], "verdict", "case", "explanation")
 LONG = 0.4  # seconds; a longer case runs in the first order only
 ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
-SURVIVED, NOT_COMPILED, TIMED_OUT = "survived", "does not compile", "time limit"
+SURVIVED, NOT_COMPILED, TIMED_OUT, NOT_JUDGED = "survived", "does not compile", "time limit", "not judged"
 TIME_LIMIT = 30  # seconds, of at most 5 on a quiet machine
 FLAG = "-Wno-empty-body"  # of a statement removed after an `if`
 
@@ -310,7 +312,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants of which file or code holds this")
     parser.add_argument("--survivors", action="store_true", help="mutants that survived last time")
-    parser.add_argument("--missing", action="store_true", help="mutants without a row")
+    parser.add_argument("--missing", action="store_true", help="mutants without a row, or with a deferred one")
+    parser.add_argument("--defer", action="store_true", help="judge none; give those without a row one")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)  # library, kernels: one mutant's own process
     args = parser.parse_args()
@@ -324,10 +327,12 @@ def main() -> None:
     chosen = [m for m in mutants if args.only in m.file or args.only in m.code]
     if args.survivors:
         chosen = [m for m in chosen if before.get(m.key, {}).get("verdict", SURVIVED) == SURVIVED]
-    if args.missing:
-        chosen = [m for m in chosen if m.key not in before]
+    if args.missing or args.defer:
+        judged = {k for k, row in before.items() if row["verdict"] != NOT_JUDGED}
+        chosen = [m for m in chosen if m.key not in judged]
     after = dict(before)
-    for done, (mutant, verdict, case) in enumerate(judge_all(chosen, args.workers), 1):
+    verdicts = ((m, NOT_JUDGED, "") for m in chosen) if args.defer else judge_all(chosen, args.workers)
+    for done, (mutant, verdict, case) in enumerate(verdicts, 1):
         explanation = before.get(mutant.key, {}).get("explanation", "") if verdict == SURVIVED else ""
         values = (mutant.file, mutant.line, *mutant.key[1:], verdict, case, explanation)
         after[mutant.key] = dict(zip(COLUMNS, map(str, values), strict=True))

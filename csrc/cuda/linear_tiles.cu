@@ -95,17 +95,23 @@ __device__ __forceinline__ void store_anchors(const LinearTiles& p, const typena
 
 enum class Follows { kNothing, kRounding, kLogits };  // classifier_loss: not, without the labels' logits, with them
 
-// Blocks go through the channels' tiles first: those in flight together share their rows of u.
-template <typename T, typename Shape, Follows kFollows>
+// Blocks go through the channels' tiles first: those in flight together share their rows of u. kPaired: two neighbours,
+// a cluster, have the same channels and copy their rows of the weight once.
+template <typename T, typename Shape, Follows kFollows, bool kPaired>
 __global__ void __launch_bounds__(Shape::kThreads, 2)
     linear_tile_kernel(const LinearTiles p, const __grid_constant__ Operands<T, Shape> from) {
   extern __shared__ __align__(1024) unsigned char stages[];
   allow_next_launch();
-  const int tiles_n = ceil_div(p.Ct, Shape::kN), m0 = blockIdx.x / tiles_n * Shape::kM,
-            n0 = blockIdx.x % tiles_n * Shape::kN;
+  constexpr int kParts = kPaired ? 2 : 1;
+  const int tiles_n = ceil_div(p.Ct, Shape::kN), tile = blockIdx.x / kParts;
+  const int part = tile / tiles_n * kParts + blockIdx.x % kParts;
+  const int m0 = part * Shape::kM, n0 = tile % tiles_n * Shape::kN;
   typename Shape::Accumulators acc = {};
-  multiply<Shape, B::kByColumn>(acc, reinterpret_cast<T*>(stages), ceil_div(p.Cs, kDepth),
-                                tile_at<B::kByColumn>(from, m0, n0));
+  T* shared = reinterpret_cast<T*>(stages);
+  if constexpr (kPaired)
+    multiply_paired<Shape>(acc, shared, ceil_div(p.Cs, kDepth), from, m0, n0);
+  else
+    multiply<Shape, B::kByColumn>(acc, shared, ceil_div(p.Cs, kDepth), tile_at<B::kByColumn>(from, m0, n0));
   if constexpr (kFollows != Follows::kNothing) {
     __syncthreads();  // the last stage has been read: its memory now holds the rows' sums
     return store_anchors<T, Shape, kFollows == Follows::kLogits>(p, acc, reinterpret_cast<RowDots*>(stages), m0, n0);
@@ -133,7 +139,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2)
   if (p.pooled_t) {
     __syncthreads();  // likewise the threads' sums
     square = block_reduce<Shape::kThreads>(square, reinterpret_cast<float*>(stages), Sum{});
-    if (threadIdx.x == 0) p.squares[blockIdx.x] = square;
+    if (threadIdx.x == 0) p.squares[part * tiles_n + tile % tiles_n] = square;
   } else if (blockIdx.x == 0 && threadIdx.x == 0) {
     *p.fm = 0;
   }
@@ -294,17 +300,30 @@ template <typename T>
 int start_linear(const LinearTiles& p, void* stream) {
   return with_tile(p.stage, p.B, p.Ct, [&](auto shape) {
     using Shape = decltype(shape);
+    const auto u = matrix<T>(p.u, p.B, p.Cs), weight = matrix<T>(p.weight, p.Ct, p.Cs);
+    const int parts = ceil_div(p.B, Shape::kM);
     Operands<T, Shape> from{};
-    if (const int error =
-            make_operands<B::kByColumn>(&from, matrix<T>(p.u, p.B, p.Cs), matrix<T>(p.weight, p.Ct, p.Cs)))
-      return error;
-    const int blocks = ceil_div(p.B, Shape::kM) * ceil_div(p.Ct, Shape::kN);
-    const auto start = [&](auto kernel) {
-      return launch_sharing(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, p, from);
+    const auto start = [&](auto paired, int error, int shared_bytes) {
+      constexpr bool kPaired = decltype(paired)::value;
+      if (error) return error;
+      Start how{parts * ceil_div(p.Ct, Shape::kN), Shape::kThreads, shared_bytes};
+      how.cluster = kPaired ? 2 : 1;
+      if (!p.anchors.z_t)
+        return launch_as(how, linear_tile_kernel<T, Shape, Follows::kNothing, kPaired>, stream, p, from);
+      return p.anchors.rows.anchor
+                 ? launch_as(how, linear_tile_kernel<T, Shape, Follows::kLogits, kPaired>, stream, p, from)
+                 : launch_as(how, linear_tile_kernel<T, Shape, Follows::kRounding, kPaired>, stream, p, from);
     };
-    if (!p.anchors.z_t) return start(linear_tile_kernel<T, Shape, Follows::kNothing>);
-    return p.anchors.rows.anchor ? start(linear_tile_kernel<T, Shape, Follows::kLogits>)
-                                 : start(linear_tile_kernel<T, Shape, Follows::kRounding>);
+    const auto alone = [&] {
+      return start(std::false_type{}, make_operands<B::kByColumn>(&from, u, weight), Shape::kSharedBytes);
+    };
+    if constexpr (std::is_same_v<Shape, LargeHopperTile>)
+      if (parts % 2 == 0)
+        return either(
+            kClusters,
+            [&] { return start(std::true_type{}, make_paired_operands(&from, u, weight), kPairedBytes<Shape>); },
+            alone);
+    return alone();
   });
 }
 

@@ -803,7 +803,9 @@ def all_cases() -> dict[str, Case]:
         for N, Cs in ((128 * 2 + 3, 72), (128 * 2 + 3, 328), (128 * 4, 136)):
             add(project_tiles, BF16, N, Cs, 264, True, stage=stage)  # large tiles, in pairs
         for anchored in (False, True):
-            add(linear_tiles, BF16, 128 * 2 + 2, 24, 264, pooled=True, anchored=anchored, stage=stage)  # likewise
+            for B in (128 * 2 + 2, 128 * 2 - 3):  # likewise; in pairs where the rows' tiles are even in number
+                add(linear_tiles, BF16, B, 24, 264, pooled=True, anchored=anchored, stage=stage)
+            add(linear_tiles, BF16, 128 * 2, 136 + 64, 264, anchored=anchored, anchors=False, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             add(linear_tiles, BF16, B, Cs, Ct, anchored=True, pooled=True, stage=stage)
             add(linear_tiles, BF16, B, Cs, Ct, anchored=True, two_labels=False, bias=False, stage=stage)

@@ -1,21 +1,27 @@
 """What nvcc made of the CUDA kernels, read from the built library: no local memory, registers within bounds, tensor
-cores where a kernel is meant to use them. No GPU needed.
+cores where a kernel is meant to use them, loads in flight together where they are meant to be. No GPU needed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import itertools
 import os
 import pathlib
 import re
-import shutil
 import subprocess
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
 
 import ijckd_fast
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "scripts"))
+
+import sass  # noqa: E402
 
 LIBRARY = pathlib.Path(ijckd_fast.__file__).parent / "head/_C_cuda.so"
 ARCHITECTURES = {"sm_75", "sm_80", "sm_90a"}
@@ -91,20 +97,11 @@ def ptx_of(dump: str) -> set[str]:
     return set(re.findall(r"Fatbin ptx code:\n=+\narch = (\w+)", dump))
 
 
-def found_tool(name: str) -> str | None:
-    """cuobjdump comes with requirements-dev.txt, nvdisasm with torch's Triton; the CUDA toolkit has both."""
-    folders = [pathlib.Path(home, "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    for package, below in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
-        spec = importlib.util.find_spec(package)
-        folders += [pathlib.Path(p, below) for p in (spec and spec.submodule_search_locations) or ()]
-    return shutil.which(name) or next((str(f / name) for f in folders if (f / name).exists()), None)
-
-
 @functools.cache
 def dump() -> str:
     if not ijckd_fast.HAS_CUDA_LIBRARY:
         pytest.skip("no CUDA library on this machine")
-    cuobjdump, nvdisasm = found_tool("cuobjdump"), found_tool("nvdisasm")
+    cuobjdump, nvdisasm = sass.found_tool("cuobjdump"), sass.found_tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         pytest.skip(f"no {'nvdisasm' if cuobjdump else 'cuobjdump'} on this machine")
     path = f"{pathlib.Path(nvdisasm).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -122,7 +119,7 @@ def test_every_architecture_has_every_kernel():
     assert set(names) == ARCHITECTURES
     assert len({tuple(n) for n in names.values()}) == 1, names
     assert ptx_of(dump()) == {NEWER_GPUS}
-    sources = "".join(p.read_text() for p in (pathlib.Path(__file__).parents[2] / "csrc/cuda").glob("*.cu*"))
+    sources = "".join(p.read_text() for p in (ROOT / "csrc/cuda").glob("*.cu*"))
     kernel = r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
     assert set(re.findall(kernel, sources)) == set(names["sm_80"])
 
@@ -204,3 +201,204 @@ def test_the_rules_themselves(mangled, architecture, registers, instruction, wan
     assert kernel.operations == {"IMAD", instruction.split(".")[0].split()[0], "EXIT"}
     assert report([kernel]).rpartition(" (")[0] == wanted
     assert ptx_of(text) == {"sm_100"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# loads in flight
+
+
+def lines_of(place: str) -> set[str]:
+    """The lines "file:line" of a function or struct of csrc/cuda, by "file:name"."""
+    file, _, name = place.partition(":")
+    source = (ROOT / "csrc/cuda" / file).read_text().splitlines()
+    (first,) = [n for n, line in enumerate(source) if re.search(rf"\b(?:void|struct|auto) {name}\b(?!.*;)", line)]
+    end = re.match(" *", source[first])[0] + "}"
+    last = next(n for n in range(first, len(source)) if source[n].startswith(end))
+    return {f"{file}:{n + 1}" for n in range(first, last + 1)}
+
+
+@dataclass
+class InFlight:
+    """How a thread waits for loads in some of a kernel's code, each instruction once, in the order of the program."""
+
+    batches: list[int]  # loads from one store to global memory to the next
+    rounds: int  # waits for loads one after the other
+
+    @staticmethod
+    def of(kernel: sass.Kernel, lines: set[str]) -> InFlight:
+        """Of what comes from these lines, functions inlined there included."""
+
+        def own(x: sass.Instruction) -> bool:
+            return not lines.isdisjoint(x.lines)
+
+        accesses = (x for x in kernel.instructions if own(x) and (x.is_load or x.is_store))
+        batches = [len(list(run)) for loads, run in itertools.groupby(accesses, lambda x: x.is_load) if loads]
+        # what waits may have other lines
+        waits = sass.Scoreboard(lambda x: sass.rounds_of(x) if own(x) else 0)
+        return InFlight(batches, int(waits.run(kernel.instructions)))
+
+
+@dataclass
+class Batches:
+    """What is meant of one piece of a kernel's code. By tile, as in TILE_SIZES."""
+
+    kernel: str
+    code: str  # functions of csrc/cuda, "file:name", that load and store
+    most: tuple[int, int, int, int]  # rounds, and batches: 0: nothing is loaded
+    fewest: tuple[int, int, int, int]  # loads of a batch
+    variant: str = ""  # pattern in the symbol
+
+    def faults(self, kernel: sass.Kernel) -> list[str]:
+        found = InFlight.of(kernel, set().union(*map(lines_of, self.code.split())))
+        tile = next(n for n, size in enumerate(TILE_SIZES) if size in kernel.symbol)
+        most, fewest = self.most[tile], self.fewest[tile]
+        faults = []
+        if most and not found.batches:
+            faults.append("loads nothing")
+        if (waits := max(found.rounds, len(found.batches))) > most:
+            faults.append(f"waits for loads {waits} times, more than {most}")
+        if (least := min(found.batches, default=fewest)) < fewest:
+            faults.append(f"has {least} loads in flight before it stores, fewer than {fewest}")
+        return [f"{self.kernel}: {self.code} {fault} ({kernel.symbol})" for fault in faults]
+
+
+TILE_SIZES = ("4TileILi64E", "4TileILi128E", "HopperTileILi64E", "HopperTileILi128E")
+
+# A thread has 16 pairs of a tile of 64 x 64, 32 of one of 128 x 128, in 2 rows of each 16 x 8 block. A load must not
+# pass a store that may be to the same address, so a batch is what the source loads before it stores: of fewer pairs
+# where registers are few. A batch is one round, or two where the compiler takes its first loads before its last go out.
+BATCHES = [
+    # all columns of a row of blocks, or 4: a bias, and pooled_t of both rows
+    Batches(
+        "linear_tile_kernel",
+        "linear_tiles.cu:for_some_pairs linear_tiles.cu:BiasPairs",
+        (2, 5, 1, 4),
+        (12, 12, 24, 12),
+        "FollowsE[01]",
+    ),
+    # with two rows of W to each of both rows; 2 columns of a large tile, 1 before Hopper
+    Batches(
+        "linear_tile_kernel",
+        "linear_tiles.cu:for_some_pairs linear_tiles.cu:BiasPairs",
+        (2, 29, 1, 8),
+        (28, 7, 56, 14),
+        "FollowsE2",
+    ),
+    # the cluster's eight sums of a row's four, three times: of du, dweight and a float dweight
+    Batches("product_grad_tile_kernel", "product_grads.cu:store_sums", (0, 0, 3, 3), (0, 0, 8, 8)),
+    Batches("product_grad_tile_kernel", "bias_columns.cuh:bias_columns", (1, 1, 1, 1), (8, 8, 8, 8)),  # eight rows
+    # gram_tile: z and pooled_t of kPairsAtOnce
+    Batches("logits_exp_tile_kernel", "tile.cuh:for_row tile.cuh:load_two", (4, 8, 3, 12), (8, 8, 16, 8)),
+    # eight parts of both anchors, the labels, a bias, all before the first store
+    Batches("logits_exp_tile_kernel", "logits_exp.cu:exp_tile", (4, 4, 4, 4), (18, 18, 18, 18)),
+    # six arrays of kPairsAtOnce, which a cluster's blocks have fewer of
+    Batches("grad_rows_tile_kernel", "tile.cuh:for_row", (4, 8, 2, 8), (24, 24, 48, 24), "ClusterE[02]"),
+    Batches("grad_rows_tile_kernel", "tile.cuh:for_row", (0, 0, 2, 0), (0, 0, 12, 0), "ClusterE1"),
+    # thirteen arrays' eight parts, of which class_sums reads three at a time
+    Batches("grad_rows_tile_kernel", "classifier_rows.cuh:share", (10, 10, 10, 10), (104, 104, 104, 104)),
+    # z and pooled_t of kPairsAtOnce
+    Batches(
+        "times_classifier_tile_kernel",
+        "tile.cuh:for_row tile.cuh:load_two",
+        (4, 8, 2, 8),
+        (8, 8, 16, 8),
+        "ClusterE0",
+    ),
+    Batches(
+        "times_classifier_tile_kernel", "tile.cuh:for_row tile.cuh:load_two", (0, 0, 2, 0), (0, 0, 4, 0), "ClusterE1"
+    ),
+    Batches("times_classifier_tile_kernel", "classifier_rows.cuh:share", (1, 1, 1, 1), (8, 8, 8, 8)),
+    # eight logits of a row, and of its delta
+    Batches("logit_rows_tile_kernel", "logit_rows.cu:keep_row", (2, 2, 2, 2), (16, 16, 16, 16)),
+]
+
+
+def batches_of(kernel: sass.Kernel) -> list[Batches]:
+    name = innermost_name(kernel.symbol)
+    return [b for b in BATCHES if b.kernel == name and re.search(b.variant, kernel.symbol)]
+
+
+def load_faults(kernels: Iterable[sass.Kernel]) -> list[str]:
+    return [fault for kernel in kernels for b in batches_of(kernel) for fault in b.faults(kernel)]
+
+
+def test_loads_are_in_flight_together():
+    names = {b.kernel for b in BATCHES}
+    wanted = {sass.plain_symbol(k.symbol) for k in kernels_of(dump()) if k.name in names}
+    kernels = sass.read(LIBRARY, wanted=wanted).values()
+    for k in kernels:  # of whatever variant
+        wanted_code = {b.code for b in BATCHES if b.kernel == innermost_name(k.symbol)}
+        assert {b.code for b in batches_of(k)} == wanted_code, k.symbol
+    assert [b for b in BATCHES if not any(b in batches_of(k) for k in kernels)] == []
+    if faults := load_faults(kernels):
+        pytest.fail("\n".join(faults))
+
+
+# Cut from nvdisasm's text of linear_tile_kernel: a load, what waits for it, which may have lines of elsewhere, a store.
+LOAD = """
+	//## File "/csrc/cuda/device.cuh", line 57 inlined at "/csrc/cuda/tile.cuh", line {line}
+	//## File "/csrc/cuda/tile.cuh", line {line}
+        /*18e0*/                   LDG.E.64 R4, desc[UR6][R4.64] ;   /* 0x0000000604047981 */
+                                                                     /* 0x000f66000c1e1b00 */
+"""
+USE = """
+	//## File "/csrc/cuda/linear_tiles.cu", line 127
+        /*1c10*/                   FADD R24, R24, R4 ;               /* 0x0000000418187221 */
+                                                                     /* 0x020fe20000000000 */
+"""
+STORE = """
+	//## File "/csrc/cuda/tile.cuh", line {line}
+        /*1ca0*/                   STG.E.64 desc[UR6][R18.64], R24 ; /* 0x0000001812007986 */
+                                                                     /* 0x0001e2000c101b06 */
+"""
+HEAD = "//--------------------- .text._ZN5ijckd12_GLOBAL__N_1{name} --------\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "batches", "rounds"),
+    [
+        (4 * (LOAD + USE + STORE), [1, 1, 1, 1], 4),
+        (4 * LOAD + 4 * (USE + STORE), [4], 1),
+        (2 * (2 * LOAD + 2 * (USE + STORE)), [2, 2], 2),
+        (4 * (LOAD + USE) + 4 * STORE, [4], 4),
+        (LOAD + 3 * (LOAD + STORE) + USE, [2, 1, 1], 1),
+        (4 * (USE + STORE), [], 0),
+    ],
+    ids=["serial", "batched", "two batches", "one wait each", "loads behind stores", "no loads"],
+)
+def test_loads_in_flight(code, batches, rounds):
+    (kernel,) = sass.kernels_in(HEAD.format(name="1kE") + code.format(line=240) + (LOAD + USE).format(line=1))
+    assert InFlight.of(kernel, {"tile.cuh:240"}) == InFlight(batches, rounds)
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        (2 * (16 * LOAD + 8 * (USE + STORE)), []),
+        (
+            16 * (2 * LOAD + USE + STORE),
+            ["waits for loads 16 times, more than 2", "has 2 loads in flight before it stores, fewer than 16"],
+        ),
+        (16 * (LOAD + USE + STORE) + 16 * LOAD, ["waits for loads 17 times, more than 2", "has 1 loads"]),
+        (3 * (16 * LOAD + USE + STORE), ["waits for loads 3 times, more than 2"]),
+        (32 * LOAD + STORE, []),
+        (STORE, ["loads nothing"]),
+    ],
+    ids=["as it is", "a pair at a time", "one", "one batch more", "one batch", "no loads"],
+)
+def test_the_bounds_of_loads_themselves(code, wanted):
+    name = "28times_classifier_tile_kernelI6__halfNS_10HopperTileILi64ELi64ELi6EEELNS_7ClusterE0EEEvv"
+    line = min(int(at.partition(":")[2]) for at in lines_of("tile.cuh:for_row"))
+    (kernel,) = sass.kernels_in(HEAD.format(name=name) + code.format(line=line))
+    found = [f for f in load_faults([kernel]) if "tile.cuh:for_row" in f]
+    assert len(found) == len(wanted)
+    assert all(part in fault for part, fault in zip(wanted, found, strict=True)), found
+
+
+def test_a_function_s_lines():
+    source = (ROOT / "csrc/cuda/classifier_rows.cuh").read_text().splitlines()
+    lines = sorted(int(at.removeprefix("classifier_rows.cuh:")) for at in lines_of("classifier_rows.cuh:share"))
+    assert lines == list(range(lines[0], lines[-1] + 1))
+    assert "void share(" in source[lines[0] - 1]
+    assert source[lines[-1] - 1] == "  }"
+    assert any("kAtOnce" in source[n - 1] for n in lines)

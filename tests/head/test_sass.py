@@ -240,11 +240,13 @@ class InFlight:
 
 @dataclass
 class Batches:
-    """What is meant of one piece of a kernel's code. By tile, as in TILE_SIZES."""
+    """What nvcc makes of one piece of a kernel's code, by tile, as in TILE_SIZES. From one build to another it may part
+    a batch or move a load: so much is no fault, batches of half the size are.
+    """
 
     kernel: str
     code: str  # functions of csrc/cuda, "file:name", that load and store
-    most: tuple[int, int, int, int]  # rounds, and batches: 0: nothing is loaded
+    most: tuple[int, int, int, int]  # rounds, and batches; 0: nothing is loaded
     fewest: tuple[int, int, int, int]  # loads of a batch
     variant: str = ""  # pattern in the symbol
 
@@ -255,10 +257,10 @@ class Batches:
         faults = []
         if most and not found.batches:
             faults.append("loads nothing")
-        if (waits := max(found.rounds, len(found.batches))) > most:
-            faults.append(f"waits for loads {waits} times, more than {most}")
-        if (least := min(found.batches, default=fewest)) < fewest:
-            faults.append(f"has {least} loads in flight before it stores, fewer than {fewest}")
+        if (waits := max(found.rounds, len(found.batches))) > 1.5 * most:
+            faults.append(f"waits for loads {waits} times instead of {most}")
+        if (least := min(found.batches, default=fewest)) < 0.75 * fewest:
+            faults.append(f"has {least} loads in flight before it stores instead of {fewest}")
         return [f"{self.kernel}: {self.code} {fault} ({kernel.symbol})" for fault in faults]
 
 
@@ -272,7 +274,7 @@ BATCHES = [
     Batches(
         "linear_tile_kernel",
         "linear_tiles.cu:for_some_pairs linear_tiles.cu:BiasPairs",
-        (2, 5, 1, 4),
+        (2, 4, 1, 4),
         (12, 12, 24, 12),
         "FollowsE[01]",
     ),
@@ -280,7 +282,7 @@ BATCHES = [
     Batches(
         "linear_tile_kernel",
         "linear_tiles.cu:for_some_pairs linear_tiles.cu:BiasPairs",
-        (2, 29, 1, 8),
+        (2, 22, 1, 8),
         (28, 7, 56, 14),
         "FollowsE2",
     ),
@@ -377,14 +379,25 @@ def test_loads_in_flight(code, batches, rounds):
         (2 * (16 * LOAD + 8 * (USE + STORE)), []),
         (
             16 * (2 * LOAD + USE + STORE),
-            ["waits for loads 16 times, more than 2", "has 2 loads in flight before it stores, fewer than 16"],
+            ["waits for loads 16 times instead of 2", "has 2 loads in flight before it stores instead of 16"],
         ),
-        (16 * (LOAD + USE + STORE) + 16 * LOAD, ["waits for loads 17 times, more than 2", "has 1 loads"]),
-        (3 * (16 * LOAD + USE + STORE), ["waits for loads 3 times, more than 2"]),
+        (16 * (LOAD + USE + STORE) + 16 * LOAD, ["waits for loads 17 times instead of 2", "has 1 loads"]),
+        (4 * (16 * LOAD + USE + STORE), ["waits for loads 4 times instead of 2"]),
+        (4 * (8 * LOAD + USE + STORE), ["waits for loads 4 times instead of 2", "has 8 loads"]),
+        (15 * LOAD + USE + LOAD + USE + STORE + 15 * LOAD + USE + STORE, []),
         (32 * LOAD + STORE, []),
         (STORE, ["loads nothing"]),
     ],
-    ids=["as it is", "a pair at a time", "one", "one batch more", "one batch", "no loads"],
+    ids=[
+        "as it is",
+        "a pair at a time",
+        "one",
+        "twice",
+        "half a batch",
+        "one wait more, a load fewer",
+        "one batch",
+        "no loads",
+    ],
 )
 def test_the_bounds_of_loads_themselves(code, wanted):
     name = "28times_classifier_tile_kernelI6__halfNS_10HopperTileILi64ELi64ELi6EEELNS_7ClusterE0EEEvv"

@@ -161,6 +161,18 @@ def projected_classifier_loss(
     raises           RuntimeError as `classifier_loss`, for anything of it that requires grad, and for u and projection
                      as `connector_match`
     """
+    u, projection, dtype = projected_operands(u, projection)
+    terms = LossTerms(
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
+    )
+    inputs = (u, projection, projection_bias)
+    return _loss("projected_classifier_loss", of_projected, inputs, terms, "u and its projection are", dtype)
+
+
+def projected_operands(u: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, torch.dtype | None]:
+    """u and projection as `projected_classifier_loss`'s op takes them, and the dtype of its products if autocast has
+    one.
+    """
     op = "projected_classifier_loss"
     check_library(u, op)
     if u.dim() != 2:
@@ -170,11 +182,7 @@ def projected_classifier_loss(
         u = u.to(dtype)
         if projection.dtype != torch.float32:  # which the op casts, whose gradient then is float32 without a cast
             projection = projection.to(dtype)
-    terms = LossTerms(
-        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-    )
-    inputs = (u, projection, projection_bias)
-    return _loss(op, of_projected, inputs, terms, "u and its projection are", dtype)
+    return u, projection, dtype
 
 
 def _loss(

@@ -7,14 +7,15 @@ gradients are plain tensors, to be put into `.grad` or into `torch.autograd.back
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ijckd_fast.head.classifier import LossTerms, of_features, of_projected, refuse_trained
-from ijckd_fast.head.connector import Norm, match_by, matched
+from ijckd_fast.head.classifier import LossTerms, of_features, of_projected, projected_operands, refuse_trained
+from ijckd_fast.head.connector import Norm, connector_match, match_by, matched
 from ijckd_fast.head.dispatch import UNSCALED, autocast_dtype, check_library, own_products
 
 
@@ -122,20 +123,13 @@ def projected_classifier_loss_and_grads(
     need_grad_u  False: grad_u is None, and not computed, as where the trunk is frozen
     the rest     as for `projected_classifier_loss`: shapes, dtypes, autocast, empty batches, errors
     """
-    op = "projected_classifier_loss"
-    check_library(u, op)
-    if u.dim() != 2:
-        raise RuntimeError(f"{op}: u must be [B, Cs], got {list(u.shape)}")
-    tensors, numbers = LossTerms(
-        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-    ).packed()
-    refuse_trained(op, tensors, "u and its projection are")
+    of_u, of_projection = u.dtype, projection.dtype
     with torch.no_grad():
-        of_u, of_projection, dtype = u.dtype, projection.dtype, autocast_dtype(u)
-        if dtype is not None:
-            u = u.to(dtype)
-            if of_projection != torch.float32:
-                projection = projection.to(dtype)
+        u, projection, dtype = projected_operands(u, projection)
+        tensors, numbers = LossTerms(
+            weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
+        ).packed()
+        refuse_trained("projected_classifier_loss", tensors, "u and its projection are")
         needs = (need_grad_u, True, projection_bias is not None)
         with own_products(u):
             (loss, parts, top1, *_), backward = of_projected.at_once(
@@ -174,7 +168,7 @@ def connector_loss_and_grads(
     weight, bias, labels, terms  as for `classifier_loss`
     raises         RuntimeError as the two ops; TypeError for a keyword that they do not have
     """
-    given = _connector_arguments(**connector)
+    given = _connector_arguments(connector)
     norm, map_t, pooled_t = given["norm"], given["map_t"], given["pooled_t"]
     trained = {"u": u, "weight": projection, "bias": given["bias"], "bn_weight": norm.weight, "bn_bias": norm.bias}
     for name, x in {"map_t": map_t, "pooled_t": pooled_t}.items():
@@ -206,31 +200,27 @@ def connector_loss_and_grads(
         return ConnectorLossAndGrads(loss, parts, top1, z, fm, grads)
 
 
-def _connector_arguments(
-    bias: Tensor | None = None,
-    bn_weight: Tensor | None = None,
-    bn_bias: Tensor | None = None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    training: bool = True,
-    momentum: float | None = 0.1,
-    eps: float = 1e-5,
-    relu: bool = True,
-    map_t: Tensor | None = None,
-    pooled_t: Tensor | None = None,
-) -> dict[str, Any]:
-    """`match_by`'s, of `connector_match`'s keywords and their defaults."""
-    norm = Norm(bn_weight, bn_bias, running_mean, running_var, num_batches_tracked, momentum)
-    return {
-        "bias": bias,
-        "norm": norm,
-        "training": training,
-        "eps": eps,
-        "relu": relu,
-        "map_t": map_t,
-        "pooled_t": pooled_t,
-    }
+# connector_match's keywords and what they are where they are not given
+_KEYWORDS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(connector_match).parameters.items()
+    if name not in ("u", "weight", "process_group")
+}
+
+
+def _connector_arguments(connector: Mapping[str, Any]) -> dict[str, Any]:
+    """`match_by`'s, of some of `connector_match`'s keywords."""
+    if unknown := sorted(connector.keys() - _KEYWORDS.keys()):
+        raise TypeError(
+            f"connector_loss_and_grads: connector must hold keywords of connector_match ({', '.join(_KEYWORDS)}), "
+            f"got {', '.join(unknown)}"
+        )
+    given = {**_KEYWORDS, **connector}
+    norm = Norm(
+        *(given.pop(f"bn_{name}") for name in ("weight", "bias")),
+        *(given.pop(name) for name in ("running_mean", "running_var", "num_batches_tracked", "momentum")),
+    )
+    return {"norm": norm, **given}
 
 
 def _as(grad: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=str, help="folder with train/<class>/* and val/<class>/*; default: the run's"
     )
-    add_unset_settings(parser, "class_list", "val_labels", default="the run's")
+    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column", default="the run's")
     parser.add_argument(
         "--model",
         type=str,
@@ -77,6 +77,8 @@ def run(args: Arguments) -> Outcome:
         data_dir=args.data_dir,
         class_list=args.class_list,
         val_labels=args.val_labels,
+        image_column=args.image_column,
+        label_column=args.label_column,
         image_size=args.image_size,
         crop_padding=args.crop_padding,
         workers=args.workers,

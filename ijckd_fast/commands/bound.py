@@ -32,7 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The run, the images, and where to write."""
     add_run(
         parser,
-        "data_dir", "val_labels", "teacher_checkpoint", "teacher_weights", "batch_size", "workers", "data_backend",
+        "data_dir", "val_labels", "image_column", "label_column",
+        "teacher_checkpoint", "teacher_weights", "batch_size", "workers", "data_backend",
         "device",
         data_dir="folder with {train,val}/<class>/*; default: the run's",
         teacher_checkpoint=(

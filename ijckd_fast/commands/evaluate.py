@@ -24,7 +24,18 @@ DESCRIPTION = (
 def add_arguments(parser: ArgumentParser) -> None:
     """The run, and what is to be another than it was in training."""
     weights = ("teacher_checkpoint", "teacher_weights", "teacher_cache")
-    add_run(parser, "data_dir", "val_labels", *weights, "batch_size", "workers", "data_backend", "device")
+    add_run(
+        parser,
+        "data_dir",
+        "val_labels",
+        "image_column",
+        "label_column",
+        *weights,
+        "batch_size",
+        "workers",
+        "data_backend",
+        "device",
+    )
 
 
 def run(args: Arguments) -> Outcome:

@@ -27,7 +27,17 @@ _BATCH = 32  # images at a time at most: a GPU's batch may not fit into a CPU's 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The run, where to write, and what to compare on."""
-    add_run(parser, "data_dir", "val_labels", "teacher_checkpoint", "teacher_weights", "workers", "data_backend")
+    add_run(
+        parser,
+        "data_dir",
+        "val_labels",
+        "image_column",
+        "label_column",
+        "teacher_checkpoint",
+        "teacher_weights",
+        "workers",
+        "data_backend",
+    )
     parser.add_argument(
         "--out", type=str, help="folder for the files: a new or empty one; default: export in the run's folder"
     )

@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
     parser.add_argument("--fast", action="store_true", help="the same as --verify fast")
-    add_unset_settings(parser, "class_list", "val_labels")
+    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column")
     parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
 
 
@@ -42,6 +42,7 @@ def run(args: Arguments) -> Outcome:
     """Scans both splits; a row for each."""
     from rich.console import Console
 
+    from ijckd_fast.data import Fields
     from ijckd_fast.data.index import scan, summarize, summary_table
 
     rows: list[dict[str, Any]] = []
@@ -54,6 +55,7 @@ def run(args: Arguments) -> Outcome:
             classes=classes,
             class_list=args.class_list,
             labels=args.val_labels if split == "val" else None,
+            fields=Fields(args.image_column, args.label_column),
             workers=args.workers,
             verify="fast" if args.fast else args.verify,
             refresh=args.refresh,

@@ -20,6 +20,8 @@ _OF_RUN = {
     "data_dir": "folder with val/<class>/*; default: the run's",
     "val_labels": "file that names each image's class, for a val/ without class folders; default: the run's, with the "
     "run's --data-dir",
+    "image_column": "of Parquet files: column with the images' bytes; default: the run's, with the run's --data-dir",
+    "label_column": "of Parquet files: column with the labels; default: the run's, with the run's --data-dir",
     "teacher_checkpoint": "where the teacher's weights are now, if they were moved",
     "teacher_weights": "which weights of that file: auto, ema, raw or a name; default: the run's",
     "teacher_cache": "where the cache is now that the run was trained from",

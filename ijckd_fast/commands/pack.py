@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shard-gb", type=float, default=1, help="GiB of images in a file; with --codec blocks")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="what to pack")
-    add_unset_settings(parser, "class_list", "val_labels")
+    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column")
     parser.add_argument(
         "--unreadable-limit",
         type=int,
@@ -72,6 +72,7 @@ def run(args: Arguments) -> Outcome:
     """Packs; a row for each split."""
     from rich.console import Console
 
+    from ijckd_fast.data import Fields
     from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_table
 
     _require_options_of(args)
@@ -88,6 +89,7 @@ def run(args: Arguments) -> Outcome:
         workers=args.workers,
         class_list=args.class_list,
         val_labels=args.val_labels,
+        fields=Fields(args.image_column, args.label_column),
         unreadable_limit=args.unreadable_limit,
         overwrite=args.overwrite,
         progress=streams.shows_bars(),

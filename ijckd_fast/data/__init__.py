@@ -40,7 +40,7 @@ from ijckd_fast.data.plan import (
     check_views,
 )
 from ijckd_fast.data.prepare import write_digits
-from ijckd_fast.data.sources import IMAGE_EXTENSIONS, holds_blocks
+from ijckd_fast.data.sources import IMAGE_EXTENSIONS, Fields, holds_blocks
 
 __all__ = [
     "AUTO",
@@ -51,6 +51,7 @@ __all__ = [
     "BatchPlan",
     "DatasetLoader",
     "EvalPlan",
+    "Fields",
     "Index",
     "Loader",
     "Mixing",

@@ -15,6 +15,7 @@ from torch import Tensor
 from ijckd_fast import streams
 from ijckd_fast.data import (
     EvalPlan,
+    Fields,
     Index,
     Loader,
     Plan,
@@ -105,6 +106,7 @@ def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Seque
         classes=classes,
         class_list=config.class_list,
         labels=config.val_labels if split == "val" else None,
+        fields=Fields(config.image_column, config.label_column),
         verify=config.index_verify,
         trust_folders=not config.check_files,
         progress=streams.shows_bars(),

@@ -78,7 +78,7 @@ def _for_evaluation(saved: Saved, given: dict[str, Any]) -> TrainConfig:
     if values["amp_dtype"] == "float16" and given.get("device") != "cuda":
         values["amp_dtype"] = None  # what the device has
     if "data_dir" in given:
-        values["val_labels"] = None
+        values.update(dict.fromkeys(("val_labels", "image_column", "label_column")))
     if "data_backend" in given:  # of which the run's may know nothing
         values.update({name: FIELDS[name].default for name in ("decode", "blocks_on")})
     return make_config(values)

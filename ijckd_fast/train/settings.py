@@ -45,6 +45,16 @@ class DataAndModels:
         "for a val/ without class folders: file that names each image's class, e.g. Kaggle's LOC_val_solution.csv",
         Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.PATH,
     )
+    image_column: str | None = _data(
+        None,
+        "for Parquet files: column with the images' bytes, A.B for the field B of a struct A; default: the only one",
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+    )
+    label_column: str | None = _data(
+        None,
+        "for Parquet files: column with the labels, A.B for the field B of a struct A; default: the only one",
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+    )
     output_dir: str | None = _data(
         None,
         "folder of this run; default: runs/<objective>-<student>-seed<seed>",

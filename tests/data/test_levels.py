@@ -8,7 +8,7 @@ import pytest
 from command_line import complaint
 from image_tree import photo, write_split
 
-from ijckd_fast.data import build_index
+from ijckd_fast.data import Fields, build_index
 from ijckd_fast.errors import UserError
 
 CLASSES = ("cat", "dog", "eel")
@@ -160,3 +160,11 @@ def test_one_class_is_none(root, capsys):
     train = ["train", "--data-dir", str(root), "--objective", "ce", "--student", "resnet8x0.25"]
     train += ["--output-dir", str(root.parent / "run")]
     assert "a classifier needs at least two classes" in complaint(capsys, *train)
+
+
+def test_columns_are_for_files_that_have_some(tmp_path):
+    write_split(tmp_path, "train", {"cat": 1, "dog": 1})
+    write_split(tmp_path, "val", {"cat": 1, "dog": 1})
+    with pytest.raises(UserError, match=r"--label-column would say .* has class folders .*leave the option out"):
+        build_index(tmp_path, "train", fields=Fields(label_column="label"))
+    assert len(build_index(tmp_path, "val", fields=Fields(label_column="label"))) == 2  # it is train's

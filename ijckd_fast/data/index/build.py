@@ -29,6 +29,7 @@ from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_pa
 from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
+    Fields,
     Listed,
     PassedOver,
     Place,
@@ -70,6 +71,7 @@ def build_index(
     classes: Sequence[str] | None = None,
     class_list: str | Path | None = None,
     labels: str | Path | None = None,
+    fields: Fields | None = None,
     workers: int = 0,
     verify: Literal["full", "fast"] = "full",
     refresh: bool = False,
@@ -86,6 +88,7 @@ def build_index(
     class_list a file that names them, one in a line, where there are no `classes`
     labels     a file that names the class of every image, see label_files.read_labels; for images that lie in
                root/split itself
+    fields     where image and label of a sample stand, in Parquet files; default: as their schema says
     workers    threads that decode; 0 = one per core this process may use
     verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
                odd, so that damage inside a file goes unseen
@@ -111,6 +114,7 @@ def build_index(
         classes=classes,
         class_list=class_list,
         labels=labels,
+        fields=fields,
         workers=workers,
         verify=verify,
         refresh=refresh,
@@ -129,6 +133,7 @@ def scan(
     classes: Sequence[str] | None = None,
     class_list: str | Path | None = None,
     labels: str | Path | None = None,
+    fields: Fields | None = None,
     workers: int = 0,
     verify: Literal["full", "fast"] = "full",
     refresh: bool = False,
@@ -144,7 +149,7 @@ def scan(
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
     if verify not in ("full", "fast"):
         raise UserError(f"verify must be 'full' or 'fast', found {verify!r}")
-    source = open_source(root, split, labels)
+    source = open_source(root, split, labels, fields)
     where = "the training data has"
     if classes is None and class_list is not None:
         classes, where = read_class_list(class_list), f"{class_list} lists"

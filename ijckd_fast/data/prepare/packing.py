@@ -28,7 +28,7 @@ from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Treatment
 from ijckd_fast.data.prepare.pack_jpeg import JpegPack
 from ijckd_fast.data.prepare.pack_report import fidelity, shard_path
 from ijckd_fast.data.prepare.pack_shards import make_shards
-from ijckd_fast.data.sources import CLASSES_FILE
+from ijckd_fast.data.sources import CLASSES_FILE, Fields
 from ijckd_fast.data.sources.sums import parse_sums, sum_lines, sums_path
 from ijckd_fast.errors import UserError
 
@@ -55,6 +55,7 @@ def pack(
     workers: int = 0,
     class_list: str | Path | None = None,
     val_labels: str | Path | None = None,
+    fields: Fields | None = None,
     unreadable_limit: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -75,7 +76,7 @@ def pack(
     workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this
                       process may use. As always with multiprocessing, a script that calls this guards its own code by
                       `if __name__ == "__main__":`
-    class_list, val_labels  see build_index
+    class_list, val_labels, fields  see build_index
     unreadable_limit  files of a split that were good when they were indexed and may turn out unreadable; None = a
                       thousandth, at least 8
     overwrite         delete the pack that is in `out`, both splits
@@ -102,7 +103,7 @@ def pack(
                 "folder"
             )
     _require_pack_or_nothing(out)
-    scans = _scan(root, splits, class_list, val_labels, workers, progress)
+    scans = _scan(root, splits, class_list, val_labels, fields, workers, progress)
     with _faults_told(out):
         out.mkdir(parents=True, exist_ok=True)
         with files.lock(out, "folder OUT"):
@@ -114,6 +115,7 @@ def _scan(
     splits: Sequence[str],
     class_list: str | Path | None,
     val_labels: str | Path | None,
+    fields: Fields | None,
     workers: int,
     progress: bool,
 ) -> dict[str, Scan]:
@@ -127,6 +129,7 @@ def _scan(
             classes=classes,
             class_list=class_list,
             labels=val_labels if split == "val" else None,
+            fields=fields,
             workers=workers,
             progress=progress,
             least_classes=2,

@@ -17,7 +17,7 @@ from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile, extent
 from ijckd_fast.data.sources.recognise import SOURCES, holds_blocks, open_source
 from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
-from ijckd_fast.data.sources.source import Content, Listed, Source
+from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
 
 __all__ = [
     "CLASSES_FILE",
@@ -29,6 +29,7 @@ __all__ = [
     "ClassFolders",
     "Content",
     "Extent",
+    "Fields",
     "FlatFolder",
     "ImageTable",
     "Listed",

@@ -29,7 +29,7 @@ from ijckd_fast.data.blocks import (
 from ijckd_fast.data.sources.listing import ImageTable, Listing, settled, stamp_of
 from ijckd_fast.data.sources.places import Place
 from ijckd_fast.data.sources.shards import Shards
-from ijckd_fast.data.sources.source import Content
+from ijckd_fast.data.sources.source import Content, Fields
 from ijckd_fast.data.sources.sums import Sums
 from ijckd_fast.files import Damaged, cannot_read
 
@@ -71,9 +71,9 @@ class BlockFiles(Shards):
         """The block files, whatever lies beside them."""
         return [name for name in content.others if name.lower().endswith(SUFFIX)]
 
-    def __init__(self, content: Content, label_file: str | Path | None) -> None:
+    def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         """Raises Damaged where there are no checksums: a pack has some from its first file on."""
-        super().__init__(content, label_file)
+        super().__init__(content, label_file, fields)
         self._sums = Sums(content.root, content.split, required=True)
 
     @functools.cached_property

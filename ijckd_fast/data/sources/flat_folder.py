@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ijckd_fast.data.sources.label_files import labels_of, read_labels
-from ijckd_fast.data.sources.source import Content, Listed, Source
+from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
 from ijckd_fast.errors import UserError
 
 
@@ -19,9 +19,9 @@ class FlatFolder(Source):
     title = "images without class folders"
     takes_label_file = True
 
-    def __init__(self, content: Content, label_file: str | Path | None) -> None:
+    def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         """Reads the label file. Raises UserError where there is none."""
-        super().__init__(content, label_file)
+        super().__init__(content, label_file, fields)
         if label_file is None:
             folder = content.folder
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ijckd_fast.data.sources.blocks import BlockFiles
@@ -10,19 +11,23 @@ from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
 from ijckd_fast.data.sources.passed_over import listed
 from ijckd_fast.data.sources.shards import Shards
-from ijckd_fast.data.sources.source import Content, Source, look_into
+from ijckd_fast.data.sources.source import Content, Fields, Source, look_into
 from ijckd_fast.errors import UserError
 
 SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards)
 """The first that recognises a folder's content has it."""
 
 
-def open_source(root: Path, split: str, label_file: str | Path | None = None) -> Source:
+def open_source(root: Path, split: str, label_file: str | Path | None = None, fields: Fields | None = None) -> Source:
     """The source that root/split is.
 
     label_file  names the class of each image, for a source that takes one
-    raises      UserError: no such folder, nothing in it, a label file that is missing, not needed or wrong
+    fields      where image and label of a sample stand, for a source that takes such; of val they are the training
+                images', which may lie otherwise
+    raises      UserError: no such folder, nothing in it, a label file that is missing, not needed or wrong, fields
+                that mean nothing
     """
+    fields = Fields() if fields is None else fields
     content = look_into(root, split)
     kind = _recognised(content)
     if kind is not None:
@@ -32,7 +37,14 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None) ->
                 f"the label file {label_file} is for images that lie in {content.folder} itself, but there are "
                 f"{kind.title} ({some(names)}), which say the class of what is in them; leave the label file out"
             )
-        return kind(content, label_file)
+        given = [name for name, value in dataclasses.asdict(fields).items() if value is not None]
+        unused = [f"--{name.replace('_', '-')}" for name in given if name not in kind.takes_fields]
+        if unused and split == "train":
+            raise UserError(
+                f"{' and '.join(unused)} would say where a sample's image or label stands, but {content.folder} has "
+                f"{kind.title} ({some(kind.recognised_by(content))}), which need no such; leave the option out"
+            )
+        return kind(content, label_file, fields)
     others = content.passed_over(content.others)
     found = f"holds nothing that is read, only {listed(others)} (e.g. {others[0].example})" if others else "is empty"
     raise UserError(

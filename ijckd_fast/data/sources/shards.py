@@ -24,7 +24,7 @@ from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_hidden
 from ijckd_fast.data.sources.names import counterparts, did_you_mean, require_distinct
 from ijckd_fast.data.sources.passed_over import Tally
 from ijckd_fast.data.sources.places import Extent
-from ijckd_fast.data.sources.source import Content, Listed, Source
+from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
 from ijckd_fast.data.sources.sums import Sums
 from ijckd_fast.errors import UserError
 
@@ -49,8 +49,8 @@ class Shards(Source):
         """The tar archives, where nothing else makes them what something was unpacked from."""
         return [name for name in content.others if name.lower().endswith(_ARCHIVES)]
 
-    def __init__(self, content: Content, label_file: str | Path | None) -> None:
-        super().__init__(content, label_file)
+    def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
+        super().__init__(content, label_file, fields)
         self._sums = Sums(content.root, content.split)
 
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:

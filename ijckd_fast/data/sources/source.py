@@ -89,6 +89,17 @@ class Listed:
     numbers: np.ndarray | None
 
 
+@dataclass(frozen=True)
+class Fields:
+    """Where a sample's image and label stand, as users say; None: as the source finds them by itself.
+
+    image_column, label_column  of Parquet files; A.B is the field B of a struct A
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+
+
 class Source(ABC):
     """The images of one split. Made by `recognise.open_source`, for a content that `recognised_by` said yes to.
 
@@ -102,14 +113,17 @@ class Source(ABC):
     takes_label_file: ClassVar[bool] = False
     """Whether a text file (--val-labels) says the class of each image."""
 
+    takes_fields: ClassVar[tuple[str, ...]] = ()
+    """Which of Fields mean something."""
+
     class_is_group: ClassVar[bool] = False
     """Whether each group is a class, and stands where its label says."""
 
     in_shards: ClassVar[bool] = False
     """Whether the groups are shards. The times of a shard speak for every image in it, those of a folder do not."""
 
-    def __init__(self, content: Content, label_file: str | Path | None) -> None:
-        """label_file: given by the user; None, or for a source that takes one. Raises UserError."""
+    def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
+        """label_file, fields: given by the user; None, or for a source that takes them. Raises UserError."""
         self.content = content
 
     @classmethod

@@ -25,6 +25,7 @@ from ijckd_fast.normalisation import Normalisation
 _SIDES = (224, 256, 288, 320, 336, 384, 448, 512)  # of images that nets are made for
 # torchvision's nets that convert ImageNet's images themselves (transform_input), if the library loads their weights.
 _CONVERTED = dict.fromkeys(("googlenet", "inception_v3"), Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)))
+_DROP_PATH = {"timm": "drop_path_rate", "torchvision": "stochastic_depth_prob"}  # the libraries' names for it
 _SIDE_CLASSIFIERS = ("aux1", "aux2", "AuxLogits")  # GoogLeNet's and Inception's
 
 
@@ -38,6 +39,7 @@ def create_model(
     pretrained: bool = False,
     image_size: int = 224,
     stages: Sequence[str] = (),
+    drop_path: float | None = None,
 ) -> Tapped:
     """Builds a classification net by name and finds its taps. On the CPU, float32, in training mode.
 
@@ -52,12 +54,14 @@ def create_model(
     pretrained   the library's published weights (torchvision: IMAGENET1K_V1, which the published pairs use)
     image_size   side in pixels of the images to come; nets of fixed input size are built for it
     stages       names of its layers whose outputs are to be its stages, see `Tapped`; (): find them
+    drop_path    stochastic depth: share of the images that the last residual branch is left out for in training, the
+                 others' shares rise to it; None: the library's own
     raises       UserError: unknown name (nearest ones given), unfit or unreadable weights, a class count other than K,
-                 no final linear layer
+                 no final linear layer, drop_path for a net without stochastic depth
     """
     if checkpoint is not None and pretrained:
         raise UserError(f"model {name!r}: expected a checkpoint or published weights, got both: leave out one")
-    net = _build(name, num_classes, pretrained, image_size)
+    net = _build(name, num_classes, pretrained, image_size, drop_path)
     own = net.state_dict()  # in the net's order, which `Tapped` changes
     model = Tapped(net, name, num_classes, image_size, stages)
     if checkpoint is not None:
@@ -171,19 +175,28 @@ def published_normalisation(name: str, in_file: bool = False) -> Normalisation |
     return None
 
 
-def _build(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+def _build(name: str, num_classes: int, pretrained: bool, image_size: int, drop_path: float | None = None) -> nn.Module:
     library, short = library_of(name), name.rpartition("/")[2]
     if library is None:
         raise _unknown(name)
-    if library == "torchvision":
-        return _build_torchvision(short, num_classes, pretrained, image_size)
-    if library == "timm":
-        return _build_timm(short, num_classes, pretrained, image_size)
+    if library in _DROP_PATH:
+        options = {} if drop_path is None else {_DROP_PATH[library]: drop_path}
+        build = _build_timm if library == "timm" else _build_torchvision
+        return build(short, num_classes, pretrained, image_size, options)
+    if drop_path is not None:
+        raise _no_drop_path(name)
     if pretrained:
         raise UserError(f"model {name!r} is our own and has no published weights: give a checkpoint instead")
-    build = _own_builder(name)
-    assert build is not None
-    return build(num_classes)
+    own = _own_builder(name)
+    assert own is not None
+    return own(num_classes)
+
+
+def _no_drop_path(name: str) -> UserError:
+    return UserError(
+        f"model {name!r} has no stochastic depth, which --drop-path sets: leave --drop-path out, or take a net with it,"
+        " such as timm's ViTs, ConvNeXts and ResNets (timm/resnet18)"
+    )
 
 
 def _own_builder(name: str) -> Callable[[int], nn.Module] | None:
@@ -228,10 +241,11 @@ def _unknown(name: str) -> UserError:
     )
 
 
-def _build_torchvision(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+def _build_torchvision(
+    name: str, num_classes: int, pretrained: bool, image_size: int, options: dict[str, Any]
+) -> nn.Module:
     import torchvision
 
-    options: dict[str, Any] = {}
     if name.startswith("vit_"):
         options["image_size"] = image_size
     elif name == "maxvit_t":
@@ -259,11 +273,10 @@ def _without_side_classifiers(net: nn.Module) -> nn.Module:
     return net
 
 
-def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int) -> nn.Module:
+def _build_timm(name: str, num_classes: int, pretrained: bool, image_size: int, options: dict[str, Any]) -> nn.Module:
     import timm
 
     config = timm.get_pretrained_cfg(name)
-    options: dict[str, Any] = {}
     if config is not None and config.fixed_input_size:
         options["img_size"] = image_size
     if not pretrained:
@@ -303,10 +316,17 @@ def _check_published(name: str, published: int, num_classes: int) -> None:
         )
 
 
+def _refuse_drop_path(name: str, error: Exception) -> None:
+    """UserError if a net does not take the option of stochastic depth."""
+    if isinstance(error, TypeError) and any(repr(option) in str(error) for option in _DROP_PATH.values()):
+        raise _no_drop_path(name) from error
+
+
 def _construct(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.Module:
     try:
         return build()
     except Exception as error:  # each architecture refuses a size in its own way
+        _refuse_drop_path(name, error)
         raise unfit_size(name, image_size, error) from error
 
 
@@ -314,6 +334,7 @@ def _download(name: str, image_size: int, build: Callable[[], nn.Module]) -> nn.
     try:
         return build()
     except Exception as error:  # each library and transport has its own family of errors
+        _refuse_drop_path(name, error)
         if out_of_memory(error):
             raise unfit_size(name, image_size, error) from error
         side = _published_size(name)

@@ -220,6 +220,7 @@ def build_distiller(config: TrainConfig, num_classes: int, device: torch.device)
         pretrained=config.student_pretrained,
         image_size=config.image_size,
         stages=config.student_stages,
+        drop_path=config.drop_path,
     )
     distiller = Distiller(
         student, teacher, objective_of(config), label_smoothing=config.label_smoothing, head=config.head

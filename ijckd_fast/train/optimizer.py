@@ -49,16 +49,18 @@ def build_optimizer(
     """The optimizer of every parameter of `module`, ready for `FiniteGuard`.
 
     name         'sgd' (PyTorch's fused one), 'adamw' (likewise; Loshchilov & Hutter) or 'lamb' (timm's; You et al.)
-    decay_norms  False: no weight decay for parameters with one dimension, which are BatchNorm's and biases
+    decay_norms  False: no weight decay for parameters with one dimension, which are norms' and biases, nor for those
+                 that a part's `no_weight_decay()` names, as timm's ViTs have it (class token, positions)
     SGD's momentum buffers start as zeros, which is the same as starting without any, so that a first step that the
     guard skips leaves them defined.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": parameters}]
     if not decay_norms:
+        kept = _kept_from_decay(module)
         groups = [
-            {"params": [p for p in parameters if p.dim() > 1]},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.dim() > 1 and p not in kept]},
+            {"params": [p for p in parameters if p.dim() <= 1 or p in kept], "weight_decay": 0.0},
         ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True)
@@ -71,3 +73,14 @@ def build_optimizer(
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def _kept_from_decay(module: nn.Module) -> set[nn.Parameter]:
+    """Parameters that parts of `module` name in their `no_weight_decay()`."""
+    kept = set()
+    for part in module.modules():
+        names = getattr(part, "no_weight_decay", None)
+        if callable(names):
+            own = dict(part.named_parameters())
+            kept |= {own[name] for name in names() if name in own}
+    return kept

@@ -332,7 +332,9 @@ class Optimisation:
         least=0,
     )
     decay_norms: bool = _optimisation(
-        True, "weight decay also for BatchNorm's parameters and for biases, as in the published recipes"
+        True,
+        "weight decay also for the norms' parameters, for biases and for what the net itself keeps from it (timm's "
+        "ViTs their class token and positions), as in the recipes published for CNNs",
     )
     clip_grad: float | None = _optimisation(
         None,
@@ -349,6 +351,15 @@ class Optimisation:
     )
     gamma: float = _optimisation(0.1, "schedule step: factor at each milestone")
     warmup_epochs: float = _optimisation(0.0, "linear warm-up from 0, epochs", least=0)
+    drop_path: float | None = _optimisation(
+        None,
+        "stochastic depth: probability with which the student's last residual branch is left out for an image in "
+        "training, rising to that from 0 at the first; 0.1 is usual for small nets; default: as the library builds "
+        "the student (timm's nets: 0)",
+        Trait.TRAINING,
+        least=0,
+        below=1,
+    )
     ema_decay: float = _optimisation(
         0.0,
         "decay of the moving average of the weights, which is then evaluated; 0: off",

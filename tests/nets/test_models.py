@@ -747,3 +747,29 @@ def test_side_classifiers_are_left_out(pretrained, tmp_path, monkeypatch):
     model = create_model("googlenet", 1000, pretrained=pretrained, image_size=64).train()
     assert not any("aux" in key for key in model.state_dict())
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("timm/test_resnet", [0.1, 0.2, 0.3]),
+        ("timm/test_vit", [0.06, 0.12, 0.18, 0.24, 0.3]),
+        ("torchvision/efficientnet_b0", [0.3 * n / 16 for n in range(16)]),
+    ],
+)
+def test_stochastic_depth(name, rates):
+    def rates_of(model):
+        layers = [m for m in model.modules() if type(m).__name__ in ("DropPath", "StochasticDepth")]
+        return [getattr(layer, "drop_prob", getattr(layer, "p", None)) for layer in layers]
+
+    found = rates_of(create_model(name, 3, image_size=32, drop_path=0.3))
+    assert sorted(set(found)) == pytest.approx(rates)
+    assert rates_of(create_model(name, 3, image_size=32)) == rates_of(
+        timm.create_model("test_resnet") if "timm" in name else torchvision.models.efficientnet_b0()
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet20", "mobilenet_v1", "timm/vgg11"])
+def test_a_net_without_stochastic_depth_says_so(name):
+    with pytest.raises(UserError, match="has no stochastic depth, which --drop-path sets: leave --drop-path out"):
+        create_model(name, 3, image_size=32, drop_path=0.1)

@@ -150,6 +150,7 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         {"fold_teacher": False},
         {"crop_padding": 3, "mixup": 0.2},
         {"objective": "ijckd-pooled", "connector": "linear"},
+        {"drop_path": 0.4, "student": "timm/test_resnet"},
     ],
     ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )

@@ -198,6 +198,18 @@ def test_norms_and_biases_can_be_spared_weight_decay(name):
     assert moved[True] - moved[False] == {n for n, p in parameters.items() if p.dim() == 1 and bool(p.any())}
 
 
+def test_what_a_net_keeps_from_weight_decay_goes_with_the_norms():
+    net = create_model("timm/test_vit", 3, image_size=32)
+    options = {"name": "adamw", "lr": 0.1, "momentum": 0.0, "nesterov": False, "betas": (0.9, 0.99)}
+    decayed, spared = build_optimizer(net, **options, weight_decay=0.5, decay_norms=False).param_groups
+    names = {p: name for name, p in net.named_parameters()}
+    assert {names[p] for p in spared["params"] if p.dim() > 1} == {"net.cls_token", "net.pos_embed"}
+    assert {names[p] for p in decayed["params"]} | {names[p] for p in spared["params"]} == set(names.values())
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.5, 0.0)
+    (all_of_them,) = build_optimizer(net, **options, weight_decay=0.5, decay_norms=True).param_groups
+    assert len(all_of_them["params"]) == len(names)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_buffers_keep_their_dtype(dtype):
     """And move as those of a step without a guard: statistics in float32 would lose digits, or leave their net."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser
 
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import add_unset_settings
+from ijckd_fast.commands.options import DATA, add_unset_settings
 from ijckd_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--data-dir", type=str, help="folder with train/<class>/* and val/<class>/*; default: the run's"
     )
-    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column", default="the run's")
+    add_unset_settings(parser, *DATA, default="the run's")
     parser.add_argument(
         "--model",
         type=str,
@@ -75,10 +75,7 @@ def run(args: Arguments) -> Outcome:
         splits=("train", "val") if args.split == "both" else (args.split,),
         images=args.images,
         data_dir=args.data_dir,
-        class_list=args.class_list,
-        val_labels=args.val_labels,
-        image_column=args.image_column,
-        label_column=args.label_column,
+        **{name: getattr(args, name) for name in DATA},
         image_size=args.image_size,
         crop_padding=args.crop_padding,
         workers=args.workers,

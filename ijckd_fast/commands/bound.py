@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from ijckd_fast import files
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import add_run, load
+from ijckd_fast.commands.options import OF_DATA, add_run, load
 from ijckd_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The run, the images, and where to write."""
     add_run(
         parser,
-        "data_dir", "val_labels", "image_column", "label_column",
+        "data_dir", *OF_DATA,
         "teacher_checkpoint", "teacher_weights", "batch_size", "workers", "data_backend",
         "device",
         data_dir="folder with {train,val}/<class>/*; default: the run's",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser
 
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import add_run, load
+from ijckd_fast.commands.options import OF_DATA, add_run, load
 
 if TYPE_CHECKING:
     from ijckd_fast.data import Index, Loader
@@ -24,18 +24,7 @@ DESCRIPTION = (
 def add_arguments(parser: ArgumentParser) -> None:
     """The run, and what is to be another than it was in training."""
     weights = ("teacher_checkpoint", "teacher_weights", "teacher_cache")
-    add_run(
-        parser,
-        "data_dir",
-        "val_labels",
-        "image_column",
-        "label_column",
-        *weights,
-        "batch_size",
-        "workers",
-        "data_backend",
-        "device",
-    )
+    add_run(parser, "data_dir", *OF_DATA, *weights, "batch_size", "workers", "data_backend", "device")
 
 
 def run(args: Arguments) -> Outcome:
@@ -49,9 +38,10 @@ def run(args: Arguments) -> Outcome:
         result = evaluate(distiller.predict, loader, device=run.device, amp_dtype=run.amp_dtype, teacher=teacher)
     params, macs = distiller.deployed_cost(config.image_size)
     left_out = f" ({len(index) - result.images} more could not be read)" if result.images < len(index) else ""
+    skipped = f" ({index.skipped:,} more have a negative label and are skipped)" if index.skipped else ""
     print(
         f"{run.path} (step {run.saved.step}): {config.student} by {config.objective} on {result.images} images of "
-        f"{index.root}/val{left_out}"
+        f"{index.folder}{left_out}{skipped}"
     )
     against = ""
     if teacher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from typing import Any
 
@@ -9,14 +10,15 @@ from jsonargparse import ArgumentParser
 
 from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import add_unset_settings
+from ijckd_fast.commands.options import DATA, add_unset_settings, data_folder, option
 
 SUMMARY = "Scan a data folder once and list its bad files."
 DESCRIPTION = (
     "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never "
     "dies of a bad file. Run again it opens only files whose length or time has changed; train and evaluate ask only "
     "for the times of the folders, which show files that come and go but not one rewritten in place: that one is named "
-    "when it is read. The last line of standard output is one JSON object."
+    "when it is read. It says what layout it found, and the command that trains on it. The last line of standard "
+    "output is one JSON object."
 )
 STOPPED = ", what was decoded is kept: the same command continues where it stopped"
 
@@ -25,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The folder and how closely to look."""
     from ijckd_fast.train.config import TYPES
 
-    parser.add_argument("data_dir", type=str, help="folder with train/<class>/* and val/<class>/*")
+    parser.add_argument("data_dir", type=str, help="data folder, of any layout in docs/index.md")
     parser.add_argument("--workers", type=int, default=0, help="decoding threads; 0: one per core")
     parser.add_argument(
         "--verify",
@@ -34,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="full: decode every file; fast: headers and trailers only, damage inside goes unseen",
     )
     parser.add_argument("--fast", action="store_true", help="the same as --verify fast")
-    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column")
+    add_unset_settings(parser, *DATA)
     parser.add_argument("--refresh", action="store_true", help="forget an earlier scan")
 
 
@@ -42,29 +44,34 @@ def run(args: Arguments) -> Outcome:
     """Scans both splits; a row for each."""
     from rich.console import Console
 
-    from ijckd_fast.data import Fields
-    from ijckd_fast.data.index import scan, summarize, summary_table
+    from ijckd_fast.data.index import summarize, summary_table
 
     rows: list[dict[str, Any]] = []
-    classes = None
-    for split in ("train", "val"):
-        start = time.perf_counter()
-        found = scan(
-            args.data_dir,
-            split,
-            classes=classes,
-            class_list=args.class_list,
-            labels=args.val_labels if split == "val" else None,
-            fields=Fields(args.image_column, args.label_column),
-            workers=args.workers,
-            verify="fast" if args.fast else args.verify,
-            refresh=args.refresh,
-            progress=streams.shows_bars(),
-            least_classes=2,
-        )
-        classes = found.index.classes
+    data = data_folder(args)
+    scans = data.scans(
+        workers=args.workers,
+        verify="fast" if args.fast else args.verify,
+        refresh=args.refresh,
+        progress=streams.shows_bars(),
+        least_classes=2,
+    )
+    start = time.perf_counter()
+    for found in scans:
         rows.append(summarize(found, time.perf_counter() - start))
+        start = time.perf_counter()
     Console().print(summary_table(rows, args.data_dir))
+    if said := data.about_val():
+        print(said)
     for home in dict.fromkeys(row["files"] for row in rows if row["files"]):
         print(f"the index, and lists of what was left out and why: {home}")
+    print(f"to train on it: {_training(args)}   # or --teacher RUN instead of --objective ce")
     return Outcome(rows)
+
+
+def _training(args: Arguments) -> str:
+    """The command that trains on what was indexed, as a shell takes it."""
+    words = ["ijckd-fast", "train", "--data-dir", args.data_dir]
+    for name in DATA:
+        if name in args.given:
+            words += [option(name), str(args.given[name])]
+    return shlex.join([*words, "--objective", "ce", "--student", "resnet18"])

@@ -13,15 +13,30 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from ijckd_fast.commands import Arguments
 
 if TYPE_CHECKING:
+    from ijckd_fast.data import DataFolder
     from ijckd_fast.train import LoadedRun
+
+DATA = (
+    *("class_list", "val_labels", "val_dir", "val_fraction", "val_seed"),
+    *("label_key", "image_column", "label_column"),
+)
+"""Settings that say of a data folder what it does not say itself."""
+
+OF_DATA = DATA[1:]
+"""The same of a finished run, which has its classes."""
+
+_THE_RUNS = "default: the run's, with the run's --data-dir"
 
 # What can be changed of a finished run that is looked at.
 _OF_RUN = {
     "data_dir": "folder with val/<class>/*; default: the run's",
-    "val_labels": "file that names each image's class, for a val/ without class folders; default: the run's, with the "
-    "run's --data-dir",
-    "image_column": "of Parquet files: column with the images' bytes; default: the run's, with the run's --data-dir",
-    "label_column": "of Parquet files: column with the labels; default: the run's, with the run's --data-dir",
+    "val_labels": f"file that names each image's class, for a val/ without class folders; {_THE_RUNS}",
+    "val_dir": f"where the validation images are, if not in --data-dir; {_THE_RUNS}",
+    "val_fraction": f"part of the training images that is held out for validation; {_THE_RUNS}",
+    "val_seed": f"seed that --val-fraction draws by; {_THE_RUNS}",
+    "label_key": f"of webdataset shards: cls or json:FIELD; {_THE_RUNS}",
+    "image_column": f"of Parquet files: column with the images' bytes; {_THE_RUNS}",
+    "label_column": f"of Parquet files: column with the labels; {_THE_RUNS}",
     "teacher_checkpoint": "where the teacher's weights are now, if they were moved",
     "teacher_weights": "which weights of that file: auto, ema, raw or a name; default: the run's",
     "teacher_cache": "where the cache is now that the run was trained from",
@@ -90,6 +105,21 @@ def add_unset_settings(parser: ArgumentParser, *names: str, default: str = "") -
         parser.add_argument(
             option(name), type=TYPES[name], help=help_of(name) + (f"; default: {default}" if default else "")
         )
+
+
+def data_folder(args: Arguments) -> DataFolder:
+    """The folder DATA_DIR with what the options of DATA say of it."""
+    from ijckd_fast.data import DataFolder, Fields
+
+    return DataFolder(
+        args.data_dir,
+        args.class_list,
+        args.val_labels,
+        Fields(args.image_column, args.label_column, args.label_key),
+        args.val_dir,
+        args.val_fraction,
+        args.val_seed,
+    )
 
 
 def option(name: str) -> str:

@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import add_unset_settings
+from ijckd_fast.commands.options import DATA, add_unset_settings, data_folder
 from ijckd_fast.errors import UserError
 
 SUMMARY = "Re-encode a data folder once, smaller, where decoding is too slow."
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--shard-gb", type=float, default=1, help="GiB of images in a file; with --codec blocks")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0: one per core")
     parser.add_argument("--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="what to pack")
-    add_unset_settings(parser, "class_list", "val_labels", "image_column", "label_column")
+    add_unset_settings(parser, *DATA)
     parser.add_argument(
         "--unreadable-limit",
         type=int,
@@ -72,7 +72,6 @@ def run(args: Arguments) -> Outcome:
     """Packs; a row for each split."""
     from rich.console import Console
 
-    from ijckd_fast.data import Fields
     from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_table
 
     _require_options_of(args)
@@ -82,14 +81,11 @@ def run(args: Arguments) -> Outcome:
         else BlockPack(args.short, args.bits, args.shard_gb)
     )
     rows = pack(
-        args.data_dir,
+        data_folder(args),
         args.out,
         settings,
         splits=args.splits,
         workers=args.workers,
-        class_list=args.class_list,
-        val_labels=args.val_labels,
-        fields=Fields(args.image_column, args.label_column),
         unreadable_limit=args.unreadable_limit,
         overwrite=args.overwrite,
         progress=streams.shows_bars(),

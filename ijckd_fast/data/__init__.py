@@ -6,12 +6,13 @@ index/     the images of a split, each looked at once
 plan/      what every batch is, before an image is opened
 load/      executors, which make its pixels
 prepare/   what makes data folders: downloaded archives, the digits, packs
-Each stands on those above it alone; all draw from counter_rng.py.
+Each stands on those above it alone; all draw from counter_rng.py. imagenet_names.py: what people call the classes.
 """
 
 from __future__ import annotations
 
-from ijckd_fast.data.index import Index, Paths, build_index
+from ijckd_fast.data.imagenet_names import class_names
+from ijckd_fast.data.index import DataFolder, Index, Paths, build_index
 from ijckd_fast.data.load import (
     AUTO,
     BACKENDS,
@@ -49,6 +50,7 @@ __all__ = [
     "Augment",
     "Batch",
     "BatchPlan",
+    "DataFolder",
     "DatasetLoader",
     "EvalPlan",
     "Fields",
@@ -66,6 +68,7 @@ __all__ = [
     "backend_of",
     "build_index",
     "check_views",
+    "class_names",
     "deliver",
     "holds_blocks",
     "index_dataset",

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from ijckd_fast import files, plots
+from ijckd_fast.data import class_names
 from ijckd_fast.distill import Objective
 from ijckd_fast.evaluate.bound import BINS, Images, chain_line, overall, per_class, reliability
 from ijckd_fast.evaluate.bound_advice import advise
@@ -81,12 +82,13 @@ def write_bound(
     about    what the figures are of: run, checkpoint, step, split, data, student, teacher, objective, connector,
              answers_through, classes, channels, rank, widest_class_distance
     returns  (rows, advice). The first row is `about` and the figures of all images, then one row for each class:
-             "label", "class" and the same figures
+             "label", "class", its "name" for people and the same figures
     """
     advice = advise(overall(images), objective, about["rank"], about["channels"])
-    rows: list[dict[str, Any]] = [{"label": None, "class": None, **about, **overall(images)}]
+    names = class_names(classes)
+    rows: list[dict[str, Any]] = [{"label": None, "class": None, "name": None, **about, **overall(images)}]
     for label, row in enumerate(per_class(images, len(classes))):
-        rows.append({"label": label, "class": classes[label], **row})
+        rows.append({"label": label, "class": classes[label], "name": names[label], **row})
     name = bound_stem(about["split"])
     plot_chain(folder / f"{name}.png", images, rows)
     columns = [key for key in rows[0] if key not in about]
@@ -102,6 +104,11 @@ def write_bound(
     return rows, advice
 
 
+def _called(row: Mapping[str, Any]) -> str:
+    """A class in the page and the plot: 'tench (n01440764)'; its name alone where that is all it has."""
+    return row["class"] if row["name"] == row["class"] else f"{row['name']} ({row['class']})"
+
+
 def _page(name: str, rows: Sequence[Mapping[str, Any]], advice: Sequence[str], about: Mapping[str, Any]) -> str:
     row, of_classes = rows[0], rows[1:]
     figures = [
@@ -111,7 +118,7 @@ def _page(name: str, rows: Sequence[Mapping[str, Any]], advice: Sequence[str], a
     ]
     worst = sorted((r for r in of_classes if r["images"]), key=lambda r: -r["student_error_percent"])[:_WORST]
     by_class = [
-        f"| {r['class']} | {r['images']} | " + " | ".join(_cell(r[key]) for key, _, _ in _TERMS) + " |" for r in worst
+        f"| {_called(r)} | {r['images']} | " + " | ".join(_cell(r[key]) for key, _, _ in _TERMS) + " |" for r in worst
     ]
     whose = (
         f"all {len(of_classes)} classes"
@@ -191,7 +198,7 @@ def plot_chain(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) ->
         marker = "." if len(of_classes) <= _BARS else None
         classes.plot(places, [r[key] for r in of_classes], style, label=label, marker=marker, linewidth=1)
     if len(of_classes) <= _BARS:
-        classes.set_xticks(places, [r["class"] for r in of_classes], rotation=90, fontsize="x-small")
+        classes.set_xticks(places, [_called(r) for r in of_classes], rotation=90, fontsize="x-small")
     classes.set(title="% of each class's images, by the student's error")
     classes.legend(fontsize="small")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ijckd_fast.data import class_names
 from ijckd_fast.export.deployed import Deployed, random_images
 from ijckd_fast.export.folder import CONFIG, FILES, FORMAT, STUDENT
 from ijckd_fast.nets import fingerprint
@@ -44,6 +45,7 @@ def describe(module: Deployed, run: LoadedRun) -> dict[str, Any]:
             "layout": "RGB in [0, 1], minus mean, divided by std, [B, 3, S, S] float32",
         },
         "classes": saved.classes,
+        "class_names": class_names(saved.classes),
         "step": saved.step,
         "evaluated": saved.evaluated,
         "fingerprints": {

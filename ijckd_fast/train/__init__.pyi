@@ -21,6 +21,7 @@ from ijckd_fast.train.parity import FolderParity as FolderParity, folder_parity 
 from ijckd_fast.train.resolving import (
     amp_dtype_of as amp_dtype_of,
     augment_of as augment_of,
+    data_folder_of as data_folder_of,
     device_of as device_of,
     normalisations_of as normalisations_of,
     objective_of as objective_of,

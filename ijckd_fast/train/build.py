@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,18 +15,17 @@ from torch import Tensor
 from ijckd_fast import streams
 from ijckd_fast.data import (
     EvalPlan,
-    Fields,
     Index,
     Loader,
     Plan,
     TrainPlan,
     ViewPlan,
     backend_of,
-    build_index,
     deliver,
     make_loader,
     refuse_backend,
 )
+from ijckd_fast.data.index import Scan
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import CachedTeacher, Tapped, create_model, fold_batch_norm
@@ -38,6 +37,7 @@ from ijckd_fast.train.optimizer import build_optimizer
 from ijckd_fast.train.resolving import (
     amp_dtype_of,
     augment_of,
+    data_folder_of,
     normalisations_of,
     objective_of,
     teacher_view_of,
@@ -92,21 +92,22 @@ def open_data(config: TrainConfig, processes: Processes) -> RunData:
 
 def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     """(train, val): val has the classes of train; train is cut down and mislabelled as the settings say."""
-    whole = index_of(config, "train")
-    refuse_backend(config.data_backend, f"{config.data_dir}/train", whole.blocks is not None)
-    val = index_of(config, "val", whole.classes)
+    scans = _scans(config, ("train", "val"))
+    whole = next(scans).index
+    refuse_backend(config.data_backend, whole.folder, whole.blocks is not None)
+    val = next(scans).index
     return whole.subset(config.train_per_class, config.label_noise, config.seed), val
 
 
 def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Sequence[str] | None = None) -> Index:
     """All images of a split, as the settings say; classes: those it must have, in the order of their labels."""
-    return build_index(
-        config.data_dir,
-        split,
-        classes=classes,
-        class_list=config.class_list,
-        labels=config.val_labels if split == "val" else None,
-        fields=Fields(config.image_column, config.label_column),
+    return next(_scans(config, (split,), classes)).index
+
+
+def _scans(config: TrainConfig, splits: Sequence[str], classes: Sequence[str] | None = None) -> Iterator[Scan]:
+    return data_folder_of(config).scans(
+        splits,
+        classes,
         verify=config.index_verify,
         trust_folders=not config.check_files,
         progress=streams.shows_bars(),

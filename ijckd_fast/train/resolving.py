@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ijckd_fast import files
-from ijckd_fast.data import AUTO, Augment, backend_of, holds_blocks
+from ijckd_fast.data import AUTO, Augment, DataFolder, Fields, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
@@ -96,6 +96,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         output_dir=config.output_dir or f"runs/{objective.name}-{config.student.replace('/', '-')}-seed{config.seed}",
         **{name: getattr(objective, name) for name in OBJECTIVE_FIELDS if name != "connector"},
         connector=objective.connector or "none",
+        val_seed=data_folder_of(config).val_seed,
         eval_resize=config.eval_resize or default_eval_resize(config.image_size, config.crop_padding),
         workers=config.workers or (max(1, cores // distributed.local_world_size() - 1) if device == "cuda" else 2),
         device=device,
@@ -207,6 +208,20 @@ def device_of(config: TrainConfig, processes: Processes) -> torch.device:
 def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:
     """What to autocast to; None for float32. config is resolved."""
     return {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype or "float32"]
+
+
+def data_folder_of(config: TrainConfig) -> DataFolder:
+    """The data folder with what the settings say of it. UserError for settings that do not go together."""
+    drawn = config.val_fraction is not None
+    return DataFolder(
+        config.data_dir,
+        config.class_list,
+        config.val_labels,
+        Fields(config.image_column, config.label_column, config.label_key),
+        config.val_dir,
+        config.val_fraction,
+        config.seed if drawn and config.val_seed is None else config.val_seed,
+    )
 
 
 def augment_of(config: TrainConfig) -> Augment:

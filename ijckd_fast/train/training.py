@@ -29,7 +29,7 @@ from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.log import RunLog
 from ijckd_fast.train.meters import Stopwatch, memory_mb
 from ijckd_fast.train.progress import TrainingProgress
-from ijckd_fast.train.resolving import amp_dtype_of, normalisations_of
+from ijckd_fast.train.resolving import amp_dtype_of, data_folder_of, normalisations_of
 from ijckd_fast.train.state import RunState
 
 
@@ -72,6 +72,11 @@ class Training:
             )
             + (f"; continuing from step {state.step}" if state.step else "")
         )
+        if said := data_folder_of(config).about_val():
+            show.say(f"{said}: {len(data.val):,}")
+        for index in (data.train, data.val):
+            if index.skipped:
+                show.say(f"{index.skipped:,} images of {index.folder} have a negative label and are skipped")
         given, own = normalisations_of(config)
         if given != IMAGENET or own != given:
             teachers = f"; the teacher's by {own}, as its weights expect" if own != given else ""

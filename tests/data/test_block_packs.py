@@ -301,7 +301,9 @@ def test_what_reads_image_files_is_refused(data, whole, tmp_path):
     index = build_index(whole, "train")
     text = complaint(lambda: make_loader("dali", EvalPlan(index, VIEW, 4)))
     assert "train holds a block pack; leave --data-backend out, or choose blocks or pillow" in text
-    assert "found shards already" in complaint(lambda: pack(whole, tmp_path / "again", SMALL, workers=1))
+    assert "found shards already that pack has made" in complaint(
+        lambda: pack(whole, tmp_path / "again", SMALL, workers=1)
+    )
     (tmp_path / "labels.csv").write_text("a.jpg,cat\n")
     text = complaint(lambda: build_index(whole, "val", labels=tmp_path / "labels.csv"))
     assert "there are files of a block pack ('shard-000000.blocks')" in text

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hub_shards import write_shard
 from image_tree import DAMAGE, write_split
 from loading import AUGMENT, batches
 
@@ -21,15 +22,6 @@ from ijckd_fast.data import EvalPlan, TrainPlan, build_index
 from ijckd_fast.data.index import build, scan
 from ijckd_fast.data.sources import listing, shards
 from ijckd_fast.errors import UserError
-
-
-def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
 
 
 def shards_of(root: Path, folders, by: str = "cls", per_shard: int = 7) -> None:

@@ -70,7 +70,8 @@ def test_lists_of_settings_fit_together():
     """What a run may be continued with is not what its images depend on, but for paths whose contents are compared."""
     free, plan = settings.FREE_ON_RESUME, set(settings.PLAN_FIELDS)
     assert free > settings.REUSED_WITH_ANY
-    assert free & plan == {"class_list", "val_labels", "image_column", "label_column", "batch_size"}
+    of_data = {"class_list", "val_labels", "val_dir", "label_key", "image_column", "label_column"}
+    assert free & plan == {*of_data, "batch_size"}
     assert not set(settings.CACHE_FIELDS) & set(settings.UNCACHED_FIELDS)
     assert not free & set(settings.OBJECTIVE_FIELDS)
     assert set(settings.TEACHER_WEIGHTS) <= set(settings.TEACHER_FIELDS)

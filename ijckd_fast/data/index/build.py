@@ -38,7 +38,7 @@ from ijckd_fast.data.sources import (
     open_source,
     read_class_list,
 )
-from ijckd_fast.data.sources.passed_over import images_warning, listed, together
+from ijckd_fast.data.sources.passed_over import images_warning, listed, of_no_class, together
 from ijckd_fast.errors import UserError
 from ijckd_fast.files import remove_leftovers
 
@@ -54,6 +54,8 @@ class Scan:
     home     where the verdicts and the list of the bad files are kept; None where nothing could be written
     opened   files that were opened, and the seconds that took
     passed_over  files that are not read because of their names, or of where they lie, by kind
+    layout   what kind of source it is: 'class folders'
+    labels_from  what says the labels
     """
 
     index: Index
@@ -62,6 +64,8 @@ class Scan:
     opened: int
     opening_seconds: float
     passed_over: list[PassedOver]
+    layout: str
+    labels_from: str
 
 
 def build_index(
@@ -72,6 +76,7 @@ def build_index(
     class_list: str | Path | None = None,
     labels: str | Path | None = None,
     fields: Fields | None = None,
+    itself: bool = False,
     workers: int = 0,
     verify: Literal["full", "fast"] = "full",
     refresh: bool = False,
@@ -81,14 +86,15 @@ def build_index(
     least_classes: int = 1,
     ask_dali: bool = True,
 ) -> Index:
-    """Indexes root/split, a folder of any kind in ../sources. Decodes only what is new or has changed.
+    """Indexes a split of a data folder of any kind in ../sources. Decodes only what is new or has changed.
 
     classes    the class folders there must be, in the order of their labels, e.g. the train index's for val; default:
                sorted
     class_list a file that names them, one in a line, where there are no `classes`
     labels     a file that names the class of every image, see label_files.read_labels; for images that lie in
-               root/split itself
-    fields     where image and label of a sample stand, in Parquet files; default: as their schema says
+               the split's folder itself
+    fields     where image and label of a sample stand, in shards and Parquet files; default: as these say themselves
+    itself     where root has no such split, root is the folder of its images
     workers    threads that decode; 0 = one per core this process may use
     verify     'full' decodes every file to its last pixel; 'fast' reads header and trailer and decodes only what looks
                odd, so that damage inside a file goes unseen
@@ -115,6 +121,7 @@ def build_index(
         class_list=class_list,
         labels=labels,
         fields=fields,
+        itself=itself,
         workers=workers,
         verify=verify,
         refresh=refresh,
@@ -134,6 +141,7 @@ def scan(
     class_list: str | Path | None = None,
     labels: str | Path | None = None,
     fields: Fields | None = None,
+    itself: bool = False,
     workers: int = 0,
     verify: Literal["full", "fast"] = "full",
     refresh: bool = False,
@@ -149,7 +157,7 @@ def scan(
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
     if verify not in ("full", "fast"):
         raise UserError(f"verify must be 'full' or 'fast', found {verify!r}")
-    source = open_source(root, split, labels, fields)
+    source = open_source(root, split, labels, fields, itself)
     where = "the training data has"
     if classes is None and class_list is not None:
         classes, where = read_class_list(class_list), f"{class_list} lists"
@@ -161,6 +169,7 @@ def scan(
     for folder in homes:
         remove_leftovers(folder)
     known = Files.none() if refresh else load_files(homes, split)
+    asked_before = known.labels_asked
     files = relist(source, groups, known, trust_folders or source.in_shards, progress)
     names, label_of = source.labels(_listed(files), classes)
     _require_classes(source, len(names), least_classes)
@@ -189,10 +198,12 @@ def scan(
         finally:  # also when interrupted: what was decoded so far need not be decoded again
             seconds = time.perf_counter() - began
             newly_compared = dali is not None and dali.loaded and dali.versions != compared_with
-            if files.groups != known.groups or (files.facts[todo] != before).any() or newly_compared:
+            relabelled = files.labels_asked != asked_before
+            if files.groups != known.groups or (files.facts[todo] != before).any() or newly_compared or relabelled:
                 home = save()
     index = _assemble(source, names, files, label_of, home)
-    return Scan(index, files, home, len(todo), seconds, passed)
+    said = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
+    return Scan(index, files, home, len(todo), seconds, passed, source.title, said)
 
 
 def _require_classes(source: Source, found: int, least: int) -> None:
@@ -216,11 +227,12 @@ def _to_be_compared(files: Files, dali: AskDali) -> np.ndarray:
 def _listed(files: Files) -> Listed:
     """What the listings say, for the source to make labels of."""
     rows = [group.rows for group in files.groups]
+    skipped = [of_no_class(group.passed_over) for group in files.groups]
     if files.members is None:
-        return Listed(Paths(files.paths), rows, (), None)
+        return Listed(Paths(files.paths), rows, skipped, (), None)
     there = np.unique(files.members["label"])
     labels = [files.labels[number] for number in there]
-    return Listed(Paths(files.paths), rows, labels, np.searchsorted(there, files.members["label"]))
+    return Listed(Paths(files.paths), rows, skipped, labels, np.searchsorted(there, files.members["label"]))
 
 
 def _check_all(
@@ -357,6 +369,8 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         _odd(files, facts),
         stamps_of(facts["length"], facts["mtime_ns"]) if members is None else None,
         source.blocks,
+        source.content.called,
+        sum(of_no_class(group.passed_over) for group in files.groups),
     )
 
 

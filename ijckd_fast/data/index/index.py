@@ -51,6 +51,12 @@ class Paths(Sequence[str]):
             return self.take(np.arange(*i.indices(len(self))))
         return os.fsdecode(self._encoded[int(i)].as_py())
 
+    def encoded(self) -> Iterator[bytes]:
+        """The paths as the filesystem has them, which need not be UTF-8."""
+        for chunk in self._encoded.chunks:
+            for first in range(0, len(chunk), HASHED_AT_ONCE):
+                yield from chunk.slice(first, HASHED_AT_ONCE).to_pylist()
+
     def take(self, ids: np.ndarray) -> Paths:
         """The paths at `ids` [n] int64, in their order."""
         return Paths(self._encoded.take(pa.array(ids)))
@@ -108,6 +114,8 @@ class Index:
     place_in_shard  see Source; with shards
     odd          None: all images are plain
     stamps       [N] uint32, see stamps_of, of the images' files when they were indexed; without shards
+    folder       the folder that the images lie in, as messages name it; '': root/split
+    skipped      images that are not here because their label, a negative number, says that they are of no class
     blocks       bits of luma and chroma where the images are blocks (data/blocks), whose checksums `members` has; None:
                  they are encoded files, of whose CRC-32 it is
     """
@@ -126,6 +134,12 @@ class Index:
     odd: Odd | None = None
     stamps: np.ndarray | None = None
     blocks: Bits | None = None
+    folder: str = ""
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.folder:
+            object.__setattr__(self, "folder", os.path.join(self.root, self.split))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -198,16 +212,56 @@ class Index:
             )
             labels[chosen] = (labels[chosen] + shift) % self.num_classes
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
+        return dataclasses.replace(self._take(keep), labels=labels, hash=digest)
+
+    def held_out(self, fraction: float, seed: int) -> tuple[Index, Index]:
+        """(training images, validation images): a part of these that is held out, see `drawn`, and the others.
+
+        raises  UserError for a fraction that leaves nothing of the one, or of a class of the other. A class may have no
+                validation image: which are held out depends on nothing but the images themselves
+        """
+        out = drawn(self.paths, fraction, seed)
+        if not out.any():
+            raise UserError(
+                f"--val-fraction {fraction:g} holds out none of the {len(self)} images in {self.folder}; give a larger "
+                "one, or a folder of validation images by --val-dir"
+            )
+        left = np.bincount(self.labels[~out], minlength=self.num_classes)
+        if not left.all():
+            raise UserError(
+                f"--val-fraction {fraction:g} with --val-seed {seed} leaves no training image of "
+                f"{int((left == 0).sum())} of {self.num_classes} classes (e.g. {self.classes[left.argmin()]!r}) in "
+                f"{self.folder}; give a smaller one, or another seed"
+            )
+        parts = []
+        for split, ids in (("train", np.flatnonzero(~out)), ("val", np.flatnonzero(out))):
+            digest = hashlib.sha256(f"{self.hash} held out {fraction!r} {seed} {split}".encode()).hexdigest()
+            parts.append(dataclasses.replace(self._take(ids), split=split, hash=digest))
+        train, val = parts
+        return train, dataclasses.replace(val, quarantined=[], skipped=0)  # train's, wherever they would have gone
+
+    def _take(self, ids: np.ndarray) -> Index:
+        """The images `ids` [n] int64, renumbered; its hash is not theirs."""
         return dataclasses.replace(
             self,
-            paths=self.paths.take(keep),
-            labels=labels,
-            sizes=self.sizes[keep],
-            hash=digest,
-            members=None if self.members is None else self.members[keep],
-            odd=None if self.odd is None else self.odd.take(keep),
-            stamps=None if self.stamps is None else self.stamps[keep],
+            paths=self.paths.take(ids),
+            labels=self.labels[ids],
+            sizes=self.sizes[ids],
+            members=None if self.members is None else self.members[ids],
+            odd=None if self.odd is None else self.odd.take(ids),
+            stamps=None if self.stamps is None else self.stamps[ids],
         )
+
+
+def drawn(paths: Paths, fraction: float, seed: int) -> np.ndarray:
+    """[N] bool: a part of the images, about `fraction` of them.
+
+    Each by a hash of its path and the seed alone: whatever other images there are, in whatever order, in every process.
+    """
+    key = seed.to_bytes(8, "little", signed=True)
+    below = round(fraction * 2**64).to_bytes(9, "big")[1:]  # fraction < 1
+    hashes = (hashlib.blake2b(path, digest_size=8, key=key).digest() < below for path in paths.encoded())
+    return np.fromiter(hashes, bool, len(paths))
 
 
 def stamps_of(lengths: np.ndarray, mtimes: np.ndarray) -> np.ndarray:

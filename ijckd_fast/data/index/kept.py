@@ -88,6 +88,7 @@ class Group:
     rows: int
     stamps: tuple[Stamp, ...]  # of the folders when these rows were listed; () if that can no longer be relied on
     passed_over: tuple[PassedOver, ...] = ()  # what lies there besides
+    labels_from: str = ""  # what of a shard says its labels, see Listing
 
 
 @dataclass(eq=False)
@@ -101,6 +102,7 @@ class Files:
     members  [N] of dtype MEMBERS where the images lie in shards, else None
     labels   what members['label'] numbers
     compared_with   the versions whose pixels facts['by'] is about; '': none were compared
+    labels_asked    where the labels were to be, see Source.labels_asked
     """
 
     paths: pa.ChunkedArray
@@ -112,6 +114,7 @@ class Files:
     labels: Names = dataclasses.field(default_factory=Names)
     variants: Names = dataclasses.field(default_factory=Names)
     compared_with: str = ""
+    labels_asked: str = ""
 
     @classmethod
     def none(cls) -> Files:
@@ -153,9 +156,16 @@ def _read(path: Path) -> Files:
             raise ValueError("its list of folders is damaged")
         files = Files.none()
         files.compared_with = about[b"compared_with"].decode()
+        files.labels_asked = about.get(b"labels_asked", b"").decode()  # not there: from before there was a choice
         files.groups = [
-            Group(folder, rows, tuple((name, *state) for name, *state in stamps), tuple(map(PassedOver._make, passed)))
-            for folder, rows, stamps, passed in json.loads(folders)
+            Group(
+                folder,
+                rows,
+                tuple((name, *state) for name, *state in stamps),
+                tuple(map(PassedOver._make, passed)),
+                *said,
+            )
+            for folder, rows, stamps, passed, *said in json.loads(folders)
         ]
         files.facts = np.empty(file.metadata.num_rows, FACTS)
         if "offset" in file.schema_arrow.names:
@@ -223,7 +233,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
             facts[known],
             members if members is None else members[known],
         )
-    folders = json.dumps([(group.folder, group.rows, group.stamps, group.passed_over) for group in groups]).encode()
+    folders = json.dumps([(g.folder, g.rows, g.stamps, g.passed_over, g.labels_from) for g in groups]).encode()
     columns: dict[str, pa.Array | pa.ChunkedArray] = {"path": paths}
     columns |= {name: pa.array(facts[name]) for name in _PLAIN}
     columns |= {name: getattr(files, names).column(facts[name]) for name, names in _NAMED.items()}
@@ -235,7 +245,7 @@ def save_files(homes: Sequence[Path], split: str, files: Files) -> Path | None:
     table = pa.table(columns)
     about = {
         "ijckd_index": CACHE_VERSION, "folders": folders, "folders_crc32": _crc32(folders),
-        "compared_with": files.compared_with,
+        "compared_with": files.compared_with, "labels_asked": files.labels_asked,
     }  # fmt: skip
     bad = [
         {"path": os.fsdecode(paths[int(i)].as_py()), "reason": files.reasons[facts["reason"][i]]}

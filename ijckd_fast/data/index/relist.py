@@ -24,11 +24,12 @@ def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, pro
     trust   take it that a group whose times are the same holds what it held
     raises  UserError where a group cannot be read; what the source raises
     """
-    root, split = source.content.root, source.content.split
+    root = source.content.root
+    trust = trust and known.labels_asked == source.labels_asked
     stamps = {group.folder: group.stamps for group in known.groups} if trust else {}
     try:
         with progress_bar(progress) as bar:
-            line = bar.add_task(f"listing {split}", total=len(groups))
+            line = bar.add_task(f"listing {source.content.split}", total=len(groups))
             listed = list_groups(
                 str(root),
                 groups,
@@ -38,9 +39,10 @@ def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, pro
             )
     except OSError as error:
         raise UserError(
-            f"the images in {root / split} must be readable, found: {error}; fix it and run again"
+            f"the images in {source.content.folder} must be readable, found: {error}; fix it and run again"
         ) from error
     merged = _merge(known, groups, listed)
+    merged.labels_asked = source.labels_asked
     first = 0
     for group, listing in zip(merged.groups, listed, strict=True):
         rows = slice(first, first := first + group.rows)
@@ -70,7 +72,7 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         else:
             paths.append(listing.paths)
             facts.append(_said(listing, known) if listing.table else _remembered(listing, old_paths, old_facts))
-            group = Group(folder, len(listing.paths), listing.stamps, listing.passed_over)
+            group = Group(folder, len(listing.paths), listing.stamps, listing.passed_over, listing.labels_from)
             if listing.offsets is not None:
                 numbers = _numbers(known.labels, listing.labels)
                 members.append(np.rec.fromarrays([listing.offsets, numbers.astype(np.int32)], MEMBERS))

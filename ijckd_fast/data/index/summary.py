@@ -13,6 +13,7 @@ from rich.table import Table
 from ijckd_fast.data.index.build import Scan
 from ijckd_fast.data.index.check import By
 from ijckd_fast.data.index.kept import Names
+from ijckd_fast.data.sources.passed_over import NO_CLASS
 
 _REASONS, _KINDS = 3, 6  # how many of the reasons, and of the kinds passed over, the table names
 _VARIANTS = 5
@@ -24,6 +25,8 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
     images_per_class, shorter_side, longer_side (pixels, as stored): [least, median, most] of the images in the index
     bytes, formats, rotated: of the same; rotated counts those whose EXIF tag says that they are not upright
     reasons: how many files were left out for what, most frequent first
+    layout, folder, labels_from: what kind of data folder it is, where its images lie, what says their labels
+    skipped: images of no class, by a negative label
     passed_over: how many files were not read because of their names, by extension; passed_over_images: how many of them
     are images or look like them
     by_pillow: images of odd variants that Pillow decodes where DALI makes the batches
@@ -38,6 +41,9 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
     reasons = Counter(re.sub(r" \(.*\)$", "", reason) for _, reason in index.quarantined)
     return {
         "split": index.split,
+        "layout": scan.layout,
+        "folder": index.folder,
+        "labels_from": scan.labels_from,
         "images": len(index),
         "classes": index.num_classes,
         "images_per_class": _spread(np.bincount(index.labels, minlength=index.num_classes)),
@@ -48,9 +54,10 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
         "rotated": int((facts["orientation"][good] != 1).sum()),
         "by_pillow": 0 if index.odd is None else int(index.odd.by_pillow.sum()),
         "variants": _variants(scan.files.variants, facts[good]),
+        "skipped": index.skipped,
         "left_out": len(index.quarantined),
         "reasons": dict(reasons.most_common()),
-        "passed_over": {row.kind: row.files for row in scan.passed_over},
+        "passed_over": {row.kind: row.files for row in scan.passed_over if row.kind != NO_CLASS},
         "passed_over_images": sum(row.images for row in scan.passed_over),
         "opened": scan.opened,
         "images_per_s": round(scan.opened / scan.opening_seconds, 1) if scan.opened else None,
@@ -81,6 +88,8 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """The rows of `summarize`, a column for each split."""
     table = Table("", *(row["split"] for row in rows), title=title)
     lines = {
+        "layout": lambda row: row["layout"],
+        "labels from": lambda row: row["labels_from"],
         "images": lambda row: f"{row['images']:,}",
         "classes": lambda row: f"{row['classes']:,}",
         "images per class, least median most": lambda row: _three(row["images_per_class"]),
@@ -91,6 +100,7 @@ def summary_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         "not upright by EXIF (not turned)": lambda row: f"{row['rotated']:,}",
         "odd variants": _odd,
         "of these decoded by Pillow, also with DALI": _by_pillow,
+        "skipped for a negative label": lambda row: f"{row['skipped']:,}",
         "left out": _left_out,
         "passed over by their names": _passed_over,
         "opened now": lambda row: (

@@ -52,7 +52,7 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
     index: Index = plan.index
     if backend == AUTO:
         backend = backend_of(index.blocks is not None)
-    refuse_backend(backend, f"{index.root}/{index.split}", index.blocks is not None)
+    refuse_backend(backend, f"{index.folder}", index.blocks is not None)
     if backend == "pillow":
         return PillowLoader(plan, **settings)
     if backend == "blocks":

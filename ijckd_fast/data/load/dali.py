@@ -249,7 +249,7 @@ class DaliLoader(Loader):
                 failed = list(self._in_flight)
                 if not self._find_culprits(failed):  # not the data's fault, so DALI's own text stands
                     raise UserError(
-                        f"DALI cannot make a batch of images of {self.plan.index.root}/{self.plan.index.split}: "
+                        f"DALI cannot make a batch of images of {self.plan.index.folder}: "
                         f"{last_line(error)}. Each file of it alone is fine, {failed[0].paths[0]} the first; try "
                         "--data-backend pillow"
                     ) from error

@@ -124,7 +124,7 @@ class Store:
         self.files = Files(index)
         positions = range(len(index.shards))
         contents = {k: mapped.content for k in positions if (mapped := self.files.get(k)) is not None}
-        what = f"the block pack {index.root}/{index.split}"
+        what = f"the block pack {index.folder}"
         self.on, why = choose(wanted, sum(map(len, contents.values())), Room.measured(device), what)
         if self.on == "pinned" and (refused := pin(list(contents.values()), device)) is not None:
             self.on = "copies"

@@ -196,7 +196,7 @@ class Loader:
         if len(reasons) > self.bad_limit:
             files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
             raise TooManyUnreadable(
-                f"{files} of {self.plan.index.root}/{self.plan.index.split} cannot be read any more, more than the "
+                f"{files} of {self.plan.index.folder} cannot be read any more, more than the "
                 f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}); {what_to_do(reasons.values())}"
             )
 

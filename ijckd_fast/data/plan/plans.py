@@ -61,7 +61,7 @@ class TrainPlan:
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"one training step needs {batch_size * world} images (batch size {batch_size} x {world} processes), "
-                f"but {index.root}/{index.split} has {len(index)}; lower the batch size"
+                f"but {index.folder} has {len(index)}; lower the batch size"
             )
         self._epoch = -1
         self._order = np.empty(0, np.int64)

@@ -50,7 +50,7 @@ class StandIns:
                 return int(candidate)
         which = "" if self._any_label else f" of class {self._index.classes[self._index.labels[i]]!r}"
         raise TooManyUnreadable(
-            f"no image{which} in {self._index.root}/{self._index.split} can be read any more, the last one was "
+            f"no image{which} in {self._index.folder} can be read any more, the last one was "
             f"{self._index.absolute(i)} ({self.reasons[i]}); {what_to_do([self.reasons[i]])}"
         )
 

@@ -17,6 +17,7 @@ import PIL
 from PIL import Image, features
 
 from ijckd_fast.data.plan import BatchPlan
+from ijckd_fast.data.sources import Place
 from ijckd_fast.errors import UserError
 
 
@@ -136,7 +137,8 @@ class Shard:
     checksum   of the shard that an earlier run made; None where it made none
     sums       the file of checksums, to which that of a new shard is added before the shard gets its name
     first      id of its first image; the others follow
-    sources    [n] absolute paths; labels [n] int64
+    sources    [n] what its images are called in errors; places [n]: where their bytes lie
+    labels     [n] int64
     stored     [n, 2] int32, (width, height) as indexed; packed [n, 2] int32, as they are to be in the shard
     treatment  [n] int64, of Treatment
     format     the kind of pack
@@ -148,6 +150,7 @@ class Shard:
     sums: str
     first: int
     sources: list[str]
+    places: list[Place]
     labels: np.ndarray
     stored: np.ndarray
     packed: np.ndarray

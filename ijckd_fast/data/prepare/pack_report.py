@@ -15,7 +15,7 @@ from rich.table import Table
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index import Index
 from ijckd_fast.data.load.loader import Unreadable
-from ijckd_fast.data.load.pillow import arrange, decode
+from ijckd_fast.data.load.pillow import arrange, stored_image
 from ijckd_fast.data.plan import Augment, EvalPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat
 from ijckd_fast.data.prepare.pack_jpeg import encode, view_of_image, view_of_jpeg
@@ -65,7 +65,7 @@ def fidelity(
             if stored.id in sample:
                 plan = originals.batch(stored.id)
                 try:
-                    image = decode(plan.paths[0])
+                    image = stored_image(plan, 0)
                     was = arrange(image, plan, 0)
                 except Unreadable as error:
                     warnings.warn(

@@ -136,7 +136,7 @@ def _packed(shard: Shard, row: int) -> bytes:
     """The bytes of an image in the pack. Raises Unreadable."""
     path, how = shard.sources[row], shard.treatment[row]
     try:
-        data = Path(path).read_bytes()
+        data = shard.places[row].read()
     except OSError as error:
         if not blames_file(error):
             raise

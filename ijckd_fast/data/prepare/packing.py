@@ -21,14 +21,14 @@ import numpy as np
 
 from ijckd_fast import files
 from ijckd_fast.console import progress_bar
-from ijckd_fast.data.index import Index, Scan, scan
+from ijckd_fast.data.index import DataFolder, Index, Scan
 from ijckd_fast.data.plan import TooManyUnreadable, what_to_do
 from ijckd_fast.data.prepare.pack_blocks import BlockPack
 from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Treatment
 from ijckd_fast.data.prepare.pack_jpeg import JpegPack
 from ijckd_fast.data.prepare.pack_report import fidelity, shard_path
 from ijckd_fast.data.prepare.pack_shards import make_shards
-from ijckd_fast.data.sources import CLASSES_FILE, Fields
+from ijckd_fast.data.sources import CLASSES_FILE
 from ijckd_fast.data.sources.sums import parse_sums, sum_lines, sums_path
 from ijckd_fast.errors import UserError
 
@@ -47,15 +47,12 @@ def _warn(path: str, why: str) -> None:
 
 
 def pack(
-    root: str | Path,
+    data: DataFolder | str | Path,
     out: str | Path,
     settings: PackFormat,
     *,
     splits: Sequence[str] = SPLITS,
     workers: int = 0,
-    class_list: str | Path | None = None,
-    val_labels: str | Path | None = None,
-    fields: Fields | None = None,
     unreadable_limit: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -70,13 +67,12 @@ def pack(
     is ignored, as everywhere. A shard is written under another name, read back, each image decoded, its checksum noted,
     and only then gets its name. A shard that lacks an image, or has not its checksum, is made again by the next run.
 
-    root, out         data folder, see build_index; folder of the pack
+    data, out         data folder, a path or with what is said of it; folder of the pack
     settings          JpegPack or BlockPack
     splits            of 'train', 'val'
     workers           processes, not threads: Pillow's JPEG encoder holds the interpreter lock; 0 = one per core this
                       process may use. As always with multiprocessing, a script that calls this guards its own code by
                       `if __name__ == "__main__":`
-    class_list, val_labels, fields  see build_index
     unreadable_limit  files of a split that were good when they were indexed and may turn out unreadable; None = a
                       thousandth, at least 8
     overwrite         delete the pack that is in `out`, both splits
@@ -90,7 +86,8 @@ def pack(
                       settings, or cannot be written or is full, or another process writes to it; a shard that does not
                       read back. TooManyUnreadable
     """
-    root, out = Path(root).resolve(), Path(out).resolve()
+    data = data if isinstance(data, DataFolder) else DataFolder(data)
+    root, out = Path(data.data_dir).resolve(), Path(out).resolve()
     if not splits or not set(splits) <= set(SPLITS):
         raise UserError(f"--splits must be of train and val, found {' '.join(splits) or 'none'}")
     for name, value in (("--workers", workers), ("--unreadable-limit", unreadable_limit or 0)):
@@ -103,7 +100,7 @@ def pack(
                 "folder"
             )
     _require_pack_or_nothing(out)
-    scans = _scan(root, splits, class_list, val_labels, fields, workers, progress)
+    scans = _scan(data, splits, workers, progress)
     with _faults_told(out):
         out.mkdir(parents=True, exist_ok=True)
         with files.lock(out, "folder OUT"):
@@ -111,35 +108,20 @@ def pack(
 
 
 def _scan(
-    root: Path,
+    data: DataFolder,
     splits: Sequence[str],
-    class_list: str | Path | None,
-    val_labels: str | Path | None,
-    fields: Fields | None,
     workers: int,
     progress: bool,
 ) -> dict[str, Scan]:
     """Of each split, train first, whose classes val has."""
     scans: dict[str, Scan] = {}
-    classes: tuple[str, ...] | None = None
-    for split in (name for name in SPLITS if name in splits):
-        scans[split] = scan(
-            root,
-            split,  # type: ignore[arg-type]
-            classes=classes,
-            class_list=class_list,
-            labels=val_labels if split == "val" else None,
-            fields=fields,
-            workers=workers,
-            progress=progress,
-            least_classes=2,
-        )
-        if scans[split].index.shards:
+    for found in data.scans(splits, workers=workers, progress=progress, least_classes=2):
+        if (Path(found.index.root) / STATE).is_file():
             raise UserError(
-                f"pack makes shards of images in files of their own, found shards already in {root / split}; give the "
+                f"pack encodes images once, found shards already that pack has made in {found.index.folder}; give the "
                 "folder that they were made of"
             )
-        classes = scans[split].index.classes
+        scans[found.index.split] = found
     return scans
 
 
@@ -316,10 +298,11 @@ def _pack_split(
         for number, (first, end) in enumerate(pairwise([*starts, len(index)])):
             part = slice(first, end)
             sources = [os.path.join(index.root, path) for path in index.paths[part]]
+            places = [index.place(i) for i in range(first, end)]
             path = shard_path(folder, number, settings)
             name = path.relative_to(out).as_posix()
             columns = (index.labels[part], index.sizes[part], packed[part], treatment[part])
-            yield Shard(str(path), name, before.get(name), str(sums), first, sources, *columns, settings)
+            yield Shard(str(path), name, before.get(name), str(sums), first, sources, places, *columns, settings)
 
     after = {CLASSES_FILE: files.digest(out / CLASSES_FILE)}
     images = size = kept = packed_now = 0
@@ -344,7 +327,7 @@ def _pack_split(
                 on_bad(path, why)
             if len(left_out) > limit:
                 raise TooManyUnreadable(
-                    f"{len(left_out)} files of {index.root}/{index.split} cannot be read any more, more than the "
+                    f"{len(left_out)} files of {index.folder} cannot be read any more, more than the "
                     f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}); "
                     f"{what_to_do(why for _, _, why in left_out)}. Finished shards stay and the same command "
                     "continues; --unreadable-limit allows more"
@@ -402,6 +385,6 @@ def _require_every_class(index: Index, missing: np.ndarray) -> None:
     left -= np.bincount(index.labels[missing], minlength=index.num_classes)
     if not left.all():
         raise UserError(
-            f"no image of class {index.classes[left.argmin()]!r} in {index.root}/{index.split} can be read any more, "
+            f"no image of class {index.classes[left.argmin()]!r} in {index.folder} can be read any more, "
             "which leaves the class empty; restore the files and run the same command again"
         )

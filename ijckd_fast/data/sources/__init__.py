@@ -16,8 +16,9 @@ from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, ImageTable, Listin
 from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile, extent
 from ijckd_fast.data.sources.recognise import SOURCES, holds_blocks, open_source
-from ijckd_fast.data.sources.shards import CLASSES_FILE, Shards
+from ijckd_fast.data.sources.shards import Shards
 from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
+from ijckd_fast.data.sources.sums import CLASSES_FILE
 
 __all__ = [
     "CLASSES_FILE",

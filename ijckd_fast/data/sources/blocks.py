@@ -65,6 +65,9 @@ class BlockFiles(Shards):
     """See the module. Checksums of the files, and class names where they have any, are those of tar shards."""
 
     title = "files of a block pack"
+    labels_from = "the files' tables"
+    takes_fields = ()
+    holds_many = ()
 
     @classmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:

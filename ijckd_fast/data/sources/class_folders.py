@@ -1,4 +1,4 @@
-"""Class folders, root/split/<class>/**/*.jpg: the folder that an image lies in is its class."""
+"""Class folders, train/<class>/**/*.jpg: the folder that an image lies in is its class."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class ClassFolders(Source):
 
     title = "class folders"
     class_is_group = True
+    labels_from = "folders"
 
     @classmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:
@@ -37,11 +38,11 @@ class ClassFolders(Source):
                     f"{'does' if len(folders) == 1 else 'do'} not look like {'one' if len(folders) == 1 else 'these'}: "
                     f"{meant}"
                 )
-            return [f"{self.content.split}/{name}" for name in folders]
+            return [self.content.below(name) for name in folders]
         there = counterparts(classes, folders, f"class folders of {folder}")
         if not len(there) == len(set(there.values())) == len(classes) == len(folders):
             raise UserError(_other_classes(folder, classes, folders, where))
-        return [f"{self.content.split}/{there[name]}" for name in classes]
+        return [self.content.below(there[name]) for name in classes]
 
     def unused(self) -> Sequence[str]:
         """Whatever lies beside the class folders."""

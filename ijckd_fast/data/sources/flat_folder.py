@@ -18,6 +18,7 @@ class FlatFolder(Source):
 
     title = "images without class folders"
     takes_label_file = True
+    labels_from = "label file"
 
     def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         """Reads the label file. Raises UserError where there is none."""
@@ -38,7 +39,7 @@ class FlatFolder(Source):
 
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
         """The folder itself."""
-        return [self.content.split]
+        return [self.content.where or "."]
 
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """What the label file says of each. Its own classes are sorted."""

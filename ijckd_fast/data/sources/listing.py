@@ -63,7 +63,8 @@ class Listing:
              first byte); None for images in files of their own
     labels   [n] with offsets: what the shard says of each, a sequence or a dictionary array of strings
     table    with offsets: what the shard's own table says of each; None: every image is opened once, to learn it
-    passed_over  files, or members of the shard, that are not read because of their names
+    passed_over  files, or members of the shard, that are not read because of their names, or of their labels
+    labels_from  with labels: what of the shard they were read from, in a few words
     """
 
     paths: pa.LargeBinaryArray
@@ -74,6 +75,7 @@ class Listing:
     labels: Sequence[str] | pa.DictionaryArray = ()
     table: ImageTable | None = None
     passed_over: tuple[PassedOver, ...] = ()
+    labels_from: str = ""
 
 
 def list_groups(

@@ -21,6 +21,9 @@ OTHER_IMAGES = frozenset(
 """Extensions of images in formats that are not read."""
 
 NO_EXTENSION, ODD_ENDING = "no extension", "an odd ending"
+NO_CLASS = "a negative label"
+"""The kind of images in a file of many that are skipped because their label, a negative number, says so."""
+
 _EXTENSION = re.compile(r"\.[a-z][a-z0-9_]{0,11}")
 _KINDS = 24  # that one group's tally tells apart: names with numbers after their dots would make thousands
 _LOOKED_AT = 8  # files of one kind in one group, until one of them is an image; then at all
@@ -112,6 +115,11 @@ def together(parts: Iterable[Sequence[PassedOver]]) -> list[PassedOver]:
         better = example if images and not old.images else old.example
         sums[kind] = PassedOver(kind, old.files + files, old.images + images, better)
     return sorted(sums.values(), key=lambda row: (-row.images, -row.files, row.kind))
+
+
+def of_no_class(passed: Iterable[PassedOver]) -> int:
+    """How many images were skipped because of a negative label."""
+    return sum(row.files for row in passed if row.kind == NO_CLASS)
 
 
 def images_warning(folder: object, passed: Sequence[PassedOver], read: Sequence[str]) -> str | None:

@@ -11,40 +11,52 @@ from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
 from ijckd_fast.data.sources.passed_over import listed
 from ijckd_fast.data.sources.shards import Shards
-from ijckd_fast.data.sources.source import Content, Fields, Source, look_into
+from ijckd_fast.data.sources.source import Content, Fields, Source
+from ijckd_fast.data.sources.splits import look_into
 from ijckd_fast.errors import UserError
 
 SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards)
 """The first that recognises a folder's content has it."""
 
 
-def open_source(root: Path, split: str, label_file: str | Path | None = None, fields: Fields | None = None) -> Source:
-    """The source that root/split is.
+_SUFFIXES = tuple(dict.fromkeys(suffix for kind in SOURCES for suffix in kind.holds_many))
+
+
+def open_source(
+    root: Path,
+    split: str,
+    label_file: str | Path | None = None,
+    fields: Fields | None = None,
+    itself: bool = False,
+) -> Source:
+    """The source that a split of a data folder is.
 
     label_file  names the class of each image, for a source that takes one
     fields      where image and label of a sample stand, for a source that takes such; of val they are the training
                 images', which may lie otherwise
+    itself      where root has no such split, root holds its images
     raises      UserError: no such folder, nothing in it, a label file that is missing, not needed or wrong, fields
                 that mean nothing
     """
-    fields = Fields() if fields is None else fields
-    content = look_into(root, split)
+    content = look_into(root, split, _SUFFIXES, itself)
     kind = _recognised(content)
     if kind is not None:
+        names = kind.recognised_by(content)
         if label_file is not None and not kind.takes_label_file:
-            names = kind.recognised_by(content)
             raise UserError(
                 f"the label file {label_file} is for images that lie in {content.folder} itself, but there are "
                 f"{kind.title} ({some(names)}), which say the class of what is in them; leave the label file out"
             )
-        given = [name for name, value in dataclasses.asdict(fields).items() if value is not None]
+        given = {} if fields is None else dataclasses.asdict(fields)
+        given = {name: value for name, value in given.items() if value is not None}
         unused = [f"--{name.replace('_', '-')}" for name in given if name not in kind.takes_fields]
         if unused and split == "train":
             raise UserError(
                 f"{' and '.join(unused)} would say where a sample's image or label stands, but {content.folder} has "
-                f"{kind.title} ({some(kind.recognised_by(content))}), which need no such; leave the option out"
+                f"{kind.title} ({some(names)}), which need no such; leave the option out"
             )
-        return kind(content, label_file, fields)
+        taken = Fields(**{name: value for name, value in given.items() if name in kind.takes_fields})
+        return kind(content, label_file, taken)
     others = content.passed_over(content.others)
     found = f"holds nothing that is read, only {listed(others)} (e.g. {others[0].example})" if others else "is empty"
     raise UserError(
@@ -55,7 +67,7 @@ def open_source(root: Path, split: str, label_file: str | Path | None = None, fi
 
 def holds_blocks(root: Path, split: str) -> bool:
     """Whether root/split is a block pack; False where there is nothing to be read."""
-    return (root / split).is_dir() and _recognised(look_into(root, split)) is BlockFiles
+    return (root / split).is_dir() and _recognised(look_into(root, split, _SUFFIXES)) is BlockFiles
 
 
 def _recognised(content: Content) -> type[Source] | None:

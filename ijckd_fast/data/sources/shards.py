@@ -1,9 +1,9 @@
 """Webdataset shards: tar archives of images, read in any order by an index of where in its archive each image lies.
 
-Where an archive has `.cls` members, each image needs one, which holds a number or a class name: of its own name
-(`photo.0.jpg`, `photo.0.cls`), or of its key, the name up to the first dot of its last part, as webdataset has it. In
-an archive without them the label is the folder that the image is in, and its whole name counts. Members have the names
-that unpacking would give them; links are followed; other members (.json, .txt) are counted and not read.
+Each image's class is a number or a class name in KEY.cls or in a field of KEY.json (shard_labels.py), where KEY is its
+own name (`photo.0.jpg`, `photo.0.cls`) or that up to the first dot of its last part, as webdataset has it. In an
+archive without either the label is the folder that the image is in, and its whole name counts. Members have the names
+that unpacking would give them; links are followed; other members (.txt) are counted and not read.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import posixpath
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from ijckd_fast.data.sources.info_file import SplitInfo
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_hidden, settled, some, stamp_of
 from ijckd_fast.data.sources.names import counterparts, did_you_mean, require_distinct
-from ijckd_fast.data.sources.passed_over import Tally
+from ijckd_fast.data.sources.passed_over import NO_CLASS, Tally
 from ijckd_fast.data.sources.places import Extent
+from ijckd_fast.data.sources.shard_labels import LabelKey, Member, labels_of_shard, may_hold_label
 from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
-from ijckd_fast.data.sources.sums import Sums
+from ijckd_fast.data.sources.sums import CLASSES_FILE, Sums
 from ijckd_fast.errors import UserError
-
-CLASSES_FILE = "classes.txt"
-"""Beside train/ and val/: the class names of numeric labels, one in a line, from 0."""
 
 LINKS = "links that lead to no member"
 SPARSE = "sparse members"  # whose bytes do not lie together
@@ -43,6 +42,8 @@ class Shards(Source):
 
     title = "webdataset shards"
     in_shards = True
+    takes_fields: ClassVar[tuple[str, ...]] = ("label_key",)
+    holds_many: ClassVar[tuple[str, ...]] = _ARCHIVES
 
     @classmethod
     def recognised_by(cls, content: Content) -> Sequence[str]:
@@ -51,35 +52,64 @@ class Shards(Source):
 
     def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         super().__init__(content, label_file, fields)
+        alt_label = None if content.info is None else content.info.alt_label
+        # an info file's field is what the archives' maker says; the user knows better
+        self._key = LabelKey.parsed(fields.label_key or (alt_label and f"json:{alt_label}"))
         self._sums = Sums(content.root, content.split)
 
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
         """The archives, in the order of their names; UserError where others have checksums."""
-        archives = [f"{self.content.split}/{name}" for name in self.recognised_by(self.content)]
+        archives = [self.content.below(name) for name in self.recognised_by(self.content)]
         self._sums.require_all(archives)
         return archives
 
     def list_group(self, group: str) -> Listing:
         """See list_shard; Damaged where it is not the archive that its checksum is of."""
         self._sums.require(group)
-        return list_shard(str(self.content.root), group)
+        return list_shard(str(self.content.root), group, self._key)
+
+    @property
+    def labels_asked(self) -> str:
+        """The key."""
+        return str(self._key) or "cls, json or folder"
 
     def unused(self) -> Sequence[str]:
         """Whatever lies beside the archives."""
         archives = set(self.recognised_by(self.content))
-        return [name for name in self.content.others if name not in archives]
+        return [*(name for name in self.content.others if name not in archives), *self.content.beside]
 
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """See class_names."""
         assert listed.numbers is not None
+        if self.content.info is not None:
+            self._require_counts(self.content.info, listed)
         if classes is None:
             self._sums.require(CLASSES_FILE)
         names, positions = class_names(self.content.root, listed.labels, classes)
         return names, positions[listed.numbers]
 
+    def _require_counts(self, info: SplitInfo, listed: Listed) -> None:
+        """UserError where the archives hold other numbers of images than an info file says."""
+        found = [images + skipped for images, skipped in zip(listed.rows, listed.skipped, strict=True)]
+        archives = self.recognised_by(self.content)
+        for name, expected, there in zip(archives, info.lengths or found, found, strict=True):
+            if expected != there:
+                raise UserError(
+                    f"{info.path} says that {name} holds {expected} images, but {self.content.root / name} has "
+                    f"{there}; fetch the archive again, or remove the info file to do with what is there"
+                )
+        if info.samples is not None and info.samples != sum(found):
+            raise UserError(
+                f"{info.path} says that the split {info.key!r} has {info.samples} images, but its {len(found)} "
+                f"archives in {self.content.root} have {sum(found)}; fetch them again, or remove the info file to do "
+                "with what is there"
+            )
 
-def list_shard(root: str, shard: str) -> Listing:
+
+def list_shard(root: str, shard: str, key: LabelKey) -> Listing:
     """The images in the archive root/shard, in the order in which they lie there, with the label of each.
+
+    Those of no class, whose label is a negative number, are counted and not listed.
 
     raises  OSError where it cannot be read; UserError where it is no intact tar archive, or an image has no label
     """
@@ -87,30 +117,24 @@ def list_shard(root: str, shard: str) -> Listing:
     path = os.path.join(root, shard)
     others = Tally()
     members = _members(path, shard, others)
-    images = {name: member for name, member in members.items() if name.lower().endswith(IMAGE_EXTENSIONS)}
-    labels = _labels(path, members, images, shard, others)
+    images = [name for name in members if name.lower().endswith(IMAGE_EXTENSIONS)]
+    labels = labels_of_shard(path, shard, members, images, key, lambda member: _content(path, member), others)
 
     def head(name: str, length: int) -> bytes:
         member = members[name.removeprefix(f"{shard}/")]
         return _content(path, member._replace(length=min(length, member.length)))
 
-    found = list(images.values())
+    found = [members[name] for name in labels.found]
     return Listing(
         pa.array([os.fsencode(f"{shard}/{member.name}") for member in found], pa.large_binary()),
         np.array([member.length for member in found], np.int64),
         np.full(len(found), stamp[1], np.int64),
         settled([stamp], now),
         np.array([member.offset for member in found], np.int64),
-        labels,
-        passed_over=others.counts(head, images=(LINKS, SPARSE), others=(REPLACED,)),
+        list(labels.found.values()),
+        labels_from=labels.source,
+        passed_over=others.counts(head, images=(LINKS, SPARSE), others=(REPLACED, NO_CLASS)),
     )
-
-
-class _Member(NamedTuple):
-    name: str  # as the archive has it
-    offset: int  # bytes, of its content
-    length: int
-    label: bytes | None = None  # the content, of a .cls member
 
 
 class _Link(NamedTuple):
@@ -118,26 +142,26 @@ class _Link(NamedTuple):
     target: str  # the name of what it leads to, as unpacking would make it
 
 
-def _members(path: str, shard: str, others: Tally) -> dict[str, _Member]:
+def _members(path: str, shard: str, others: Tally) -> dict[str, Member]:
     """The files in an archive that are not hidden, by their names after unpacking, links as what they lead to.
 
     As unpacking does, the last member of a name has it. others: takes links that lead nowhere, sparse members, and
     those that a later one of the same name replaces.
     """
-    entries: dict[str, _Member | _Link | None] = {}
+    entries: dict[str, Member | _Link | None] = {}
     for member, label in _read_archive(path):
         name = _unpacked(member.name)
-        entry: _Member | _Link | None = None
+        entry: Member | _Link | None = None
         if member.islnk():  # to a member as it is now, which a later one may replace
             target = _unpacked(member.linkname)
             if target == name:
                 continue
             now = entries.get(target)
-            entry = now._replace(name=member.name) if isinstance(now, _Member) else _Link(member.name, target)
+            entry = now._replace(name=member.name) if isinstance(now, Member) else _Link(member.name, target)
         elif member.issym():
             entry = _Link(member.name, posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname)))
         elif member.isfile() and not member.issparse():
-            entry = _Member(member.name, member.offset_data, member.size, label)
+            entry = Member(member.name, member.offset_data, member.size, label)
         elif not member.issparse():  # a folder, a pipe
             continue
         if name in entries:
@@ -145,7 +169,7 @@ def _members(path: str, shard: str, others: Tally) -> dict[str, _Member]:
             if not _is_hidden(name):
                 others.add(f"{shard}/{name}", REPLACED)
         entries[name] = entry
-    files: dict[str, _Member] = {}
+    files: dict[str, Member] = {}
     for name, entry in entries.items():
         if _is_hidden(name):
             continue
@@ -154,7 +178,7 @@ def _members(path: str, shard: str, others: Tally) -> dict[str, _Member]:
             if not isinstance(found, _Link):
                 break
             found = entries.get(found.target)
-        if entry is not None and isinstance(found, _Member):
+        if entry is not None and isinstance(found, Member):
             files[name] = found._replace(name=entry.name)
         else:
             others.add(f"{shard}/{name}", SPARSE if entry is None else LINKS)
@@ -171,14 +195,13 @@ def _is_hidden(name: str) -> bool:
 
 
 def _read_archive(path: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Each member, with its content if it is a file that ends in .cls: read in passing, where the disk is already."""
+    """Each member, with its content if it may hold a label: read in passing, where the disk is already."""
     last = "its beginning"
     try:
         with tarfile.open(path, "r:", errorlevel=1) as archive:
             for member in archive:
                 last = repr(member.name)
-                is_label = member.isfile() and member.name.lower().endswith(".cls")
-                content = archive.extractfile(member) if is_label else None
+                content = archive.extractfile(member) if member.isfile() and may_hold_label(member.name) else None
                 yield member, None if content is None else content.read()
             with open(path, "rb") as file:
                 file.seek(archive.offset)
@@ -207,50 +230,7 @@ def _refuse_second_archive(path: str, block: bytes) -> None:
     )
 
 
-def _labels(
-    path: str, members: Mapping[str, _Member], images: Mapping[str, _Member], shard: str, others: Tally
-) -> list[str]:
-    """The label of each image. others: takes the members that are neither image nor label.
-
-    Where an archive has .cls members: the image's own, of the same name but for the last extension, else that of its
-    key, the name up to the first dot. Where it has none: the folder that the image is in.
-    """
-    classes = {name: member for name, member in members.items() if name.lower().endswith(".cls")}
-    by_stem = {name[: -len(".cls")]: name for name in classes}
-    served: dict[str, str] = {}
-    labels, bare = [], []
-    for name, member in images.items():
-        folder, _, base = name.rpartition("/")
-        if not classes:
-            label = posixpath.basename(folder)
-        else:
-            key = posixpath.join(folder, base.partition(".")[0])
-            own = by_stem.get(posixpath.splitext(name)[0]) or by_stem.get(key)
-            if own is not None and own in served:
-                raise UserError(
-                    f"{path} must have one image for each key, found {served[own]!r} and {member.name!r} with "
-                    f"{classes[own].name!r}; pack it again"
-                )
-            label = ""
-            if own is not None:
-                served[own], text = member.name, classes[own].label
-                label = (_content(path, classes[own]) if text is None else text).decode(errors="replace").strip()
-        labels.append(label)
-        if not label:
-            bare.append(member.name)
-    if bare:
-        where = "in a member KEY.cls beside it" + ("" if classes else " or by the folder it is in")
-        raise UserError(
-            f"{path} must name the class of each image, {where}, but {len(bare)} have none ({some(bare)}); pack it "
-            "again"
-        )
-    for name in members:
-        if name not in images and name not in served:
-            others.add(f"{shard}/{name}")
-    return labels
-
-
-def _content(path: str, member: _Member) -> bytes:
+def _content(path: str, member: Member) -> bytes:
     return Extent(path, member.offset, member.length).read()
 
 

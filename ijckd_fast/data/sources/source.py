@@ -1,8 +1,7 @@
-"""What a source is: one way in which root/split can hold images. Each kind is a class in a file beside this one."""
+"""What a source is: one way in which a split can hold images. Each kind is a class in a file beside this one."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,65 +11,72 @@ from typing import ClassVar
 import numpy as np
 
 from ijckd_fast.data.blocks import Bits
-from ijckd_fast.data.sources.levels import meant_by_missing_split
-from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, Listing, is_folder, is_hidden, list_images, some
+from ijckd_fast.data.sources.info_file import SplitInfo
+from ijckd_fast.data.sources.listing import Listing, list_images
 from ijckd_fast.data.sources.passed_over import PassedOver, Tally, head_of_file, kind_of
 from ijckd_fast.data.sources.places import Place, extent
-from ijckd_fast.errors import UserError
+
+SPLITS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation")}
+"""The splits, and what their folders may be called."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Where a sample's image and label stand, as users say; None: as the source finds them by itself.
+
+    image_column, label_column  of Parquet files; A.B is the field B of a struct A
+    label_key                   of webdataset shards, see shard_labels.LabelKey
+    """
+
+    image_column: str | None = None
+    label_column: str | None = None
+    label_key: str | None = None
 
 
 @dataclass(frozen=True)
 class Content:
-    """What root/split holds, seen without going deeper. Hidden names do not count, see listing.is_hidden.
+    """What there is of a split, seen without going deeper. Hidden names do not count, see listing.is_hidden.
 
-    folders  names, sorted as torchvision sorts them
+    where    the folder that it lies in, below the root; '': the root itself
+    folders  names in there, sorted as torchvision sorts them
     images   names of image files, sorted; a file's name says that it is one
-    others   names of all other files, sorted
+    others   names of all other files, sorted; where the folder is that of several splits, those of this one
+    beside   what else lies in a folder of several splits and is of none
+    info     what an info file says of `others`; None where there is none
     """
 
     root: Path
     split: str
+    where: str
     folders: tuple[str, ...]
     images: tuple[str, ...]
     others: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    info: SplitInfo | None = None
 
     @property
     def folder(self) -> Path:
-        """root/split."""
-        return self.root / self.split
+        """root/where."""
+        return self.root / self.where
+
+    @property
+    def called(self) -> str:
+        """The folder, as messages name it; where it is that of several splits, with this one."""
+        shared = self.info is not None or (self.where not in SPLITS[self.split] and not (self.folders or self.images))
+        return f"{self.folder} ({self.split})" if shared else str(self.folder)
+
+    def below(self, name: str) -> str:
+        """The path of what is called `name` in the folder, relative to the root."""
+        return f"{self.where}/{name}" if self.where else name
 
     def passed_over(self, names: Sequence[str]) -> tuple[PassedOver, ...]:
-        """Those of `images` and `others` that a source makes no use of."""
+        """Those of `images`, `others` and `beside` that a source makes no use of."""
         unused, images = Tally(), set(self.images)
+        outside = f"in {self.where}/ itself" if self.where else "outside of the folders"
         for name in names:
-            unused.add(f"{self.split}/{name}", f"{kind_of(name)} in {self.split}/ itself" if name in images else None)
-        outside = {f"{kind_of(name)} in {self.split}/ itself" for name in images}
-        return unused.counts(head_of_file(str(self.root)), images=tuple(outside))
-
-
-def look_into(root: Path, split: str) -> Content:
-    """The content of root/split. Raises UserError where there is no such folder."""
-    folder = root / split
-    expected = f"expected class folders of images, {folder}/<class>/*.jpg"
-    if not root.is_dir():
-        raise UserError(f"{expected}, but {root} is not a folder; give the folder that holds train/ and val/")
-    if not folder.is_dir():
-        inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-        raise UserError(
-            f"{expected}, but {root} has no folder {split!r} ({some(inside) or 'it is empty'}); give the folder that "
-            f"holds train/ and val/{meant_by_missing_split(root, split)}"
-        )
-    folders, images, others = [], [], []
-    for entry in os.scandir(folder):
-        if is_hidden(entry.name):
-            continue
-        if is_folder(entry):
-            folders.append(entry.name)
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS):
-            images.append(entry.name)
-        else:
-            others.append(entry.name)
-    return Content(root, split, tuple(sorted(folders)), tuple(sorted(images)), tuple(sorted(others)))
+            unused.add(self.below(name), f"{kind_of(name)} {outside}" if name in images else None)
+        kinds = {f"{kind_of(name)} {outside}" for name in images}
+        return unused.counts(head_of_file(str(self.root)), images=tuple(kinds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,25 +85,16 @@ class Listed:
 
     paths    [N] relative to the root
     rows     of each group, how many images it holds
+    skipped  of each group, how many more it holds whose labels say that they are of no class
     labels   the different labels that the listings gave, in no special order; () where they gave none
     numbers  [N] int64, positions in `labels`; None where the listings gave none
     """
 
     paths: Iterable[str]
     rows: Sequence[int]
+    skipped: Sequence[int]
     labels: Sequence[str]
     numbers: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Where a sample's image and label stand, as users say; None: as the source finds them by itself.
-
-    image_column, label_column  of Parquet files; A.B is the field B of a struct A
-    """
-
-    image_column: str | None = None
-    label_column: str | None = None
 
 
 class Source(ABC):
@@ -110,11 +107,17 @@ class Source(ABC):
     title: ClassVar[str]
     """What an error calls it, in the plural: 'class folders'."""
 
+    labels_from: ClassVar[str] = ""
+    """What says the labels, in a few words; '' where each listing has its own."""
+
     takes_label_file: ClassVar[bool] = False
     """Whether a text file (--val-labels) says the class of each image."""
 
     takes_fields: ClassVar[tuple[str, ...]] = ()
     """Which of Fields mean something."""
+
+    holds_many: ClassVar[tuple[str, ...]] = ()
+    """What the files end in, lower case, that may lie in one folder for all splits; see splits.py."""
 
     class_is_group: ClassVar[bool] = False
     """Whether each group is a class, and stands where its label says."""
@@ -132,8 +135,8 @@ class Source(ABC):
         """The names in `content` that make it a source of this kind; none where it is of another."""
 
     def unused(self) -> Sequence[str]:
-        """The names in root/split itself that are neither a group nor in one: counted as passed over."""
-        return ()
+        """The names in the split's folder that are neither a group nor in one: counted as passed over."""
+        return self.content.beside
 
     @abstractmethod
     def groups(self, classes: Sequence[str] | None, where: str) -> list[str]:
@@ -147,6 +150,11 @@ class Source(ABC):
     def list_group(self, group: str) -> Listing:
         """The images of one group; called from several threads. Raises OSError where it cannot be read, UserError."""
         return list_images(str(self.content.root), group)
+
+    @property
+    def labels_asked(self) -> str:
+        """What the labels in a listing depend on beside the group's content: other ones must be listed again."""
+        return ""
 
     @property
     def blocks(self) -> Bits | None:

@@ -39,6 +39,10 @@ def sum_lines(sums: Mapping[str, str]) -> bytes:
     return b"".join(sums[path].encode() + b"  " + os.fsencode(path) + b"\n" for path in sorted(sums))
 
 
+CLASSES_FILE = "classes.txt"
+"""Beside the splits: the class names of numeric labels, one in a line, from 0."""
+
+
 class Sums:
     """The checksums of a split. Raises Damaged where the file holds anything else, or is `required` and not there."""
 
@@ -63,7 +67,7 @@ class Sums:
         """UserError unless the shards (paths below the root) are those that have a checksum."""
         if self._sums is None:
             return
-        named, there = {path for path in self._sums if "/" in path}, set(shards)
+        named, there = self._sums.keys() - {CLASSES_FILE}, set(shards)
         for path in sorted(named - there):
             raise Damaged(f"{self._path} names {path}, which is not there: {REMEDY}")
         for path in sorted(there - named):

@@ -271,7 +271,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--objectives", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--no-export", action="store_true", help="write no ONNX of the nets in its sample")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--step-size", type=int, default=128,
+    parser.add_argument("--step-size", type=int, default=64,
                         help="pixels in a step, of nets that take such images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--most-params", type=float, default=90.0, metavar="MILLIONS",
                         help="larger nets are left out (default: %(default)g)")  # fmt: skip

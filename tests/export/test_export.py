@@ -40,6 +40,11 @@ SHAPES = {
     "own": {"objective": "kd"},
     "timm": {"objective": "srrl", "student": "timm/test_resnet", "image_size": 32, "eval_resize": 36},
 }
+# Students of other kinds in timm: tokens, and a norm between pooling and classifier.
+KINDS = {
+    kind: {**SHAPES["timm"], "objective": "kd", "student": f"timm/test_{kind}", "epochs": 1, "lr": 0.01}
+    for kind in ("vit", "convnext")
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +58,12 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(home):
-    """Gives the folder of a finished run by its name in SHAPES, and trains it once."""
+    """Gives the folder of a finished run by its name in SHAPES or KINDS, and trains it once."""
 
     def run(name: str) -> Path:
         folder = home / name
         if not folder.exists():
-            settings = {**distilled(home / "teacher.pt"), **SHAPES[name]}
+            settings = {**distilled(home / "teacher.pt"), **(SHAPES | KINDS)[name]}
             train(config(home / "data", folder, **settings), console=Console(quiet=True))
         return folder
 
@@ -156,19 +161,32 @@ def test_the_files_answer_as_the_trained_net(name, trained, capsys):
     assert min(parts[part]["torch_ms"] for part in ("backbone", "classifier", "total", "student alone")) > 0
 
 
-def test_student_weights_are_the_trained_ones(trained, capsys):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm", {"model_name": "test_resnet", "num_classes": 3}),
+        ("vit", {"model_name": "test_vit", "num_classes": 3, "img_size": 32}),
+        ("convnext", {"model_name": "test_convnext", "num_classes": 3}),
+    ],
+)
+def test_student_weights_are_the_trained_ones(name, options, trained, capsys):
     """In the library's names; timm loads them with what the command says, and answers as the student."""
     import timm
 
-    run = trained("timm")
+    run = trained(name)
     row = _export(capsys, run, "--overwrite", "--no-onnx")
     images, _ = _val_images(run)
     net = timm.create_model(**row["timm"], checkpoint_path=str(run / "export" / "student.safetensors")).eval()
+    begun = create_model(f"timm/{options['model_name']}", 3, image_size=32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(net(images), _distiller(run).predict(images))
-    assert row["timm"] == {"model_name": "test_resnet", "num_classes": 3}
+        logits = net(images)
+        torch.testing.assert_close(logits, _distiller(run).predict(images))
+        assert not torch.allclose(logits, begun(images), atol=1e-2)
+    assert row["timm"] == options
     assert row["student_has_classifier"]
 
+
+def test_student_weights_without_a_classifier(trained, capsys):
     run = trained("map")
     row = _export(capsys, run, "--out", run.parent / "no-timm", "--no-onnx")
     assert row["timm"] is None

@@ -14,6 +14,8 @@ from loading import AUGMENT, EXECUTORS, batches
 
 from ijckd_fast.data import DataFolder, EvalPlan, TrainPlan, build_index
 from ijckd_fast.data.index import scan
+from ijckd_fast.data.prepare import JpegPack, pack, packing
+from ijckd_fast.data.prepare.pack_shards import make_shards
 from ijckd_fast.data.sources.splits import split_of
 from ijckd_fast.errors import UserError
 
@@ -287,3 +289,35 @@ def test_validation_images_from_another_folder(root, folders, tmp_path):
     assert val.absolute(0) == f"{plain}/cat/000.jpg"
     with pytest.raises(UserError, match="must have the 2 class folders that the training data has"):
         list(DataFolder(root, val_dir=tmp_path).scans())
+
+
+def test_a_pack_of_archives_has_their_bytes(root, folders, tmp_path):
+    """Training images are small enough: copied, as validation images always are."""
+    rows = pack(root, tmp_path / "out", JpegPack(shard_images=10), workers=1)
+    assert [(row["images"], row["copy_images"], row["left_out"]) for row in rows] == [(18, 18, []), (6, 6, [])]
+    for packed, index in zip(both(tmp_path / "out"), folders, strict=True):
+        assert packed.labels.tolist() == index.labels.tolist()
+        assert [packed.place(i).read() for i in range(len(index))] == [index.place(i).read() for i in range(len(index))]
+    with pytest.raises(UserError, match="found shards already that pack has made in"):
+        pack(tmp_path / "out", tmp_path / "again", JpegPack(), workers=1)
+    held_out = DataFolder(root, val_fraction=0.4, val_seed=1)
+    rows = pack(held_out, tmp_path / "parts", JpegPack(), workers=1)
+    assert [row["images"] for row in rows] == [len(found.index) for found in held_out.scans()]
+
+
+def test_an_archive_that_changed_is_left_out_of_a_pack(root, tmp_path):
+    index = build_index(root, "train")
+    place = index.place(3)
+    shard = bytearray((root / "imagenet1k-train-0000.tar").read_bytes())
+    shard[place.offset + 100 : place.offset + 104] = b"\0\1\2\3"
+    said = []
+
+    def spoil(*args, **how):
+        (root / "imagenet1k-train-0000.tar").write_bytes(shard)
+        return make_shards(*args, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "make_shards", spoil)
+        pack(root, tmp_path / "out", JpegPack(), splits=["train"], workers=1, on_bad=lambda *bad: said.append(bad))
+    assert [path for path, _ in said] == [index.absolute(3)]
+    assert "other CRC-32" in said[0][1]

@@ -126,10 +126,11 @@ def test_negative_labels_are_skipped_and_counted(tmp_path, image, monkeypatch, d
     assert not list(found.index.quarantined)
 
 
-def test_alt_label_of_an_info_file(tmp_path, image):
+@pytest.mark.parametrize("counted", [4, 3])  # with the skipped ones, or without
+def test_alt_label_of_an_info_file(tmp_path, image, counted):
     """As imagenet-12k's archives have it: a second numbering, with negative numbers for what it lacks."""
     write(tmp_path, image, [30, 40, 50, 60], [{"in12k": n} for n in (1, -1, 0, 1)])
-    about = {"name": "train", "num_samples": 4, "filenames": ["x-train-0.tar"], "shard_lengths": [4]}
+    about = {"name": "train", "num_samples": counted, "filenames": ["x-train-0.tar"], "shard_lengths": [counted]}
     write_info(tmp_path, {"train": {**about, "alt_label": "in12k"}})
     found = scan(tmp_path, "train")
     assert (found.index.labels.tolist(), found.index.skipped, found.labels_from) == ([1, 0, 1], 1, "in12k in KEY.json")

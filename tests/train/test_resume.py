@@ -18,6 +18,7 @@ import recorded_run
 import torch
 import torch.nn.functional as F
 import yaml
+from hub_shards import write_hub
 from processes import Run
 from rich.console import Console
 from tiny_run import config, differing, distilled, options, settings, write_teacher, write_tree
@@ -57,11 +58,13 @@ def _figures(folder) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in clock} for row in run_folder.read_log(folder)]
 
 
-@pytest.mark.parametrize("backend", ["dali", "blocks"])
-def test_killed_at_a_random_step(data, teacher, tmp_path, backend):
+@pytest.mark.parametrize(("backend", "layout"), [("dali", "folders"), ("dali", "archives"), ("blocks", "pack")])
+def test_killed_at_a_random_step(data, teacher, tmp_path, backend, layout):
     """60 steps of the whole objective, stages too, with mixing and EMA, kill -9 twice at random steps between
     checkpoints: the same batches, the same weights."""
-    if backend == "blocks":
+    if layout == "archives":
+        data = write_hub(tmp_path / "hub", [build_index(data, "train"), build_index(data, "val")], per_shard=10)
+    if layout == "pack":
         pack(data, tmp_path / "pack", BlockPack(short=0, shard_gb=4000 / 2**30), workers=1)
         data = tmp_path / "pack"
     changes = {

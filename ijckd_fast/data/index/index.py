@@ -238,7 +238,8 @@ class Index:
             digest = hashlib.sha256(f"{self.hash} held out {fraction!r} {seed} {split}".encode()).hexdigest()
             parts.append(dataclasses.replace(self._take(ids), split=split, hash=digest))
         train, val = parts
-        return train, dataclasses.replace(val, quarantined=[], skipped=0)  # train's, wherever they would have gone
+        # what is left out is train's, wherever it would have gone
+        return train, dataclasses.replace(val, folder=f"{self.folder}, held out", quarantined=[], skipped=0)
 
     def _take(self, ids: np.ndarray) -> Index:
         """The images `ids` [n] int64, renumbered; its hash is not theirs."""

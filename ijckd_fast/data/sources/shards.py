@@ -53,7 +53,8 @@ class Shards(Source):
     def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         super().__init__(content, label_file, fields)
         alt_label = None if content.info is None else content.info.alt_label
-        # an info file's field is what the archives' maker says; the user knows better
+        # an info file's field, and numbers of images that have it, are the maker's; the user knows better
+        self._counted = content.info if not (alt_label and fields.label_key) else None
         self._key = LabelKey.parsed(fields.label_key or (alt_label and f"json:{alt_label}"))
         self._sums = Sums(content.root, content.split)
 
@@ -81,24 +82,27 @@ class Shards(Source):
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """See class_names."""
         assert listed.numbers is not None
-        if self.content.info is not None:
-            self._require_counts(self.content.info, listed)
+        if self._counted is not None:
+            self._require_counts(self._counted, listed)
         if classes is None:
             self._sums.require(CLASSES_FILE)
         names, positions = class_names(self.content.root, listed.labels, classes)
         return names, positions[listed.numbers]
 
     def _require_counts(self, info: SplitInfo, listed: Listed) -> None:
-        """UserError where the archives hold other numbers of images than an info file says."""
+        """UserError where the archives hold other numbers of images than an info file says.
+
+        It may count those of no class, or not.
+        """
         found = [images + skipped for images, skipped in zip(listed.rows, listed.skipped, strict=True)]
         archives = self.recognised_by(self.content)
-        for name, expected, there in zip(archives, info.lengths or found, found, strict=True):
-            if expected != there:
+        for name, expected, there, images in zip(archives, info.lengths or found, found, listed.rows, strict=True):
+            if expected not in (there, images):
                 raise UserError(
                     f"{info.path} says that {name} holds {expected} images, but {self.content.root / name} has "
                     f"{there}; fetch the archive again, or remove the info file to do with what is there"
                 )
-        if info.samples is not None and info.samples != sum(found):
+        if info.samples not in (None, sum(found), sum(listed.rows)):
             raise UserError(
                 f"{info.path} says that the split {info.key!r} has {info.samples} images, but its {len(found)} "
                 f"archives in {self.content.root} have {sum(found)}; fetch them again, or remove the info file to do "

@@ -1,8 +1,8 @@
 """`benchmark.py index`: how fast a data folder is scanned, and what time and memory a start with a large index takes.
 
-The scan reads real pictures; the starts read index files made up for as many images and class folders as ImageNet and
-ImageNet-21k have, each in a process of its own. The class folders are there, the images are not: a start does not ask
-for them.
+The scan reads real pictures; the starts read index files made up for as many images and class folders, or archives, as
+ImageNet and ImageNet-21k have, each in a process of its own. Folders and archives are there, the images are not: a
+start does not ask for them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ COLUMNS = (
     "batch_ms", "peak_mb", "held_mb", "repeats", "threads", "machine", "pyarrow", "numpy", "pillow", "python", "commit",
     "date",
 )  # fmt: skip
-IMAGENET = {"imagenet": (1_281_167, 1000), "imagenet-21k": (14_197_122, 21_841)}  # images, class folders
+IMAGENET = {
+    "imagenet": (1_281_167, 1000),
+    "imagenet-21k": (14_197_122, 21_841),
+    "imagenet-wds": (1_281_167, 1024),
+}
+"""Images, and class folders; of imagenet-wds archives, in one folder with the info file of timm/imagenet-1k-wds."""
+
 PICTURES = 200  # that differ; the other files are hard links to them
 
 START = """
@@ -77,6 +83,47 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
         paths.append(pa.array([f"{name}/{name[6:]}_{i}.JPEG".encode() for i in range(count)], pa.large_binary()))
         files.groups.append(kept.Group(name, count, list_images(str(root), name).stamps))
     files.paths = pa.chunked_array(paths)
+    _make_up_facts(files, images)
+    kept.save_files([root / kept.CACHE_FOLDER], "train", files)
+
+
+def make_up_archives(root: pathlib.Path, images: int, archives: int) -> None:
+    """The same of root/imagenet1k-train-*.tar, empty archives, with an info file and labels of 1000 classes."""
+    import numpy as np
+    import pyarrow as pa
+
+    from ijckd_fast.data.index import kept
+    from ijckd_fast.data.sources import open_source
+    from ijckd_fast.data.sources.listing import stamp_of
+
+    names = [f"imagenet1k-train-{i:04d}.tar" for i in range(archives)]
+    for name in names:
+        (root / name).write_bytes(bytes(1024))
+    counts = np.diff(np.linspace(0, images, archives + 1).astype(np.int64)).tolist()
+    train = {"name": "train", "num_samples": images, "filenames": names, "shard_lengths": counts}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": train}}))
+    time.sleep(2.1)
+    files = kept.Files.none()
+    files.labels_asked = open_source(root, "train").labels_asked
+    paths, g = [], np.random.default_rng(0)
+    for name, count in zip(names, counts, strict=True):
+        keys = [f"{name}/n{k:08d}_{i}.jpg".encode() for i, k in enumerate(g.integers(0, 1000, count))]
+        paths.append(pa.array(keys, pa.large_binary()))
+        files.groups.append(kept.Group(name, count, (stamp_of(str(root), name),), (), "KEY.cls"))
+    files.paths = pa.chunked_array(paths)
+    _make_up_facts(files, images)
+    files.facts["crc32"] = g.integers(1, 2**32, images)
+    files.members = np.zeros(images, kept.MEMBERS)
+    files.members["offset"] = g.integers(512, 10**8, images)
+    files.members["label"] = np.array([files.labels.number(str(k)) for k in range(1000)])[np.arange(images) % 1000]
+    kept.save_files([root / kept.CACHE_FOLDER], "train", files)
+
+
+def _make_up_facts(files: Any, images: int) -> None:
+    import numpy as np
+
+    from ijckd_fast.data.index import kept
+
     g = np.random.default_rng(0)
     files.facts = np.zeros(images, kept.FACTS)
     for name, least, most in (
@@ -89,7 +136,6 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
     files.facts["format"] = files.formats.number("JPEG")
     for name in ("orientation", "full", "known"):
         files.facts[name] = 1
-    kept.save_files([root / kept.CACHE_FOLDER], "train", files)
 
 
 def add_parser(commands: Any) -> None:
@@ -175,7 +221,8 @@ def starts(name: str, repeats: int) -> dict[str, Any]:
     """The start with a made-up index of IMAGENET[name], in a new process each time."""
     images, folders = IMAGENET[name]
     with tempfile.TemporaryDirectory() as folder:
-        make_up_index(pathlib.Path(folder), images, folders)
+        make_up = make_up_archives if name == "imagenet-wds" else make_up_index
+        make_up(pathlib.Path(folder), images, folders)
         found = []
         for _ in range(repeats):
             done = subprocess.run(

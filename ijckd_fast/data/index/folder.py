@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from ijckd_fast.data.index.build import Scan, scan
-from ijckd_fast.data.index.index import Index, Paths, drawn
+from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.sources import Fields
 from ijckd_fast.errors import UserError
 
@@ -100,9 +100,11 @@ class DataFolder:
 
 def _parted(found: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
     """What is left for training, with the files that are left out, and what is held out."""
-    out = drawn(Paths(found.files.paths), fraction, seed) & (found.files.facts["reason"] == 0)
+    train, val, held_out = found.index.held_out(fraction, seed)
+    out = found.files.facts["reason"] == 0
+    out[out] = held_out
     parts = []
-    for index, rows in zip(found.index.held_out(fraction, seed), (~out, out), strict=True):
+    for index, rows in ((train, ~out), (val, out)):
         files = dataclasses.replace(
             found.files,
             paths=found.files.paths.filter(pa.array(rows)),
@@ -110,5 +112,4 @@ def _parted(found: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
             members=None if found.files.members is None else found.files.members[rows],
         )
         parts.append(dataclasses.replace(found, index=index, files=files))
-    train, val = parts
-    return train, dataclasses.replace(val, opened=0, passed_over=[])
+    return parts[0], dataclasses.replace(parts[1], opened=0, passed_over=[])

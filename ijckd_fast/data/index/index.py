@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -22,6 +23,7 @@ from ijckd_fast.errors import UserError
 HASHED_AT_ONCE = 1 << 16  # files: what fits the processor's cache
 _SUBSET_STREAM = 0x5B5E7
 _NOISE_STREAM = 0x2015E
+_HOLD_OUT_STREAM = 0x401D0
 
 
 class Paths(Sequence[str]):
@@ -214,8 +216,8 @@ class Index:
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
         return dataclasses.replace(self._take(keep), labels=labels, hash=digest)
 
-    def held_out(self, fraction: float, seed: int) -> tuple[Index, Index]:
-        """(training images, validation images): a part of these that is held out, see `drawn`, and the others.
+    def held_out(self, fraction: float, seed: int) -> tuple[Index, Index, np.ndarray]:
+        """(training images, validation images, [N] bool: which these are): a part of all, see `drawn`, is held out.
 
         raises  UserError for a fraction that leaves nothing of the one, or of a class of the other. A class may have no
                 validation image: which are held out depends on nothing but the images themselves
@@ -239,7 +241,8 @@ class Index:
             parts.append(dataclasses.replace(self._take(ids), split=split, hash=digest))
         train, val = parts
         # what is left out is train's, wherever it would have gone
-        return train, dataclasses.replace(val, folder=f"{self.folder}, held out", quarantined=[], skipped=0)
+        val = dataclasses.replace(val, folder=f"{self.folder}, held out", quarantined=[], skipped=0)
+        return train, val, out
 
     def _take(self, ids: np.ndarray) -> Index:
         """The images `ids` [n] int64, renumbered; its hash is not theirs."""
@@ -259,10 +262,8 @@ def drawn(paths: Paths, fraction: float, seed: int) -> np.ndarray:
 
     Each by a hash of its path and the seed alone: whatever other images there are, in whatever order, in every process.
     """
-    key = seed.to_bytes(8, "little", signed=True)
-    below = round(fraction * 2**64).to_bytes(9, "big")[1:]  # fraction < 1
-    hashes = (hashlib.blake2b(path, digest_size=8, key=key).digest() < below for path in paths.encoded())
-    return np.fromiter(hashes, bool, len(paths))
+    names = np.fromiter(map(zlib.crc32, paths.encoded()), np.int64, len(paths))
+    return uniforms(seed, _HOLD_OUT_STREAM, names, 1)[:, 0] < fraction
 
 
 def stamps_of(lengths: np.ndarray, mtimes: np.ndarray) -> np.ndarray:

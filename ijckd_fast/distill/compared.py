@@ -47,6 +47,12 @@ def compare(distiller: Distiller, images: Tensor) -> Compared:
         raise UserError(
             f"objective {objective.name!r} has no {lacks}: wanted both, to compare features with the teacher's"
         )
+    if Needs.MAP_T in objective.needs and teacher.matches_only:
+        raise UserError(
+            f"objective {objective.name!r} matches a map of teacher {teacher.name!r} whose mean is not what its"
+            " classifier sees, expected one whose mean it is, to compare features with: train with pooled matching"
+            " (--match pooled), or with another teacher"
+        )
     if distiller.training:
         raise RuntimeError("Distiller.compare: the distiller is in training mode, call eval() first")
     map_t, pooled_t = teacher.features(images, connector.takes_map and teacher.has_map)  # [B, Ct, Ht, Wt], [B, Ct]

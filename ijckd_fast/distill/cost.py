@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ijckd_fast.nets import count_macs, count_parameters, macs
+from ijckd_fast.nets import Backbone, count_macs, count_parameters, macs
 
 if TYPE_CHECKING:
     from ijckd_fast.distill.distiller import Distiller
@@ -21,7 +21,7 @@ def deployed_cost(distiller: Distiller, image_size: int) -> tuple[int, int]:
     assert connector is not None
     classifier = distiller.classifier_t
     parameters = count_parameters(student.net) + count_parameters(connector) + count_parameters(classifier)
-    total = macs(student.net, image_size) + classifier.weight.numel()
+    total = macs(Backbone(student, connector.takes_map), image_size) + classifier.weight.numel()
     image = next(student.parameters()).new_zeros(1, 3, image_size, image_size)
     if not connector.takes_map:
         x = image.new_zeros(1, student.channels)

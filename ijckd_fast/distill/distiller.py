@@ -17,6 +17,7 @@ from ijckd_fast.distill.connector_spec import takes_map
 from ijckd_fast.distill.connectors import Connector, build_connector
 from ijckd_fast.distill.cost import deployed_cost
 from ijckd_fast.distill.heads import HEADS
+from ijckd_fast.distill.nets_fit import require_maps
 from ijckd_fast.distill.objectives import Objective
 from ijckd_fast.distill.terms import Needs, Seen
 from ijckd_fast.distill.terms.term import TEACHER_FEATURES, Nets
@@ -117,9 +118,10 @@ class Distiller(nn.Module):
         object.__setattr__(self, "teacher", teacher)  # nn.Module's own would make it a submodule
         self._teacher_parts: list[nn.Module] = []
         self._look_at_teacher()
+        student.keep_map_to_match()
+        if isinstance(teacher, Tapped):
+            teacher.keep_map_to_match()
         self._pairs = _matched_stages(objective, student, teacher)
-        if objective.connector is not None and takes_map(objective.connector):
-            student.require_map()
         if Needs.OWN_LOGITS not in objective.needs:
             student.drop_classifier()
         self.student = student
@@ -127,7 +129,7 @@ class Distiller(nn.Module):
         self.connector = None
         if objective.connector is not None:
             assert teacher is not None
-            channels = student.channels, teacher.channels
+            channels = _connected_channels(objective, student, teacher)
             self.connector = build_connector(objective.connector, *channels, objective.connector_init).to(like)
         for term in objective.terms:
             for name, module in term.build(Nets(student, teacher, self._pairs)).items():
@@ -402,8 +404,18 @@ def _refuse(
             f"teacher {teacher.name!r} classifies {teacher.num_classes} classes and student {student.name!r}"
             f" {student.num_classes}, wanted equal counts: build both for the data's classes"
         )
-    if Needs.MAP_T in objective.needs:
-        teacher.require_map()
+    require_maps(objective, student, teacher)
+
+
+def _connected_channels(objective: Objective, student: Tapped, teacher: Tapped | CachedTeacher) -> tuple[int, int]:
+    """(Cs, Ct) from which and to which the connector leads: of maps, or of the vectors that the classifiers see."""
+    assert objective.connector is not None
+    channels_s, channels_t = student.channels, teacher.channels
+    if takes_map(objective.connector):
+        channels_s = student.match_channels or channels_s
+    if Needs.MAP_T in objective.needs and isinstance(teacher, Tapped):
+        channels_t = teacher.match_channels or channels_t
+    return channels_s, channels_t
 
 
 def _frozen_classifier() -> Any:
@@ -423,8 +435,8 @@ def _matched_stages(
     if Needs.STAGES not in objective.needs:
         return {}
     assert teacher is not None
-    student.require_stages()
-    teacher.require_stages()
+    student.require_stages(role="student")
+    teacher.require_stages(role="teacher")
     assert isinstance(teacher, Tapped)
     common = min(len(student.stages), len(teacher.stages))
     nets = f"student {_with_stages(student)} and teacher {_with_stages(teacher)}"

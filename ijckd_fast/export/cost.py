@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ijckd_fast.export.deployed import Deployed, random_images
-from ijckd_fast.nets import count_macs, count_parameters
+from ijckd_fast.nets import Backbone, count_macs, count_parameters
 
 
 def _median_ms(calls: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
@@ -61,13 +61,15 @@ def measure_cost(
             "onnxruntime_ms": ms.get("onnxruntime") if name == "total" else None,
         }
 
-    backbone, connector, classifier = (module.backbone.net, image), (module.connector, x), (module.classifier, z)
+    alone = module.backbone.net, image
+    backbone = Backbone(module.backbone, module.takes_map), image
+    connector, classifier = (module.connector, x), (module.classifier, z)
     return {
         "backbone": row("backbone", backbone),
         "connector": row("connector", connector),
         "classifier": row("classifier", classifier),
         "total": row("total", backbone, connector, classifier),
-        "student alone": row("student alone", backbone, (own, pooled)),
+        "student alone": row("student alone", alone, (own, pooled)),
     }
 
 

@@ -5,16 +5,17 @@ features and its classifier, however the net is written. timm and torchvision ar
 in them.
 """
 
-from ijckd_fast.nets.cost import count_macs, count_parameters, macs
+from ijckd_fast.nets.cost import Backbone, count_macs, count_parameters, macs
 from ijckd_fast.nets.folding import fold_batch_norm
 from ijckd_fast.nets.intact import fault_in, seal
 from ijckd_fast.nets.names import create_model, is_model_name, library_of, published_normalisation
-from ijckd_fast.nets.probe import same
+from ijckd_fast.nets.same import same
 from ijckd_fast.nets.stages import Stage
 from ijckd_fast.nets.tapped import CachedTeacher, Tapped
 from ijckd_fast.nets.weights import fingerprint, require_fit
 
 __all__ = [
+    "Backbone",
     "CachedTeacher",
     "Stage",
     "Tapped",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ijckd_fast.nets.tapped import Tapped
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -47,3 +50,18 @@ def count_macs(module: nn.Module, x: Tensor) -> int:
         for handle in handles:
             handle.remove()
     return total
+
+
+class Backbone(nn.Module):
+    """A net without its classifier, as what is counted: images [B, 3, S, S] -> its pooled vector and, where asked for,
+    its map, which costs layers of its own if there are some between pooling and classifier.
+    """
+
+    def __init__(self, model: Tapped, need_map: bool) -> None:
+        super().__init__()
+        self.net = model.net
+        self._features = model.features
+        self._need_map = need_map
+
+    def forward(self, images: Tensor) -> tuple[Tensor | None, Tensor]:
+        return self._features(images, self._need_map)

@@ -17,7 +17,7 @@ from ijckd_fast.nets.intact import refuse_damaged_download
 from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
 from ijckd_fast.nets.tapped import Tapped
-from ijckd_fast.nets.weight_choice import find_weights
+from ijckd_fast.nets.weight_choice import find_weights, is_run_checkpoint
 from ijckd_fast.nets.weight_files import read_file
 from ijckd_fast.nets.weights import misfit
 from ijckd_fast.normalisation import Normalisation
@@ -65,17 +65,21 @@ def create_model(
     own = net.state_dict()  # in the net's order, which `Tapped` changes
     model = Tapped(net, name, num_classes, image_size, stages)
     if checkpoint is not None:
+        content = read_file(Path(checkpoint))
+        # A run's file has one linear layer where the library's has a convolution or several heads.
+        as_cut = is_run_checkpoint(content) and not model.has_plain_classifier
         found = find_weights(
-            read_file(Path(checkpoint)),
-            own,
+            content,
+            model.cut_state_dict() if as_cut else own,
             model.classifier_path,
             str(checkpoint),
             choice=weights,
             by_order=rename_by_order,
             left_out=_SIDE_CLASSIFIERS if hasattr(net, "aux_logits") else (),
         )
-        _refuse_other_size(model, image_size, found.weights, str(checkpoint))
-        model.load_native(found.weights, str(checkpoint), found.hint)
+        found_weights = model.native_of_cut(found.weights) if as_cut else found.weights
+        _refuse_other_size(model, image_size, found_weights, str(checkpoint))
+        model.load_native(found_weights, str(checkpoint), found.hint)
         model = Tapped(model.uncut(), name, num_classes, image_size, stages)  # as it is with these weights
         model.notes = found.notes
     return model

@@ -10,22 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError, out_of_memory, ran_out, reason_of
+from ijckd_fast.nets.find_classifier import Head, classifier_width, find_classifier, may_classify, no_classifier
+from ijckd_fast.nets.grids import Grids
+from ijckd_fast.nets.last_map import LastMap, look_for_map
 from ijckd_fast.nets.pointwise import PointwiseCalls
+from ijckd_fast.nets.same import same
 from ijckd_fast.nets.stages import Call, Found, Stage, Tap, find_stages, first_map, named_stages, tensor_at, tensors_in
 
 
 class Probe:
     """One forward of an uncut net with every layer's output in view; holds what it found.
 
-    stages                           names of the layers whose outputs are to be the stages; (): find them
-    classifier, classifier_path      the net's last linear layer, and its name
-    answer                           the classifier's output, by its number among the tensors that the net returns
-    map_tap                          the map; None: no map
-    stages                           as `Tapped` describes them, and where their maps are
-    pointwise                        modules that compute a convolution which `guard_pointwise` is for
-    images, pooled, logits           [2, 3, S, S], and the classifier's input [2, C] and output [2, K] for them
-    raises                           UserError if the net does not take such images or has no such classifier; for
-                                     `stages` as `named_stages`
+    stages                  names of the layers whose outputs are to be the stages; (): find them
+    classifier              the net's last linear layer, or the layers that are one together
+    answer                  the classifier's output, by its number among the tensors that the net returns
+    map                     the map; None: no map
+    stages                  as `Tapped` describes them, and where their maps are
+    pointwise               modules that compute a convolution which `guard_pointwise` is for
+    images, pooled, logits  [2, 3, S, S], and the classifier's input [2, C] and output [2, K] for them
+    raises                  UserError if the net does not take such images or has no such classifier; for `stages` as
+                            `named_stages`
 
     The net is expected to be `lively`, which is eval mode too: before training layers may be the identity that later
     are not.
@@ -35,13 +39,14 @@ class Probe:
         self, net: nn.Module, num_classes: int, image_size: int, name: str, stages: Sequence[str] = ()
     ) -> None:
         self.name, self._named = name, tuple(stages)
+        self.map: LastMap | None = None
         try:
             self._run(net, num_classes, image_size)
         except UserError:
             raise
         except Exception as error:  # any layer may refuse the size in its own way
             raise unfit_size(name, image_size, error) from error
-        if self.map_tap is None and image_size < 128:
+        if not self._has_map and image_size < 128:
             # The map of a stride-32 net is 1x1 on tiny images, not to be told from its mean: look at larger ones.
             try:
                 self._run(net, num_classes, 128)
@@ -52,28 +57,35 @@ class Probe:
 
     @torch.no_grad()
     def _run(self, net: nn.Module, num_classes: int, size: int) -> None:
-        linears: dict[str, tuple[nn.Linear, Tensor, Tensor]] = {}
-        maps: dict[str, tuple[Tensor, int]] = {}  # ordered by the last call of each layer
+        heads: dict[str, Head] = {}  # ordered by the last call of each layer
+        maps: dict[str, tuple[Tensor, int]] = {}  # likewise
         calls: list[Call] = []
+        grids = Grids()
         named: dict[str, tuple[Tensor, int]] = {}  # the named stages' maps, and how often they had been written into
-        widths = {m.in_features for m in net.modules() if isinstance(m, nn.Linear) and m.out_features == num_classes}
+        widths = {width for m in net.modules() if (width := classifier_width(m, num_classes)) is not None}
         self.images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
         def watch(path: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                if isinstance(module, nn.Linear) and isinstance(output, Tensor):
-                    linears.pop(path, None)
-                    linears[path] = module, args[0], output
+                if args and may_classify(module, output, num_classes):
+                    heads.pop(path, None)
+                    heads[path] = Head(module, args[0], output)
                 made = first_map(output, len(self.images))
                 if made is not None:
                     item, map_ = made
                     given = first_map(args, len(self.images))
+                    grids.saw(map_)
                     calls.append(Call(path, module, None if given is None else given[1].shape, map_.shape, item))
                     if path in self._named:
                         named[path] = map_, map_._version
                     if not widths.isdisjoint((map_.shape[1], map_.shape[3])):
                         maps.pop(path, None)
                         maps[path] = map_, item
+                elif (tokens := grids.call_of(path, module, args, output, len(self.images))) is not None:
+                    calls.append(tokens)
+                    if path in self._named:
+                        made_of = tensor_at(output, tokens.item)
+                        named[path] = made_of, made_of._version
 
             return hook
 
@@ -86,44 +98,19 @@ class Probe:
             for handle in handles:
                 handle.remove()
         self.pointwise = pointwise.modules
-        self._find_classifier(linears, tensors_in(output), num_classes)
-        found = self._find_map(maps)
-        self.map_tap = None if found is None else found.tap
+        found = find_classifier(heads, tensors_in(output), num_classes, self.name)
+        self.classifier, self.answer, self.pooled, self.logits = found
+        self._find_map(net, maps)
         if self._named:
             overwritten = [path for path, (map_, version) in named.items() if map_._version != version]
             self.stages = named_stages(self._named, calls, overwritten, net, self.name)
+        elif self.map is None or not self.map.is_pooled:
+            self.stages = ()
         else:
-            self.stages = () if found is None else find_stages(calls, found)
+            of_maps = [call for call in calls if call.prefix is None]
+            self.stages = find_stages(of_maps if self.map.found.tap.prefix is None else calls, self.map.found)
 
-    def _find_classifier(
-        self, linears: dict[str, tuple[nn.Linear, Tensor, Tensor]], returned: list[Tensor], num_classes: int
-    ) -> None:
-        """linears: by name, in the order of their calls: layer, input, output."""
-        found: dict[str, int] = {}  # linear layers, and the number of the tensor that is its output
-        for path, (module, pooled, output) in reversed(linears.items()):
-            answers = [i for i, logits in enumerate(returned) if torch.equal(output, logits)]
-            if answers and pooled.dim() == 2 and torch.equal(F.linear(pooled, module.weight, module.bias), output):
-                found[path] = answers[0]
-        classifiers = [path for path in found if linears[path][0].out_features == num_classes]
-        if len(classifiers) > 1:
-            raise UserError(
-                f"model {self.name!r} returns what {len(classifiers)} classifiers say"
-                f" ({', '.join(map(repr, reversed(classifiers)))}), expected one: let its forward return the answer of"
-                " one of them only"
-            )
-        if found and not classifiers:
-            classes = linears[next(iter(found))][0].out_features
-            raise UserError(
-                f"model {self.name!r} classifies {classes} classes, expected {num_classes} as in the data: build it for"
-                f" {num_classes}"
-            )
-        if not found:
-            raise self._no_classifier()
-        self.classifier_path = classifiers[0]
-        self.answer = found[self.classifier_path]
-        self.classifier, self.pooled, self.logits = linears[self.classifier_path]
-
-    def _find_map(self, maps: dict[str, tuple[Tensor, int]]) -> Found | None:
+    def _find_map(self, net: nn.Module, maps: dict[str, tuple[Tensor, int]]) -> None:
         """maps: by layer, in the order of their calls: the first map that it puts out, and its number in the output."""
         for path, (output, item) in reversed(maps.items()):
             for nhwc in (False, True):
@@ -132,14 +119,14 @@ class Probe:
                     continue
                 for relu in (False, True):
                     if same((F.relu(map_) if relu else map_).mean((2, 3)), self.pooled):
-                        return Found(Stage(path, map_.shape[1], map_.shape[2]), Tap(path, item, nhwc, relu))
-        return None
+                        found = Found(Stage(path, map_.shape[1], map_.shape[2]), Tap(path, item, nhwc, relu))
+                        self.map = LastMap(found)
+                        return
+        self.map = look_for_map(net, self.classifier.paths, self.images.shape[-1])
 
-    def _no_classifier(self) -> UserError:
-        return UserError(
-            f"model {self.name!r} does not end in one linear layer on a pooled vector, expected as the classifier:"
-            " choose another model"
-        )
+    @property
+    def _has_map(self) -> bool:
+        return self.map is not None and self.map.is_pooled
 
     @torch.no_grad()
     def check_cut(self, net: nn.Module) -> None:
@@ -149,7 +136,7 @@ class Probe:
         except Exception as error:  # e.g. the forward reads the layer's weight
             if out_of_memory(error):
                 raise unfit_size(self.name, self.images.shape[-1], error) from error
-            raise self._no_classifier() from error
+            raise no_classifier(self.name) from error
         if pooled.shape == self.pooled.shape:
             if same(pooled, self.pooled):
                 return
@@ -159,12 +146,7 @@ class Probe:
                     " (dropout that is always on?), expected one fixed function: let its dropout follow self.training,"
                     " or choose another model"
                 )
-        raise self._no_classifier()
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the order of a float32 sum."""
-    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
+        raise no_classifier(self.name)
 
 
 def unfit_size(name: str, image_size: int, error: Exception) -> UserError:

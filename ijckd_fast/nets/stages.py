@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ class Tap(NamedTuple):
     nhwc        whether it is [B, H, W, C], else [B, C, H, W]
     relu        whether a ReLU by a function follows, which belongs to the map
     copied      whether it must be kept apart, since a later layer writes into it
+    prefix      of tokens [B, prefix + H*W, C], a square grid row by row, how many come before it; None: no tokens
     """
 
     path: str
@@ -38,6 +40,7 @@ class Tap(NamedTuple):
     nhwc: bool = False
     relu: bool = False
     copied: bool = False
+    prefix: int | None = None
 
     def tensor_of(self, output: Any) -> Tensor:
         """The tensor, of what the layer put out."""
@@ -46,6 +49,9 @@ class Tap(NamedTuple):
 
     def map_of(self, made: Tensor) -> Tensor:
         """The map [B, C, H, W], of the tensor."""
+        if self.prefix is not None:
+            side = math.isqrt(made.shape[1] - self.prefix)
+            made = made[:, self.prefix :].unflatten(1, (side, side))  # [B, H, W, C]
         if self.nhwc:
             made = made.permute(0, 3, 1, 2)
         return F.relu(made) if self.relu else made
@@ -54,7 +60,8 @@ class Tap(NamedTuple):
 class Call(NamedTuple):
     """A layer that put out a map: the tensor number `item` of its output, of shape `made`.
 
-    given  shape of the first map among its inputs, or None
+    given   shape of the first map among its inputs, or None
+    prefix  where the maps are grids of tokens, as [B, H, W, C]: how many tokens come before; else None
     """
 
     path: str
@@ -62,6 +69,7 @@ class Call(NamedTuple):
     given: torch.Size | None
     made: torch.Size
     item: int
+    prefix: int | None = None
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -168,7 +176,8 @@ def _side(shape: torch.Size | None, nhwc: bool) -> int | None:
 
 def _found(call: Call, square: _Square) -> Found:
     channels = call.made[3 if square.nhwc else 1]
-    return Found(Stage(call.path, channels, square.side), Tap(call.path, call.item, square.nhwc))
+    tap = Tap(call.path, call.item, square.nhwc, prefix=call.prefix)
+    return Found(Stage(call.path, channels, square.side), tap)
 
 
 def named_stages(
@@ -189,13 +198,15 @@ def named_stages(
                 f"model {model!r} has no layer {name!r}, expected names of its layers as stages"
                 f"{did_you_mean(name, [known for known in layers if known])}"
             )
-        square = None if name not in last else _square(calls[last[name]].made, nhwc=False)
-        if square is None:
+        call = calls[last[name]] if name in last else None
+        square = None if call is None else _square(call.made, nhwc=call.prefix is not None)
+        if call is None or square is None:
             raise UserError(
-                f"layer {name!r} of model {model!r} puts out no map [B, C, H, H] (or [B, H, H, C]) when it sees images,"
-                f" expected one of each stage: name another layer, such as {_examples(calls)}"
+                f"layer {name!r} of model {model!r} puts out no map [B, C, H, H] (or [B, H, H, C], or tokens of a"
+                f" grid) when it sees images, expected one of each stage: name another layer, such as"
+                f" {_examples(calls)}"
             )
-        stage, tap = _found(calls[last[name]], square)
+        stage, tap = _found(call, square)
         stages.append(Found(stage, tap._replace(copied=name in overwritten)))
     if len(set(names)) < len(names):
         raise UserError(f"stages {','.join(names)} of model {model!r}: a layer is named twice, expected each once")

@@ -1,8 +1,8 @@
 """A classification net, cut at its classifier, with the two taps that distillation needs.
 
 Whatever the net, `Tapped` offers the same three things: the map after the last activation and before pooling
-[B, C, H, W], the pooled vector that the classifier sees [B, C], and the classifier itself, a plain `nn.Linear`. One
-run of the net on random pixels finds them (`probe`), so no list of layer names is kept for each architecture.
+[B, C, H, W], the pooled vector that the classifier sees [B, C], and the classifier itself, a plain `nn.Linear`. A run
+or two of the net on random pixels find them (`probe`), so no list of layer names is kept for each architecture.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ from ijckd_fast.nets.stages import Stage, tensors_in
 from ijckd_fast.nets.weights import misfit, require_fit
 from ijckd_fast.normalisation import Normalisation
 
+_POOLED = "pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
+
 
 class Tapped(nn.Module):
     """A classification net cut at its classifier: `logits = classifier(pooled)`, and `pooled = mean(map)` if has_map.
 
     net              the backbone; images [B, 3, S, S] -> pooled [B, C], exactly what the classifier sees
-    classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`
-    classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights)
-    name, num_classes (K), channels (C), has_map; map_channels is C, or None without a map
+    classifier       the net's final `nn.Linear` (C -> K), moved out of `net`; None after `drop_classifier()`. It stands
+                     for a 1x1 convolution, or for several heads whose answers are averaged, too (`Classifier`)
+    classifier_path  the classifier's name inside the original net, e.g. 'fc' (used to read and write foreign weights);
+                     of several heads the first one's
+    name, num_classes (K), channels (C), has_map
+    matches_only     whether there is a map, but what the classifier sees does not follow from it (a class token beside
+                     a grid of tokens): it can be matched, and not answer
+    map_channels     C if has_map, else None; match_channels: of the map that can be matched, None without any
     notes            sentences on how a weights file was read, for people; set by `create_model`
     stages           the net's maps of every size, from the largest to the smallest, which is the map; () without a map.
                      Or the outputs of the layers that were named as stages
@@ -64,22 +71,23 @@ class Tapped(nn.Module):
         super().__init__()
         with lively(net):
             probe = Probe(net, num_classes, image_size, name, stages)
-            parent, _, leaf = probe.classifier_path.rpartition(".")
-            setattr(net.get_submodule(parent), leaf, nn.Identity())
+            probe.classifier.cut(net)
             probe.check_cut(net)
         guard_pointwise(net, probe.pointwise)
         self.name = name
         self.notes: tuple[str, ...] = ()
         self.num_classes = num_classes
-        self.channels = probe.classifier.in_features
-        self.classifier_path = probe.classifier_path
         self.net = net
-        self.classifier = probe.classifier
+        self._classifier_form = probe.classifier
+        self.classifier = probe.classifier.linear()
+        self.channels = self.classifier.in_features
         self._answer = probe.answer
 
         self._handles: list[RemovableHandle] = []
         self._map: Tensor | None = None  # handed from the hook to features() within one forward
-        self._map_tap = probe.map_tap
+        self._last_map = probe.map
+        self._map_to_match = False
+        self._map_tap = None if probe.map is None else probe.map.found.tap
         if self._map_tap is not None:
             # A bound method, not a closure: deepcopy (as for an EMA copy) then binds the hook to the copy.
             layer = net.get_submodule(self._map_tap.path)
@@ -93,37 +101,73 @@ class Tapped(nn.Module):
             self.register_buffer(buffer, None, persistent=False)
 
     @property
+    def classifier_path(self) -> str:
+        return self._classifier_form.paths[0]
+
+    @property
+    def has_plain_classifier(self) -> bool:
+        return self._classifier_form.is_plain
+
+    @property
     def map_path(self) -> str | None:
         return None if self._map_tap is None else self._map_tap.path
 
     @property
     def has_map(self) -> bool:
-        return self._map_tap is not None
+        return self._last_map is not None and self._last_map.is_pooled
+
+    @property
+    def matches_only(self) -> bool:
+        return self._last_map is not None and not self._last_map.is_pooled
 
     @property
     def map_channels(self) -> int | None:
         return self.channels if self.has_map else None
 
-    def require_map(self) -> None:
-        """Raises UserError if this net has no map whose spatial mean is what its classifier sees."""
-        if not self.has_map:
+    @property
+    def match_channels(self) -> int | None:
+        if self._last_map is None or self.has_map:
+            return self.map_channels
+        return self._last_map.found.stage.channels
+
+    def require_map(self, *, to_match: bool = False, role: str = "model", remedy: str = _POOLED) -> None:
+        """Raises UserError if this net has no map whose spatial mean is what its classifier sees.
+
+        to_match  a map that `matches_only` will do
+        role      what the net is called: 'model', 'teacher' or 'student'
+        remedy    what works instead, beside another net of this role
+        """
+        if self.has_map or (to_match and self.matches_only):
+            return
+        if self.matches_only:
+            lacks = (
+                f"map that its classifier sees the mean of (it sees something else, such as a class token; that of"
+                f" {self.map_path!r} can be matched, no more)"
+            )
+        else:
+            lacks = (
+                "map before a global average pooling (its classifier sees something else than the mean of a map or of"
+                " a grid of tokens)"
+            )
+        raise UserError(
+            f"{role} {self.name!r} has no {lacks}, which map matching and connectors on maps need: choose another"
+            f" {role}, or {remedy}{small_form_hint(self.name)}"
+        )
+
+    def require_stages(self, *, role: str = "model") -> None:
+        """Raises UserError if this net has no stages; role as for `require_map`."""
+        if not self.stages:
+            options = "--student-stages, --teacher-stages" if role == "model" else f"--{role}-stages"
             raise UserError(
-                f"model {self.name!r} has no map before a global average pooling (its classifier sees something else"
-                " than the spatial mean of a 4-D layer output), which map matching and map connectors need: choose"
-                " another model, or pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
+                f"{role} {self.name!r} has no stage maps (its classifier sees something else than the mean of a map,"
+                " the last of them), which attention transfer (at) and hints (hint) compare: name the layers that are"
+                f" to be its stages ({options}), choose another {role}, or objective 'kd'"
                 f"{small_form_hint(self.name)}"
             )
 
-    def require_stages(self) -> None:
-        """Raises UserError if this net has no stages."""
-        if not self.stages:
-            raise UserError(
-                f"model {self.name!r} has no stage maps (its classifier sees something else than the spatial mean of a"
-                " 4-D layer output, the last of them), which attention transfer (at) and hints (hint) compare: name the"
-                " layers that are to be its stages (--student-stages, --teacher-stages), choose another model, or"
-                " objective 'kd'"
-                f"{small_form_hint(self.name)}"
-            )
+    def keep_map_to_match(self) -> None:
+        """Makes `features` give a map that this net `matches_only`, [B, match_channels, H, W], if it has no other."""
+        self._map_to_match = True
 
     def keep_stages(self, places: Sequence[int]) -> None:
         """Makes `staged_features` give the maps of these stages, by their places in `stages` (or negative ones)."""
@@ -157,8 +201,7 @@ class Tapped(nn.Module):
         assert self.classifier is not None
         for handle in self._handles:
             handle.remove()
-        parent, _, leaf = self.classifier_path.rpartition(".")
-        setattr(self.net.get_submodule(parent), leaf, self.classifier)
+        self._classifier_form.put_back(self.net, self.classifier)
         return self.net
 
     def drop_classifier(self) -> None:
@@ -178,7 +221,7 @@ class Tapped(nn.Module):
         images    [B, 3, S, S]
         need_map  False: the map is None
         returns   (map [B, C, H, W] after the last activation, or None; pooled [B, C]). In training mode pooled includes
-                  the net's own dropout, the map does not.
+                  the net's own dropout, the map does not. After `keep_map_to_match` the map may be another
         raises    UserError if need_map and the net has none
         """
         map_, pooled, _ = self.staged_features(images, need_map)
@@ -189,7 +232,7 @@ class Tapped(nn.Module):
     ) -> tuple[Tensor | None, Tensor, tuple[Tensor, ...]]:
         """As `features`, and the maps [B, Ci, Hi, Wi] of the stages that `keep_stages` asked for, in its order."""
         if need_map:
-            self.require_map()
+            self.require_map(to_match=self._map_to_match)
         if self._input_scale is not None and self._input_shift is not None:
             images = (images * self._input_scale + self._input_shift).to(images.dtype)
         pooled = self._pooled_in(self.net(images))  # [B, C]
@@ -201,8 +244,11 @@ class Tapped(nn.Module):
         if need_map or len(stages) < len(taps):
             assert last is not None
             assert self._map_tap is not None
+            assert self._last_map is not None
             map_ = self._map_tap.map_of(last)
             stages = {i: stages.get(i, map_) for i in taps}
+            if need_map and self._last_map.tail is not None:
+                map_ = self._last_map.tail.of_map(self.net, map_)
         return map_ if need_map else None, pooled, tuple(stages[i] for i in self._kept_stages)
 
     def _pooled_in(self, output: Any) -> Tensor:
@@ -228,9 +274,18 @@ class Tapped(nn.Module):
     def native_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of the original net, as torchvision, timm or published checkpoints have them."""
         state = dict(self.net.state_dict())
-        if self.classifier is not None:
-            state |= {f"{self.classifier_path}.{k}": v for k, v in self.classifier.state_dict().items()}
-        return state
+        return state if self.classifier is None else self._classifier_form.native(state, self.classifier.state_dict())
+
+    def cut_state_dict(self) -> dict[str, Tensor]:
+        """The weights as a run's checkpoint has them: the classifier as one linear layer by `classifier_path`."""
+        assert self.classifier is not None
+        own = {f"{self.classifier_path}.{k}": v for k, v in self.classifier.state_dict().items()}
+        return dict(self.net.state_dict()) | own
+
+    def native_of_cut(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights named as by `cut_state_dict`, as `load_native` takes them."""
+        linear = {k.rpartition(".")[2]: v for k, v in weights.items() if self._is_classifier(k)}
+        return self._classifier_form.native({k: v for k, v in weights.items() if not self._is_classifier(k)}, linear)
 
     def load_native(self, weights: Mapping[str, Tensor], origin: str, hint: str = "") -> None:
         """Copies weights in, named as by `native_state_dict`; nothing is changed if they do not fit.
@@ -262,11 +317,10 @@ class Tapped(nn.Module):
         # Plain dicts carry no version, so BatchNorm accepts the absence of its counter.
         self.net.load_state_dict({k: v for k, v in weights.items() if not self._is_classifier(k)})
         if self.classifier is not None:
-            strip = len(self.classifier_path) + 1
-            self.classifier.load_state_dict({k[strip:]: v for k, v in weights.items() if self._is_classifier(k)})
+            self.classifier.load_state_dict(self._classifier_form.merged(weights))
 
     def _is_classifier(self, key: str) -> bool:
-        return key.startswith(self.classifier_path + ".")
+        return self._classifier_form.has(key)
 
 
 class CachedTeacher(nn.Module):
@@ -285,14 +339,14 @@ class CachedTeacher(nn.Module):
         self.fingerprint = fingerprint
         self.num_classes, self.channels = classifier.out_features, classifier.in_features
 
-    def require_map(self) -> None:
+    def require_map(self, **how: Any) -> None:
         """Raises UserError: a cache holds no maps."""
         raise UserError(
             f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective"
             " 'ijckd-pooled' (match 'pooled'), or the teacher itself"
         )
 
-    def require_stages(self) -> None:
+    def require_stages(self, **how: Any) -> None:
         """Raises UserError: a cache holds no maps."""
         raise UserError(
             f"the teacher {self.name!r} is a cache of pooled features, and attention transfer (at) and hints (hint)"

@@ -97,9 +97,14 @@ def find_weights(
     return Found(weights, () if is_ours else tuple(f"{origin}: {note}" for note in notes))
 
 
+def is_run_checkpoint(content: Any) -> bool:
+    """Whether what `read_file` gave is a checkpoint of a run of ours."""
+    return isinstance(content, Mapping) and isinstance(content.get("learner"), Mapping)
+
+
 def _of_our_checkpoint(content: Any, origin: str, choice: str) -> tuple[Any, str, bool]:
     """(the part of a run's checkpoint that is asked for, the choice that is left, whether it is one)"""
-    if not isinstance(content, Mapping) or not isinstance(content.get("learner"), Mapping):
+    if not is_run_checkpoint(content):
         return content, choice, False
     live = content.get("live")  # the weights in training where `learner` holds averages
     if choice == EMA and live is None:

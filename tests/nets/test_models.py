@@ -56,14 +56,13 @@ def settle(net: nn.Module, image_size: int) -> None:
         ("torchvision/regnet_y_400mf", 64, (440, 2, 2), True),
         ("torchvision/googlenet", 64, (1024, 2, 2), True),
         ("torchvision/shufflenet_v2_x0_5", 64, (1024, 2, 2), True),
-        ("torchvision/convnext_tiny", 64, None, False),  # LayerNorm between pooling and classifier
-        ("torchvision/mobilenet_v3_small", 64, None, False),  # a hidden layer between pooling and classifier
+        ("torchvision/convnext_tiny", 64, (768, 2, 2), False),  # LayerNorm between pooling and classifier
+        ("torchvision/mobilenet_v3_small", 64, (1024, 2, 2), False),  # a hidden layer between pooling and classifier
         ("torchvision/vgg16", 32, None, False),
         ("torchvision/vit_b_16", 32, None, False),
         ("timm/resnet18", 64, (512, 2, 2), True),
         ("timm/resnet50d", 64, (2048, 2, 2), True),
-        ("timm/mobilenetv3_small_100", 64, None, False),  # its last convolution comes after pooling
-        ("timm/convnext_atto", 64, None, False),
+        ("timm/mobilenetv3_small_100", 64, (1024, 2, 2), False),  # its last convolution comes after pooling
         ("timm/swin_tiny_patch4_window7_224", 56, (768, 2, 2), False),  # NHWC
     ],
 )

@@ -100,15 +100,33 @@ class Net(nn.Module):
         return self.fc(self.neck(torch.relu(self.norm(self.conv(images))).mean((2, 3))))
 
 
+def train(net):
+    """Gives every weight, and BatchNorm's statistics, other values."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(0.2 + torch.rand(tensor.shape, generator=draw))
+
+
 @pytest.mark.parametrize("neck", NECKS)
-def test_a_layer_between_pooling_and_classifier_leaves_no_map(neck):
+def test_a_layer_between_pooling_and_classifier_belongs_to_the_map(neck):
     torch.manual_seed(0)
-    assert not Tapped(Net(NECKS[neck]()), "net", 10, 16).has_map
+    model = Tapped(Net(NECKS[neck]()), "net", 10, 16).eval()
+    assert model.has_map
+    train(model)
+    map_, pooled = model.features(torch.randn(2, 3, 16, 16), need_map=True)
+    torch.testing.assert_close(map_.mean((2, 3)), pooled)
+    before = model.net.norm(model.net.conv(torch.ones(1, 3, 16, 16))).relu().mean((2, 3))
+    assert not torch.allclose(model.net.neck(before), before)  # else the equality would say nothing
 
 
 @pytest.mark.parametrize("neck", [nn.Identity(), nn.Dropout(0.5)])
 def test_what_stays_the_identity_is_none(neck):
-    assert Tapped(Net(neck), "net", 10, 16).has_map
+    model = Tapped(Net(neck), "net", 10, 16)
+    made = []
+    model.net.norm.register_forward_hook(lambda layer, args, output: made.append(torch.relu(output)))
+    assert torch.equal(model.features(torch.randn(2, 3, 16, 16), need_map=True)[0], made[0])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -130,16 +148,19 @@ def test_looking_changes_no_bit(neck, training):
 
 
 @pytest.mark.parametrize("name", ["efficientvit_m0", "shvit_s1"])
-def test_a_library_net_with_a_norm_before_its_classifier_has_no_map_before_and_after_training(name, tmp_path):
+def test_a_norm_before_a_librarys_classifier_belongs_to_the_map_before_and_after_training(name, tmp_path):
     torch.manual_seed(0)
     model = create_model(f"timm/{name}", 3, image_size=96).train()
-    assert not model.has_map
+    assert model.has_map
     with torch.no_grad():
         for _ in range(5):  # moves the running statistics alone
             model(torch.randn(8, 3, 96, 96))
     torch.save(model.native_state_dict(), tmp_path / "w.pt")
     trained = create_model(f"timm/{name}", 3, checkpoint=tmp_path / "w.pt", image_size=96)
-    assert not trained.has_map
+    for each in (model.eval(), trained.eval()):
+        with torch.no_grad():
+            map_, pooled = each.features(torch.randn(2, 3, 96, 96), need_map=True)
+        torch.testing.assert_close(map_.mean((2, 3)), pooled, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_of_a_file_are_there_when_a_net_is_looked_at(tmp_path, monkeypatch):

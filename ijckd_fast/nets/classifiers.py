@@ -56,7 +56,7 @@ class Classifier(NamedTuple):
         pairs = [_affine(layer, state) for layer, state in zip(self.layers, states, strict=True)]
         like = next(self.layers[0].parameters())
         made = {"weight": torch.stack([weight for weight, _ in pairs]).mean(0).to(like.dtype)}
-        if any(_has_bias(layer) for layer in self.layers):
+        if any(has_bias(layer) for layer in self.layers):
             made["bias"] = torch.stack([bias for _, bias in pairs]).mean(0).to(like.dtype)
         return made
 
@@ -93,10 +93,11 @@ def is_linear(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return True
     parts = _parts(layer)
-    return len(parts) > 1 and sum(isinstance(part, nn.Linear) for _, part in parts) == 1
+    linears = [part for _, part in parts if isinstance(part, nn.Linear)]
+    return len(parts) > 1 and len(linears) == 1 and has_bias(linears[0])  # which takes up the norm's shift
 
 
-def _has_bias(layer: nn.Module) -> bool:
+def has_bias(layer: nn.Module) -> bool:
     """Whether a layer that is linear adds a vector to its product."""
     return any(isinstance(part, _Norm) or getattr(part, "bias", None) is not None for _, part in _parts(layer))
 

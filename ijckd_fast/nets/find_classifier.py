@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.classifiers import Classifier, is_linear
+from ijckd_fast.nets.classifiers import Classifier, has_bias, is_linear
 from ijckd_fast.nets.same import same
 
 
@@ -49,7 +49,8 @@ def may_classify(layer: nn.Module, made: Any, num_classes: int) -> bool:
         return False
     if isinstance(layer, nn.Linear):
         return True
-    is_answer = made.dim() == 2 or (made.dim() == 4 and made.shape[1] == num_classes)
+    is_map = made.dim() == 4
+    is_answer = made.dim() == 2 or (is_map and (made.shape[1] == num_classes or made.shape[2:].numel() == 1))
     return is_answer and is_linear(layer)
 
 
@@ -69,13 +70,13 @@ def find_classifier(heads: Mapping[str, Head], returned: Sequence[Tensor], num_c
         if torch.equal(F.linear(pooled, layer.weight, layer.bias), made):
             found[path] = answers[0]
     classifiers = [path for path in found if heads[path].made.shape[1] == num_classes]
-    if len(classifiers) > 1:
+    if len({found[path] for path in classifiers}) > 1:
         raise UserError(
             f"model {name!r} returns what {len(classifiers)} classifiers say"
             f" ({', '.join(map(repr, reversed(classifiers)))}), expected one: let its forward return the answer of"
             " one of them only"
         )
-    if classifiers:
+    if len(classifiers) == 1:  # of several with one answer the mean is that too
         path = classifiers[0]
         head = heads[path]
         return Answer(Classifier((path,), (head.layer,)), found[path], head.given, head.made)
@@ -108,7 +109,8 @@ def _averages(heads: Mapping[str, Head], returned: Sequence[Tensor]) -> Iterator
             for other, (_, given, made) in last.items()
             if given.shape == head.given.shape and made.shape == head.made.shape and torch.equal(given, head.given)
         ]
-        if len(others) > 1 and path == others[-1]:
+        alike = len({has_bias(last[other].layer) for other in others}) == 1
+        if len(others) > 1 and alike and path == others[-1]:
             made = torch.stack([last[other].made for other in others]).mean(0)
             classifier = Classifier(tuple(others), tuple(last[other].layer for other in others))
             yield from _checked(classifier, head.given, made, returned)

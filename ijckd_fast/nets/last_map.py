@@ -19,7 +19,7 @@ from ijckd_fast.nets.tail import Tail, TailLayer
 # mirror images of each other, so that a grid in another order than row by row is told from one.
 _PLACES = ((0.1, 0.9), (0.4, 0.1), (0.9, 0.6))
 _CLEAR = 4  # times the median of all positions: a change that shows which position answers
-_LATE = 0.75  # of the calls of layers, after which a map is one of the last
+_LATE = 0.5  # of the calls of layers, after which a map is one of the last
 
 
 class LastMap(NamedTuple):

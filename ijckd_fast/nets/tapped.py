@@ -141,8 +141,8 @@ class Tapped(nn.Module):
             return
         if self.matches_only:
             lacks = (
-                f"map that its classifier sees the mean of (it sees something else, such as a class token; that of"
-                f" {self.map_path!r} can be matched, no more)"
+                "map that its classifier sees the mean of (it sees something else, such as a class token; the map of"
+                f" {self.map_path!r} can be matched, no more: docs/own_model.md)"
             )
         else:
             lacks = (

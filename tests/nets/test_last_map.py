@@ -155,8 +155,6 @@ def options_in(text: str) -> list[tuple[str | None, dict]]:
     for remedy in text.split(", or ")[1:]:
         words = remedy[remedy.index("--") :].split(" (")[0].split()
         given = dict(zip((w[2:] for w in words[::2]), words[1::2], strict=True))
-        if "fm" in given:
-            given["fm"] = float(given["fm"])
         remedies.append((given.pop("objective", None), given))
     return remedies
 
@@ -191,3 +189,14 @@ def test_a_map_that_is_only_matched_is_not_compared_with_what_the_classifier_see
     distiller = Distiller(net("plain"), net("class"), objective).eval()
     with pytest.raises(UserError, match="matches a map of teacher 'tokens' whose mean is not what its classifier sees"):
         distiller.compare(images())
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("plain", "class"), ("class", "plain"), ("class", "class")])
+def test_a_map_is_matched_while_the_classifier_sees_the_class_token(student, teacher):
+    objective = get_objective("kd", fm=1.0, match="map", connector="conv1x1")
+    distiller = Distiller(net(student), net(teacher), objective).train()
+    out = distiller(images(), torch.tensor([1, 2]))
+    assert set(out.parts) == {"ce", "kl", "fm"}
+    out.loss.backward()
+    assert all(p.grad is not None for p in distiller.parameters())
+    assert distiller.eval().predict(images()).shape == (2, CLASSES)

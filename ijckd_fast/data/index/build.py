@@ -56,6 +56,7 @@ class Scan:
     passed_over  files that are not read because of their names, or of where they lie, by kind
     layout   what kind of source it is: 'class folders'
     labels_from  what says the labels
+    only_in_order  see Source.only_in_order
     """
 
     index: Index
@@ -66,6 +67,7 @@ class Scan:
     passed_over: list[PassedOver]
     layout: str
     labels_from: str
+    only_in_order: str | None = None
 
 
 def build_index(
@@ -150,8 +152,12 @@ def scan(
     cache_dir: str | Path | None = None,
     least_classes: int = 1,
     ask_dali: bool = True,
+    any_order: bool = True,
 ) -> Scan:
-    """build_index, with what a summary needs besides."""
+    """build_index, with what a summary needs besides.
+
+    any_order  whether images that can only be read one after the other are refused; else Scan.only_in_order says so
+    """
     root = Path(root).resolve()
     if split not in ("train", "val"):
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
@@ -171,6 +177,9 @@ def scan(
     known = Files.none() if refresh else load_files(homes, split)
     asked_before = known.labels_asked
     files = relist(source, groups, known, trust_folders or source.in_shards, progress)
+    only_in_order = None if files.members is None else source.only_in_order(files.members["offset"])
+    if any_order and only_in_order:
+        raise UserError(only_in_order)
     names, label_of = source.labels(_listed(files), classes)
     _require_classes(source, len(names), least_classes)
     unused = source.content.passed_over(source.unused())
@@ -203,7 +212,7 @@ def scan(
                 home = save()
     index = _assemble(source, names, files, label_of, home)
     said = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
-    return Scan(index, files, home, len(todo), seconds, passed, source.title, said)
+    return Scan(index, files, home, len(todo), seconds, passed, source.title, said, only_in_order)
 
 
 def _require_classes(source: Source, found: int, least: int) -> None:
@@ -324,8 +333,9 @@ def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
         reason = files.reasons.number(f"{CANNOT_BE_READ}: {verdict.strerror}")
         files.facts[row] = (-1, -1, 0, 0, 1, 0, reason, 0, By.DALI, 0, False, True)
         return
-    width, height, kind, orientation, why, whole, variant, by, crc32 = verdict
+    width, height, kind, orientation, why, whole, variant, by, crc32, read = verdict
     length, mtime_ns = files.facts[["length", "mtime_ns"]][row]
+    length = length or read  # where its listing could not know it
     numbers = files.formats.number(kind), files.reasons.number(why), files.variants.number(variant)
     files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, crc32, whole, True)
 

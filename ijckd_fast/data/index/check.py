@@ -51,6 +51,7 @@ class Verdict(NamedTuple):
     variant: str = PLAIN
     by: By = By.DALI
     crc32: int = 0  # of its bytes; 0 where nobody asked
+    length: int = 0  # bytes; likewise
 
 
 def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum: bool = False) -> Verdict:
@@ -58,7 +59,7 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum:
 
     full     decode every pixel; otherwise only where header and trailer are not those of an intact plain JPEG
     dali     asked about an image of an odd variant; None: nobody is
-    checksum whether the CRC-32 of its bytes is asked for
+    checksum whether the CRC-32 of its bytes is asked for, and how many they are
     raises   OSError with an errno when it could not be read at all (missing, no permission, I/O error)
     """
     empty = False
@@ -69,7 +70,8 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum:
             verdict = _check_open_image(file, full, dali)
             if checksum:
                 file.seek(0)
-                verdict = verdict._replace(crc32=zlib.crc32(file.read()))
+                data = file.read()
+                verdict = verdict._replace(crc32=zlib.crc32(data), length=len(data))
             return verdict
     except OSError as error:
         if error.errno is not None or out_of_memory(error):

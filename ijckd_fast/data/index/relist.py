@@ -116,7 +116,8 @@ def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndar
     at = pc.fill_null(pc.index_in(listing.paths, value_set=old_paths), -1).to_numpy()
     rows = np.flatnonzero(at >= 0)
     old = old_facts[at[rows]]
-    same = (old["length"] == listing.lengths[rows]) & (old["mtime_ns"] == listing.mtimes[rows])
+    unknown = np.zeros(len(rows), bool) if listing.offsets is None else listing.offsets[rows] < 0  # without a look
+    same = ((old["length"] == listing.lengths[rows]) | unknown) & (old["mtime_ns"] == listing.mtimes[rows])
     facts[rows[same]] = old[same]
     return facts
 

@@ -55,12 +55,12 @@ class Listing:
     """The images of one group, n of them, in the order in which they stand in the index.
 
     paths    [n] relative to the root, as the bytes the filesystem has, with forward slashes
-    lengths  [n] int64, bytes; -1 for a link to nothing
+    lengths  [n] int64, bytes; -1 for a link to nothing; 0 with a negative offset: known when it has been read
     mtimes   [n] int64, ns; -1 likewise
     stamps   what shows that the group has changed: of the shard, or of the folder and every one below it; () where
              nothing does, also when it changed so shortly before that its next change may not show
     offsets  [n] int64, where each image is in its shard, as the source's place_in_shard takes it (a tar archive's: its
-             first byte); None for images in files of their own
+             first byte; negative: it is read in the order of the listing only); None for images in files of their own
     labels   [n] with offsets: what the shard says of each, a sequence or a dictionary array of strings
     table    with offsets: what the shard's own table says of each; None: every image is opened once, to learn it
     passed_over  files, or members of the shard, that are not read because of their names, or of their labels

@@ -9,13 +9,14 @@ from ijckd_fast.data.sources.blocks import BlockFiles
 from ijckd_fast.data.sources.class_folders import ClassFolders
 from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.listing import some
+from ijckd_fast.data.sources.parquet import ParquetFiles
 from ijckd_fast.data.sources.passed_over import listed
 from ijckd_fast.data.sources.shards import Shards
 from ijckd_fast.data.sources.source import Content, Fields, Source
 from ijckd_fast.data.sources.splits import look_into
 from ijckd_fast.errors import UserError
 
-SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards)
+SOURCES: tuple[type[Source], ...] = (ClassFolders, FlatFolder, BlockFiles, Shards, ParquetFiles)
 """The first that recognises a folder's content has it."""
 
 
@@ -61,7 +62,7 @@ def open_source(
     found = f"holds nothing that is read, only {listed(others)} (e.g. {others[0].example})" if others else "is empty"
     raise UserError(
         f"expected class folders of images, {content.folder}/<class>/*.jpg, but {content.folder} {found}; put one "
-        "folder of images per class into it, or webdataset shards"
+        "folder of images per class into it, or webdataset shards or Parquet files"
     )
 
 

@@ -238,10 +238,12 @@ def _content(path: str, member: Member) -> bytes:
     return Extent(path, member.offset, member.length).read()
 
 
-def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
+def class_names(
+    root: Path, labels: Sequence[str], known: Sequence[str] | None, what: str = "shards"
+) -> tuple[tuple[str, ...], np.ndarray]:
     """(class names, the position of each of `labels` among them).
 
-    labels  as the shards have them, each once
+    labels  as the shards have them, each once; what: they are, for an error
     known   the names in their order; None: those in root/classes.txt, else the numbers from 0, else the labels, sorted
     raises  UserError for a label that is none of the names
     """
@@ -257,9 +259,9 @@ def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) 
             known = tuple(map(str, range(1 + max((n for n in numbers if n is not None), default=-1))))
         else:
             known = tuple(sorted(labels))
-            require_distinct(known, f"the class names in the shards in {root}")
+            require_distinct(known, f"the class names in the {what} in {root}")
     position = {name: i for i, name in enumerate(known)}
-    same = counterparts(labels, known, f"classes in the shards in {root}")
+    same = counterparts(labels, known, f"classes in the {what} in {root}")
     found = []
     for label, number in zip(labels, numbers, strict=True):
         if label in same:
@@ -268,7 +270,7 @@ def class_names(root: Path, labels: Sequence[str], known: Sequence[str] | None) 
             found.append(number)
         else:
             raise UserError(
-                f"the shards in {root} have the label {label!r}, which is none of the {len(known)} classes "
+                f"the {what} in {root} have the label {label!r}, which is none of the {len(known)} classes "
                 f"({some(known)}) and no number of one; name the classes in their order by --class-list, or pack the "
                 f"shards again{did_you_mean([label], known)}"
             )

@@ -176,6 +176,13 @@ class Source(ABC):
         """
         return extent(shard, offset, length, checksum, size)
 
+    def only_in_order(self, offsets: np.ndarray) -> str | None:
+        """Where images can only be read one after the other: a sentence that says so, and what to do; else None.
+
+        offsets  [N] int64, as listed
+        """
+        return None
+
     @abstractmethod
     def labels(self, listed: Listed, classes: Sequence[str] | None) -> tuple[tuple[str, ...], np.ndarray]:
         """(class names in the order of their labels, label of each image [N] int64). Raises UserError.

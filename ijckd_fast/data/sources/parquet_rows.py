@@ -1,0 +1,91 @@
+"""Images of a Parquet file that are compressed or encoded: read one after the other, row group by row group.
+
+What `ijckd-fast pack` reads. Training does not: an image by itself costs all of its row group that lies before it.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ijckd_fast.data.sources.parquet_columns import Column, open_file
+from ijckd_fast.errors import UserError
+
+_AT_ONCE = 1 << 24  # bytes of images that a reader holds, about
+_MOST_ROWS = 1024
+
+
+class ParquetRow(NamedTuple):
+    """The bytes in one row of a column."""
+
+    path: str
+    column: Column
+    row: int
+
+    def open(self) -> BinaryIO:
+        """The bytes, read at once."""
+        return io.BytesIO(self.read())
+
+    def read(self) -> bytes:
+        """The bytes: at once where the same thread has just read the row before. Raises OSError."""
+        reader = getattr(_reading, "reader", None)
+        if reader is None or (reader.path, reader.column) != (self.path, self.column):
+            _reading.reader = None  # which closes its file
+            reader = _reading.reader = _Reader(self.path, self.column)
+        return reader.read(self.row)
+
+
+_reading = threading.local()
+
+
+class _Reader:
+    """Reads the rows of a file in ascending order; of another order each may cost a row group."""
+
+    def __init__(self, path: str, column: Column) -> None:
+        self.path, self.column = path, column
+        try:
+            self._file = open_file(path)
+        except UserError as error:
+            raise OSError(str(error)) from error
+        about = self._file.metadata
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        self._ends = np.cumsum([group.num_rows for group in groups], dtype=np.int64)
+        self._sizes = [group.column(column.leaf).total_uncompressed_size for group in groups]
+        self._group, self._first, self._images = -1, 0, pa.array([], pa.binary())
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._broken: dict[int, str] = {}  # by group, so that each is read to where it breaks once
+
+    def read(self, row: int) -> bytes:
+        """Raises OSError; one without an errno where the content is wrong."""
+        group = int(np.searchsorted(self._ends, row, "right"))
+        if group == len(self._ends):
+            raise OSError(f"{self.path} has {self._ends[-1] if group else 0} rows, fewer than when it was indexed")
+        if group in self._broken:
+            raise OSError(self._broken[group])
+        try:
+            if group != self._group or row < self._first:
+                self._begin(group)
+            while row >= self._first + len(self._images):
+                self._first += len(self._images)
+                self._images = self.column.of(next(self._batches))
+        except (pa.ArrowException, OSError, StopIteration) as error:
+            self._group = -1
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            self._broken[group] = f"{self.path}, row group {group}: {str(error) or 'it ends too early'}"
+            raise OSError(self._broken[group]) from error
+        image = self._images[row - self._first].as_py()
+        if image is None:
+            raise OSError(f"row {row} of {self.path} is null")
+        return image
+
+    def _begin(self, group: int) -> None:
+        rows = int(self._ends[group] - (self._ends[group - 1] if group else 0))
+        size = max(1, min(_MOST_ROWS, _AT_ONCE * rows // max(1, self._sizes[group])))
+        self._group, self._first, self._images = group, int(self._ends[group]) - rows, pa.array([], pa.binary())
+        self._batches = self._file.iter_batches(size, [group], [self.column.name], use_threads=False)

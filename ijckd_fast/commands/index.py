@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shlex
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import DATA, add_unset_settings, data_folder, option
+
+if TYPE_CHECKING:
+    from ijckd_fast.data.sources import InOrder
 
 SUMMARY = "Scan a data folder once and list its bad files."
 DESCRIPTION = (
@@ -47,6 +50,7 @@ def run(args: Arguments) -> Outcome:
     from ijckd_fast.data.index import summarize, summary_table
 
     rows: list[dict[str, Any]] = []
+    in_order: list[InOrder] = []
     data = data_folder(args)
     scans = data.scans(
         workers=args.workers,
@@ -54,6 +58,7 @@ def run(args: Arguments) -> Outcome:
         refresh=args.refresh,
         progress=streams.shows_bars(),
         least_classes=2,
+        in_order=lambda found, _: in_order.append(found),
     )
     start = time.perf_counter()
     for found in scans:
@@ -64,14 +69,21 @@ def run(args: Arguments) -> Outcome:
         print(said)
     for home in dict.fromkeys(row["files"] for row in rows if row["files"]):
         print(f"the index, and lists of what was left out and why: {home}")
-    print(f"to train on it: {_training(args)}   # or --teacher RUN instead of --objective ce")
+    for one in in_order:
+        print(
+            f"{one.why}, where each image costs its whole row group: training needs these packed once, their bytes "
+            f"unchanged ({one.amount})"
+        )
+    print(f"to train on it: {_training(args, packed=bool(in_order))}   # or --teacher RUN instead of --objective ce")
     return Outcome(rows)
 
 
-def _training(args: Arguments) -> str:
-    """The command that trains on what was indexed, as a shell takes it."""
-    words = ["ijckd-fast", "train", "--data-dir", args.data_dir]
-    for name in DATA:
-        if name in args.given:
-            words += [option(name), str(args.given[name])]
-    return shlex.join([*words, "--objective", "ce", "--student", "resnet18"])
+def _training(args: Arguments, packed: bool) -> str:
+    """The command that trains on what was indexed, as a shell takes it. packed: behind the one that packs it."""
+    given = [word for name in DATA if name in args.given for word in (option(name), str(args.given[name]))]
+    train = ["--objective", "ce", "--student", "resnet18"]
+    if not packed:
+        return shlex.join(["ijckd-fast", "train", "--data-dir", args.data_dir, *given, *train])
+    out = f"{args.data_dir.rstrip('/')}-packed"
+    pack = shlex.join(["ijckd-fast", "pack", args.data_dir, out, "--short", "0", *given])
+    return f"{pack} && {shlex.join(['ijckd-fast', 'train', '--data-dir', out, *train])}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from jsonargparse import ArgumentParser
 
 from ijckd_fast import streams
@@ -20,8 +22,10 @@ DESCRIPTION = (
     "crops of a small part of an image lose "
     "detail below --short: 256 is the fast choice, 400 to 500 the careful one; how much the evaluation's view of the "
     "images changes is measured and printed. Every shard is read back before it gets its name, and its checksum is "
-    "kept. Interrupted, it continues where it stopped when it is run again; a finished pack is compared with its "
-    "checksums then, and what is damaged is made again. The last line of standard output is one JSON object."
+    "kept. Of shards and Parquet files --short 0 copies every image as it is, whatever its format; of compressed "
+    "Parquet files, which training does not read, it says before it starts how much disk and time that takes. "
+    "Interrupted, it continues where it stopped when it is run again; a finished pack is compared with its checksums "
+    "then, and what is damaged is made again. The last line of standard output is one JSON object."
 )
 STOPPED = ", finished shards are kept: the same command continues where it stopped"
 
@@ -89,6 +93,7 @@ def run(args: Arguments) -> Outcome:
         unreadable_limit=args.unreadable_limit,
         overwrite=args.overwrite,
         progress=streams.shows_bars(),
+        say=lambda text: print(text, flush=True),
     )
     Console().print(pack_table(rows, args.out))
     if args.codec == "blocks" and "val" in args.splits:
@@ -96,4 +101,5 @@ def run(args: Arguments) -> Outcome:
             "accuracies on this pack are those of its re-encoded images; of the originals: ijckd-fast evaluate RUN "
             f"--data-dir {args.data_dir}"
         )
+    print(f"to train on it: ijckd-fast train --data-dir {shlex.quote(args.out)} --objective ce --student resnet18")
     return Outcome(rows)

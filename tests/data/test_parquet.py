@@ -423,11 +423,27 @@ def test_compressed_images_are_to_be_packed(tmp_path, folders, images, way):
     command = re.escape(f"ijckd-fast pack {tmp_path}/hf {tmp_path}/hf-packed --short 0 --label-column label, then")
     with pytest.raises(UserError, match=rf"found column image.bytes of .*{found}.* once, .*24 images, .*{command}"):
         build_index(tmp_path / "hf", "train", fields=Fields(label_column="label"))
-    scanned = scan(tmp_path / "hf", "train", any_order=False)
-    assert "pack them once" in scanned.only_in_order
+    scanned = scan(tmp_path / "hf", "train", in_order=lambda *_: None)
+    assert "pack them once" in scanned.only_in_order.said
     index = scanned.index
     assert [index.place(i).read() for i in range(24)] == images
     assert [index.place(i).read() for i in (23, 0, 5, 4)] == [images[i] for i in (23, 0, 5, 4)]  # slowly
     assert index.members[:, 2].tolist() == [len(image) for image in images]
-    again = scan(tmp_path / "hf", "train", any_order=False)
+    again = scan(tmp_path / "hf", "train", in_order=lambda *_: None)
     assert (again.opened, again.index.hash) == (0, index.hash)
+
+
+def test_a_row_group_that_cannot_be_read_leaves_its_images_out(tmp_path, folders):
+    files_of(tmp_path, folders, per_file=24, row_group_size=4, compression="snappy")
+    path = tmp_path / "data" / "train-00000-of-00001.parquet"
+    with open_file(path) as file:
+        chunk = file.metadata.row_group(2).column(0)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size
+    )
+    path.write_bytes(data)
+    with pytest.warns(UserWarning, match="4 of 24 files in .* cannot be used"):
+        index = scan(tmp_path, "train", in_order=lambda *_: None).index
+    assert [path[-4:] for path, _ in index.quarantined] == ["s[8]", "s[9]", "[10]", "[11]"]
+    assert "row group 2" in index.quarantined[0][1]

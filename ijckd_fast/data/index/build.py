@@ -30,6 +30,7 @@ from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
     Fields,
+    InOrder,
     Listed,
     PassedOver,
     Place,
@@ -67,7 +68,7 @@ class Scan:
     passed_over: list[PassedOver]
     layout: str
     labels_from: str
-    only_in_order: str | None = None
+    only_in_order: InOrder | None = None
 
 
 def build_index(
@@ -152,11 +153,12 @@ def scan(
     cache_dir: str | Path | None = None,
     least_classes: int = 1,
     ask_dali: bool = True,
-    any_order: bool = True,
+    in_order: Callable[[InOrder, Iterator[Place]], None] | None = None,
 ) -> Scan:
     """build_index, with what a summary needs besides.
 
-    any_order  whether images that can only be read one after the other are refused; else Scan.only_in_order says so
+    in_order   called before anything is decoded where images can only be read one after the other, with what there is
+               to say of that and with where they are; None: such images are refused
     """
     root = Path(root).resolve()
     if split not in ("train", "val"):
@@ -178,8 +180,10 @@ def scan(
     asked_before = known.labels_asked
     files = relist(source, groups, known, trust_folders or source.in_shards, progress)
     only_in_order = None if files.members is None else source.only_in_order(files.members["offset"])
-    if any_order and only_in_order:
-        raise UserError(only_in_order)
+    if only_in_order is not None:
+        if in_order is None:
+            raise UserError(only_in_order.said)
+        in_order(only_in_order, _places(source, files))
     names, label_of = source.labels(_listed(files), classes)
     _require_classes(source, len(names), least_classes)
     unused = source.content.passed_over(source.unused())
@@ -324,6 +328,13 @@ def _place(source: Source, files: Files, ends: np.ndarray, row: int, path: bytes
         checksum,
         (int(fact["width"]), int(fact["height"])),
     )
+
+
+def _places(source: Source, files: Files) -> Iterator[Place]:
+    """Of all images, in their order."""
+    ends = np.cumsum([group.rows for group in files.groups])
+    for row in range(len(files.facts)):
+        yield _place(source, files, ends, row, files.paths[row].as_py())
 
 
 def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:

@@ -23,6 +23,7 @@ from ijckd_fast import files
 from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index import DataFolder, Index, Scan
 from ijckd_fast.data.plan import TooManyUnreadable, what_to_do
+from ijckd_fast.data.prepare.forecast import Forecast
 from ijckd_fast.data.prepare.pack_blocks import BlockPack
 from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Treatment
 from ijckd_fast.data.prepare.pack_jpeg import JpegPack
@@ -57,15 +58,17 @@ def pack(
     overwrite: bool = False,
     progress: bool = False,
     on_bad: Callable[[str, str], None] = _warn,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """Packs a data folder. Run again after an interruption it continues, and the shards are the same to the byte.
 
     Images with a shorter side above settings.short are made smaller (Lanczos, that side exactly short, the other
     rounded) and encoded. A JpegPack makes baseline JPEGs, 4:2:0, of training images, copies JPEGs that are small enough
-    and encodes other formats at their size; validation images it copies, so that accuracies stay comparable. A
-    BlockPack encodes all, validation images too. Metadata is not carried over to what is encoded; an EXIF orientation
-    is ignored, as everywhere. A shard is written under another name, read back, each image decoded, its checksum noted,
-    and only then gets its name. A shard that lacks an image, or has not its checksum, is made again by the next run.
+    and encodes other formats at their size; validation images it copies, so that accuracies stay comparable, and with
+    short 0 all that come from shards or Parquet files. A BlockPack encodes all, validation images too. Metadata is not
+    carried over to what is encoded; an EXIF orientation is ignored, as everywhere. A shard is written under another
+    name, read back, each image decoded, its checksum noted, and only then gets its name. A shard that lacks an image,
+    or has not its checksum, is made again by the next run.
 
     data, out         data folder, a path or with what is said of it; folder of the pack
     settings          JpegPack or BlockPack
@@ -78,6 +81,8 @@ def pack(
     overwrite         delete the pack that is in `out`, both splits
     progress          show progress bars on stderr
     on_bad            called with path and reason of each file that has become unreadable; default: a warning
+    say               called before it starts with what disk space and time it takes, of images that can only be read
+                      one after the other
     returns           a row for each split, see pack.json; of this call 'kept' (shards that were there), 'images_per_s'
                       (of those packed now; None for none) and 'seconds'
     warns             of shards and class names that are not what an earlier run wrote, and are made again; of a pack
@@ -100,7 +105,7 @@ def pack(
                 "folder"
             )
     _require_pack_or_nothing(out)
-    scans = _scan(data, splits, workers, progress)
+    scans = _scan(data, splits, workers, progress, Forecast(out, settings, workers, say))
     with _faults_told(out):
         out.mkdir(parents=True, exist_ok=True)
         with files.lock(out, "folder OUT"):
@@ -112,10 +117,11 @@ def _scan(
     splits: Sequence[str],
     workers: int,
     progress: bool,
+    forecast: Forecast,
 ) -> dict[str, Scan]:
     """Of each split, train first, whose classes val has."""
     scans: dict[str, Scan] = {}
-    for found in data.scans(splits, workers=workers, progress=progress, least_classes=2):
+    for found in data.scans(splits, workers=workers, progress=progress, least_classes=2, in_order=forecast.tell):
         if (Path(found.index.root) / STATE).is_file():
             raise UserError(
                 f"pack encodes images once, found shards already that pack has made in {found.index.folder}; give the "
@@ -286,7 +292,9 @@ def _pack_split(
     start = time.perf_counter()
     index = found.index
     folder.mkdir(exist_ok=True)
-    treatment = settings.treatments(index.split, index.sizes, _is_jpeg(found))
+    # of files that hold many images nothing is to change where no size does, whatever formats they have
+    as_they_are = settings.short == 0 and index.members is not None
+    treatment = settings.treatments(index.split, index.sizes, _is_jpeg(found) | as_they_are)
     packed = settings.sizes(index.split, index.sizes)
     limit = max(8, len(index) // 1000) if unreadable_limit is None else unreadable_limit
     starts = settings.starts(packed)

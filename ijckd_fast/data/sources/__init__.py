@@ -13,11 +13,12 @@ from ijckd_fast.data.sources.class_folders import ClassFolders
 from ijckd_fast.data.sources.flat_folder import FlatFolder
 from ijckd_fast.data.sources.label_files import read_class_list, read_labels
 from ijckd_fast.data.sources.listing import IMAGE_EXTENSIONS, ImageTable, Listing, some
+from ijckd_fast.data.sources.parquet import ParquetFiles
 from ijckd_fast.data.sources.passed_over import PassedOver
 from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile, extent
 from ijckd_fast.data.sources.recognise import SOURCES, holds_blocks, open_source
 from ijckd_fast.data.sources.shards import Shards
-from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
+from ijckd_fast.data.sources.source import Content, Fields, InOrder, Listed, Source
 from ijckd_fast.data.sources.sums import CLASSES_FILE
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "Fields",
     "FlatFolder",
     "ImageTable",
+    "InOrder",
     "Listed",
     "Listing",
+    "ParquetFiles",
     "PassedOver",
     "Place",
     "Shards",

@@ -37,7 +37,7 @@ from ijckd_fast.data.sources.parquet_rows import ParquetRow
 from ijckd_fast.data.sources.passed_over import NO_CLASS, Tally
 from ijckd_fast.data.sources.places import Checked, Place
 from ijckd_fast.data.sources.shards import class_names
-from ijckd_fast.data.sources.source import Content, Fields, Listed, Source
+from ijckd_fast.data.sources.source import Content, Fields, InOrder, Listed, Source
 from ijckd_fast.errors import UserError
 
 SUFFIX = ".parquet"
@@ -121,7 +121,7 @@ class ParquetFiles(Source):
         first = self._columns
         schema = file.schema_arrow
         try:
-            mine = columns_of(path, schema, Fields(None, first.image.name, first.label.name))
+            mine = columns_of(path, schema, Fields(image_column=first.image.name, label_column=first.label.name))
             same = all(a.type == b.type for a, b in zip(first[:2], mine[:2], strict=True)) and first.names == mine.names
         except UserError:
             same = False
@@ -184,7 +184,7 @@ class ParquetFiles(Source):
         position = {name: i for i, name in enumerate(names)}
         return {name: position[other] for name, other in same.items()}
 
-    def only_in_order(self, offsets: np.ndarray) -> str | None:
+    def only_in_order(self, offsets: np.ndarray) -> InOrder | None:
         """Where some of the images are compressed or encoded: that they are to be packed, and how."""
         if not (offsets < 0).any():
             return None
@@ -200,11 +200,12 @@ class ParquetFiles(Source):
         asked = {"--image-column": self._asked.image_column, "--label-column": self._asked.label_column}
         options = "".join(f" {option} {shlex.quote(name)}" for option, name in asked.items() if name is not None)
         packed = root.parent / f"{root.name}-packed"
-        return (
-            f"the images in {self.content.called} must be stored as they are to be read in any order, as training "
-            f"reads them, found {why}: each would cost its whole row group; pack them once, their bytes unchanged "
-            f"({images:,} images, {size / 1e9:,.1f} GB): ijckd-fast pack {shlex.quote(str(root))} "
-            f"{shlex.quote(str(packed))} --short 0{options}, then give --data-dir {shlex.quote(str(packed))}"
+        command = f"ijckd-fast pack {shlex.quote(str(root))} {shlex.quote(str(packed))} --short 0{options}"
+        found = InOrder(images, size, why, "")
+        return found._replace(
+            said=f"the images in {self.content.called} must be stored as they are to be read in any order, as training "
+            f"reads them, found {why}, where each costs its whole row group; pack them once, their bytes unchanged "
+            f"({found.amount}): {command}, then give --data-dir {shlex.quote(str(packed))}"
         )
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -77,6 +77,26 @@ class Content:
             unused.add(self.below(name), f"{kind_of(name)} {outside}" if name in images else None)
         kinds = {f"{kind_of(name)} {outside}" for name in images}
         return unused.counts(head_of_file(str(self.root)), images=tuple(kinds))
+
+
+class InOrder(NamedTuple):
+    """Images of a split that can only be read one after the other, which training does not.
+
+    images  how many there are; size: bytes of their files, about
+    why     a clause: what keeps them from being read in any order
+    said    a sentence: that, and what to do
+    """
+
+    images: int
+    size: int
+    why: str
+    said: str
+
+    @property
+    def amount(self) -> str:
+        """How much it is, for people."""
+        size = f"{self.size / 1e9:,.1f} GB" if self.size >= 1e9 else f"{self.size / 1e6:,.1f} MB"
+        return f"{self.images:,} images, {size}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,11 +196,8 @@ class Source(ABC):
         """
         return extent(shard, offset, length, checksum, size)
 
-    def only_in_order(self, offsets: np.ndarray) -> str | None:
-        """Where images can only be read one after the other: a sentence that says so, and what to do; else None.
-
-        offsets  [N] int64, as listed
-        """
+    def only_in_order(self, offsets: np.ndarray) -> InOrder | None:
+        """What there is to say where images can only be read one after the other; else None. offsets: [N], as listed"""
         return None
 
     @abstractmethod

@@ -62,7 +62,7 @@ def plan(comparison: Comparison, output: Path) -> tuple[TrainConfig | None, list
                 folder = str(folder_of(output, regime, method, seed))
                 own = {"data_dir": data_dir, "seed": seed, "output_dir": folder}
                 try:
-                    config = _checked({**comparison.base, **given, **changes, **settings, **own})
+                    config = _checked(_one_split({**comparison.base, **given, **changes, **settings, **own}))
                 except UserError as error:
                     where = f"method {method}" + (f" in regime {regime}" if regime else "")
                     raise UserError(f"{where} of {comparison.name}: {error}") from error
@@ -76,13 +76,22 @@ def _teacher(comparison: Comparison, data_dir: str, folder: Path) -> tuple[Train
         return None, {}
     if not isinstance(comparison.teacher, Mapping):
         return None, {"teacher": comparison.teacher}
-    teacher = resolve(make_config({**comparison.teacher, "data_dir": data_dir, "output_dir": str(folder)}))
+    settings = {**comparison.teacher, "data_dir": data_dir, "output_dir": str(folder)}
+    teacher = resolve(make_config(_one_split(settings)))
     named = comparison.base.get("teacher")
     if named not in (None, teacher.student):
         raise UserError(
             f"{comparison.name} trains {teacher.student} as the teacher, but base says teacher: {named}; leave that out"
         )
     return teacher, {"teacher": teacher.student, "teacher_checkpoint": str(folder / run_folder.LAST)}
+
+
+def _one_split(values: dict[str, Any]) -> dict[str, Any]:
+    """With one draw of held out images for all runs, their teacher among them, whatever their seeds are.
+
+    Otherwise the teacher would have been trained on what some of them are evaluated on.
+    """
+    return values if values.get("val_fraction") is None else {"val_seed": 0, **values}
 
 
 def _checked(values: Mapping[str, Any]) -> TrainConfig:

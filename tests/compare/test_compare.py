@@ -447,3 +447,19 @@ def test_packaged_comparisons(tmp_path):
             assert len({getattr(run.config, name) for run in runs if run.regime == regime}) == 1
     _, runs = plan(load_comparison("ablate_digits"), tmp_path)
     assert len({tuple(getattr(run.config, name) for name in OBJECTIVE_FIELDS) for run in runs}) == 16
+
+
+def test_all_runs_hold_out_the_same_images(data, tmp_path):
+    """Their teacher too: it must not have been trained on what a run of another seed is evaluated on."""
+    held_out = {"val_fraction": 0.2}
+    teacher = {**SETTINGS, **held_out, "seed": 3}
+    compared = Comparison(
+        "c", {"kd": {"objective": "kd"}}, base=_base(None, **held_out), teacher=teacher, seeds=2, data_dir=str(data),
+        against=(),
+    )  # fmt: skip
+    trained, runs = plan(compared, tmp_path)
+    assert trained is not None
+    assert [run.seed for run in runs] == [0, 1]
+    assert [config.val_seed for config in (trained, *(run.config for run in runs))] == [0, 0, 0]
+    compared = dataclasses.replace(compared, base={**compared.base, "val_seed": 5})
+    assert [run.config.val_seed for run in plan(compared, tmp_path)[1]] == [5, 5]

@@ -289,6 +289,15 @@ def test_validation_images_from_another_folder(root, folders, tmp_path):
     assert val.absolute(0) == f"{plain}/cat/000.jpg"
     with pytest.raises(UserError, match="must have the 2 class folders that the training data has"):
         list(DataFolder(root, val_dir=tmp_path).scans())
+    (root / "classes.txt").unlink()
+    with pytest.raises(UserError, match=r"in their order are the classes 0 to 1, name them, .* by --class-list FILE"):
+        list(DataFolder(root, val_dir=plain).scans())
+    for val_dir, text in (
+        (root, "has no folder 'val'"),  # its archives are of train by their names
+        (tmp_path / "nowhere", "--val-dir must be a data folder .* is not a folder"),
+    ):
+        with pytest.raises(UserError, match=text):
+            list(DataFolder(root, val_dir=val_dir).scans())
 
 
 def test_a_pack_of_archives_has_their_bytes(root, folders, tmp_path):

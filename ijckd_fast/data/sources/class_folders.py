@@ -60,8 +60,19 @@ def _other_classes(folder: Path, expected: Sequence[str], found: Sequence[str], 
     extra = sorted(name for name in found if composed(name) not in forms[0])
     parts = [f"{len(missing)} missing ({some(missing)})"] if missing else []
     parts += [f"{len(extra)} unexpected ({some(extra)})"] if extra else []
-    meant = did_you_mean(extra, missing) or meant_by_other_classes(folder, expected, found)
+    meant = did_you_mean(extra, missing) or _meant_by_numbers(expected, found)
+    meant = meant or meant_by_other_classes(folder, expected, found)
     return (
         f"{folder} must have the {len(expected)} class folders that {where}, found {len(found)}: {', '.join(parts)}; "
         f"make the names equal{meant}"
+    )
+
+
+def _meant_by_numbers(expected: Sequence[str], found: Sequence[str]) -> str:
+    """What to do where classes that are only numbered, as in archives, meet as many folders with names; else ''."""
+    if len(expected) != len(found) or not all(name.isdecimal() for name in expected):
+        return ""
+    return (
+        f"; where the folders in their order are the classes {expected[0]} to {expected[-1]}, name them, one in a "
+        "line, by --class-list FILE"
     )

@@ -36,6 +36,11 @@ def look_into(root: Path, split: str, suffixes: Sequence[str], itself: bool = Fa
     itself    where root has no such split, root is it
     raises    UserError where there is none, or two
     """
+    if itself and not root.is_dir():
+        raise UserError(
+            f"--val-dir must be a data folder with a validation split, or a folder of nothing but validation images, "
+            f"but {root} is not a folder; give one"
+        )
     if not root.is_dir():
         raise UserError(
             f"expected class folders of images, {root / split}/<class>/*.jpg, but {root} is not a folder; give the "
@@ -58,7 +63,8 @@ def look_into(root: Path, split: str, suffixes: Sequence[str], itself: bool = Fa
     for place, names in flat.items():
         if content := _by_names(root, split, place, names):
             return content
-    if itself:
+    of_train = any(split_of(name) == "train" for names in flat.values() for name in names)
+    if itself and not of_train and not (root / "train").is_dir():
         return _content(root, split, "")
     raise UserError(_none(root, split, flat[""], info))
 

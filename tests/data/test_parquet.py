@@ -447,3 +447,22 @@ def test_a_row_group_that_cannot_be_read_leaves_its_images_out(tmp_path, folders
         index = scan(tmp_path, "train", in_order=lambda *_: None).index
     assert [path[-4:] for path, _ in index.quarantined] == ["s[8]", "s[9]", "[10]", "[11]"]
     assert "row group 2" in index.quarantined[0][1]
+
+
+def test_a_configuration_in_a_folder_of_its_own_is_meant(tmp_path, folders):
+    files_of(tmp_path, folders, "plain_text/{split}-{i:05d}-of-{n:05d}.parquet")
+    with pytest.raises(UserError, match=rf"did you mean {tmp_path}/plain_text\?"):
+        build_index(tmp_path, "train")
+    assert len(build_index(tmp_path / "plain_text", "train")) == 24
+
+
+def test_a_split_that_is_not_there_or_there_twice(tmp_path, folders, images):
+    files_of(tmp_path, folders)
+    write_rows(tmp_path / "data" / "test-00000-of-00001.parquet", images[:2], [0, 1], ["cat", "dog"])
+    with pytest.raises(UserError, match=r"--val-dir DIR, .*--val-fraction .*if the test files have labels"):
+        build_index(tmp_path, "val")
+    write_rows(tmp_path / "train" / "0000.parquet", images[:2], [0, 1], ["cat", "dog"])
+    with pytest.raises(
+        UserError, match=r"in one place, found files of them in .*/train and beside it \('data/train-0000"
+    ):
+        build_index(tmp_path, "train")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ijckd_fast.data.sources.info_file import Info, read_info
@@ -20,6 +20,7 @@ from ijckd_fast.errors import UserError
 _WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(_WORDS)})(?![a-z])")
 _FLAT = ("", "data")  # folders that hold the files of all splits, below the data folder
+_FEW = 32  # folders that are looked into where no split is found
 _OF_IMAGENET = "ilsvrc2012_img_"  # archives of image-net.org, which hold no images, or images without labels
 
 
@@ -59,14 +60,17 @@ def look_into(root: Path, split: str, suffixes: Sequence[str], itself: bool = Fa
                 "them, or remove the info file to go by the archives' names"
             )
     if folder is not None:
-        return _content(root, split, folder)
+        own = _content(root, split, folder)
+        _require_not_beside(own, flat, tuple(suffixes))
+        return own
     for place, names in flat.items():
         if content := _by_names(root, split, place, names):
             return content
     of_train = any(split_of(name) == "train" for names in flat.values() for name in names)
     if itself and not of_train and not (root / "train").is_dir():
         return _content(root, split, "")
-    raise UserError(_none(root, split, flat[""], info))
+    deeper = [name for name in _folders_in(root) if any(split_of(f) for f in _files(root / name, tuple(suffixes)))]
+    raise UserError(_none(root, split, [name for names in flat.values() for name in names], info, deeper))
 
 
 def _folder_of(root: Path, split: str) -> str | None:
@@ -78,6 +82,25 @@ def _folder_of(root: Path, split: str) -> str | None:
             "the same; rename or remove one of them, or name one by --val-dir"
         )
     return there[0] if there else None
+
+
+def _require_not_beside(content: Content, flat: Mapping[str, Sequence[str]], suffixes: tuple[str, ...]) -> None:
+    """UserError where a split lies in a folder of its own, as files of many images, and beside it once more."""
+    if content.folders or content.images or not any(name.lower().endswith(suffixes) for name in content.others):
+        return
+    beside = [f"{where}/{name}".lstrip("/") for where, names in flat.items() for name in names]
+    twice = [name for name in beside if split_of(os.path.basename(name)) == content.split]
+    if twice:
+        raise UserError(
+            f"the {content.split} images must lie in one place, found files of them in {content.folder} and beside it "
+            f"({some(twice)} in {content.root}); remove or move one of the two"
+        )
+
+
+def _folders_in(root: Path) -> list[str]:
+    """The first few folders below a data folder."""
+    names = sorted(entry.name for entry in os.scandir(root) if is_folder(entry) and not is_hidden(entry.name))
+    return names[:_FEW]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
@@ -168,10 +191,14 @@ def _beside(root: Path, where: str, of_splits: set[str], split: str) -> tuple[st
     return tuple(sorted(set(names) - of_splits))
 
 
-def _none(root: Path, split: str, flat: Sequence[str], info: Info | None) -> str:
-    """What to say where there is no such split."""
+def _none(root: Path, split: str, flat: Sequence[str], info: Info | None, deeper: Sequence[str]) -> str:
+    """What to say where there is no such split. flat: files of many images; deeper: folders that hold such files."""
     inside = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     meant = meant_by_missing_split(root, split)
+    if deeper and not meant:
+        meant = f"; did you mean {' or '.join(str(root / name) for name in deeper)}?"
+    if split == "val" and any(split_of(name) == "test" for name in flat):
+        meant += "; if the test files have labels, move them into a folder of their own and name it by --val-dir"
     if archives := [name for name in inside if name.lower().startswith(_OF_IMAGENET)]:
         meant += (
             f"; {some(archives)} of image-net.org {'are' if len(archives) > 1 else 'is'} unpacked by ijckd-fast "

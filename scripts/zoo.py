@@ -44,7 +44,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: 
 from zoo_nets import EXPORTED, SAMPLE, Net, every, named, parameters_of  # noqa: E402
 
 COLUMNS = (
-    "library", "family", "name", "params_M", "ended", "image_size", "map", "channels", "side", "stages", "map_check",
+    "library", "family", "name", "params_M", "ended", "image_size", "map", "map_use", "channels", "side", "stages",
+    "map_check",
     "norms", "folded", "fold_difference", "step_size", "student_ok", "student_refused", "student_wrong", "teacher_ok",
     "teacher_refused", "teacher_wrong", "refusals", "advice", "export", "seconds", "peak_mb", "timm", "torchvision",
     "code", "machine", "torch", "python", "commit", "date",
@@ -85,6 +86,7 @@ def begin(net: Net, work: Callable[..., None], folder: pathlib.Path, limits: Lim
 def _work(net: Net, work: Callable[..., None], said: pathlib.Path, memory_mb: int) -> None:
     """What the process does. Its output goes to a file beside `said`; it ends with code 0, or as it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to act on
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with said.open("a") as file, said.with_suffix(".log").open("wb") as log:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -203,24 +205,28 @@ def newest(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def summary(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The counts, a line for each library: of families, and of other nets."""
-    lines = []
-    for library, is_family in (("torchvision", True), ("timm", True), ("timm", False), ("torchvision", False)):
-        chosen = [row for row in rows if row["library"] == library and bool(row["family"]) == is_family]
+    """The counts as a table in Markdown, a line for each library's families and for its other nets."""
+    head = ("", "tried", "too large", "accepted", "steps in both roles", "map", "map to match only", "ONNX", "faults")
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    rows = list(rows)
+    for library, stands in (("torchvision", True), ("timm", True), ("torchvision", False), ("timm", False)):
+        chosen = [row for row in rows if row["library"] == library and bool(row["family"]) == stands]
         tried = [row for row in chosen if not str(row["ended"]).startswith("left out")]
-        if not chosen:
-            continue
-        usable = [row for row in tried if row.get("image_size")]
-        stepped = [row for row in tried if row.get("student_ok") and row.get("teacher_ok")]
-        exported = [row for row in tried if row.get("export")]
-        written = [row for row in exported if not str(row["export"]).startswith(("refused", "WRONG"))]
-        bad = sum(bool(faults(row)) for row in tried)
-        lines.append(
-            f"{library}, {'families' if is_family else 'other nets'}: {len(tried)} tried"
-            f" ({len(chosen) - len(tried)} left out for their size), {len(usable)} accepted,"
-            f" {len(stepped)} take steps as student and as teacher, {sum(bool(row.get('map')) for row in usable)} have"
-            f" a map; {len(written)} of {len(exported)} exported; {bad} with a fault"
+        uses = [row["map_use"] for row in tried]
+        exported = [str(row["export"]) for row in tried if row["export"]]
+        counts = (
+            len(tried),
+            len(chosen) - len(tried),
+            sum(bool(row["image_size"]) for row in tried),
+            sum(bool(row["student_ok"] and row["teacher_ok"]) for row in tried),
+            uses.count("pooled"),
+            uses.count("match only"),
+            f"{sum(not text.startswith(('refused', 'WRONG')) for text in exported)} of {len(exported)}",
+            sum(bool(faults(row)) for row in tried),
         )
+        if chosen:
+            name = f"{library}'s {'families' if stands else 'other nets'}"
+            lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
     return "\n".join(lines)
 
 
@@ -246,9 +252,14 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _map_cell(row: Mapping[str, Any]) -> str:
     if not row["image_size"]:
-        return row["ended"] if row["ended"] != "ok" else "refused: " + row["refusals"].split(": ", 1)[-1]
+        if row["ended"] != "ok":
+            return str(row["ended"])
+        return "refused: " + row["refusals"].split(" | ")[-1].removeprefix(f"model '{row['library']}/{row['name']}' ")
     wrong = "" if row["map_check"] in ("ok", "") else f" {row['map_check']}"
-    return f"`{row['map']}` {row['channels']} x {row['side']} x {row['side']}{wrong}" if row["map"] else "none"
+    if not row["map"]:
+        return "none"
+    use = ", to match only" if row["map_use"] == "match only" else ""
+    return f"`{row['map']}` {row['side']} x {row['side']}{use}{wrong}"
 
 
 def _steps_cell(row: Mapping[str, Any], role: str) -> str:
@@ -296,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     if args.table:
         rows = read(args.save or ROWS)
-        print(f"{table(rows)}\n\n{summary(newest(rows))}")
+        print(f"{summary(newest(rows))}\n\n{table(rows)}")
         return 0
 
     import torch
@@ -346,4 +357,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that no process is left behind
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from zoo_nets import Net
 
 from ijckd_fast.data import Batch
-from ijckd_fast.distill import PRESETS, Distiller, get_objective
+from ijckd_fast.distill import PRESETS, Distiller, Objective, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import compare_logits, deployed_module
 from ijckd_fast.export.answers import ONNX_TOLERANCE
 from ijckd_fast.nets import Tapped, create_model, fold_batch_norm, same
 from ijckd_fast.nets.lively import lively
+from ijckd_fast.setting import settings_of
 from ijckd_fast.train import TrainStep, build_optimizer
 
 CLASSES = 10
@@ -54,8 +55,10 @@ def check(net: Net, say: Say, *, image_size: int, step_size: int, objectives: It
     model, side = _for_steps(net, model, side, step_size)
     say(step_size=side)
     partner = create_model(PARTNER, CLASSES, image_size=side)
-    for role, pair in (("student", (model, partner)), ("teacher", (partner, model))):
+    frozen = copy.deepcopy(partner)
+    for role, pair in (("student", (model, frozen)), ("teacher", (partner, model))):
         ended: dict[str, list[str]] = {"ok": [], "refused": [], "wrong": []}
+        followed: set[str] = set()  # advice, with the objective that it is for
         for name in objectives:
             if role == "teacher" and not PRESETS[name].needs_teacher:
                 continue
@@ -65,6 +68,10 @@ def check(net: Net, say: Say, *, image_size: int, step_size: int, objectives: It
             if outcome == "refused":
                 say(refusals=[why])
                 for way in advised(why):
+                    each = _options({"objective": name, **way})
+                    if each in followed:
+                        continue
+                    followed.add(each)
                     say(doing=f"{_options(way)}, advised for {name} as {role}")
                     result, fault = _outcome(*pair, side, name, way)
                     say(advice=[f"{_options(way)}: {result}{f' ({fault})' if fault else ''}"])
@@ -104,11 +111,7 @@ def _for_steps(net: Net, model: Tapped, side: int, step_size: int) -> tuple[Tapp
         return model, side
     with contextlib.suppress(UserError):
         smaller = create_model(net.full, CLASSES, image_size=step_size)
-        if (smaller.map_path, smaller.channels, len(smaller.stages)) == (
-            model.map_path,
-            model.channels,
-            len(model.stages),
-        ):
+        if (smaller.map_path, smaller.channels) == (model.map_path, model.channels):
             return smaller, step_size
     return model, side
 
@@ -134,17 +137,20 @@ def _images(count: int, side: int, seed: int) -> Tensor:
 def _taps(model: Tapped, side: int) -> dict[str, Any]:
     """Whether the map's mean is what the classifier sees, on other images than those that it was found with."""
     images = _images(3, side, seed=1)
-    logits = model(images)
-    if not model.has_map:
-        return {"map_check": "", "side": ""}
+    model.keep_map_to_match()
+    if model.match_channels is None:
+        return {"map_use": "", "map_check": "", "side": ""}
     map_, pooled = model.features(images, need_map=True)
     assert map_ is not None
-    expected = (len(images), model.channels)
-    right = map_.shape[:2] == expected and pooled.shape == expected and same(map_.mean((2, 3)), pooled)
     assert model.classifier is not None
-    right = right and same(model.classifier(pooled), logits)
-    worst = float((map_.mean((2, 3)) - pooled).abs().max() / pooled.abs().max()) if map_.shape[:2] == expected else 1.0
-    return {"map_check": "ok" if right else f"WRONG: differs by {worst:.1e}", "side": map_.shape[-1]}
+    means, found = map_.mean((2, 3)), {"side": map_.shape[-1]}  # [3, C]
+    shapes = map_.dim() == 4 and means.shape == (3, model.match_channels) and pooled.shape == (3, model.channels)
+    if not (shapes and bool(map_.isfinite().all()) and same(model.classifier(pooled), model(images))):
+        return found | {"map_check": f"WRONG: map {list(map_.shape)}, pooled {list(pooled.shape)}"}
+    if model.matches_only:
+        return found | {"map_use": "match only", "map_check": "ok"}
+    worst = float((means - pooled).abs().max() / pooled.abs().max())
+    return found | {"map_use": "pooled", "map_check": "ok" if same(means, pooled) else f"WRONG: by {worst:.1e}"}
 
 
 @torch.no_grad()
@@ -152,10 +158,11 @@ def _folding(model: Tapped, side: int) -> dict[str, Any]:
     """How many BatchNorms are folded, and by how much map and pooled vector then differ."""
     model = copy.deepcopy(model).eval()
     images = _images(2, side, seed=2)
-    before = model.features(images, need_map=model.has_map)
+    need_map = model.match_channels is not None
+    before = model.features(images, need_map)
     norms = sum(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.net.modules())
     folded = fold_batch_norm(model.net, images)
-    after = model.features(images, need_map=model.has_map)
+    after = model.features(images, need_map)
     found = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
     worst = max(float((a - b).abs().max() / b.abs().max()) for b, a in found)
     right = all(same(a, b) for b, a in found)
@@ -163,9 +170,9 @@ def _folding(model: Tapped, side: int) -> dict[str, Any]:
 
 
 def _outcome(student: Tapped, teacher: Tapped, side: int, name: str, changes: dict[str, str]) -> tuple[str, str]:
-    """('ok', ''), ('refused', the sentence) or ('wrong', what is)."""
+    """('ok', ''), ('refused', the sentence) or ('wrong', what is). The teacher is frozen in place."""
     try:
-        _step(copy.deepcopy(student), copy.deepcopy(teacher), side, name, changes)
+        _step(copy.deepcopy(student), teacher, side, name, changes)
     except UserError as error:
         return "refused", str(error)
     except Wrong as error:
@@ -177,13 +184,13 @@ def _outcome(student: Tapped, teacher: Tapped, side: int, name: str, changes: di
 
 def _step(student: Tapped, teacher: Tapped, side: int, name: str, changes: dict[str, str]) -> None:
     """One step of training as the trainer does it. Wrong, if it is not as it should be."""
-    changes = dict(changes)
-    objective = get_objective(changes.pop("objective", name), **changes)
+    settings = {"objective": name, **_typed(changes)}
+    objective = get_objective(settings.pop("objective"), **settings)
     torch.manual_seed(0)
     distiller = Distiller(student, teacher if objective.needs_teacher else None, objective)
     distiller.to(memory_format=torch.channels_last).train()
     optimizer = build_optimizer(
-        distiller, name="sgd", lr=0.01, momentum=0.9, nesterov=False, betas=(0.9, 0.999), weight_decay=0.0,
+        distiller, name="sgd", lr=0.01, momentum=0.0, nesterov=False, betas=(0.9, 0.999), weight_decay=0.0,
         decay_norms=True,
     )  # fmt: skip
     labels = torch.arange(IMAGES) % CLASSES
@@ -210,31 +217,38 @@ def _step(student: Tapped, teacher: Tapped, side: int, name: str, changes: dict[
 
 _NO_PARTS = ("ok", "overflow", "loss", "grad_norm", "correct")
 
-# An option with a value, as sentences name them: --match pooled, match 'pooled', objective 'kd', a 'linear' connector.
-_OPTION = re.compile(
-    r"--(?P<option>objective|match|connector) '?(?P<value>[\w-]+(?::\d+)?)'?"
+_SETTINGS = {"objective", *settings_of(Objective)}
+# A setting with its value, as sentences name it: --match pooled, match 'pooled', objective 'kd', a 'linear' connector.
+_NAMED = re.compile(
+    r"--(?P<option>[a-z-]+) '?(?P<value>[\w.-]+(?::\d+)?)'?"
     r"|\b(?P<word>objective|match|connector) '(?P<quoted>[\w-]+(?::\d+)?)'"
     r"|'(?P<kind>linear|mlp|conv1x1)'"
 )
 
 
 def advised(refusal: str) -> list[dict[str, str]]:
-    """The settings that a refusal advises, each way for itself; [] where it names none."""
+    """The settings of an objective that a refusal advises, each way for itself; [] where it names none."""
     ways: list[dict[str, str]] = []
     for clause in re.split(r"; |, or |, |: ", refusal):
-        options: dict[str, list[str]] = {}
-        for found in _OPTION.finditer(clause):
-            option = found["option"] or found["word"] or "connector"
-            options.setdefault(option, []).append(found["value"] or found["quoted"] or found["kind"])
-        for values in itertools.product(*options.values()):
-            way = dict(zip(options, values, strict=True))
+        values: dict[str, list[str]] = {}
+        for found in _NAMED.finditer(clause):
+            name = (found["option"] or found["word"] or "connector").replace("-", "_")
+            if name in _SETTINGS:
+                values.setdefault(name, []).append(found["value"] or found["quoted"] or found["kind"])
+        for chosen in itertools.product(*values.values()):
+            way = dict(zip(values, chosen, strict=True))
             if way and way not in ways:
                 ways.append(way)
     return ways
 
 
-def _options(way: dict[str, str]) -> str:
-    return " ".join(f"--{option} {value}" for option, value in way.items())
+def _options(way: Mapping[str, str]) -> str:
+    return " ".join(f"--{option.replace('_', '-')} {value}" for option, value in way.items())
+
+
+def _typed(way: Mapping[str, str]) -> dict[str, Any]:
+    """With numbers as numbers."""
+    return {name: float(value) if re.fullmatch(r"[\d.]+", value) else value for name, value in way.items()}
 
 
 def _export(model: Tapped, partner: Tapped, side: int) -> dict[str, str]:
@@ -243,7 +257,7 @@ def _export(model: Tapped, partner: Tapped, side: int) -> dict[str, str]:
 
     objective = get_objective("ijckd" if model.has_map else "kd")
     student = copy.deepcopy(model)
-    distiller = Distiller(student, copy.deepcopy(partner), objective)
+    distiller = Distiller(student, partner, objective)
     images = _images(2, side, seed=4).contiguous()
     with lively(student), tempfile.TemporaryDirectory() as folder, torch.no_grad():
         distiller.eval().predict(images)

@@ -5,50 +5,48 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # The net with the fewest parameters of each family: of timm 1.0.31's modules (without its test nets), and of
-# torchvision 0.29.1's functions that share a builder. A family of another version that is not here: `smallest`.
+# torchvision 0.29.1's functions that share a builder; the smallest first. A family of another version that is not here:
+# `smallest`.
 TIMM = {
-    "beit": "beit_base_patch16_224", "byoanet": "halonet_h1", "byobnet": "mobileone_s1", "cait": "cait_xxs24_224",
-    "coat": "coat_tiny", "convit": "convit_tiny", "convmixer": "convmixer_768_32",
-    "convnext": "convnext_zepto_rms", "cpubone": "cpubone_nano", "crossvit": "crossvit_tiny_240",
-    "csatv2": "csatv2", "cspnet": "cs3darknet_focus_s", "cspnext": "cspnext_tiny", "davit": "davit_tiny",
-    "deepseek_vit": "deepseek_vit_412m", "deit": "deit_tiny_patch16_224", "densenet": "densenet121",
-    "dla": "dla46x_c", "dpn": "dpn48b", "edgenext": "edgenext_xx_small", "efficientformer": "efficientformer_l1",
-    "efficientformer_v2": "efficientformerv2_s0", "efficientnet": "mnasnet_small",
-    "efficientvim": "efficientvim_m1", "efficientvit_mit": "efficientvit_b0",
-    "efficientvit_msra": "efficientvit_m0", "eva": "vit_tiny_patch16_dinov3_qkvb", "fasternet": "fasternet_t0",
-    "fastvit": "fastvit_t8", "focalnet": "focalnet_tiny_srf", "gcvit": "gcvit_xxtiny",
-    "gemma4_vit": "gemma4_vit_167m", "ghostnet": "ghostnet_050", "hardcorenas": "hardcorenas_b",
-    "hgnet": "hgnetv2_b0", "hiera": "hiera_tiny_224", "hieradet_sam2": "sam2_hiera_tiny",
-    "hrnet": "hrnet_w18_small", "iformer": "iformer_t", "inception_next": "inception_next_atto",
-    "inception_resnet_v2": "inception_resnet_v2", "inception_v3": "inception_v3", "inception_v4": "inception_v4",
-    "lcnetv2": "lcnetv2_small", "levit": "levit_128s", "lowformer": "lowformer_b0", "mambaout": "mambaout_femto",
-    "maxxvit": "maxvit_pico_rw_256", "metaformer": "poolformer_s12", "mlp_mixer": "gmlp_ti16_224",
-    "mobilenetv3": "mobilenetv3_small_050", "mobilenetv5": "mobilenetv5_base", "mobilevit": "mobilevit_xxs",
-    "mvitv2": "mvitv2_tiny", "naflexvit": "naflexvit_base_patch16_parfac_gap", "nasnet": "nasnetalarge",
-    "nest": "nest_tiny", "nextvit": "nextvit_small", "nfnet": "nf_ecaresnet26", "pit": "pit_ti_224",
-    "pnasnet": "pnasnet5large", "pvt_v2": "pvt_v2_b0", "qwen3_vit": "qwen3_vit_88m", "rdnet": "rdnet_tiny",
-    "regnet": "regnetx_002", "repghost": "repghostnet_050", "repvit": "repvit_m1", "res2net": "res2next50",
-    "resnest": "resnest14d", "resnet": "resnet10t", "resnetv2": "resnetv2_18", "rexnet": "rexnet_100",
-    "selecsls": "selecsls42", "senet": "legacy_seresnet18", "sequencer": "sequencer2d_s", "shvit": "shvit_s1",
-    "sknet": "skresnet18", "starnet": "starnet_s050", "swiftformer": "swiftformer_xs",
-    "swin_transformer": "swin_tiny_patch4_window7_224", "swin_transformer_v2": "swinv2_tiny_window16_256",
-    "swin_transformer_v2_cr": "swinv2_cr_tiny_224", "tiny_vit": "tiny_vit_5m_224",
-    "tnt": "tnt_s_legacy_patch16_224", "tresnet": "tresnet_m", "twins": "twins_svt_small", "vgg": "vgg11",
-    "visformer": "visformer_tiny", "vision_transformer": "vit_tiny_patch16_224",
-    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
-    "vision_transformer_relpos": "vit_srelpos_small_patch16_224",
-    "vision_transformer_sam": "samvit_base_patch16_224", "vitamin": "vitamin_small_224", "volo": "volo_d1_224",
-    "vovnet": "ese_vovnet19b_slim_dw", "xception": "legacy_xception", "xception_aligned": "xception41p",
-    "xcit": "xcit_nano_12_p8_224",
+    "starnet": "starnet_s050", "dla": "dla46x_c", "mobilevit": "mobilevit_xxs", "edgenext": "edgenext_xx_small",
+    "mobilenetv3": "mobilenetv3_small_050", "vovnet": "ese_vovnet19b_slim_dw", "efficientnet": "mnasnet_small",
+    "convnext": "convnext_zepto_rms", "repghost": "repghostnet_050", "efficientvit_msra": "efficientvit_m0",
+    "ghostnet": "ghostnet_050", "regnet": "regnetx_002", "cspnext": "cspnext_tiny", "iformer": "iformer_t",
+    "xcit": "xcit_nano_12_p8_224", "cspnet": "cs3darknet_focus_s", "efficientvit_mit": "efficientvit_b0",
+    "swiftformer": "swiftformer_xs", "efficientformer_v2": "efficientformerv2_s0", "pvt_v2": "pvt_v2_b0",
+    "fasternet": "fasternet_t0", "fastvit": "fastvit_t8", "lcnetv2": "lcnetv2_small",
+    "inception_next": "inception_next_atto", "rexnet": "rexnet_100", "byobnet": "mobileone_s1",
+    "pit": "pit_ti_224", "hardcorenas": "hardcorenas_b", "resnet": "resnet10t",
+    "eva": "vit_tiny_patch16_dinov3_qkvb", "repvit": "repvit_m1", "coat": "coat_tiny", "convit": "convit_tiny",
+    "deit": "deit_tiny_patch16_224", "vision_transformer": "vit_tiny_patch16_224", "mlp_mixer": "gmlp_ti16_224",
+    "hgnet": "hgnetv2_b0", "shvit": "shvit_s1", "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "cpubone": "cpubone_nano", "efficientvim": "efficientvim_m1", "crossvit": "crossvit_tiny_240",
+    "mambaout": "mambaout_femto", "maxxvit": "maxvit_pico_rw_256", "levit": "levit_128s",
+    "densenet": "densenet121", "byoanet": "halonet_h1", "dpn": "dpn48b", "visformer": "visformer_tiny",
+    "resnest": "resnest14d", "csatv2": "csatv2", "resnetv2": "resnetv2_18", "senet": "legacy_seresnet18",
+    "metaformer": "poolformer_s12", "cait": "cait_xxs24_224", "sknet": "skresnet18", "gcvit": "gcvit_xxtiny",
+    "tiny_vit": "tiny_vit_5m_224", "efficientformer": "efficientformer_l1", "hrnet": "hrnet_w18_small",
+    "lowformer": "lowformer_b0", "nfnet": "nf_ecaresnet26", "nest": "nest_tiny", "convmixer": "convmixer_768_32",
+    "vision_transformer_relpos": "vit_srelpos_small_patch16_224", "vitamin": "vitamin_small_224",
+    "xception": "legacy_xception", "tnt": "tnt_s_legacy_patch16_224", "inception_v3": "inception_v3",
+    "rdnet": "rdnet_tiny", "twins": "twins_svt_small", "mvitv2": "mvitv2_tiny", "res2net": "res2next50",
+    "volo": "volo_d1_224", "hieradet_sam2": "sam2_hiera_tiny", "xception_aligned": "xception41p",
+    "sequencer": "sequencer2d_s", "hiera": "hiera_tiny_224", "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_224", "swin_transformer_v2": "swinv2_tiny_window16_256",
+    "davit": "davit_tiny", "focalnet": "focalnet_tiny_srf", "selecsls": "selecsls42", "tresnet": "tresnet_m",
+    "nextvit": "nextvit_small", "inception_v4": "inception_v4", "inception_resnet_v2": "inception_resnet_v2",
+    "mobilenetv5": "mobilenetv5_base", "pnasnet": "pnasnet5large", "beit": "beit_base_patch16_224",
+    "naflexvit": "naflexvit_base_patch16_parfac_gap", "vision_transformer_sam": "samvit_base_patch16_224",
+    "qwen3_vit": "qwen3_vit_88m", "nasnet": "nasnetalarge", "vgg": "vgg11", "gemma4_vit": "gemma4_vit_167m",
+    "deepseek_vit": "deepseek_vit_412m",
 }  # fmt: skip
 TORCHVISION = {
-    "alexnet": "alexnet", "convnext": "convnext_tiny", "densenet": "densenet121",
-    "efficientnet": "efficientnet_b0", "efficientnet_v2": "efficientnet_v2_s", "googlenet": "googlenet",
-    "inception": "inception_v3", "maxvit": "maxvit_t", "mnasnet": "mnasnet0_5", "mobilenet_v2": "mobilenet_v2",
-    "mobilenet_v3": "mobilenet_v3_small", "regnet": "regnet_y_400mf", "resnet": "resnet18",
-    "resnext": "resnext50_32x4d", "shufflenetv2": "shufflenet_v2_x0_5", "squeezenet": "squeezenet1_1",
-    "swin": "swin_t", "swin_v2": "swin_v2_t", "vgg": "vgg11", "vgg_bn": "vgg11_bn", "vit": "vit_b_16",
-    "wide_resnet": "wide_resnet50_2",
+    "squeezenet": "squeezenet1_1", "shufflenetv2": "shufflenet_v2_x0_5", "mnasnet": "mnasnet0_5",
+    "mobilenet_v3": "mobilenet_v3_small", "mobilenet_v2": "mobilenet_v2", "regnet": "regnet_y_400mf",
+    "efficientnet": "efficientnet_b0", "googlenet": "googlenet", "densenet": "densenet121", "resnet": "resnet18",
+    "efficientnet_v2": "efficientnet_v2_s", "resnext": "resnext50_32x4d", "inception": "inception_v3",
+    "swin": "swin_t", "swin_v2": "swin_v2_t", "convnext": "convnext_tiny", "maxvit": "maxvit_t",
+    "alexnet": "alexnet", "wide_resnet": "wide_resnet50_2", "vit": "vit_b_16", "vgg": "vgg11", "vgg_bn": "vgg11_bn",
 }  # fmt: skip
 
 # What comes in kinds: plain and depthwise convolutions, a classifier behind more layers, branches merged for inference,
@@ -84,13 +82,14 @@ def every() -> list[Net]:
     """One of each family, the tables' or, of a family that is not in them, the smallest one."""
     import timm
 
-    nets = [Net("torchvision", family, name) for family, name in TORCHVISION.items()]
-    for family in timm.list_modules():
+    nets = []
+    families = timm.list_modules()
+    for family in [*(f for f in TIMM if f in families), *(f for f in families if f not in TIMM)]:
         known = TIMM.get(family)
         name = known if known is not None and timm.is_model(known) else smallest(family)
         if name is not None:
             nets.append(Net("timm", family, name))
-    return nets
+    return [*nets, *(Net("torchvision", family, name) for family, name in TORCHVISION.items())]
 
 
 def smallest(family: str) -> str | None:
@@ -107,13 +106,18 @@ def parameters_of(net: Net) -> int:
     import torch
     import torchvision
 
-    with torch.device("meta"):
+    def built() -> torch.nn.Module:
         if net.library == "timm":
-            built = timm.create_model(net.name)
-        else:
-            quiet = {"init_weights": False} if net.name in ("googlenet", "inception_v3") else {}
-            built = torchvision.models.get_model(net.name, weights=None, **quiet)
-    return sum(parameter.numel() for parameter in built.parameters())
+            return timm.create_model(net.name)
+        quiet = {"init_weights": False} if net.name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(net.name, weights=None, **quiet)
+
+    try:
+        with torch.device("meta"):
+            made = built()
+    except NotImplementedError:  # torchvision's RegNet reads values while it is built
+        made = built()
+    return sum(parameter.numel() for parameter in made.parameters())
 
 
 def named(names: list[str]) -> list[Net]:

@@ -21,7 +21,7 @@ class Tokens(nn.Module):
         self.block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
         self.norm = nn.LayerNorm(WIDTH)
         self.tail = tail or nn.Identity()
-        self.fc = nn.Linear(WIDTH, CLASSES)
+        self.fc = nn.Linear(getattr(self.tail, "out_features", WIDTH), CLASSES)
         self.pooling, self.order = pooling, order
 
     def forward(self, images):  # [B, 3, S, S] -> [B, K]
@@ -97,15 +97,16 @@ def a_tail() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(inplace=True), nn.Dropout(0.5))
 
 
-def test_layers_behind_pooling_run_at_every_position():
+@pytest.mark.parametrize("tail", [a_tail(), nn.ReLU(inplace=True)])
+def test_layers_behind_pooling_run_at_every_position(tail):
     """t(map) - mean(t(map)) + t(mean(map))"""
-    model = tapped(tail=a_tail())
+    model = tapped(tail=tail)
     made = []
-    model.net.norm.register_forward_hook(lambda layer, args, output: made.append(output))
+    model.net.norm.register_forward_hook(lambda layer, args, output: made.append(output.clone()))
     with torch.no_grad():
         map_, pooled = model.features(images(), need_map=True)
         tokens = made[0]  # [B, N, C]
-        at_each = torch.stack([model.net.tail(token) for token in tokens])  # of each image's positions
+        at_each = torch.stack([model.net.tail(token.clone()) for token in tokens])  # of each image's positions
         expected = at_each - at_each.mean(1, keepdim=True) + model.net.tail(tokens.mean(1)).unsqueeze(1)
     torch.testing.assert_close(map_.flatten(2).transpose(1, 2), expected)
     torch.testing.assert_close(map_.mean((2, 3)), pooled)
@@ -146,7 +147,9 @@ PLAIN = "resnet8x0.5"
 
 
 def net(kind: str) -> Tapped:
-    return create_model(PLAIN, CLASSES, image_size=SIZE) if kind == "plain" else tapped("class", before=1)
+    if kind == "plain":
+        return create_model(PLAIN, CLASSES, image_size=SIZE)
+    return tapped("class", before=1, tail=nn.Linear(WIDTH, 12) if kind == "wide" else None)
 
 
 def options_in(text: str) -> list[tuple[str | None, dict]]:
@@ -191,7 +194,7 @@ def test_a_map_that_is_only_matched_is_not_compared_with_what_the_classifier_see
         distiller.compare(images())
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("plain", "class"), ("class", "plain"), ("class", "class")])
+@pytest.mark.parametrize(("student", "teacher"), [("plain", "wide"), ("wide", "plain"), ("class", "class")])
 def test_a_map_is_matched_while_the_classifier_sees_the_class_token(student, teacher):
     objective = get_objective("kd", fm=1.0, match="map", connector="conv1x1")
     distiller = Distiller(net(student), net(teacher), objective).train()

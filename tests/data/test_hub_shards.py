@@ -204,6 +204,15 @@ def test_a_split_in_two_places(root, folders):
         both(root)
 
 
+def test_archives_of_no_split_are_counted(root):
+    (root / "_info.json").unlink()
+    for name in ("imagenet1k-test-0000.tar", "extra.tar"):
+        shutil.copy(root / "imagenet1k-train-0001.tar", root / name)
+    train, val = DataFolder(root).scans()
+    assert [len(found.index) for found in (train, val)] == [18, 6]
+    assert [(row.kind, row.files) for row in train.passed_over] == [(".tar", 2)]
+
+
 def test_an_info_file_of_something_else_is_left_alone(root):
     (root / "_info.json").write_text(json.dumps([1, 2]))
     assert [len(index) for index in both(root)] == [18, 6]

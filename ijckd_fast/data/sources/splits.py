@@ -167,7 +167,8 @@ def _by_names(root: Path, split: str, where: str, names: Sequence[str]) -> Conte
         return None
     if split == "val":
         _require_one_name(root / where, mine)
-    return Content(root, split, where, (), (), tuple(mine), _beside(root, where, set(names), split))
+    used = {*mine, *(name for name, of in splits.items() if of in SPLITS)}
+    return Content(root, split, where, (), (), tuple(mine), _beside(root, where, used, split))
 
 
 def _require_one_name(folder: Path, names: Sequence[str]) -> None:

@@ -181,7 +181,8 @@ def test_booleans_are_two_classes(tmp_path, images):
     assert (found.classes, found.labels.tolist()) == (("false", "true"), [1, 0, 1])
 
 
-def test_nested_columns_by_dotted_names(tmp_path, images):
+def test_nested_columns_by_dotted_names(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(listing, "SETTLED_NS", 0)  # so that the kept index is believed as far as it goes
     rows = [
         {"a": {"picture": {"bytes": image, "path": None}, "kind": i % 2}, "n": i} for i, image in enumerate(images[:4])
     ]

@@ -173,6 +173,14 @@ def test_nets_of_each_kind(tmp_path, capsys):
     assert "| timm's other nets | 2 | 0 | 2 | 2 | " in out
 
 
+def test_the_page_shows_the_newest_rows():
+    rows = zoo.read(zoo.ROWS)
+    page = (ROOT / "docs" / "zoo.md").read_text()
+    assert f"\n{zoo.table(rows)}\n" in page
+    assert f"\n{zoo.summary(zoo.newest(rows))}\n" in page
+    assert not any(zoo.faults(row) for row in zoo.newest(rows))
+
+
 def test_mistakes(capsys):
     assert zoo.main(["resnet81"]) == 2
     assert "unknown model 'resnet81'" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from ijckd_fast.data import Batch
 from ijckd_fast.distill import PRESETS, Distiller, Objective, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.export import compare_logits, deployed_module
-from ijckd_fast.export.answers import ONNX_TOLERANCE
+from ijckd_fast.export.answers import FOLDING_TOLERANCE, ONNX_TOLERANCE
 from ijckd_fast.nets import Tapped, create_model, fold_batch_norm, same
 from ijckd_fast.nets.lively import lively
 from ijckd_fast.setting import settings_of
@@ -165,7 +165,7 @@ def _folding(model: Tapped, side: int) -> dict[str, Any]:
     after = model.features(images, need_map)
     found = [(b, a) for b, a in zip(before, after, strict=True) if b is not None and a is not None]
     worst = max(float((a - b).abs().max() / b.abs().max()) for b, a in found)
-    right = all(same(a, b) for b, a in found)
+    right = worst <= FOLDING_TOLERANCE  # in a deep net with lively weights rounding alone makes 1e-4
     return {"norms": norms, "folded": folded, "fold_difference": f"{worst:.1e}" if right else f"WRONG: {worst:.1e}"}
 
 

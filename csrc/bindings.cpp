@@ -36,6 +36,12 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "Tensor weight, Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, "
       "Tensor? map_t, bool relu, float eps, bool need_du, bool need_dweight, bool wide=False) -> "
       "(Tensor du, Tensor dweight)");
+  // Both where nothing comes between them; batch_stats: whether mean and var are those of this batch.
+  m.def(
+      "connector_map_grads(Tensor grad_z, Tensor? grad_fm, Tensor z, Tensor? pooled_t, Tensor count, Tensor yhat, "
+      "Tensor res, Tensor res_yhat, Tensor u, Tensor weight, Tensor y, Tensor? bias, Tensor? bn_weight, Tensor? "
+      "bn_bias, Tensor? mean, Tensor? var, Tensor? map_t, bool batch_stats, bool relu, float eps, bool need_du, "
+      "bool need_dweight, bool wide) -> (Tensor du, Tensor dweight, Tensor d_gamma, Tensor d_beta)");
   // All of backward for a linear connector, u [B, Cs] or [B, 1, Cs]; grad_fm and z with pooled_t. grad_z is what it
   // says times scale []; rounded, without pooled_t, is grad_z in bfloat16. dweight in the accumulator's type if `wide`.
   m.def(

@@ -13,6 +13,7 @@
 #include "op.h"
 #include "projection.h"
 #include "rows.h"
+#include "workspace.h"
 
 #ifdef IJCKD_CUDA
 #include "cuda/stage.h"
@@ -121,8 +122,8 @@ void whole_rows(const LossRows& r, const Launch& launch) {
                      .labels = labels_of(terms.labels),
                      .labels_b = labels_of(terms.labels_b),
                      .mix = data(terms.mix),
-                     .part_rows = r.part_rows.mutable_data_ptr(),
-                     .top1_rows = r.top1_rows.mutable_data_ptr<int64_t>(),
+                     .part_rows = r.part_rows,
+                     .top1_rows = r.top1_rows,
                      .counts = counts,
                      .B = B,
                      .K = K,
@@ -177,14 +178,17 @@ void all_rows(LossRows r, const Launch& launch) {
     some.terms.labels = rows_of(r.terms.labels, first, n);
     some.terms.labels_b = maybe_rows_of(r.terms.labels_b, first, n);
     some.terms.mix = maybe_rows_of(r.terms.mix, first, n);
-    some.top1_rows = rows_of(r.top1_rows, first, n);
+    some.top1_rows = r.top1_rows + first;
     if (r.grad) some.dz = rows_of(r.dz, first, n);
-    some.part_rows = empty(r.z, {kParts, n}, accumulator(r.dtype));
+    Workspace memory;
+    const auto part_rows = memory.part(kParts * n, accumulator(r.dtype));
+    memory.allocate(r.z);
+    some.part_rows = memory[part_rows];
     whole_rows(some, launch);
-    const int64_t bytes = int64_t(r.part_rows.element_size());
+    const int64_t bytes = int64_t(r.z.element_size());
     for (const int part : {kPartCe, kPartSr, kPartKl})
-      std::memcpy(static_cast<char*>(r.part_rows.mutable_data_ptr()) + (part * B + first) * bytes,
-                  static_cast<const char*>(some.part_rows.const_data_ptr()) + part * n * bytes, n * bytes);
+      std::memcpy(static_cast<char*>(r.part_rows) + (part * B + first) * bytes,
+                  static_cast<const char*>(some.part_rows) + part * n * bytes, n * bytes);
   }
 }
 #endif
@@ -283,11 +287,16 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
 #endif
 
   const Tensor z_acc = projection ? projected(*projection) : as(*z, acc);
-  const Tensor part_rows = empty(input, {kParts, B}, acc), top1_rows = empty(input, {B}, ScalarType::Long);
+  Workspace memory;
+  const auto part_rows_part = memory.part(kParts * B, acc);
+  const auto top1_rows_part = memory.part<int64_t>(B);
+  memory.allocate(input);
+  uint8_t* const part_rows = memory[part_rows_part];
+  int64_t* const top1_rows = memory[top1_rows_part];
   OptTensor d;
   if (terms.pooled_t) {
     d = empty(input, {B, Ct}, acc);
-    void* fm_rows = static_cast<char*>(part_rows.mutable_data_ptr()) + kPartFm * B * part_rows.element_size();
+    void* fm_rows = part_rows + kPartFm * B * d->element_size();
     if (B > 0)
       launched(feature_diff({acc, z_acc.const_data_ptr(), data(terms.pooled_t), d->mutable_data_ptr(), fm_rows, B, Ct},
                             launch.stream),
@@ -300,8 +309,8 @@ Loss loss_of(const char* op, const OptTensor& z, const std::optional<Projection>
   }
   if (B > 0) all_rows({t, asked, z_acc, terms, d, part_rows, top1_rows, dz, grad, B}, launch);
   launched(loss_sum({.dtype = acc,
-                     .part_rows = part_rows.const_data_ptr(),
-                     .top1_rows = top1_rows.const_data_ptr<int64_t>(),
+                     .part_rows = part_rows,
+                     .top1_rows = top1_rows,
                      .loss = loss.mutable_data_ptr(),
                      .parts = parts.mutable_data_ptr(),
                      .top1 = top1.mutable_data_ptr<int64_t>(),

@@ -12,6 +12,7 @@
 #include "op.h"
 #include "projection.h"
 #include "rows.h"
+#include "workspace.h"
 
 #ifdef IJCKD_CUDA
 #include "cuda/connector_tiles.h"
@@ -54,14 +55,17 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   check_projection(u, weight, kOp, "weight");
   const DType t = dtype(u, kOp, "u"), acc = accumulator(t);
   const int64_t B = u.size(0), P = u.size(1), Ct = weight.size(0), Cs = u.size(2), N = B * P;
-  const Tensor rows = torch::stable::view(dense(u), {N, Cs});
+  const Tensor rows = strided(dense(u), {N, Cs}, {Cs, 1});
   Projected out{none(u, t), none(u, acc), none(u, acc)};
   int64_t rows_per_part = kStatRows;
   bool parts_done = false;
-  OptTensor part_mean, part_m2;  // [parts, Ct] A
+  Workspace memory;
+  uint8_t *part_mean = nullptr, *part_m2 = nullptr;  // [parts, Ct] A
   const auto make_parts = [&] {
-    part_mean = empty(u, {stat_parts(N, rows_per_part), Ct}, acc);
-    part_m2 = empty(u, {stat_parts(N, rows_per_part), Ct}, acc);
+    const int64_t each = stat_parts(N, rows_per_part) * Ct;
+    const auto mean = memory.part(each, acc), m2 = memory.part(each, acc);
+    memory.allocate(u);
+    part_mean = memory[mean], part_m2 = memory[m2];
   };
   Launch launch(u);
 #ifdef IJCKD_CUDA
@@ -76,8 +80,8 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
                             .u = rows.const_data_ptr(),
                             .weight = w.const_data_ptr(),
                             .y = out.y.mutable_data_ptr(),
-                            .mean = statistics ? part_mean->mutable_data_ptr<float>() : nullptr,
-                            .m2 = statistics ? part_m2->mutable_data_ptr<float>() : nullptr,
+                            .mean = reinterpret_cast<float*>(part_mean),
+                            .m2 = reinterpret_cast<float*>(part_m2),
                             .N = N,
                             .Cs = Cs,
                             .Ct = Ct},
@@ -87,13 +91,11 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
   }
 #endif
   if (!parts_done) {
-    out.y = torch::stable::view(times_weight(rows, weight), {B, P, Ct});
+    out.y = strided(times_weight(rows, weight), {B, P, Ct}, {P * Ct, Ct, 1});
     if (statistics && B > 0) {
       make_parts();
-      launched(
-          channel_stats({t, out.y.const_data_ptr(), part_mean->mutable_data_ptr(), part_m2->mutable_data_ptr(), N, Ct},
-                        launch.stream),
-          "connector_match's channel statistics");
+      launched(channel_stats({t, out.y.const_data_ptr(), part_mean, part_m2, N, Ct}, launch.stream),
+               "connector_match's channel statistics");
     }
   }
   if (statistics) {
@@ -104,8 +106,8 @@ Projected project(const Tensor& u, const Tensor& weight, bool statistics) {
       torch::stable::zero_(out.var);
       return out;
     }
-    launched(combine_stats({acc, data(part_mean), data(part_m2), out.mean.mutable_data_ptr(),
-                            out.var.mutable_data_ptr(), N, Ct, rows_per_part},
+    launched(combine_stats({acc, part_mean, part_m2, out.mean.mutable_data_ptr(), out.var.mutable_data_ptr(), N, Ct,
+                            rows_per_part},
                            launch.stream),
              "connector_match's channel statistics");
   }
@@ -144,34 +146,36 @@ Applied apply(const Tensor& y, const AffineTensors& a, const OptTensor& map_t, c
   const OptTensor target = as(map_t, t);
   Applied out{empty(y, {B, Ct}, acc), empty(y, {}, acc), empty(y, {B, Ct}, acc),
               empty(y, {B, Ct}, acc), none(y, acc),      none(y, acc)};
-  OptTensor square, res, res_yhat, shares;  // [B, Ct] A, three of them; match_sums' shares and, behind them, its count
-  if (map_t) {
-    square = empty(y, {B, Ct}, acc), res = empty(y, {B, Ct}, acc), res_yhat = empty(y, {B, Ct}, acc);
-    shares = empty(y, {Ct + 1}, DType::f64);
-    if (B == 0) torch::stable::zero_(*shares);
-  }
-  double* const share = shares ? shares->mutable_data_ptr<double>() : nullptr;
-  int* const arrived = shares ? reinterpret_cast<int*>(share + Ct) : nullptr;
+  Workspace memory;
+  const int64_t matched = map_t ? B * Ct : 0;
+  const auto square_part = memory.part(matched, acc), res_part = memory.part(matched, acc),
+             res_yhat_part = memory.part(matched, acc);
+  const auto shares_part = memory.part<double>(map_t ? Ct : 0);  // match_sums' shares and its count
+  const auto arrived_part = memory.part<int>(map_t ? 1 : 0);
+  memory.allocate(y);
+  if (map_t && B == 0) memory.zero();
+  void *const square = memory[square_part], *const res = memory[res_part], *const res_yhat = memory[res_yhat_part];
+  double* const shares = memory[shares_part];
+  int* const arrived = memory[arrived_part];
   Launch launch(y);
-  const auto out_ptr = [](const OptTensor& x) { return x ? x->mutable_data_ptr() : nullptr; };
   if (B > 0)
     launched(match_forward({t, y.const_data_ptr(), data(target), a.pointers(eps), out.z.mutable_data_ptr(),
-                            out.count.mutable_data_ptr(), out.yhat.mutable_data_ptr(), out_ptr(square), out_ptr(res),
-                            out_ptr(res_yhat), arrived, B, P, Ct, relu},
+                            out.count.mutable_data_ptr(), out.yhat.mutable_data_ptr(), square, res, res_yhat, arrived,
+                            B, P, Ct, relu},
                            launch.stream),
              "connector_match's forward pass");
   if (map_t) {
     out.res = empty(y, {Ct}, acc);
     out.res_yhat = empty(y, {Ct}, acc);
     launched(match_sums({.dtype = acc,
-                         .square = data(square),
-                         .res = data(res),
-                         .res_yhat = data(res_yhat),
+                         .square = square,
+                         .res = res,
+                         .res_yhat = res_yhat,
                          .res_sum = out.res.mutable_data_ptr(),
                          .res_yhat_sum = out.res_yhat.mutable_data_ptr(),
                          .fm = out.fm.mutable_data_ptr(),
                          .scale = 1 / (double(B) * double(P) * double(Ct)),
-                         .shares = share,
+                         .shares = shares,
                          .arrived = arrived,
                          .B = B,
                          .Ct = Ct},
@@ -337,6 +341,26 @@ std::tuple<Tensor, Tensor> connector_input_grads(const Tensor& grad_z, const Opt
   return grads_of_product(dy, u, weight, need_du, need_dweight, wide, launch);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> connector_map_grads(
+    const Tensor& grad_z, const OptTensor& grad_fm, const Tensor& z, const OptTensor& pooled_t, const Tensor& count,
+    const Tensor& yhat, const Tensor& res, const Tensor& res_yhat, const Tensor& u, const Tensor& weight,
+    const Tensor& y, const OptTensor& bias, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+    const OptTensor& var, const OptTensor& map_t, bool batch_stats, bool relu, double eps, bool need_du,
+    bool need_dweight, bool wide) {
+  const int64_t P = y.size(1);
+  const auto [g, d_gamma, d_beta] =
+      connector_channel_grads(grad_z, grad_fm, z, pooled_t, count, yhat, res, res_yhat, P, map_t.has_value());
+  if (!need_du && !need_dweight) {
+    const DType t = dtype(u, kOp, "u");
+    return {none(u, t), none(u, wide ? accumulator(t) : t), d_gamma, d_beta};
+  }
+  const auto sum = [&](const Tensor& x) { return batch_stats ? OptTensor(x) : OptTensor(); };
+  const auto [du, dweight] =
+      connector_input_grads(g, grad_fm, sum(d_gamma), sum(d_beta), double(y.size(0)) * double(P), u, weight, y, bias,
+                            bn_weight, bn_bias, mean, var, map_t, relu, eps, need_du, need_dweight, wide);
+  return {du, dweight, d_gamma, d_beta};
+}
+
 std::tuple<Tensor, Tensor, Tensor> connector_linear_grads(const Tensor& grad_z, const OptTensor& scale,
                                                           const OptTensor& grad_fm, const OptTensor& z,
                                                           const OptTensor& pooled_t, const Tensor& vectors,
@@ -433,7 +457,7 @@ Tensor projected(const Projection& p) {
   const DType t = dtype(p.u, kOp, "u"), acc = accumulator(t);
   const int64_t B = p.u.size(0), Cs = p.u.size(2), Ct = p.weight.size(0);
   const Tensor u = dense(p.u), rows = strided(u, {B, Cs}, {Cs, 1});
-  if (by_inner_product(rows)) return inner_product(rows, dense(p.weight), p.bias);
+  if (by_inner_product(rows) && worth_onednn(rows, p.weight)) return inner_product(rows, dense(p.weight), p.bias);
   const Tensor y = times_weight(rows, p.weight);
   const Tensor z = t == acc ? y : empty(y, {B, Ct}, acc);
   if (B > 0 && (t != acc || p.bias)) add_bias({t, y.const_data_ptr(), data(p.bias), z.mutable_data_ptr(), B, Ct});
@@ -463,5 +487,6 @@ STABLE_TORCH_LIBRARY_IMPL(ijckd, CPU, m) {
   m.impl("follow_statistics", TORCH_BOX(&ijckd::follow_statistics));
   m.impl("connector_channel_grads", TORCH_BOX(&ijckd::connector_channel_grads));
   m.impl("connector_input_grads", TORCH_BOX(&ijckd::connector_input_grads));
+  m.impl("connector_map_grads", TORCH_BOX(&ijckd::connector_map_grads));
   m.impl("connector_linear_grads", TORCH_BOX(&ijckd::connector_linear_grads));
 }

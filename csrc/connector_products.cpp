@@ -82,9 +82,9 @@ std::tuple<Tensor, Tensor> grads_of_product(const Tensor& dy, const Tensor& u, c
 #endif
   const DType products = product_type(t);
   const Tensor d_out = as(dy, products);
-  if (need_du) du = torch::stable::view(as(rows_times(d_out, as(weight, products)), t), {B, P, Cs});
+  if (need_du) du = strided(as(rows_times(d_out, as(weight, products)), t), {B, P, Cs}, {P * Cs, Cs, 1});
   if (need_dweight) {
-    const Tensor rows = torch::stable::view(as(u, products), {N, Cs});
+    const Tensor rows = strided(as(u, products), {N, Cs}, {Cs, 1});
     dweight = as(as(transposed_times(d_out, rows), t), of_weight);
   }
   return {du, dweight};

@@ -45,9 +45,9 @@ struct LossRows {
   Tensor z;         // [B, Ct] A
   LossTerms terms;  // bias and mix in A, labels contiguous; weight in T, or as classifier_loss.cpp:classifier leaves it
   OptTensor d;      // [B, Ct] A: z - pooled_t
-  Tensor part_rows;  // [kParts, B] A  out
-  Tensor top1_rows;  // [B]            out
-  Tensor dz;         // [B, Ct] A      out: dloss/dz if `grad`
+  void* part_rows;  // [kParts, B] A  out
+  int64_t* top1_rows;  // [B]  out
+  Tensor dz;           // [B, Ct] A  out: dloss/dz if `grad`
   bool grad;
   int64_t batch;  // samples over which the loss is a mean
 };

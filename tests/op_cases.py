@@ -221,6 +221,9 @@ def op_samples():
             True,
         ),
     )
+    for batch_stats, needs in ((True, (True, True)), (False, (False, False))):
+        args = (*grads_args[:-2], u, weight, y, *apply_args[1:7], batch_stats, True, 1e-5, *needs, False)
+        yield f"connector_map_grads, {needs}", ops.connector_map_grads.default, args
     u, weight = torch.randn(3, 1, 6, dtype=F64), torch.randn(5, 6, dtype=F64)
     grad_z, z, pooled_t = torch.randn(3, 3, 5, dtype=F64).unbind()
     one = torch.ones((), dtype=F64)

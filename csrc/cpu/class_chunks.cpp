@@ -296,8 +296,8 @@ class Chunks {
     const A* square = static_cast<const A*>(data(squares));            // [B] |W d|^2
     const A* gd = static_cast<const A*>(data(matched));                // [B, Ct] W^T W d
     const std::vector<A> weight_sums(columns.begin(), columns.end());  // [Ct]
-    A* parts = static_cast<A*>(c.part_rows.mutable_data_ptr());
-    int64_t* hits = c.top1_rows.mutable_data_ptr<int64_t>();
+    A* parts = static_cast<A*>(c.part_rows);
+    int64_t* hits = c.top1_rows;
     parallel_for(B, kRowGrain, [&](int64_t first, int64_t last) {
       std::vector<T> scratch;
       for (int64_t b = first; b < last; ++b) {

@@ -49,7 +49,10 @@ inline int64_t row_grain(int64_t n, int64_t elements) { return elements / (n > 0
 // index order.
 template <typename F>
 void parallel_for(int64_t n, int64_t grain, const F& body) {
-  torch::stable::parallel_for(0, n, grain, body);
+  if (n <= grain)  // one task needs no pool
+    body(int64_t(0), n);
+  else
+    torch::stable::parallel_for(0, n, grain, body);
 }
 
 }  // namespace ijckd

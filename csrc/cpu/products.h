@@ -24,6 +24,7 @@ namespace ijckd {
 
 constexpr int64_t kInnerWork = 1 << 22;   // multiplications of a gradient from which oneDNN gains more than it costs
 constexpr int64_t kInnerDepth = 4096;     // a longer sum it would share between threads
+constexpr int64_t kLeastWork = 1 << 14;   // as kInnerWork, of rows times a weight transposed
 constexpr int64_t kWeightWork = 1 << 25;  // as kInnerWork, for a weight's gradient by convolution
 // Of fewer columns the libraries add up a gradient's rows one after the other, in float: here kPiece rows at a time,
 // and the pieces in double.
@@ -39,10 +40,17 @@ inline Tensor inner_product(const Tensor& x, const Tensor& w, const OptTensor& b
 
 inline bool by_inner_product(const Tensor& rows) { return by_convolution(rows) && aoti_torch_cpu__linear_pointwise; }
 
+// Whether rows [N, Cs] times weight [Ct, Cs] transposed is worth a call of oneDNN.
+inline bool worth_onednn(const Tensor& rows, const Tensor& weight) {
+  return rows.size(0) * rows.size(1) * weight.size(0) >= kLeastWork;
+}
+
 // rows [N, Cs], weight [Ct, Cs], both contiguous -> [N, Ct]
 inline Tensor rows_times_transposed(const Tensor& rows, const Tensor& weight) {
-  if (by_inner_product(rows)) return inner_product(rows, weight);
-  if (by_convolution(rows)) return conv_rows(rows, weight);
+  if (worth_onednn(rows, weight)) {
+    if (by_inner_product(rows)) return inner_product(rows, weight);
+    if (by_convolution(rows)) return conv_rows(rows, weight);
+  }
   const Tensor out = empty(rows, {rows.size(0), weight.size(0)}, rows.scalar_type());
   matmul_out(rows, transposed(weight), out);
   return out;

@@ -228,7 +228,7 @@ def _follow(norm: Norm, mean: Tensor, var: Tensor, n_stats: Tensor | int | None)
         and running_mean.dtype == running_var.dtype == mean.dtype
         and all(x.is_contiguous() and x.device == mean.device and not x.is_inference() for x in changed)
     ):
-        ops.follow_statistics(running_mean, running_var, batches, mean, var, n_stats / (n_stats - 1), share)
+        ops.follow_statistics.default(running_mean, running_var, batches, mean, var, n_stats / (n_stats - 1), share)
         for x in changed:
             torch.autograd.graph.increment_version(x)
         return None
@@ -323,16 +323,24 @@ def _(
     need_dweight,
     wide=False,
 ):
+    return _fake_input_grads(u, weight, need_du, need_dweight, wide)
+
+
+def _fake_input_grads(u, weight, need_du, need_dweight, wide):
     du = u.new_empty(u.shape) if need_du else u.new_empty(0)
     dtype = accumulator(u.dtype) if wide else u.dtype
     return du, weight.new_empty(weight.shape if need_dweight else 0, dtype=dtype)
 
 
+@torch.library.register_fake("ijckd::connector_map_grads")
+def _(grad_z, grad_fm, z, pooled_t, count, yhat, res, res_yhat, u, weight, *rest):
+    d_gamma = z.new_empty(z.shape[1])
+    return *_fake_input_grads(u, weight, *rest[-3:]), d_gamma, torch.empty_like(d_gamma)
+
+
 @torch.library.register_fake("ijckd::connector_linear_grads")
 def _(grad_z, scale, grad_fm, z, pooled_t, u, weight, need_du, need_dweight, need_dbias, rounded=None, wide=False):
-    du = u.new_empty(u.shape) if need_du else u.new_empty(0)
-    dtype = accumulator(u.dtype) if wide else u.dtype
-    dweight = weight.new_empty(weight.shape if need_dweight else 0, dtype=dtype)
+    du, dweight = _fake_input_grads(u, weight, need_du, need_dweight, wide)
     return du, dweight, u.new_empty(weight.shape[0] if need_dbias else 0, dtype=accumulator(u.dtype))
 
 
@@ -396,29 +404,44 @@ def _gradients(ctx, grad_z, grad_fm, group=None, n_stats=None):
     u, weight, *rest = ctx.saved_tensors
     affine = Affine(*rest[:5])
     map_t, pooled_t, y, z, *pooled = rest[5:]
-    positions = y.shape[1]
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_fm is None and (map_t is not None or pooled_t is not None):
         grad_fm = z.new_zeros(())
-    grad_z, d_gamma, d_beta = ops.connector_channel_grads.default(
-        grad_z, grad_fm, z, pooled_t, *pooled, positions, map_t is not None
-    )
     needs = ctx.needs_input_grad[:2]
-    du = dw = None
-    if any(needs):
-        sums = (d_gamma, d_beta) if ctx.batch_stats else (None, None)
-        n = float(y.shape[0] * positions)
-        if group is not None:
+    outputs = (z, pooled_t, *pooled)
+    if group is None:
+        inputs = (u, weight, y, *affine, map_t, ctx.batch_stats, ctx.relu, ctx.eps)
+        du, dw, d_gamma, d_beta = ops.connector_map_grads.default(grad_z, grad_fm, *outputs, *inputs, *needs, ctx.wide)
+    else:
+        grad_z, d_gamma, d_beta = ops.connector_channel_grads.default(
+            grad_z, grad_fm, *outputs, y.shape[1], map_t is not None
+        )
+        du = dw = None
+        if any(needs):
             both = torch.stack((d_gamma, d_beta))
             dist.all_reduce(both, group=group)
             both = both / n_stats  # here, on the device: reading the count of all ranks would make the host wait
-            sums, n = (both[0], both[1]), 1.0
-        du, dw = ops.connector_input_grads.default(
-            grad_z, grad_fm, *sums, n, u, weight, y, *affine, map_t, ctx.relu, ctx.eps, *needs, ctx.wide
-        )
+            du, dw = ops.connector_input_grads.default(
+                grad_z,
+                grad_fm,
+                both[0],
+                both[1],
+                1.0,
+                u,
+                weight,
+                y,
+                *affine,
+                map_t,
+                ctx.relu,
+                ctx.eps,
+                *needs,
+                ctx.wide,
+            )
 
     def like(g, x, i):
-        return g.to(x.dtype) if x is not None and ctx.needs_input_grad[i] else None
+        if x is None or not ctx.needs_input_grad[i]:
+            return None
+        return g if g.dtype == x.dtype else g.to(x.dtype)
 
     return (
         du if needs[0] else None,

@@ -188,7 +188,7 @@ def connector_loss_and_grads(
         loss, parts, top1, grad_z = classifier_loss_and_grad(z, weight, bias, labels, scale=scale, **terms)
         grad_fm = None
         if map_t is not None or pooled_t is not None:
-            loss = loss + match * fm
+            loss = loss + (fm if match == 1 else match * fm)
             grad_fm = torch.full_like(fm, match) if scale is None else (match * scale).to(fm.dtype)
         grads = {}
         for (name, x), grad in zip(trained.items(), backward(grad_z, grad_fm), strict=False):

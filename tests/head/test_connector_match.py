@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ijckd_fast import head
 from ijckd_fast.head import reference
+from ijckd_fast.head.dispatch import ops
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -219,6 +220,22 @@ def test_connector_match_same_bits_for_any_thread_count():
         "print([x.double().sum().item().hex() for x in out])"
     )
     assert_same_for_any_thread_count(script)
+
+
+@pytest.mark.parametrize("batch_stats", [True, False])
+def test_map_gradients_of_one_op_are_those_of_the_two_between_which_ranks_sum(batch_stats):
+    u, weight, map_t, grad_z = torch.randn(4, 9, 6), torch.randn(5, 6), torch.randn(4, 9, 5), torch.randn(4, 5)
+    y, mean, var = ops.connector_project(u, weight)
+    affine = (None, torch.randn(5), torch.randn(5), mean, var)
+    z, fm, *kept = ops.connector_apply(y, *affine, map_t, None, True, 1e-5)
+    match = (torch.full_like(fm, 3), z, None)
+    g, *of_channels = ops.connector_channel_grads(grad_z, *match, *kept, 9, True)
+    sums = of_channels if batch_stats else (None, None)
+    rest = (u, weight, y, *affine, map_t)
+    expected = ops.connector_input_grads(g, match[0], *sums, 36.0, *rest, True, 1e-5, True, True)
+    got = ops.connector_map_grads(grad_z, *match, *kept, *rest, batch_stats, True, 1e-5, True, True, False)
+    for ours, theirs in zip(got, (*expected, *of_channels), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_connector_match_inference_without_teacher():

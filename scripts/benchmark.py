@@ -147,6 +147,7 @@ WORKLOADS = {
     "tiny-kl": Workload(8, 6, 24, 50, kl=True),
     "tiny-only-kl": Workload(8, 6, 24, 50, kl=True, fm=False),
     "tiny-linear": Workload(8, 6, 24, 50),
+    "tiny-sr": Workload(8, None, 24, 50),
 }
 DEFAULT_WORKLOADS = {
     "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl"],
@@ -154,7 +155,7 @@ DEFAULT_WORKLOADS = {
 }
 SMALL_WORKLOADS = [name for name in WORKLOADS if name.startswith(("K", "L", "map"))]
 # of the shapes that people use, so small that the host's part is all there is
-HOST_WORKLOADS = ("tiny-linear", "tiny-ce", "tiny-kl", "tiny")
+HOST_WORKLOADS = ("tiny-sr", "tiny-linear", "tiny-kl", "tiny-ce", "tiny")
 HOST_STEPS = 10  # timed as one
 SWEEP_K = (100, 300, 1000, 3000, 10_000, 21_841, 50_000, 100_000, 200_000)
 SWEEP_B = {"cuda": (16, 64, 256, 512, 1024, 2048, 4096), "cpu": (1, 4, 16, 64, 256)}

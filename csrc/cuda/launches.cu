@@ -15,7 +15,7 @@ __global__ void empty_kernel() { wait_for_earlier_launches(); }
 int refused_launches(int* refused, void* stream) {
   const Start plain{2, 32};
   Start dependent = plain, cluster = plain, cooperative = plain;
-  dependent.dependent = cooperative.cooperative = true;
+  dependent.dependent = cooperative.cooperative = cooperative.dependent = true;
   cluster.cluster = 2;
   const auto start = [&](const Start& how) { return launch_as(how, empty_kernel, stream); };
   int error = start(dependent);

@@ -53,11 +53,14 @@ WITHOUT = {
     1: "launches that overlap, so each waits for the end of the one before",
     2: "clusters, so blocks share no memory",
     4: "cooperative launches, so whole rows of logits take one launch more",
+    8: "cooperative launches that overlap, so the one of whole rows of logits waits for the one before",
 }
 
 
 def refused_launches(device: str) -> str:
     """What the driver of this GPU refuses, and what the kernels do instead; empty if nothing."""
     refused = torch.ops.ijckd.refused_launches(torch.empty(0, device=device))
+    if refused & 1:  # which then refuses these, too
+        refused &= ~8
     what = " and ".join(text for bit, text in WITHOUT.items() if refused & bit)
     return what and f"the driver refuses {what}"

@@ -373,7 +373,8 @@ struct Machine : Block {
   int cluster_arrivals = 0;  // of threads in the phase under way
   uint32_t cluster_phase = 0;
   Knowledge cluster_gathered, cluster_told;
-  int refused = 0;  // launch attributes that the driver refuses, as bits of their ids
+  int refused = 0;                // launch attributes that the driver refuses, as bits of their ids
+  bool refused_together = false;  // all of them in one launch; otherwise each
 
   // Of launches, by their numbers from 1: those from early_from to the one before this may be unfinished until its
   // threads wait for them, those from late_from to the one before that also afterwards.
@@ -1287,8 +1288,9 @@ void set_schedule(Schedule schedule, unsigned seed) {
 void set_async(Async async) { m.async = async; }
 
 void set_device(int device) { m.device = device; }
-void refuse(int attributes) {
+void refuse(int attributes, bool together) {
   m.refused = attributes;
+  m.refused_together = together;
   ijckd::refused_features = 0;
 }
 int device() { return m.device; }
@@ -1995,9 +1997,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (config.dynamicSmemBytes > (has_asked ? asked->second : kSharedLimit)) return cudaErrorInvalidValue;
   bool cooperative = false, dependent = false;
   dim3 cluster(1, 1, 1);
+  int ways = 0;  // the attributes, as bits of their ids
   for (unsigned i = 0; i < config.numAttrs; ++i) {
     const auto& [id, pad, value] = config.attrs[i];
-    if (m.refused >> id & 1) return cudaErrorNotSupported;
+    ways |= 1 << id;
     if (id == cudaLaunchAttributeCooperative)
       cooperative = value.cooperative;
     else if (id == cudaLaunchAttributeProgrammaticStreamSerialization)
@@ -2007,6 +2010,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
     else
       return cudaErrorNotSupported;  // here, not by CUDA
   }
+  if (m.refused_together ? (ways & m.refused) == m.refused : ways & m.refused) return cudaErrorNotSupported;
   if (cooperative && blocks > kResident && !m.recording.on) return cudaErrorCooperativeLaunchTooLarge;
   if (cluster.x < 1 || cluster.x > kCluster || g.x % cluster.x || cluster.y != 1 || cluster.z != 1)
     return cudaErrorInvalidClusterSize;
@@ -2092,8 +2096,8 @@ extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { 
 extern "C" __attribute__((visibility("default"))) int64_t emulated_questions() { return emulator::counts().questions; }
 extern "C" __attribute__((visibility("default"))) int64_t emulated_maps() { return emulator::counts().maps; }
 extern "C" __attribute__((visibility("default"))) void emulated_device(int device) { emulator::set_device(device); }
-extern "C" __attribute__((visibility("default"))) void emulated_refusal(int attributes) {
-  emulator::refuse(attributes);
+extern "C" __attribute__((visibility("default"))) void emulated_refusal(int attributes, bool together) {
+  emulator::refuse(attributes, together);
 }
 
 extern "C" __attribute__((visibility("default"))) void emulator_record(int multiprocessors) {

@@ -76,9 +76,9 @@ void set_async(Async async);
 void set_device(int device);
 int device();
 
-// The driver refuses launches with these attributes, bits of their cudaLaunchAttributeIDs; the launchers do not know
-// yet.
-void refuse(int attributes);
+// The driver refuses launches with one of these attributes, bits of their cudaLaunchAttributeIDs, or with all of them
+// `together`; the launchers do not know yet.
+void refuse(int attributes, bool together);
 
 // What the host leaves behind on its thread: CUDA's codes.
 int capture_mode();

@@ -283,7 +283,13 @@ def test_maps_are_of_the_array_that_is_there_now():
 
 
 # cudaLaunchAttributeIDs that a driver may refuse, and the bits by which the library says so
-REFUSALS = {"nothing": (0, 0), "dependent launches": (1 << 6, 1), "clusters": (1 << 4, 2), "cooperative": (1 << 2, 4)}
+REFUSALS = {
+    "nothing": (0, 0),
+    "dependent launches": (1 << 6, 1 + 8),
+    "clusters": (1 << 4, 2),
+    "cooperative": (1 << 2, 4),
+    "both together": (1 << 6 | 1 << 2, 8),
+}
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
@@ -300,14 +306,14 @@ def test_a_refused_launch_has_a_path_without(refusal, case, library):
         else:
             assert all(map(torch.equal, want, got))
 
-    library.emulated_refusal(attributes)
+    library.emulated_refusal(attributes, refusal == "both together")
     try:
         assert torch.ops.ijckd.refused_launches(z) == bits
         check()
-        library.emulated_refusal(attributes)  # found by an op
+        library.emulated_refusal(attributes, refusal == "both together")  # found by an op
         check()
     finally:
-        library.emulated_refusal(0)
+        library.emulated_refusal(0, False)
 
 
 @pytest.mark.parametrize("current", [-1, 1], ids=["none", "one of sm_86"])

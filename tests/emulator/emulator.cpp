@@ -2091,6 +2091,13 @@ EMULATOR_ATOMIC(atomicAdd, unsigned long long, +=)
 EMULATOR_ATOMIC(atomicExch, unsigned long long, =)
 #undef EMULATOR_ATOMIC
 
+// Which of the mutants that kernels may hold runs (switched.py), if any.
+static const int mutant = [] {
+  const char* const number = getenv("EMULATED_MUTANT");
+  return number ? atoi(number) : 0;
+}();
+extern "C" int emulated_mutant() { return mutant; }
+
 // For those who load a library that is no Python module.
 extern "C" __attribute__((visibility("default"))) int64_t emulated_launches() { return emulator::counts().launches; }
 extern "C" __attribute__((visibility("default"))) int64_t emulated_questions() { return emulator::counts().questions; }

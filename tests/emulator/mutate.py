@@ -17,8 +17,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import csv
+import functools
+import itertools
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -32,7 +36,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from emulator import block_cases, build, cases, schedules, tile_cases
+from emulator import block_cases, build, cases, schedules, switched, tile_cases
 
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "nth", "column", "was", "became")
@@ -42,6 +46,8 @@ ROWS_AT_ONCE = 25  # the table is written again after so many verdicts
 SURVIVED, NOT_COMPILED, TIMED_OUT, NOT_JUDGED = "survived", "does not compile", "time limit", "not judged"
 TIME_LIMIT = 30  # seconds, of at most 5 on a quiet machine
 FLAG = "-Wno-empty-body"  # of a statement removed after an `if`
+FEW = 8  # mutants of a file: fewer are compiled one by one in less time than together
+TOGETHER = 150  # mutants in one compilation, which takes the longer the more there are
 
 # Which kernels a changed file can break: the launchers that a unit defines, and the units that include a file.
 LAUNCHER = re.compile(r"^int (\w+)\(", re.M)
@@ -202,30 +208,66 @@ class Workshop:
 
     def judge(self, mutant: Mutant, units: Iterable[str]) -> tuple[str, str]:
         """(what noticed the mutant or SURVIVED, in which case), by the kernels of these units."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
-            work = pathlib.Path(temporary)
-            csrc, out = work / "csrc", work / "out"
-            shutil.copytree(build.CSRC, csrc, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-            out.mkdir()
-            changed = csrc / mutant.file
-            changed.write_text(mutant.apply(changed.read_text()))
+        with self.changed(mutant.file, mutant.apply((build.CSRC / mutant.file).read_text())) as work:
             for unit in units:
                 try:
-                    fresh = build.compile_kernels(csrc / "cuda" / unit, out, csrc, FLAG)
+                    library = self.library(work, unit, FLAG)
                 except RuntimeError:
                     return NOT_COMPILED, ""
-                verdict, case = self.run(fresh, UNIT_KERNELS[unit])
+                verdict, case = self.run(library, UNIT_KERNELS[unit])
                 if verdict != SURVIVED:
                     return verdict, case
         return SURVIVED, ""
 
-    def run(self, fresh: pathlib.Path, kernels: Iterable[str]) -> tuple[str, str]:
-        """The cases of these kernels, with one object file in the place of its sound one."""
+    def judge_together(
+        self, mutants: list[Mutant], units: Iterable[str], pool: ThreadPoolExecutor
+    ) -> dict[Mutant, tuple[str, str]]:
+        """As `judge` does, of one file's mutants those that can be compiled together (switched.py)."""
+        file = mutants[0].file
+        source = (build.CSRC / file).read_text()
+        left = {number: (m.line, m.apply(source)) for number, m in enumerate(mutants, 1)}
+        verdicts: dict[int, tuple[str, str]] = {}
+        for unit in units:
+            while left:
+                text, lines = switched.switched(source, left)
+                left = {n: left[n] for line in lines.values() for n in sorted(line.numbers)}
+                with self.changed(file, text) as work:
+                    try:
+                        library = self.library(work, unit, "-w")
+                    except RuntimeError as error:
+                        wrong = switched.at_fault(pathlib.PurePath(file).name, str(error), lines) or set(lines)
+                        verdicts = {n: v for n, v in verdicts.items() if n not in left or left[n][0] not in wrong}
+                        left = {n: change for n, change in left.items() if change[0] not in wrong}
+                        continue
+                    runs = pool.map(functools.partial(self.run, library, UNIT_KERNELS[unit]), left)
+                    verdicts |= zip(left, runs, strict=True)
+                left = {n: change for n, change in left.items() if verdicts[n][0] == SURVIVED}
+                break
+        return {mutants[n - 1]: verdict for n, verdict in verdicts.items()}
+
+    @contextlib.contextmanager
+    def changed(self, file: str, text: str) -> Iterator[pathlib.Path]:
+        """A folder with csrc/, of which `file` has this text."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            work = pathlib.Path(temporary)
+            shutil.copytree(build.CSRC, work / "csrc", ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+            (work / "csrc" / file).write_text(text)
+            yield work
+
+    def library(self, work: pathlib.Path, unit: str, flag: str) -> pathlib.Path:
+        """The kernels with this unit of `work` in the place of the sound one."""
+        out = work / unit
+        out.mkdir()
+        fresh = build.compile_kernels(work / "csrc/cuda" / unit, out, work / "csrc", flag)
         others = [p for p in self.objects if p.name != fresh.name]
-        library = build.link([fresh, *others], fresh.parent / "emulated_kernels.so")
+        return build.link([fresh, *others], out / "emulated_kernels.so")
+
+    def run(self, library: pathlib.Path, kernels: Iterable[str], number: int = 0) -> tuple[str, str]:
+        """The cases of these kernels, of a library that holds several mutants with that of this number."""
         command = [sys.executable, __file__, "--run", str(library), *kernels]
+        environment = os.environ | {switched.NUMBER: str(number)}
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment)
         except subprocess.TimeoutExpired:
             return TIMED_OUT, ""
         if done.returncode < 0:  # by a signal
@@ -280,11 +322,20 @@ def units_of(mutant: Mutant) -> tuple[str, ...]:
 def judge_all(
     mutants: list[Mutant], workers: int = 2, units: Callable[[Mutant], Iterable[str]] = units_of
 ) -> Iterator[tuple[Mutant, str, str]]:
+    """(mutant, what noticed it or SURVIVED, in which case), in any order."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         workshop = Workshop(pathlib.Path(folder))
-        judged = pool.map(workshop.judge, mutants, map(units, mutants))
-        for mutant, (verdict, case) in zip(mutants, judged, strict=True):
-            yield mutant, verdict, case
+        alone = []
+        for (_, of_file), group in itertools.groupby(mutants, lambda m: (m.file, tuple(units(m)))):
+            of_one = list(group)
+            for first in range(0, len(of_one), TOGETHER):
+                some = of_one[first : first + TOGETHER]
+                verdicts = workshop.judge_together(some, of_file, pool) if len(some) >= FEW else {}
+                yield from ((mutant, *verdict) for mutant, verdict in verdicts.items())
+                alone += [m for m in some if m not in verdicts]
+        judged = pool.map(workshop.judge, alone, map(units, alone))
+        for mutant, verdict in zip(alone, judged, strict=True):
+            yield mutant, *verdict
 
 
 def read_table() -> list[dict[str, str]]:

@@ -30,6 +30,7 @@ inline void bind_controls(pybind11::module_& module) {
   module.def("set_async", &emulator::set_async);
   module.def("set_device", &emulator::set_device);
   module.def("refuse", &emulator::refuse);
+  module.def("refused", &emulator::refused);
   module.def("capture_mode", &emulator::capture_mode);
   module.def("last_error", &emulator::last_error);
   module.def("counts", [] { return emulator::counts(); });

@@ -1293,6 +1293,7 @@ void refuse(int attributes, bool together) {
   m.refused_together = together;
   ijckd::refused_features = 0;
 }
+int refused() { return ijckd::refused_features; }
 int device() { return m.device; }
 int capture_mode() { return m.capture_mode; }
 int last_error() { return m.last_error; }

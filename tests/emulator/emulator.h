@@ -79,6 +79,9 @@ int device();
 // The driver refuses launches with one of these attributes, bits of their cudaLaunchAttributeIDs, or with all of them
 // `together`; the launchers do not know yet.
 void refuse(int attributes, bool together);
+// Ways to start kernels without which the launchers do by now, as launch.cuh:Feature's bits: every launch asked for in
+// such a way should have been served.
+int refused();
 
 // What the host leaves behind on its thread: CUDA's codes.
 int capture_mode();

@@ -303,6 +303,8 @@ def run_cases(library: str, names: list[str]) -> tuple[str, str]:
             return f"other bits, {' '.join(order)}", name
         if kernels.counts().bank_conflicts:
             return "bank conflicts", name
+        if kernels.refused():
+            return "launch refused", name
         if order == schedules.FIRST and time.perf_counter() - began < LONG:  # what is long has short ones of its kind
             runs.extend((name, other) for other in schedules.others(kernels))
     for name, case in cases.LARGE_GRIDS.items():

@@ -800,7 +800,7 @@ def all_cases() -> dict[str, Case]:
             add(product_grads, BF16, N, Cs, Ct, float_dweight=N > 100, stage=stage)
         add(product_grads, F16, 70, 24, 264, scaled=False, stage=stage)
         add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
-        for N, Cs in ((128 * 2 + 3, 72), (128 * 2 + 3, 328), (128 * 4, 136)):
+        for N, Cs in ((128 * 2 + 3, 72), (128 * 2 + 3, 328), (128 * 3, 72), (128 * 4, 136)):
             add(project_tiles, BF16, N, Cs, 264, True, stage=stage)  # large tiles, in pairs
         for anchored in (False, True):
             for B in (128 * 2 + 2, 128 * 2 - 3):  # likewise; in pairs where the rows' tiles are even in number

@@ -38,6 +38,7 @@ def test_kernel_equals_numpy(kernels, kernel, dtype):
             assert first is None or outputs == first, f"{name}: {order} gives other bits"
             first = outputs
             assert kernels.counts().bank_conflicts == 0, name
+            assert kernels.refused() == 0, name
     schedules.set_order(kernels, schedules.FIRST)
 
 

@@ -839,6 +839,9 @@ def all_cases() -> dict[str, Case]:
         add(grad_rows, BF16, 3, 1, 24, edit="nan", two_labels=False, stage=stage, **smoothing)
         for B in (128 * 2 + 2, 128 + 2):  # large tiles, in the second case in pairs on Hopper
             add(grad_rows, BF16, B, 72, 264, stage=stage, **smoothing)
+        add(grad_rows, BF16, 66, 72, 128 * 5 + 8, label_smoothing=0, stage=stage)  # large tiles, of one row
+        for without in ({"ce": 0}, {"grad": False}):  # which have no product of large tiles to pair
+            add(grad_rows, BF16, 128 + 2, 72, 264, label_smoothing=0, stage=stage, **without)
         add(times_classifier, BF16, 128 * 2 + 2, 137, 264, stage=stage)  # large tiles
         add(logits_exp, BF16, 128 * 2 + 2, 133, 136, stage=stage)  # large tiles of an odd number of rows' tiles
         add(grad_rows, BF16, 5, 300, 264, label_smoothing=0, edit="saturated", stage=stage)  # more tiles than are split

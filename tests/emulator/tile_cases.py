@@ -147,7 +147,7 @@ def logits_exp(
     edit: str = "",
 ) -> list[Array]:
     data = Data(t, f"logits_exp {B} {classes} {Ct}")
-    K, first_tile = first_class + classes + 3, first_class // 100
+    K, first_tile = first_class + classes + (3 if first_class else 0), first_class // 100  # a middle chunk, or the last
     (z, _), (pooled_t, _) = data.normal_acc(B, Ct), data.normal_acc(B, Ct)
     if edit == "broken":
         z[0, 0] = np.nan
@@ -465,8 +465,10 @@ def logit_rows(kernels: ModuleType, t: DType, B: int, K: int, stage: int = 1, **
     return [*cases.row_loss(Product, t, B, K, **options), *bits, gradient]
 
 
-def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage: int = 1, odd: str = "") -> list[Array]:
-    """Products of any operands, and what the rows make of them."""
+def logit_rows_of(
+    kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage: int = 1, cooperative: bool = True, odd: str = ""
+) -> list[Array]:
+    """Products of any operands, and what the rows make of them; in two launches where none is `cooperative`."""
     data = Data(t, f"logit_rows {B} {K} {Ct}")
     operands, wide = {}, {}
     for name, rows in (("stack", 2 * B), ("weight", K)):
@@ -484,7 +486,10 @@ def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage:
     )  # fmt: skip
     if odd:
         return _refused(call)
+    kernels.refuse(0 if cooperative else COOPERATIVE, False)
     call()
+    assert (kernels.refused() == 0) == cooperative
+    kernels.refuse(0, False)
     product = wide["stack"] @ wide["weight"].T
     close("logits", logits, product, F32, scale=8)
     difference = product[B:]
@@ -494,6 +499,7 @@ def logit_rows_of(kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage:
 
 
 logit_rows_of.__name__ = "logit_rows"
+COOPERATIVE = 1 << 2  # cudaLaunchAttributeCooperative, as emulator.h:refuse takes it
 
 
 def times_classifier(
@@ -800,6 +806,7 @@ def all_cases() -> dict[str, Case]:
             add(product_grads, BF16, N, Cs, Ct, float_dweight=N > 100, stage=stage)
         add(product_grads, F16, 70, 24, 264, scaled=False, stage=stage)
         add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
+        add(logit_rows_of, BF16, 35, 71, 24, cooperative=False, stage=stage)
         for N, Cs in ((128 * 2 + 3, 72), (128 * 2 + 3, 328), (128 * 3, 72), (128 * 4, 136)):
             add(project_tiles, BF16, N, Cs, 264, True, stage=stage)  # large tiles, in pairs
         for anchored in (False, True):

@@ -135,9 +135,9 @@ def test_a_class_of_which_nothing_is_read(root):
 
 def test_a_split_of_which_nothing_is_read(root):
     (root / "val").mkdir()
-    (root / "val" / "0.parquet").write_bytes(b"PAR1")
+    (root / "val" / "0.beton").write_bytes(b"beton")
     (root / "val" / "0.GIF").write_bytes(b"GIF89a")
-    with pytest.raises(UserError, match=r"val holds nothing that is read, only 1 with \.gif, 1 with \.parquet \(e\.g"):
+    with pytest.raises(UserError, match=r"val holds nothing that is read, only 1 with \.beton, 1 with \.gif \(e\.g"):
         build_index(root, "val")
 
 

@@ -12,6 +12,7 @@ from emulator import block_cases, build, cases, tile_cases
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(900),  # compiles every kernel anew, on cores that others may use, too
     pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
 ]
 

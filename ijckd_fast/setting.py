@@ -27,6 +27,7 @@ class Trait(enum.Flag):
     CACHED          a teacher cache is made with it
     UNCACHED        must be off in a training from a cache
     INDEXES         decides which images and labels there are
+    OF_FOLDER       says of the data folder what means nothing of another one
     TEACHER         decides what the teacher's net is
     WEIGHTS         says where the teacher's weights come from
     TRAINING        means nothing once the weights are there: an evaluation of the run takes its default
@@ -41,6 +42,7 @@ class Trait(enum.Flag):
     CACHED = enum.auto()
     UNCACHED = enum.auto()
     INDEXES = enum.auto()
+    OF_FOLDER = enum.auto()
     TEACHER = enum.auto()
     WEIGHTS = enum.auto()
     TRAINING = enum.auto()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijckd_fast.data import Augment, Batch, Plan, make_loader
+from ijckd_fast.data import Augment, Batch, EvalPlan, Index, Plan, TrainPlan, make_loader
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
 EXECUTORS = ["dali", "pillow"]  # of image files
@@ -24,6 +24,12 @@ def identical(a: list[Batch], b: list[Batch]) -> bool:
         for p, q in zip(a, b, strict=True)
         for x, y in zip(p, q, strict=True)
     )
+
+
+def assert_same_batches(backend: str, a: Index, b: Index) -> None:
+    """The same images, labels and sample numbers, to the bit, in training and in evaluation."""
+    assert identical(*(batches(backend, TrainPlan(index, AUGMENT, 7, 3), stop=5) for index in (a, b)))
+    assert identical(*(batches(backend, EvalPlan(index, AUGMENT, 7)) for index in (a, b)))
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:

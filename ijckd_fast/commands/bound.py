@@ -9,8 +9,9 @@ from jsonargparse import ArgumentParser
 
 from ijckd_fast import files
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import OF_DATA, add_run, load
+from ijckd_fast.commands.options import add_run, load
 from ijckd_fast.errors import UserError
+from ijckd_fast.train.config import FOLDER_FIELDS
 
 if TYPE_CHECKING:
     from ijckd_fast.data import Index
@@ -32,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The run, the images, and where to write."""
     add_run(
         parser,
-        "data_dir", *OF_DATA,
+        "data_dir", *FOLDER_FIELDS,
         "teacher_checkpoint", "teacher_weights", "batch_size", "workers", "data_backend",
         "device",
         data_dir="folder with {train,val}/<class>/*; default: the run's",

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from jsonargparse import ArgumentParser
 
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import OF_DATA, add_run, load
+from ijckd_fast.commands.options import add_run, load
+from ijckd_fast.train.config import FOLDER_FIELDS
 
 if TYPE_CHECKING:
     from ijckd_fast.data import Index, Loader
@@ -24,7 +25,7 @@ DESCRIPTION = (
 def add_arguments(parser: ArgumentParser) -> None:
     """The run, and what is to be another than it was in training."""
     weights = ("teacher_checkpoint", "teacher_weights", "teacher_cache")
-    add_run(parser, "data_dir", *OF_DATA, *weights, "batch_size", "workers", "data_backend", "device")
+    add_run(parser, "data_dir", *FOLDER_FIELDS, *weights, "batch_size", "workers", "data_backend", "device")
 
 
 def run(args: Arguments) -> Outcome:

@@ -9,8 +9,9 @@ from pathlib import Path
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import OF_DATA, add_run, load
+from ijckd_fast.commands.options import add_run, load
 from ijckd_fast.errors import UserError
+from ijckd_fast.train.config import FOLDER_FIELDS
 
 SUMMARY = "Files to deploy a trained net with: safetensors, ONNX, the student for timm."
 DESCRIPTION = (
@@ -27,7 +28,7 @@ _BATCH = 32  # images at a time at most: a GPU's batch may not fit into a CPU's 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The run, where to write, and what to compare on."""
-    add_run(parser, "data_dir", *OF_DATA, "teacher_checkpoint", "teacher_weights", "workers", "data_backend")
+    add_run(parser, "data_dir", *FOLDER_FIELDS, "teacher_checkpoint", "teacher_weights", "workers", "data_backend")
     parser.add_argument(
         "--out", type=str, help="folder for the files: a new or empty one; default: export in the run's folder"
     )

@@ -11,19 +11,15 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ijckd_fast.commands import Arguments
+from ijckd_fast.train.config import FOLDER_FIELDS
 
 if TYPE_CHECKING:
     from ijckd_fast.data import DataFolder
     from ijckd_fast.train import LoadedRun
 
-DATA = (
-    *("class_list", "val_labels", "val_dir", "val_fraction", "val_seed"),
-    *("label_key", "image_column", "label_column"),
-)
-"""Settings that say of a data folder what it does not say itself."""
-
-OF_DATA = DATA[1:]
-"""The same of a finished run, which has its classes."""
+DATA = ("class_list", *FOLDER_FIELDS)
+"""Settings that say of a data folder what it does not say itself; of a finished run FOLDER_FIELDS: it has its classes.
+"""
 
 _THE_RUNS = "default: the run's, with the run's --data-dir"
 
@@ -109,17 +105,9 @@ def add_unset_settings(parser: ArgumentParser, *names: str, default: str = "") -
 
 def data_folder(args: Arguments) -> DataFolder:
     """The folder DATA_DIR with what the options of DATA say of it."""
-    from ijckd_fast.data import DataFolder, Fields
+    from ijckd_fast.data import DataFolder
 
-    return DataFolder(
-        args.data_dir,
-        args.class_list,
-        args.val_labels,
-        Fields(args.image_column, args.label_column, args.label_key),
-        args.val_dir,
-        args.val_fraction,
-        args.val_seed,
-    )
+    return DataFolder.of(args)
 
 
 def option(name: str) -> str:

@@ -20,13 +20,17 @@ from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.begun import refuse_foreign_checkpoint
 from ijckd_fast.train.build import build_distiller, build_val_loader, index_of
-from ijckd_fast.train.config import FIELDS, OBJECTIVE_FIELDS, TrainConfig, for_evaluation, make_config
+from ijckd_fast.train.config import (
+    FIELDS,
+    FOLDER_FIELDS,
+    OBJECTIVE_FIELDS,
+    TrainConfig,
+    for_evaluation,
+    make_config,
+)
 from ijckd_fast.train.resolving import amp_dtype_of, resolve
 from ijckd_fast.train.state import Saved
 from ijckd_fast.train.teacher_checks import teacher_fingerprint
-
-# What is said of the run's data folder, and not of another that it is evaluated on.
-_OF_DATA = ("val_labels", "val_dir", "val_fraction", "val_seed", "label_key", "image_column", "label_column")
 
 
 def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRun:
@@ -81,7 +85,7 @@ def _for_evaluation(saved: Saved, given: dict[str, Any]) -> TrainConfig:
     if values["amp_dtype"] == "float16" and given.get("device") != "cuda":
         values["amp_dtype"] = None  # what the device has
     if "data_dir" in given:
-        values.update(dict.fromkeys(_OF_DATA))
+        values.update(dict.fromkeys(FOLDER_FIELDS))
     if "val_dir" in given or "val_fraction" in given:  # one says where validation images are, instead of the other
         values.update(dict.fromkeys(("val_labels", "val_dir", "val_fraction", "val_seed")))
     if "data_backend" in given:  # of which the run's may know nothing

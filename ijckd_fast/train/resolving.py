@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ijckd_fast import files
-from ijckd_fast.data import AUTO, Augment, DataFolder, Fields, backend_of, holds_blocks
+from ijckd_fast.data import AUTO, Augment, DataFolder, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
@@ -212,16 +212,10 @@ def amp_dtype_of(config: TrainConfig) -> torch.dtype | None:
 
 def data_folder_of(config: TrainConfig) -> DataFolder:
     """The data folder with what the settings say of it. UserError for settings that do not go together."""
-    drawn = config.val_fraction is not None
-    return DataFolder(
-        config.data_dir,
-        config.class_list,
-        config.val_labels,
-        Fields(config.image_column, config.label_column, config.label_key),
-        config.val_dir,
-        config.val_fraction,
-        config.seed if drawn and config.val_seed is None else config.val_seed,
-    )
+    folder = DataFolder.of(config)
+    if folder.val_fraction is None or folder.val_seed is not None:
+        return folder
+    return dataclasses.replace(folder, val_seed=config.seed)
 
 
 def augment_of(config: TrainConfig) -> Augment:

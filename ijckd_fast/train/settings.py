@@ -44,19 +44,19 @@ class DataAndModels:
     val_labels: str | None = _data(
         None,
         "for a val/ without class folders: file that names each image's class, e.g. Kaggle's LOC_val_solution.csv",
-        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.PATH,
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER | Trait.PATH,
     )
     val_dir: str | None = _data(
         None,
         "where the validation images are, if not in --data-dir: another data folder with a validation split, or a "
         "folder of nothing but them",
-        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.PATH,
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER | Trait.PATH,
     )
     val_fraction: float | None = _data(
         None,
         "for data without a validation split: hold out about this part of the training images, e.g. 0.02. Which ones "
         "is a function of their paths and --val-seed alone",
-        Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+        Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER,
         above=0,
         below=1,
     )
@@ -64,23 +64,23 @@ class DataAndModels:
         None,
         "seed that --val-fraction draws by; default: --seed. Give it to runs that are compared by other seeds, and to "
         "a teacher of your own, so that none is trained on what another is evaluated on",
-        Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+        Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER,
     )
     label_key: str | None = _data(
         None,
         "for webdataset shards: where an image's label is, cls (KEY.cls) or json:FIELD (a field of KEY.json, A.B for "
         "B in the object A); default: KEY.cls, else json:label, else its folder",
-        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER,
     )
     image_column: str | None = _data(
         None,
         "for Parquet files: column with the images' bytes, A.B for the field B of a struct A; default: the only one",
-        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER,
     )
     label_column: str | None = _data(
         None,
         "for Parquet files: column with the labels, A.B for the field B of a struct A; default: the only one",
-        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+        Trait.FREE | Trait.PLAN | Trait.CACHED | Trait.INDEXES | Trait.OF_FOLDER,
     )
     output_dir: str | None = _data(
         None,

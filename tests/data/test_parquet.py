@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 import torch
 from image_tree import DAMAGE, write_split
-from loading import AUGMENT, EXECUTORS, batches
+from loading import AUGMENT, EXECUTORS, assert_same_batches, batches
 from parquet_files import features, files_of, images_column, write_rows, write_table
 
-from ijckd_fast.data import EvalPlan, Fields, TrainPlan, build_index
+from ijckd_fast.data import EvalPlan, Fields, build_index
 from ijckd_fast.data.index import build, scan
 from ijckd_fast.data.sources import listing, parquet as parquet_source
 from ijckd_fast.data.sources.parquet_columns import open_file
@@ -98,14 +98,7 @@ def test_batches_equal_those_of_folders(tmp_path, folders, way, backend):
     assert found.paths[10] == "data/train-00001-of-00003.parquet/image.bytes[1]"
     np.testing.assert_array_equal(found.labels, folders.labels)
     np.testing.assert_array_equal(found.sizes, folders.sizes)
-    for plan, stop in ((TrainPlan, 5), (EvalPlan, None)):
-        of = [
-            plan(index, AUGMENT, 7, 3) if plan is TrainPlan else plan(index, AUGMENT, 7) for index in (found, folders)
-        ]
-        for a, b in zip(*(batches(backend, p, stop=stop) for p in of), strict=True):
-            assert torch.equal(a.images, b.images)
-            assert torch.equal(a.labels, b.labels)
-            assert torch.equal(a.ids, b.ids)
+    assert_same_batches(backend, found, folders)
 
 
 LAYOUTS = [

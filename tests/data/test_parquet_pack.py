@@ -6,10 +6,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 from command_line import complaint, row_of
 from image_tree import photo, write_split
-from loading import AUGMENT, batches
+from loading import AUGMENT, batches, identical
 from parquet_files import files_of
 from tiny_run import config, differing
 
@@ -63,9 +62,7 @@ def test_bytes_order_labels_and_names_stay(tmp_path, folders, how, workers):
     else:
         assert not said
     plans = [TrainPlan(build_index(data, "train"), AUGMENT, 7, 3) for data in (folders, tmp_path / "out")]
-    for a, b in zip(*(batches("pillow", plan, stop=3) for plan in plans), strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+    assert identical(*(batches("pillow", plan, stop=3) for plan in plans))
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, folders, monkeypatch):

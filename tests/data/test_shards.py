@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hub_shards import write_shard
 from image_tree import DAMAGE, write_split
-from loading import AUGMENT, batches
+from loading import AUGMENT, assert_same_batches, batches
 
-from ijckd_fast.data import EvalPlan, TrainPlan, build_index
+from ijckd_fast.data import EvalPlan, build_index
 from ijckd_fast.data.index import build, scan
 from ijckd_fast.data.sources import listing, shards
 from ijckd_fast.errors import UserError
@@ -62,14 +61,7 @@ def test_batches_equal_those_of_folders(tmp_path, folders, by, backend):
     np.testing.assert_array_equal(packed.labels, folders.labels)
     np.testing.assert_array_equal(packed.sizes, folders.sizes)
     assert packed.paths[8] == f"train/shard-001.tar/{'cat/' if by == 'folder' else ''}00008.jpg"
-    for plan, stop in ((TrainPlan, 5), (EvalPlan, None)):
-        of = [
-            plan(index, AUGMENT, 7, 3) if plan is TrainPlan else plan(index, AUGMENT, 7) for index in (packed, folders)
-        ]
-        for a, b in zip(*(batches(backend, p, stop=stop) for p in of), strict=True):
-            assert torch.equal(a.images, b.images)
-            assert torch.equal(a.labels, b.labels)
-            assert torch.equal(a.ids, b.ids)
+    assert_same_batches(backend, packed, folders)
 
 
 def test_class_names(root, folders, tmp_path_factory):

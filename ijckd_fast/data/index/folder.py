@@ -38,6 +38,13 @@ class DataFolder:
     val_fraction: float | None = None
     val_seed: int | None = None
 
+    @classmethod
+    def of(cls, settings: Any) -> DataFolder:
+        """As the attributes of these names say; those of `Fields` are image_column, label_column and label_key."""
+        own = (field.name for field in dataclasses.fields(cls) if field.name != "fields")
+        fields = Fields(settings.image_column, settings.label_column, settings.label_key)
+        return cls(**{name: getattr(settings, name) for name in own}, fields=fields)
+
     def __post_init__(self) -> None:
         if self.val_fraction is None:
             if self.val_seed is not None:

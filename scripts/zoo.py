@@ -31,6 +31,7 @@ import resource
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
@@ -41,7 +42,7 @@ import records
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough: the package need not be installed
 
-from zoo_nets import EXPORTED, SAMPLE, Net, every, named, parameters_of  # noqa: E402
+from zoo_nets import EXPORTED, SAMPLE, TIMM, TORCHVISION, Net, every, named, parameters_of  # noqa: E402
 
 COLUMNS = (
     "library", "family", "name", "params_M", "ended", "image_size", "map", "map_use", "channels", "side", "stages",
@@ -230,6 +231,17 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def left(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence in Markdown on the families in the tables of zoo_nets.py that have no row."""
+    have = {(row["library"], row["family"]) for row in rows}
+    families = [("timm", TIMM), ("torchvision", TORCHVISION)]
+    names = [f"`{lib}/{name}`" for lib, nets in families for family, name in nets.items() if (lib, family) not in have]
+    if not names:
+        return "Every family has its row."
+    text = f"{len(names)} families have not been run so far; `scripts/zoo --save` runs them: {', '.join(names)}."
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The newest rows as a table in Markdown."""
     head = ("net", "parameters, M", "side", "map", "folded", "as student", "as teacher", "advice", "ONNX")
@@ -307,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     if args.table:
         rows = read(args.save or ROWS)
-        print(f"{summary(newest(rows))}\n\n{table(rows)}")
+        print(f"{left(rows)}\n\n{summary(newest(rows))}\n\n{table(rows)}")
         return 0
 
     import torch

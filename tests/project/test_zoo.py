@@ -178,6 +178,7 @@ def test_the_page_shows_the_newest_rows():
     page = (ROOT / "docs" / "zoo.md").read_text()
     assert f"\n{zoo.table(rows)}\n" in page
     assert f"\n{zoo.summary(zoo.newest(rows))}\n" in page
+    assert f"\n{zoo.left(rows)}\n" in page
     assert not any(zoo.faults(row) for row in zoo.newest(rows))
 
 

@@ -1,7 +1,7 @@
 """Breaks the CUDA kernels on purpose, one small change at a time, and runs cases.py on each under the emulator: a
 change that no case notices is a hole in the tests, unless it changes nothing that can be seen.
 
-    python tests/emulator/mutate.py              all mutants, two at a time (about two hours)
+    python tests/emulator/mutate.py              all mutants, two at a time (hours)
     python tests/emulator/mutate.py --missing    those without a row: after a change to the kernels, or after a run that
                                                  was ended
     python tests/emulator/mutate.py --survivors  those that survived last time, after a change to the cases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple
 
 # The net with the fewest parameters of each family: of timm 1.0.31's modules (without its test nets), and of
@@ -78,13 +79,20 @@ class Net(NamedTuple):
         return f"{self.library}/{self.name}"
 
 
+def families() -> list[str]:
+    """timm's modules with nets. A net that somebody else registered stands under his own module's name: not timm's."""
+    import timm
+
+    return [family for family in timm.list_modules() if importlib.util.find_spec(f"timm.models.{family}")]
+
+
 def every() -> list[Net]:
     """One of each family, the tables' or, of a family that is not in them, the smallest one."""
     import timm
 
     nets = []
-    families = timm.list_modules()
-    for family in [*(f for f in TIMM if f in families), *(f for f in families if f not in TIMM)]:
+    there = families()
+    for family in [*(f for f in TIMM if f in there), *(f for f in there if f not in TIMM)]:
         known = TIMM.get(family)
         name = known if known is not None and timm.is_model(known) else smallest(family)
         if name is not None:

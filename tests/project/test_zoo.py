@@ -29,7 +29,7 @@ import zoo_nets  # noqa: E402
 
 
 def test_every_family_has_its_net():
-    assert zoo_nets.TIMM.keys() == set(timm.list_modules())
+    assert zoo_nets.TIMM.keys() == set(zoo_nets.families())
     for family, name in zoo_nets.TIMM.items():
         assert name in timm.list_models(module=family)
     builders = {torchvision.models.get_model_builder(name).__module__ for name in torchvision.models.list_models()}
@@ -42,6 +42,12 @@ def test_every_family_has_its_net():
         zoo_nets.Net("timm", "vision_transformer", "vit_tiny_patch16_224"),
         zoo_nets.Net("timm", "", "test_resnet"),
     ]
+
+
+def test_a_net_that_somebody_registered_is_no_family(monkeypatch):
+    monkeypatch.setitem(timm.models._registry._module_to_models, "somebodys_nets", {"a_net"})
+    assert "somebodys_nets" in timm.list_modules()
+    assert "somebodys_nets" not in zoo_nets.families()
 
 
 def test_a_family_that_is_not_listed_gives_its_smallest_net():

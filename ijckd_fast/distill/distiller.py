@@ -23,7 +23,7 @@ from ijckd_fast.distill.terms import Needs, Seen
 from ijckd_fast.distill.terms.term import TEACHER_FEATURES, Nets
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.nets import CachedTeacher, Stage, Tapped
-from ijckd_fast.parallel import synchronise_batch_norm
+from ijckd_fast.parallel import all_processes, synchronise_batch_norm
 
 
 class StepOutput(NamedTuple):
@@ -79,7 +79,9 @@ class Distiller(nn.Module):
     It is an ordinary module whose parameters and state_dict are what is learned: the student, its own classifier iff
     the objective trains it, the connector iff there is one, and what single terms train (the hint's 'regressor'). Every
     parameter gets a gradient in every step. DistributedDataParallel, torch.compile, accelerate or Lightning may wrap it
-    as they do a model; the optimizer is made of `parameters()`.
+    as they do a model; the optimizer is made of `parameters()`. Where torch.distributed connects several processes, an
+    objective with statistics over a batch (`Needs.WHOLE_BATCH`) takes them over the batches of all: each must then make
+    the step.
 
     The teacher is no submodule: not among parameters, buffers or state_dict, though `to`, `cuda`, `half` and the like
     move it along. In every step it is frozen and in eval mode, whatever called `train()` or `requires_grad_()` on it.
@@ -178,6 +180,10 @@ class Distiller(nn.Module):
             pooled_t=of_teacher.pooled if Needs.MATCH_POOLED in self.objective.needs else None,
             project=not self.projects_in_loss,
         )
+        logits_z = None
+        if Needs.LOGITS_Z in self.objective.needs:
+            assert of_student.z is not None
+            logits_z = full(self.classifier_t(of_student.z))
         by_number = zip(self._pairs, of_student.stages, of_teacher.stages, strict=True)
         seen = Seen(
             labels=labels,
@@ -187,6 +193,7 @@ class Distiller(nn.Module):
             progress=progress,
             head=self.head,
             logits=of_student.logits,
+            logits_z=logits_z,
             z=of_student.z,
             unprojected=of_student.unprojected,
             fm=of_student.fm,
@@ -197,6 +204,7 @@ class Distiller(nn.Module):
             classifier=None if self.teacher is None else self.teacher.classifier,
             frozen=self._frozen,
             modules=self._modules,
+            group=all_processes() if self.training and torch.is_grad_enabled() else None,
         )
         loss: Tensor | None = None
         parts: dict[str, Tensor] = {}

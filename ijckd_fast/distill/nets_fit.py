@@ -20,7 +20,7 @@ def require_maps(objective: Objective, student: Tapped, teacher: Tapped | Cached
     matched and no more, a map that a net `matches_only` will do.
     """
     matches_maps = Needs.MAP_T in objective.needs
-    to_match = not objective.needs & (Needs.CLASSIFIER | Needs.ANSWER)
+    to_match = not objective.needs & (Needs.CLASSIFIER | Needs.LOGITS_Z | Needs.ANSWER)
     if matches_maps and teacher is not None:
         with_vectors = "" if student.has_map else " --connector linear"
         remedy = f"--objective ijckd-pooled{with_vectors} (pooled vectors instead of maps)"

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from ijckd_fast.distill.connector_spec import ConnectorInit, parse_spec, takes_map
 from ijckd_fast.distill.terms import TERMS, Needs, Term
-from ijckd_fast.distill.terms.term import NOTHING, TEACHER_FEATURES, InferenceHead
+from ijckd_fast.distill.terms.term import NOTHING, TEACHER_FEATURES, InferenceHead, StandardizedLogits
+from ijckd_fast.distill.terms.through_teacher import ThroughTeacher
 from ijckd_fast.errors import UserError, did_you_mean, one_of
 from ijckd_fast.setting import fault, joined, setting, settings_of
 
 if TYPE_CHECKING:
 
-    class _OfTerms:  # for mypy: the setting of a term that other code reads by name
+    class _OfTerms:  # for mypy: the settings of terms that other code reads by name
         sr: float
+        standardize_logits: bool
 
 else:
     _OfTerms = joined("_OfTerms", TERMS, without=InferenceHead)
@@ -49,8 +51,12 @@ class Objective(InferenceHead, _OfTerms):
     @functools.cached_property
     def terms(self) -> tuple[Term, ...]:
         """The terms that are on, in the order of their addition to the loss."""
-        every = (cls.of(self) for cls in TERMS)
-        return tuple(term for term in every if term.needs)
+        return tuple(term for term in self._every if term.needs)
+
+    @functools.cached_property
+    def _every(self) -> tuple[Term, ...]:
+        """Every term with its settings, those that are off too."""
+        return tuple(cls.of(self) for cls in TERMS)
 
     @functools.cached_property
     def needs(self) -> Needs:
@@ -79,6 +85,17 @@ class Objective(InferenceHead, _OfTerms):
             f" features only: {', '.join(remedies)}, or the teacher itself (--teacher NAME or RUN)"
         )
 
+    def refuse_parts(self, parts: int) -> None:
+        """UserError, with what to do, where a batch goes through in several parts (`--accumulate`) and must not."""
+        whole = [term for term in self.terms if Needs.WHOLE_BATCH in term.needs]
+        if parts > 1 and whole:
+            names = ", ".join(part for term in whole for part in term.parts)
+            raise UserError(
+                f"objective {self.name!r} has statistics over all images of a batch ({names}), expected it in one"
+                f" piece, got --accumulate {parts}: leave that out and take a smaller --batch-size, or more processes,"
+                " whose images count together"
+            )
+
     @contextlib.contextmanager
     def named(self) -> Iterator[None]:
         """Inside, a UserError of one of the terms begins with the objective's name."""
@@ -94,11 +111,23 @@ class Objective(InferenceHead, _OfTerms):
                 wrong = fault(about, _TYPES[name], getattr(self, name))
                 if wrong is not None:
                     raise UserError(f"{name} {wrong}")
-            for term in self.terms:
+            for term in self._every:
                 wrong = term.fault()
                 if wrong is not None:
                     raise UserError(wrong)
+            self._check_standardized_logits()
             self._check_connector_and_heads()
+
+    def _check_standardized_logits(self) -> None:
+        if self.standardize_logits and not any(
+            isinstance(term, StandardizedLogits) and Needs.LOGITS_T in term.needs for term in self.terms
+        ):
+            takers = (cls for cls in TERMS if issubclass(cls, StandardizedLogits) and cls is not ThroughTeacher)
+            names = one_of(part for cls in takers for part in cls.parts)
+            raise UserError(
+                f"standardize_logits is for terms that compare logits, expected {names}, got none of them: set the"
+                " weight of one above 0, or leave standardize_logits out"
+            )
 
     def _check_connector_and_heads(self) -> None:
         if not self.needs & (Needs.OWN_LOGITS | Needs.CONNECTED):
@@ -136,8 +165,10 @@ _TYPES = typing.get_type_hints(Objective)
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the
 # ImageNet ones), first weights of the connector included; the weights of kd (1 and 1 at T = 4), fitnet (at hint layer
 # 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up are its authors' defaults, for CIFAR-100
-# (mdistiller; presets have those of their pairs). ijckd-pooled is ours: the same terms as ijckd, but of the teacher it
-# needs only the pooled vector, which can be cached.
+# (mdistiller; presets have those of their pairs). hard is DeiT's hard distillation, on one classifier instead of two
+# tokens. ttm's and wttm's weights and powers are those of their authors' example commands, for CIFAR-100 (README of
+# zkxufo/TTM); nkd's (yzd-v/cls_KD) and dist's (as torchdistill and mmrazor have them) are for ImageNet. ijckd-pooled is
+# ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
     "ijckd": {"ce": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
@@ -146,6 +177,11 @@ _ROWS: dict[str, dict[str, Any]] = {
     "simkd": {"fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
     "kd": {"ce": 1, "kl": 1},
     "dkd": {"ce": 1, "dkd_alpha": 1, "dkd_beta": 8},
+    "hard": {"ce": 0.5, "hard": 0.5},
+    "ttm": {"ce": 1, "ttm": 45, "ttm_power": 0.1},
+    "wttm": {"ce": 1, "wttm": 4, "ttm_power": 0.2},
+    "nkd": {"ce": 1, "nkd": 1, "temperature": 1},
+    "dist": {"ce": 1, "dist_inter": 2, "dist_intra": 2, "temperature": 1},
     "fitnet": {"ce": 1, "kl": 1, "hint": 100},
     "at": {"ce": 1, "kl": 1, "at": 1000},
     "ce": {"ce": 1},

@@ -6,16 +6,18 @@ nothing.
 """
 
 from ijckd_fast.parallel.agreement import refuse_differences
-from ijckd_fast.parallel.processes import Processes, local_world_size, lost_contact, started, world_size
-from ijckd_fast.parallel.sync_bn import SyncBatchNorm, synchronise_batch_norm
+from ijckd_fast.parallel.processes import Processes, all_processes, local_world_size, lost_contact, started, world_size
+from ijckd_fast.parallel.sync_bn import SyncBatchNorm, sum_over, synchronise_batch_norm
 
 __all__ = [
     "Processes",
     "SyncBatchNorm",
+    "all_processes",
     "local_world_size",
     "lost_contact",
     "refuse_differences",
     "started",
+    "sum_over",
     "synchronise_batch_norm",
     "world_size",
 ]

@@ -146,6 +146,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE") or (os.environ.get("SLURM_NTASKS") if _by_srun() else None) or 1)
 
 
+def all_processes() -> dist.ProcessGroup | None:
+    """The group of all processes that torch.distributed connects, whoever did; None where this one is alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
+
+
 def local_world_size() -> int:
     """How many of them are on this machine, as far as the launcher says; 1 where it does not."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)

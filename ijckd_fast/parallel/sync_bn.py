@@ -29,6 +29,18 @@ class _Sum(torch.autograd.Function):
         return total, None
 
 
+def sum_over(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """x, any shape, summed over the processes of a group, with its gradient; None: this process alone, x itself.
+
+    Where every process makes the same loss of the sum, the gradient of each process's x is that of all their losses,
+    so the mean over the processes that DistributedDataParallel takes of a parameter's gradient is that of the loss.
+    """
+    if group is None:
+        return x
+    total: Tensor = _Sum.apply(x, group)
+    return total
+
+
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the batches of all processes of `group`, on any device.
 
@@ -62,11 +74,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.new_full((1,), x.numel() / x.shape[1])
         # Two rounds, the mean first: a sum of squares loses the variance of channels far from 0.
-        total = self._sum(torch.cat([x.sum(dims), count]))  # [C + 1]
+        total = sum_over(torch.cat([x.sum(dims), count]), self.group)  # [C + 1]
         n = total[-1]
         mean = total[:-1] / n  # [C]
         centred = x - mean.view(shape)
-        var = self._sum(centred.square().sum(dims)) / n  # [C]
+        var = sum_over(centred.square().sum(dims), self.group) / n  # [C]
         if self.track_running_stats:
             self._update(mean, var * n / (n - 1))
         y = centred * torch.rsqrt(var + self.eps).view(shape)
@@ -87,10 +99,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             if self.momentum is None and count is not None:  # the mean over all batches
                 share = count.to(running.dtype).reciprocal()
             running.lerp_(new.to(running.dtype), share)
-
-    def _sum(self, x: Tensor) -> Tensor:
-        total: Tensor = _Sum.apply(x, self.group)
-        return total
 
 
 def synchronise_batch_norm(net: nn.Module, group: dist.ProcessGroup) -> None:

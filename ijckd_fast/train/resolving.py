@@ -51,6 +51,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     objective = objective_of(config)
     if config.teacher_cache is not None:
         objective.refuse_cache(config.teacher_cache)
+    objective.refuse_parts(config.accumulate)
     if config.log_bound and (objective.connector is None or config.teacher_cache is not None):
         found = (
             f"objective {objective.name!r}, which has no connector"

@@ -337,7 +337,7 @@ class Optimisation:
         1,
         "equal parts of a process's batch that go through the nets one after the other, for less memory; batch "
         "size and number of updates stay, and the update is the same but for BatchNorm, whose statistics are "
-        "then those of a part",
+        "then those of a part; refused for terms over a whole batch (DIST's over images, SRD)",
         Trait.TRAINING,
         least=1,
     )

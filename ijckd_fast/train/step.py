@@ -34,7 +34,8 @@ class TrainStep:
     optimizer   of the distiller's parameters
     amp_dtype   autocast's, torch.float16 with a loss scale that adapts itself; None: float32
     accumulate  parts of a batch that go through the nets one after the other, for less memory; the update is that of
-                the whole batch but for BatchNorm, whose statistics are then those of a part. Must divide the batch
+                the whole batch but for BatchNorm, whose statistics are then those of a part. Must divide the batch;
+                UserError for an objective that needs it whole (dist)
     clip        largest L2 norm of the gradient; None: any
     ema_decay   of the moving average of the weights; 0: none
     processes   those that share the gradient; statistics of BatchNorm are shared only where the modules do so
@@ -59,6 +60,7 @@ class TrainStep:
         processes: Processes = Processes(),  # noqa: B008 - frozen
         cuda_graph: bool = False,
     ) -> None:
+        distiller.objective.refuse_parts(accumulate)
         self._optimizer, self._device = optimizer, device
         self._amp_dtype, self._accumulate, self._clip = amp_dtype, accumulate, clip
         self._processes = processes

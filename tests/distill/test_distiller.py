@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import logit_losses
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,7 +31,12 @@ TABLE = {
     "srrl": {"ce_s": 1, "sr": 1, "fm": 1, "match": "pooled", "connector": "conv1x1", "infer": "student"},
     "simkd": {"fm": 1, "match": "map", "connector": "bottleneck:2", "infer": "teacher"},
     "kd": {"ce_s": 1, "kl_s": 1, "infer": "student"},
-    "dkd": {"ce_s": 1, "alpha": 1, "beta": 8, "infer": "student"},
+    "dkd": {"ce_s": 1, "dkd_s": 1, "alpha": 1, "beta": 8, "infer": "student"},
+    "hard": {"ce_s": 0.5, "hard_s": 0.5, "infer": "student"},
+    "ttm": {"ce_s": 1, "ttm_s": 45, "power": 0.1, "infer": "student"},
+    "wttm": {"ce_s": 1, "wttm_s": 4, "power": 0.2, "infer": "student"},
+    "nkd": {"ce_s": 1, "nkd_s": 1, "T": 1, "infer": "student"},
+    "dist": {"ce_s": 1, "inter_s": 2, "intra_s": 2, "T": 1, "infer": "student"},
     "fitnet": {"ce_s": 1, "kl_s": 1, "hint": 100, "stage": 1, "infer": "student"},
     "at": {"ce_s": 1, "kl_s": 1, "at": 1000, "infer": "student"},
     "ce": {"ce_s": 1, "infer": "student"},
@@ -59,6 +65,30 @@ VARIANTS = [
     ("fitnet", {"hint_stage": 3, "at": 30.0}, {"stage": 3, "at": 30}),
     ("ijckd", {"at": 40.0}, {"at": 40}),
     ("srrl", {"connector": "linear", "hint": 2.0}, {"connector": "linear", "hint": 2, "stage": 1}),
+    ("ijckd", {"hard": 0.5, "hard_head": "teacher"}, {"hard_t": 0.5}),
+    ("hard", {"kl": 0.5}, {"kl_s": 0.5}),
+    ("ijckd", {"wttm": 2.0, "ttm_head": "teacher", "ttm_power": 0.7}, {"wttm_t": 2, "power": 0.7}),
+    (
+        "ijckd-pooled",
+        {"connector": "linear", "ttm": 3.0, "wttm": 0.5, "ttm_head": "teacher", "ttm_power": 1.5},
+        {"connector": "linear", "ttm_t": 3, "wttm_t": 0.5, "power": 1.5},
+    ),
+    ("ijckd", {"nkd": 2.0, "nkd_head": "teacher", "nkd_gamma": 0.5}, {"nkd_t": 2, "gamma": 0.5}),
+    ("srrl", {"nkd": 2.0, "sr": 0.0, "temperature": 2.0}, {"nkd_s": 2, "sr": 0, "T": 2}),
+    ("simkd", {"dist_inter": 2.0, "dist_intra": 3.0, "dist_head": "teacher"}, {"inter_t": 2, "intra_t": 3}),
+    ("dist", {"dist_intra": 0.0}, {"intra_s": 0}),
+    (
+        "ijckd",
+        {"dkd_alpha": 1.0, "dkd_beta": 2.0, "dkd_head": "teacher", "temperature": 3.0},
+        {"dkd_t": 1, "alpha": 1, "beta": 2, "T": 3},
+    ),
+    ("kd", {"standardize_logits": True}, {"z_scores": True}),
+    (
+        "ijckd",
+        {"standardize_logits": True, "kl": 0.5, "nkd": 1.0, "nkd_head": "teacher", "temperature": 2.0},
+        {"z_scores": True, "kl_t": 0.5, "nkd_t": 1, "T": 2},
+    ),
+    ("dkd", {"standardize_logits": True, "wttm": 1.0}, {"z_scores": True, "wttm_s": 1, "power": 0.2}),
 ]
 CASES = [(name, {}, row) for name, row in TABLE.items()] + [(n, o, {**TABLE[n], **row}) for n, o, row in VARIANTS]
 CASE_IDS = [f"{n}{'' if not o else '+' + ','.join(f'{k}={v}' for k, v in o.items())}" for n, o, _ in CASES]
@@ -144,16 +174,30 @@ def connect(p: dict, x, spec: str, training: bool):
     return bn(F.conv2d(x, p["weight"][:, :, None, None]), "", (p["bn_weight"], p["bn_bias"]))
 
 
-def dkd_by_definition(logits, logits_t, labels, alpha, beta):
-    """Probabilities of target and rest; the rest's own distribution after taking the target's column out."""
-    terms = []
-    for row, row_t, y in zip(logits, logits_t, labels.tolist(), strict=True):
-        p, p_t = (row / T).softmax(0)[y], (row_t / T).softmax(0)[y]
-        tckd = F.kl_div(torch.stack([p, 1 - p]).log(), torch.stack([p_t, 1 - p_t]), reduction="sum")
-        rest = [k for k in range(len(row)) if k != y]
-        nckd = F.kl_div((row[rest] / T).log_softmax(0), (row_t[rest] / T).softmax(0), reduction="sum")
-        terms.append(T**2 * (alpha * tckd + beta * nckd))
-    return torch.stack(terms)
+def logit_terms(row: dict, which: str, logits, logits_t, mixed, progress):
+    """The weighted sum of the terms that go through the classifier `which`, 's' or 't', but for cross-entropies.
+
+    mixed: the mean over the batch of a loss of logits, the teacher's and a label.
+    """
+    T_, power, scale = row.get("T", T), row.get("power"), logit_losses.z_score if row.get("z_scores") else lambda x: x
+    scaled, scaled_t = (torch.stack([scale(each) for each in x]) for x in (logits, logits_t))
+    hard = [logit_losses.hard(a, b) for a, b in zip(logits, logits_t, strict=True)]
+    pairs = list(zip(scaled, scaled_t, strict=True))
+    terms = {
+        "kl": lambda: torch.stack([logit_losses.kl(a, b, T_) for a, b in pairs]).mean(),
+        "hard": lambda: torch.stack(hard).mean(),
+        "ttm": lambda: torch.stack([logit_losses.ttm(a, b, power) for a, b in pairs]).mean(),
+        "wttm": lambda: torch.stack([logit_losses.wttm(a, b, power) for a, b in pairs]).mean(),
+        "inter": lambda: logit_losses.dist_inter(logits, logits_t, T_),
+        "intra": lambda: logit_losses.dist_intra(logits, logits_t, T_),
+        "nkd": lambda: mixed(pairs, lambda a, b, y: logit_losses.nkd(a, b, y, row.get("gamma", 1.5), T_)),
+        "dkd": lambda: (
+            min((progress // 1 + 1) / 20, 1)
+            * mixed(pairs, lambda a, b, y: logit_losses.dkd(a, b, y, row["alpha"], row["beta"], T_))
+        ),
+    }
+    on = [row[f"{name}_{which}"] * term() for name, term in terms.items() if row.get(f"{name}_{which}")]
+    return sum(on, torch.zeros((), dtype=logits.dtype))
 
 
 def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *, labels_b, mix, smoothing, progress):
@@ -174,8 +218,11 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
     def cross_entropy(logits):
         return mixed(lambda y: F.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing))
 
-    def kl(logits):
-        return T**2 * F.kl_div((logits / T).log_softmax(1), (logits_t / T).softmax(1), reduction="batchmean")
+    def mixed_pairs(pairs, loss):
+        def rows(labels):
+            return torch.stack([loss(*pair, y) for pair, y in zip(pairs, labels.tolist(), strict=True)])
+
+        return mixed(rows)
 
     stages_s = stages_of(student.net, images)
     map_s = stages_s[-1]
@@ -196,13 +243,12 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
         loss = loss + row.get("fm", 0) * (
             F.mse_loss(Z, map_t) if row.get("match") == "map" else F.mse_loss(z, pooled_t)
         )
-        loss = loss + row.get("ce_t", 0) * cross_entropy(logits) + row.get("kl_t", 0) * kl(logits)
+        loss = loss + row.get("ce_t", 0) * cross_entropy(logits)
+        loss = loss + logit_terms(row, "t", logits, logits_t, mixed_pairs, progress)
     if student.classifier is not None:
         logits_s = F.linear(pooled_s, student.classifier.weight, student.classifier.bias)
-        loss = loss + row.get("ce_s", 0) * cross_entropy(logits_s) + row.get("kl_s", 0) * kl(logits_s)
-        if "beta" in row:
-            dkd = mixed(lambda y: dkd_by_definition(logits_s, logits_t, y, row["alpha"], row["beta"]))
-            loss = loss + min((progress // 1 + 1) / 20, 1) * dkd
+        loss = loss + row.get("ce_s", 0) * cross_entropy(logits_s)
+        loss = loss + logit_terms(row, "s", logits_s, logits_t, mixed_pairs, progress)
     return loss, logits if row["infer"] == "teacher" else logits_s, student, {"connector": p, "regressor": r}
 
 
@@ -275,7 +321,7 @@ def test_presets_are_the_table():
         assert o.infer_head == row["infer"]
         assert (o.connector, o.match) == (row.get("connector"), row.get("match", "none"))
         assert o.connector_init == ("he" if name == "srrl" else "torch")
-        assert (o.temperature, o.dkd_warmup, o.dkd_warmup_by) == (4.0, 20.0, "epoch")
+        assert (o.temperature, o.dkd_warmup, o.dkd_warmup_by) == (row.get("T", 4.0), 20.0, "epoch")
         assert (o.at, o.hint, o.hint_stage) == (row.get("at", 0), row.get("hint", 0), row.get("stage", 1))
 
 
@@ -338,7 +384,8 @@ def test_the_teacher_is_never_touched_and_every_parameter_of_the_learner_is_trai
     assert not any(id(p) in own for p in distiller.parameters())
     assert {k.split(".")[0] for k in distiller.state_dict()} <= {"student", "connector", "regressor"}
     assert (regressor_of(distiller) is None) == ("hint" not in row)
-    assert ("student.classifier.weight" in distiller.state_dict()) == any(k in row for k in ("ce_s", "kl_s", "beta"))
+    through_own = any(key.endswith("_s") and weight for key, weight in row.items())
+    assert ("student.classifier.weight" in distiller.state_dict()) == through_own
 
     start = {k: p.detach().clone() for k, p in distiller.named_parameters()}
     optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1)

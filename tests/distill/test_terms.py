@@ -19,7 +19,7 @@ def test_an_objective_has_the_settings_of_every_term():
 
 
 def test_the_log_s_names_keep_their_order():
-    known = ["ce", "sr", "fm", "kl", "dkd", "at", "hint"]
+    known = ["ce", "sr", "fm", "kl", "dkd", "hard", "ttm", "wttm", "nkd", "at", "hint"]
     assert [part for part in PARTS if part in known] == known
 
 
@@ -50,7 +50,7 @@ def test_a_setting_is_declared_once():
 
 
 def test_a_cache_serves_what_needs_pooled_features():
-    assert {"ijckd-pooled", "srrl", "kd", "dkd"} <= set(FROM_CACHE)
+    assert {"ijckd-pooled", "srrl", "kd", "dkd", "hard", "ttm", "wttm", "nkd", "dist"} <= set(FROM_CACHE)
     assert not {"ijckd", "simkd", "fitnet", "at", "ce"} & set(FROM_CACHE)
     for name in FROM_CACHE:
         PRESETS[name].refuse_cache("F")

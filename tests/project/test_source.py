@@ -8,7 +8,8 @@ import re
 import pytest
 
 import ijckd_fast
-from ijckd_fast.distill import PRESETS, Term
+from ijckd_fast.distill import PRESETS, TERMS, Term
+from ijckd_fast.setting import settings_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODULES = sorted((ROOT / "ijckd_fast").rglob("*.py"))
@@ -108,13 +109,20 @@ def test_public_functions_have_docstrings():
     assert missing == []
 
 
+_NOT_ON_THE_PAGE = {"dkd_warmup", "dkd_warmup_by", "infer_head"}  # recipes.md has DKD's warm-up
+
+
 def test_readme_names_real_files_and_every_objective():
     text = (ROOT / "README.md").read_text()
     files = set(re.findall(r"\b(\w+\.(?:py|h|cpp|yaml))\b", text)) - {"config.yaml"}
     existing = {p.name for folder in ("ijckd_fast", "csrc", "scripts", "tests") for p in (ROOT / folder).rglob("*")}
     assert files - existing - {"setup.py"} == set()
+    page = (ROOT / "docs/objectives.md").read_text()
     for name in PRESETS:
         assert f"`{name}`" in text
+        assert f"\n| `{name}` | " in page
+    for name in {name for term in TERMS for name in settings_of(term)} - _NOT_ON_THE_PAGE:
+        assert f"`--{name.replace('_', '-')}" in page, name
     for name in ijckd_fast.__all__:
         assert name == name.upper() or name in text
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ijckd_fast.data import Batch
 from ijckd_fast.distill import Distiller, get_objective
-from ijckd_fast.errors import out_of_memory
+from ijckd_fast.errors import UserError, out_of_memory
 from ijckd_fast.nets import Tapped, create_model
 from ijckd_fast.train import Ema, FiniteGuard, Meter, TrainStep, build_optimizer
 
@@ -416,6 +416,24 @@ def test_no_comparison_of_stages_waits_for_the_device(head):
         for i in range(3):
             step(batch, step=i, lr=0.05, progress=0.0)
     assert waits.count == 0
+
+
+def test_no_loss_of_logits_waits_for_the_device():
+    through = {f"{name}_head": "teacher" for name in ("kl", "dkd", "hard", "ttm", "nkd", "dist")}
+    weights = dict.fromkeys(
+        ["kl", "dkd_alpha", "dkd_beta", "hard", "ttm", "wttm", "nkd", "dist_inter", "dist_intra"], 1.0
+    )
+    step = _step_of(_distiller("ijckd", standardize_logits=True, **weights, **through))
+    batch = _batch(size=4, mixup=True)
+    with HostWaits() as waits:
+        for i in range(2):
+            step(batch, step=i, lr=0.05, progress=0.0)
+    assert waits.count == 0
+
+
+def test_a_batch_in_parts_is_refused_where_it_must_be_whole():
+    with pytest.raises(UserError, match=r"'dist' has statistics over all images .* got --accumulate 2"):
+        _step_of(_distiller("dist"), accumulate=2)
 
 
 # --- out of memory

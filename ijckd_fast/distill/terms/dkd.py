@@ -6,7 +6,19 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ijckd_fast.distill.terms.term import NOTHING, Needs, Seen, Temperature, Term, Value, weight
+from ijckd_fast.distill.terms.term import (
+    NOTHING,
+    Classifier,
+    Needs,
+    Seen,
+    StandardizedLogits,
+    Temperature,
+    Term,
+    Value,
+    logits_of,
+    weight,
+    without_class,
+)
 from ijckd_fast.setting import setting
 
 if TYPE_CHECKING:
@@ -14,8 +26,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dkd(Temperature, Term):
-    """warm-up (alpha TCKD + beta NCKD), see `dkd_rows`, nats, mean over B, of the student's own classifier.
+class Dkd(Temperature, StandardizedLogits, Term):
+    """warm-up (alpha TCKD + beta NCKD), see `dkd_rows`, nats, mean over B.
 
     The warm-up's factor is min(1, e / dkd_warmup), e the epoch, counted from 1, as in the authors' code; or, by step,
     the epochs done so far, fractions included. The term's part in the log is without it.
@@ -31,11 +43,13 @@ class Dkd(Temperature, Term):
         "how they rise: with every epoch, from 1 / dkd_warmup in the first (epoch), or with every step from 0",
     )
 
+    dkd_head: Classifier = setting("student", "classifier the DKD term goes through")
+
     @property
     def needs(self) -> Needs:
         if self.dkd_alpha == 0 and self.dkd_beta == 0:
             return NOTHING
-        return Needs.OWN_LOGITS | Needs.LOGITS_T | (Needs.PROGRESS if self.dkd_warmup > 0 else NOTHING)
+        return logits_of(self.dkd_head) | (Needs.PROGRESS if self.dkd_warmup > 0 else NOTHING)
 
     def factor(self, progress: float | Tensor | None) -> float | Tensor:
         """The warm-up's, from `progress`, the epochs done so far, fractions included (a tensor [] gives one)."""
@@ -52,9 +66,7 @@ class Dkd(Temperature, Term):
     def value(self, seen: Seen) -> Value:
         import torch
 
-        logits, logits_t = seen.logits, seen.logits_t
-        assert logits is not None
-        assert logits_t is not None
+        logits, logits_t = self.scaled(*seen.pair(self.dkd_head))
         weights = self.dkd_alpha, self.dkd_beta, self.temperature
         dkd = seen.mixed(lambda y: dkd_rows(logits, logits_t, y, *weights))
         factor = self.factor(seen.progress)
@@ -78,8 +90,7 @@ def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, bet
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:
         log_p = F.log_softmax(x / temperature, 1)  # [B, K]
-        # The lowest number, not -inf: the class then has weight exactly 0 and no 0 * inf arises.
-        others = (x / temperature).scatter(1, column, torch.finfo(x.dtype).min)  # [B, K]
+        others = without_class(x / temperature, labels)  # [B, K]
         # log(1 - p_y) as a sum over the other classes: 1 - p_y itself is lost to rounding for a confident row.
         log_rest = others.logsumexp(1, keepdim=True) - (x / temperature).logsumexp(1, keepdim=True)
         return torch.cat([log_p.gather(1, column), log_rest], 1), F.log_softmax(others, 1)  # [B, 2], [B, K]

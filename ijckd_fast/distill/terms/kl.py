@@ -4,34 +4,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ijckd_fast.distill.terms.term import NOTHING, Classifier, Needs, Seen, Temperature, Term, Value, kl_rows, weight
+from ijckd_fast.distill.terms.term import (
+    NOTHING,
+    Classifier,
+    Needs,
+    Seen,
+    StandardizedLogits,
+    Temperature,
+    Term,
+    Value,
+    kl_rows,
+    logits_of,
+    weight,
+)
 from ijckd_fast.setting import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftLabels(Temperature):
+class SoftLabels(Temperature, StandardizedLogits):
     """Settings of the KL term, whichever classifier it goes through."""
 
     kl: float = weight("T^2 KL(teacher || student)")
     kl_head: Classifier = setting("student", "classifier the KL term goes through")
 
-    def kl_through(self, classifier: Classifier) -> float:
-        """The weight of the KL term through that classifier."""
-        return self.kl if self.kl_head == classifier else 0.0
+    @property
+    def kl_fused(self) -> float:
+        """The weight of the KL term where the fused op has it: through the teacher's classifier, logits as they are."""
+        return self.kl if self.kl_head == "teacher" and not self.standardize_logits else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kl(SoftLabels, Term):
-    """kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), nats, mean over B, of the student's own classifier."""
+    """kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), nats, mean over B.
+
+    Where the fused op does not have it.
+    """
 
     parts = ("kl",)
 
     @property
     def needs(self) -> Needs:
-        return Needs.OWN_LOGITS | Needs.LOGITS_T if self.kl_through("student") > 0 else NOTHING
+        return logits_of(self.kl_head) if self.kl > 0 and self.kl_fused == 0 else NOTHING
 
     def value(self, seen: Seen) -> Value:
-        assert seen.logits is not None
-        assert seen.logits_t is not None
-        kl = self.temperature**2 * kl_rows(seen.logits, seen.logits_t, self.temperature).mean()
+        logits, logits_t = self.scaled(*seen.pair(self.kl_head))
+        kl = self.temperature**2 * kl_rows(logits, logits_t, self.temperature).mean()
         return Value(self.kl * kl, {"kl": kl.detach()})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from ijckd_fast.setting import setting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, distributed as dist, nn
     from typing_extensions import Self
 
     from ijckd_fast.distill.connectors import Connector
@@ -24,7 +24,8 @@ class Needs(enum.Flag):
 
     OWN_LOGITS    logits of the student's own classifier [B, K]; trains it
     CONNECTED     z [B, Ct], the student's connected and pooled features; trains the connector
-    CLASSIFIER    z through the teacher's frozen classifier, for a loss
+    CLASSIFIER    z through the teacher's frozen classifier, for a loss that the fused op has
+    LOGITS_Z      the logits [B, K] of z through the teacher's frozen classifier, for losses in plain PyTorch
     ANSWER        z through the teacher's frozen classifier, without a loss
     MAP_T         the teacher's map [B, Ct, H, W], for the connector's op to match
     POOLED_T      the teacher's pooled features [B, Ct]
@@ -32,11 +33,14 @@ class Needs(enum.Flag):
     LOGITS_T      the teacher's own logits [B, K]
     STAGES        maps of stages of both nets
     PROGRESS      how many epochs are done
+    WHOLE_BATCH   all images of a batch at once: its loss is no mean over images, so that a batch's parts, one after the
+                  other, do not add up to it
     """
 
     OWN_LOGITS = enum.auto()
     CONNECTED = enum.auto()
     CLASSIFIER = enum.auto()
+    LOGITS_Z = enum.auto()
     ANSWER = enum.auto()
     MAP_T = enum.auto()
     POOLED_T = enum.auto()
@@ -44,6 +48,7 @@ class Needs(enum.Flag):
     LOGITS_T = enum.auto()
     STAGES = enum.auto()
     PROGRESS = enum.auto()
+    WHOLE_BATCH = enum.auto()
 
 
 NOTHING = Needs(0)
@@ -70,6 +75,7 @@ class Seen:
     progress         epochs done so far, fractions included; a number or a tensor []
     head             'fused': the C++/CUDA ops; 'reference': plain PyTorch
     logits           [B, K] of the student's own classifier, float32 (float64); takes a gradient
+    logits_z         [B, K] of z through the teacher's frozen classifier, float32 (float64); takes a gradient
     z                [B, Ct] connected and pooled features, float32 (float64); takes a gradient
     unprojected      [B, Cin] in z's place where the loss has the connector's projection in its own op; takes a gradient
     fm               [] distance of the connected features to the teacher's, by the connector's op; takes a gradient
@@ -79,6 +85,8 @@ class Seen:
                      largest maps
     connector        the student's; classifier: the teacher's; frozen: what is kept of that from step to step
     modules          what the terms built, by name, among the distiller's other parts
+    group            the processes among which a batch is shared out, for what is taken over all of it; None: this one
+                     has all
     """
 
     labels: Tensor
@@ -88,6 +96,7 @@ class Seen:
     progress: float | Tensor | None
     head: str
     logits: Tensor | None
+    logits_z: Tensor | None
     z: Tensor | None
     unprojected: Tensor | None
     fm: Tensor | None
@@ -98,6 +107,14 @@ class Seen:
     classifier: nn.Linear | None
     frozen: FrozenClassifier
     modules: Mapping[str, nn.Module | None]
+    group: dist.ProcessGroup | None
+
+    def pair(self, classifier: Classifier) -> tuple[Tensor, Tensor]:
+        """(the student's logits of that classifier, the teacher's), [B, K] each: what `logits_of` asks for."""
+        logits = self.logits if classifier == "student" else self.logits_z
+        assert logits is not None
+        assert self.logits_t is not None
+        return logits, self.logits_t
 
     def mixed(self, per_image: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean over the batch of a loss that takes labels [B] and gives [B]; of mixed images it is mixed likewise."""
@@ -149,7 +166,10 @@ class Term:
         raise NotImplementedError
 
     def fault(self) -> str | None:
-        """What is wrong with its settings together, and what to do; bounds and choices are checked already."""
+        """What is wrong with its settings together, and what to do, also of a term that is off.
+
+        Bounds and choices are checked already.
+        """
         return None
 
     def stages(self, common: int, nets: str) -> Iterable[int]:
@@ -171,11 +191,32 @@ class Term:
 Classifier = Literal["teacher", "student"]
 
 
+def logits_of(classifier: Classifier) -> Needs:
+    """What a term that compares logits in plain PyTorch needs: the student's of that classifier, and the teacher's."""
+    student = Needs.OWN_LOGITS if classifier == "student" else Needs.CONNECTED | Needs.LOGITS_Z
+    return student | Needs.LOGITS_T
+
+
 @dataclass(frozen=True, kw_only=True)
 class Temperature:
     """The temperature, shared by the terms that soften logits."""
 
-    temperature: float = setting(4.0, "temperature T of the KL and DKD terms", above=0, finite=True)
+    temperature: float = setting(4.0, "temperature T of the KL, DKD, NKD and DIST terms", above=0, finite=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandardizedLogits:
+    """Whether terms see logits or their z-scores, Sun et al. 2024. A temperature then divides the z-scores."""
+
+    standardize_logits: bool = setting(
+        False,
+        "give the KL, DKD, NKD, TTM and WTTM terms the z-scores of both nets' logits, row by row, before the"
+        " temperature: only the order and the relative distances of the classes are then matched, not their scale",
+    )
+
+    def scaled(self, logits: Tensor, logits_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [B, K] as these terms take them."""
+        return (z_scores(logits), z_scores(logits_t)) if self.standardize_logits else (logits, logits_t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +231,11 @@ def weight(help: str, **about: Any) -> Any:
     return setting(0.0, f"weight of {help}", least=0, finite=True, **about)
 
 
+def z_scores(logits: Tensor) -> Tensor:
+    """(l - mean) / (std + 1e-7) of every row [K], the unbiased standard deviation, as the authors have it: [B, K]."""
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
 def kl_rows(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
     """KL(softmax(logits_t / T) || softmax(logits / T)) of every row: [B, K], [B, K] -> [B], nats, no factor T^2."""
     import torch.nn.functional as F
@@ -197,3 +243,11 @@ def kl_rows(logits: Tensor, logits_t: Tensor, temperature: float) -> Tensor:
     log_p = F.log_softmax(logits / temperature, 1)
     log_p_t = F.log_softmax(logits_t / temperature, 1)
     return F.kl_div(log_p, log_p_t, reduction="none", log_target=True).sum(1)
+
+
+def without_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """logits [B, K] in which the class of each label [B] has weight exactly 0 in a softmax."""
+    import torch
+
+    # The lowest number, not -inf: no 0 * inf arises.
+    return logits.scatter(1, labels[:, None], torch.finfo(logits.dtype).min)

@@ -33,14 +33,14 @@ class ThroughTeacher(InferenceHead, SoftLabels, FeatureMatching, LogitMatching, 
 
     @property
     def needs(self) -> Needs:
-        with_teacher = self.sr > 0 or self.kl_through("teacher") > 0
+        with_teacher = self.sr > 0 or self.kl_fused > 0
         if with_teacher or self.ce_through("teacher") > 0:
             return Needs.CONNECTED | Needs.CLASSIFIER | (Needs.POOLED_T if with_teacher else NOTHING)
         return Needs.ANSWER if self.infer_head == "teacher" else NOTHING
 
     def value(self, seen: Seen) -> Value:
         assert seen.classifier is not None
-        ce, kl = self.ce_through("teacher"), self.kl_through("teacher")
+        ce, kl = self.ce_through("teacher"), self.kl_fused
         classifier_weight, gram = seen.classifier.weight, None
         if seen.head == "fused" and classifier_weight.is_cuda:  # on a CPU the op rounds it and keeps its gram itself
             classifier_weight, gram = seen.frozen.prepared(classifier_weight, match=self.sr > 0 and kl == 0)

@@ -25,7 +25,7 @@ from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index.ask import AskDali
 from ijckd_fast.data.index.check import CANNOT_BE_READ, By, Verdict, check_image
 from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash, stamps_of
-from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.index.kept import Files, Names, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
@@ -51,7 +51,8 @@ SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
 class Scan:
     """An index and what was seen on the way to it.
 
-    files    every file, those left out too
+    all_facts  [M] of dtype FACTS, of every file that was listed; formats, variants: what they number
+    rows     [M] bool: the files of this split, those left out too; None: all
     home     where the verdicts and the list of the bad files are kept; None where nothing could be written
     opened   files that were opened, and the seconds that took
     passed_over  files that are not read because of their names, or of where they lie, by kind
@@ -61,7 +62,9 @@ class Scan:
     """
 
     index: Index
-    files: Files
+    all_facts: np.ndarray
+    formats: Names
+    variants: Names
     home: Path | None
     opened: int
     opening_seconds: float
@@ -69,6 +72,14 @@ class Scan:
     layout: str
     labels_from: str
     only_in_order: InOrder | None = None
+    rows: np.ndarray | None = None
+
+    @property
+    def facts(self) -> np.ndarray:
+        """[m] of dtype FACTS, of every file of this split, those left out too. Made when it is asked for: a training
+        does not.
+        """
+        return self.all_facts if self.rows is None else self.all_facts[self.rows]
 
 
 def build_index(
@@ -216,7 +227,19 @@ def scan(
                 home = save()
     index = _assemble(source, names, files, label_of, home)
     said = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
-    return Scan(index, files, home, len(todo), seconds, passed, source.title, said, only_in_order)
+    return Scan(
+        index,
+        files.facts,
+        files.formats,
+        files.variants,
+        home,
+        len(todo),
+        seconds,
+        passed,
+        source.title,
+        said,
+        only_in_order,
+    )
 
 
 def _require_classes(source: Source, found: int, least: int) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-
 from ijckd_fast.data.index.build import Scan, scan
 from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.sources import Fields
@@ -108,15 +106,7 @@ class DataFolder:
 def _parted(found: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
     """What is left for training, with the files that are left out, and what is held out."""
     train, val, held_out = found.index.held_out(fraction, seed)
-    out = found.files.facts["reason"] == 0
+    out = found.facts["reason"] == 0
     out[out] = held_out
-    parts = []
-    for index, rows in ((train, ~out), (val, out)):
-        files = dataclasses.replace(
-            found.files,
-            paths=found.files.paths.filter(pa.array(rows)),
-            facts=found.files.facts[rows],
-            members=None if found.files.members is None else found.files.members[rows],
-        )
-        parts.append(dataclasses.replace(found, index=index, files=files))
-    return parts[0], dataclasses.replace(parts[1], opened=0, passed_over=[])
+    of_train = dataclasses.replace(found, index=train, rows=~out)
+    return of_train, dataclasses.replace(found, index=val, rows=out, opened=0, passed_over=[])

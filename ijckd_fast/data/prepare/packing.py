@@ -275,9 +275,9 @@ def _adopt(out: Path, settings: PackFormat) -> None:
 
 def _is_jpeg(found: Scan) -> np.ndarray:
     """[N] bool."""
-    facts = found.files.facts
+    facts = found.facts
     formats = facts["format"][facts["reason"] == 0]
-    return np.isin(formats, [found.files.formats.number(name) for name in _JPEG])
+    return np.isin(formats, [found.formats.number(name) for name in _JPEG])
 
 
 def _pack_split(
@@ -345,7 +345,7 @@ def _pack_split(
     missing = np.array([i for i, _, _ in left_out], np.int64)
     _require_every_class(index, missing)
     seconds = time.perf_counter() - start
-    lengths = found.files.facts["length"][found.files.facts["reason"] == 0]
+    lengths = found.facts["length"][found.facts["reason"] == 0]
     counts = np.bincount(treatment, minlength=3)
     return {
         "split": index.split,

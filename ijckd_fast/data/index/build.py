@@ -195,10 +195,11 @@ def scan(
         if in_order is None:
             raise UserError(only_in_order.said)
         in_order(only_in_order, _places(source, files))
-    names, label_of = source.labels(_listed(files), classes)
-    _require_classes(source, len(names), least_classes)
     unused = source.content.passed_over(source.unused())
     passed = together([unused, *(group.passed_over for group in files.groups)])
+    _require_images(source, files, passed)
+    names, label_of = source.labels(_listed(files), classes)
+    _require_classes(source, len(names), least_classes)
     if text := images_warning(source.content.folder, passed, IMAGE_EXTENSIONS):
         warnings.warn(text, stacklevel=3)
     dali = AskDali() if ask_dali else None
@@ -244,9 +245,24 @@ def scan(
 
 def _require_classes(source: Source, found: int, least: int) -> None:
     if found < least:
+        remedy = (
+            "put one folder of images per class into it"
+            if source.class_is_group
+            else "give images of more classes, or say which labels are meant"
+        )
         raise UserError(
-            f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.folder} has "
-            f"{found}: put one folder of images per class into it"
+            f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.called} has "
+            f"{found}: {remedy}"
+        )
+
+
+def _require_images(source: Source, files: Files, passed: Sequence[PassedOver]) -> None:
+    """UserError where shards hold nothing at all; where they hold images of no class, the source knows what to say."""
+    if source.in_shards and not len(files.facts) and not of_no_class(passed):
+        others = f", only {listed(passed)}" if passed else ""
+        raise UserError(
+            f"{source.content.called} must hold images, found none in {len(files.groups)} {source.title}{others}; "
+            "fetch them again, or give another folder"
         )
 
 

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from ijckd_fast.data.index.check import CANNOT_BE_READ, By, Verdict, check_image
 from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash, stamps_of
 from ijckd_fast.data.index.kept import Files, Names, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
+from ijckd_fast.data.index.said import DataSettings
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
     Fields,
@@ -165,12 +167,15 @@ def scan(
     least_classes: int = 1,
     ask_dali: bool = True,
     in_order: Callable[[InOrder, Iterator[Place]], None] | None = None,
+    said: DataSettings | None = None,
 ) -> Scan:
     """build_index, with what a summary needs besides.
 
     in_order   called before anything is decoded where images can only be read one after the other, with what there is
                to say of that and with where they are; None: such images are refused
+    said       the data folder that this is a split of, as the user gave it; default: root with the arguments above
     """
+    said = said or DataSettings(root, class_list, labels, fields or Fields())
     root = Path(root).resolve()
     if split not in ("train", "val"):
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
@@ -193,7 +198,7 @@ def scan(
     only_in_order = None if files.members is None else source.only_in_order(files.members["offset"])
     if only_in_order is not None:
         if in_order is None:
-            raise UserError(only_in_order.said)
+            raise _to_be_packed(source, only_in_order, said)
         in_order(only_in_order, _places(source, files))
     unused = source.content.passed_over(source.unused())
     passed = together([unused, *(group.passed_over for group in files.groups)])
@@ -226,8 +231,8 @@ def scan(
             relabelled = files.labels_asked != asked_before
             if files.groups != known.groups or (files.facts[todo] != before).any() or newly_compared or relabelled:
                 home = save()
-    index = _assemble(source, names, files, label_of, home)
-    said = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
+    index = _assemble(source, names, files, label_of, home, said)
+    labels_from = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
     return Scan(
         index,
         files.facts,
@@ -238,8 +243,20 @@ def scan(
         seconds,
         passed,
         source.title,
-        said,
+        labels_from,
         only_in_order,
+    )
+
+
+def _to_be_packed(source: Source, found: InOrder, said: DataSettings) -> UserError:
+    """Why images that are read in their order are not trained on, and the command after which they are."""
+    folder = Path(said.data_dir).resolve()
+    packed = folder.parent / f"{folder.name}-packed"
+    return UserError(
+        f"the images in {source.content.called} must be stored as they are to be read in any order, as training reads "
+        f"them, found {found.why}, where each costs its whole row group; pack them once, their bytes unchanged "
+        f"({found.amount}): {said.command('pack', folder, packed, '--short', '0')}, then give --data-dir "
+        f"{shlex.quote(str(packed))}"
     )
 
 
@@ -390,7 +407,9 @@ def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
     files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, crc32, whole, True)
 
 
-def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:
+def _assemble(
+    source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None, said: DataSettings
+) -> Index:
     """labels: [N] int64 of every file, good or bad."""
     folder, split = source.content.folder, source.content.split
     bad = np.flatnonzero(files.facts["reason"])
@@ -431,6 +450,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         source.blocks,
         source.content.called,
         sum(of_no_class(group.passed_over) for group in files.groups),
+        said,
     )
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from ijckd_fast.data.blocks import Bits
 from ijckd_fast.data.counter_rng import permutation, uniforms
+from ijckd_fast.data.index.said import DataSettings
 from ijckd_fast.data.sources import Place, WholeFile, extent
 from ijckd_fast.errors import UserError
 
@@ -118,6 +119,7 @@ class Index:
     stamps       [N] uint32, see stamps_of, of the images' files when they were indexed; without shards
     folder       the folder that the images lie in, as messages name it; '': root/split
     skipped      images that are not here because their label, a negative number, says that they are of no class
+    said         the data folder as the user gave it, for commands that messages advise; None: a data set that is none
     blocks       bits of luma and chroma where the images are blocks (data/blocks), whose checksums `members` has; None:
                  they are encoded files, of whose CRC-32 it is
     """
@@ -138,6 +140,7 @@ class Index:
     blocks: Bits | None = None
     folder: str = ""
     skipped: int = 0
+    said: DataSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.folder:

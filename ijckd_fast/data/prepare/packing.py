@@ -337,7 +337,7 @@ def _pack_split(
                 raise TooManyUnreadable(
                     f"{len(left_out)} files of {index.folder} cannot be read any more, more than the "
                     f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}); "
-                    f"{what_to_do(why for _, _, why in left_out)}. Finished shards stay and the same command "
+                    f"{what_to_do(index, (why for _, _, why in left_out))}. Finished shards stay and the same command "
                     "continues; --unreadable-limit allows more"
                 )
     files.write_bytes(sums, sum_lines(after))

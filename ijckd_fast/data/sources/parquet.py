@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import time
 import warnings
 from collections import defaultdict
@@ -62,7 +61,6 @@ class ParquetFiles(Source):
     def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         """Reads the first file's footer, at every start: the schema, and what the classes are called."""
         super().__init__(content, label_file, fields)
-        self._asked = fields
         self._files = self.recognised_by(content)
         _require_all_files(content.folder, self._files)
         self._first = content.folder / self._files[0]
@@ -185,7 +183,7 @@ class ParquetFiles(Source):
         return {name: position[other] for name, other in same.items()}
 
     def only_in_order(self, offsets: np.ndarray) -> InOrder | None:
-        """Where some of the images are compressed or encoded: that they are to be packed, and how."""
+        """Where some of the images are compressed or encoded."""
         if not (offsets < 0).any():
             return None
         images = size = 0
@@ -196,17 +194,7 @@ class ParquetFiles(Source):
                 images += about.num_rows
                 size += _bytes(about, self._columns.image)
                 why = why or _encoding(name, about, self._columns.image)
-        root = self.content.root
-        asked = {"--image-column": self._asked.image_column, "--label-column": self._asked.label_column}
-        options = "".join(f" {option} {shlex.quote(name)}" for option, name in asked.items() if name is not None)
-        packed = root.parent / f"{root.name}-packed"
-        command = f"ijckd-fast pack {shlex.quote(str(root))} {shlex.quote(str(packed))} --short 0{options}"
-        found = InOrder(images, size, why, "")
-        return found._replace(
-            said=f"the images in {self.content.called} must be stored as they are to be read in any order, as training "
-            f"reads them, found {why}, where each costs its whole row group; pack them once, their bytes unchanged "
-            f"({found.amount}): {command}, then give --data-dir {shlex.quote(str(packed))}"
-        )
+        return InOrder(images, size, why)
 
 
 def _require_all_files(folder: Path, files: Sequence[str]) -> None:

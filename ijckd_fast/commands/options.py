@@ -86,7 +86,7 @@ def add_settings(parser: ArgumentParser, names: Iterable[str] | None = None, sev
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)
         kind: dict[str, Any] = {"type": TYPES[name]}
-        if TYPES[name] is bool:
+        if TYPES[name] in (bool, bool | None):
             kind = {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
         elif name in several:
             kind = {"action": "append"}  # of words

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ijckd_fast.distill.connector_spec import ConnectorInit, parse_spec, takes_map
 from ijckd_fast.distill.heads import ops_of
 from ijckd_fast.errors import UserError
+from ijckd_fast.parallel import batch_norm
 
 
 def build_connector(
@@ -144,17 +145,23 @@ class Connector(nn.Module):
         )
 
     def connected_map(self, x: Tensor) -> Tensor:
-        """Z = g(x), the map whose mean over the positions is z, in eval mode. In plain PyTorch: the fused op never has
-        it.
+        """Z = g(x), the map whose mean over the positions is z, in plain PyTorch: the fused op never has it whole.
+
+        In training mode with the batch's statistics, and running ones that follow, as `forward` has them.
 
         x        the student's map [B, Cs, H, W]; a connector on vectors has no such map
         returns  [B, Ct, H, W], float32 or, for float64 input, float64
         """
-        if self.training or not self.takes_map:
-            raise RuntimeError("Connector.connected_map: wanted eval mode and a connector on maps")
+        if not self.takes_map:
+            raise RuntimeError(f"Connector.connected_map: expected a connector on maps, got {self.spec!r}")
         y = F.conv2d(self.trunk(x), self.weight[:, :, None, None])  # [B, Ct, H, W]
         y = y if y.dtype == torch.float64 else y.float()
-        y = F.batch_norm(y, self.running_mean, self.running_var, self.bn_weight, self.bn_bias, eps=self.eps)
+        affine, running = (self.bn_weight, self.bn_bias), (self.running_mean, self.running_var)
+        if self.training:
+            counted = (*running, self.num_batches_tracked)
+            y = batch_norm(y, *affine, counted, momentum=self.momentum, eps=self.eps, group=self.process_group)
+        else:
+            y = F.batch_norm(y, *running, *affine, eps=self.eps)
         return F.relu(y) if self.relu else y
 
     def projection_macs(self, positions: int) -> int:

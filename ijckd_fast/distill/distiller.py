@@ -64,6 +64,7 @@ class StudentSide(NamedTuple):
     fm           [] distance to the teacher's features; 0 where there is nothing to match
     logits       [B, K] of the student's own classifier, float32 (float64)
     stages       [B, Ci, Hi, Wi] of each stage that the objective compares
+    maps         (Z [B, Ct, H, W], the teacher's map of that size) where a loss in plain PyTorch compares them
     """
 
     z: Tensor | None
@@ -71,6 +72,7 @@ class StudentSide(NamedTuple):
     fm: Tensor | None
     logits: Tensor | None
     stages: tuple[Tensor, ...]
+    maps: tuple[Tensor, Tensor] | None = None
 
 
 class Distiller(nn.Module):
@@ -197,6 +199,7 @@ class Distiller(nn.Module):
             z=of_student.z,
             unprojected=of_student.unprojected,
             fm=of_student.fm,
+            maps=of_student.maps,
             pooled_t=of_teacher.pooled,
             logits_t=of_teacher.logits,
             stages={number: equal_sizes(map_s, map_t) for number, map_s, map_t in by_number},
@@ -268,7 +271,7 @@ class Distiller(nn.Module):
         Maps of unequal size: the larger one is average-pooled to the smaller, the student's before the connector, as in
         SimKD.
         """
-        connector, z, unprojected, fm = self.connector, None, None, None
+        connector, z, unprojected, fm, maps = self.connector, None, None, None, None
         need_map = connector is not None and connector.takes_map
         map_s, pooled_s, stages = self.student.staged_features(images, need_map)  # [B, Cs, Hs, Ws], [B, Cs]
         if connector is not None:
@@ -279,12 +282,15 @@ class Distiller(nn.Module):
                 size = smaller(map_s.shape[2:], map_size_t)
                 x = pool_to(map_s, size)
                 map_t = None if map_t is None else pool_to(map_t, size)
-            if project:
+            if map_t is not None and Needs.MAP_Z in self.objective.needs:
+                maps = (connector.connected_map(x), full(map_t))
+                z = maps[0].mean((2, 3))
+            elif project:
                 z, fm = connector(x, map_t=map_t, pooled_t=pooled_t, head=self.head)
             else:
                 unprojected = connector.trunk(x)
         logits = None if self.student.classifier is None else full(self.student.classifier(pooled_s))
-        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else ())
+        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else (), maps)
 
     @torch.no_grad()
     def _answer(self, of_student: StudentSide) -> Tensor:

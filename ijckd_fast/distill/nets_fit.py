@@ -21,6 +21,8 @@ def require_maps(objective: Objective, student: Tapped, teacher: Tapped | Cached
     """
     matches_maps = Needs.MAP_T in objective.needs
     to_match = not objective.needs & (Needs.CLASSIFIER | Needs.LOGITS_Z | Needs.ANSWER)
+    if matches_maps and Needs.POOLED_T in objective.needs:  # its mean is compared with what the classifier sees
+        to_match = False
     if matches_maps and teacher is not None:
         with_vectors = "" if student.has_map else " --connector linear"
         remedy = f"--objective ijckd-pooled{with_vectors} (pooled vectors instead of maps)"

@@ -145,8 +145,8 @@ class Objective(InferenceHead, _OfTerms):
             parse_spec(self.connector)
             if Needs.CONNECTED not in self.needs:
                 raise UserError(
-                    f"no loss term goes through connector {self.connector!r}, so it would not be trained: set sr or fm"
-                    " above 0, or leave the connector out"
+                    f"no loss term goes through connector {self.connector!r}, so it would not be trained: set sr, fm or"
+                    " srd above 0, or leave the connector out"
                 )
             if Needs.MAP_T in self.needs and not takes_map(self.connector):
                 raise UserError(
@@ -167,8 +167,8 @@ _TYPES = typing.get_type_hints(Objective)
 # 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up are its authors' defaults, for CIFAR-100
 # (mdistiller; presets have those of their pairs). hard is DeiT's hard distillation, on one classifier instead of two
 # tokens. ttm's and wttm's weights and powers are those of their authors' example commands, for CIFAR-100 (README of
-# zkxufo/TTM); nkd's (yzd-v/cls_KD) and dist's (as torchdistill and mmrazor have them) are for ImageNet. ijckd-pooled is
-# ours: the same terms as ijckd, but of the teacher it needs only the pooled vector, which can be cached.
+# zkxufo/TTM); nkd's (yzd-v/cls_KD), dist's (as torchdistill and mmrazor have them) and srd's are for ImageNet.
+# ijckd-pooled is ours: ijckd's terms, but of the teacher it needs only the pooled vector, which can be cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
     "ijckd": {"ce": 1, "sr": 1, "fm": 1, "match": "map", "connector": "bottleneck:2", **_ANSWERS_BY_TEACHER},
@@ -182,6 +182,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "wttm": {"ce": 1, "wttm": 4, "ttm_power": 0.2},
     "nkd": {"ce": 1, "nkd": 1, "temperature": 1},
     "dist": {"ce": 1, "dist_inter": 2, "dist_intra": 2, "temperature": 1},
+    "srd": {"ce": 1, "srd": 1, "kl": 1, "temperature": 1, "connector": "linear"},
     "fitnet": {"ce": 1, "kl": 1, "hint": 100},
     "at": {"ce": 1, "kl": 1, "at": 1000},
     "ce": {"ce": 1},

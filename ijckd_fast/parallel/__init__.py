@@ -7,12 +7,13 @@ nothing.
 
 from ijckd_fast.parallel.agreement import refuse_differences
 from ijckd_fast.parallel.processes import Processes, all_processes, local_world_size, lost_contact, started, world_size
-from ijckd_fast.parallel.sync_bn import SyncBatchNorm, sum_over, synchronise_batch_norm
+from ijckd_fast.parallel.sync_bn import SyncBatchNorm, batch_norm, sum_over, synchronise_batch_norm
 
 __all__ = [
     "Processes",
     "SyncBatchNorm",
     "all_processes",
+    "batch_norm",
     "local_world_size",
     "lost_contact",
     "refuse_differences",

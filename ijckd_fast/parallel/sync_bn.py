@@ -69,36 +69,66 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.group is None:
             return self.act(self.drop(super().forward(input)))
-        x = input if input.dtype == torch.float64 else input.float()
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.new_full((1,), x.numel() / x.shape[1])
-        # Two rounds, the mean first: a sum of squares loses the variance of channels far from 0.
-        total = sum_over(torch.cat([x.sum(dims), count]), self.group)  # [C + 1]
-        n = total[-1]
-        mean = total[:-1] / n  # [C]
-        centred = x - mean.view(shape)
-        var = sum_over(centred.square().sum(dims), self.group) / n  # [C]
-        if self.track_running_stats:
-            self._update(mean, var * n / (n - 1))
-        y = centred * torch.rsqrt(var + self.eps).view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+        y = batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            (self.running_mean, self.running_var, self.num_batches_tracked) if self.track_running_stats else None,
+            momentum=self.momentum,
+            eps=self.eps,
+            group=self.group,
+        )
         return self.act(self.drop(y.to(input.dtype)))
 
-    @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        """Takes in a batch's mean [C] and unbiased variance [C], as torch's BatchNorm does."""
-        count = self.num_batches_tracked  # None in nets from before it was invented
-        if count is not None:
-            count.add_(1)
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            if running is None:
-                continue
-            share: float | Tensor = 0.0 if self.momentum is None else self.momentum
-            if self.momentum is None and count is not None:  # the mean over all batches
-                share = count.to(running.dtype).reciprocal()
-            running.lerp_(new.to(running.dtype), share)
+
+Running = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running | None,
+    *,
+    momentum: float | None,
+    eps: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """BatchNorm in training, over the batches of all processes of `group` (None: this one's), on any device.
+
+    input    [B, C, ...]; processes may hold different B
+    running  (mean [C], variance [C], count []), updated in place as torch does; without one that is None
+    returns  like input, float32 or, for float64 input, float64
+    """
+    x = input if input.dtype == torch.float64 else input.float()
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    count = x.new_full((1,), x.numel() / x.shape[1])
+    # Two rounds, the mean first: a sum of squares loses the variance of channels far from 0.
+    total = sum_over(torch.cat([x.sum(dims), count]), group)  # [C + 1]
+    n = total[-1]
+    mean = total[:-1] / n  # [C]
+    centred = x - mean.view(shape)
+    var = sum_over(centred.square().sum(dims), group) / n  # [C]
+    if running is not None:
+        _update(running, mean, var * n / (n - 1), momentum)
+    y = centred * torch.rsqrt(var + eps).view(shape)
+    return y if weight is None or bias is None else y * weight.view(shape) + bias.view(shape)
+
+
+@torch.no_grad()
+def _update(running: Running, mean: Tensor, var: Tensor, momentum: float | None) -> None:
+    """Takes in a batch's mean [C] and unbiased variance [C], as torch's BatchNorm does."""
+    *statistics, count = running  # no count in nets from before it was invented
+    if count is not None:
+        count.add_(1)
+    for each, new in zip(statistics, (mean, var), strict=True):
+        if each is None:
+            continue
+        share: float | Tensor = 0.0 if momentum is None else momentum
+        if momentum is None and count is not None:  # the mean over all batches
+            share = count.to(each.dtype).reciprocal()
+        each.lerp_(new.to(each.dtype), share)
 
 
 def synchronise_batch_norm(net: nn.Module, group: dist.ProcessGroup) -> None:

@@ -120,6 +120,14 @@ def test_a_batch_size_replaces_the_preset_s_global_batch(capsys):
         assert tuple(map(printed.get, batch)) == expected
 
 
+@pytest.mark.parametrize(
+    ("words", "value"), [((), None), (("--standardize-logits",), True), (("--no-standardize-logits",), False)]
+)
+def test_a_switch_of_the_objective_takes_no_value(capsys, words, value):
+    assert cli.main(["train", *words, "--objective", "kd", "--print-config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out).get("standardize_logits") is value
+
+
 def test_print_config_leaves_out_what_is_asked(capsys):
     words = ["train", "--lr", "0.1", "--epochs", "3", "--clip-grad", "null"]
     for flags, text in (

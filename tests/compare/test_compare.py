@@ -35,8 +35,9 @@ from ijckd_fast.compare import (
     train_all,
 )
 from ijckd_fast.data import Augment
+from ijckd_fast.distill import PRESETS, Needs
 from ijckd_fast.errors import UserError
-from ijckd_fast.train import Stopped, TrainStep, report, run_folder
+from ijckd_fast.train import Stopped, TrainStep, objective_of, report, run_folder
 from ijckd_fast.train.config import COMPARISONS, OBJECTIVE_FIELDS, PLAN_FIELDS, preset_names
 
 QUIET = Console(quiet=True)
@@ -436,17 +437,43 @@ def test_no_method_may_change_the_augmentation():
 
 
 def test_packaged_comparisons(tmp_path):
-    assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits"]
-    teacher, runs = plan(load_comparison("compare_digits"), tmp_path)
-    assert teacher is not None
-    assert len(runs) == 9 * 5 * 5
+    assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits", "logit_terms_digits"]
+    for name, methods in (("compare_digits", 9), ("logit_terms_digits", 22)):
+        teacher, runs = plan(load_comparison(name), tmp_path)
+        assert teacher is not None
+        assert len(runs) == methods * 5 * 5
+        check_one_schedule(runs)
+    _, runs = plan(load_comparison("ablate_digits"), tmp_path)
+    assert len({tuple(getattr(run.config, name) for name in OBJECTIVE_FIELDS) for run in runs}) == 16
+
+
+def check_one_schedule(runs):
+    """Whatever the method."""
     steps = {run.config.epochs * (run.config.train_per_class or 100) * 10 // run.config.batch_size for run in runs}
     assert steps == {240}
     for regime in {run.regime for run in runs}:  # one schedule, whatever the method
         for name in ("lr", "weight_decay", "warmup_epochs", "eval_every", "student"):
             assert len({getattr(run.config, name) for run in runs if run.regime == regime}) == 1
-    _, runs = plan(load_comparison("ablate_digits"), tmp_path)
-    assert len({tuple(getattr(run.config, name) for name in OBJECTIVE_FIELDS) for run in runs}) == 16
+
+
+def test_logit_terms_digits_has_one_logit_term_at_a_time(tmp_path):
+    """Beside the map match, through the teacher's classifier; alone with the settings of the presets."""
+    comparison = load_comparison("logit_terms_digits")
+    _, runs = plan(dataclasses.replace(comparison, seeds=2, regimes={"": comparison.regimes["20-per-class"]}), tmp_path)
+    objectives = {run.method: objective_of(run.config) for run in runs}
+    assert len({dataclasses.replace(each, name="") for each in objectives.values()}) == len(comparison.methods)
+    for name, objective in objectives.items():
+        of_logits = {part for term in objective.terms for part in term.parts if getattr(objective, part, 0)}
+        of_logits |= {"dkd"} & {part for term in objective.terms for part in term.parts}
+        if name.startswith("map-") or name == "ijckd":
+            assert (objective.match, objective.fm, objective.infer_head) == ("map", 1, "teacher")
+            assert Needs.OWN_LOGITS not in objective.needs
+            assert len(of_logits - {"ce", "fm", "dist_inter"}) == (name != "map-none")
+        elif name != "kd-z":
+            assert objective == PRESETS[name]
+    assert {each.removeprefix("map-") for each in objectives if each.startswith("map-")} >= {
+        "kl", "kl-z", "dkd", "hard", "ttm", "wttm", "nkd", "dist",
+    }  # fmt: skip
 
 
 def test_all_runs_hold_out_the_same_images(data, tmp_path):

@@ -1,5 +1,6 @@
 """Connectors: sizes as published, initialisation as torch's layers, arithmetic as torch's layers, refusals."""
 
+import copy
 import math
 
 import pytest
@@ -166,6 +167,23 @@ def test_forward_and_gradients_are_those_of_torch_layers(spec, match, head):
         torch.testing.assert_close(connector.running_mean, layers[-2].running_mean, **close)
         torch.testing.assert_close(connector.running_var, layers[-2].running_var, **close)
         assert connector.num_batches_tracked == layers[-2].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("spec", ["conv1x1", "bottleneck:2"])
+def test_the_connected_map_is_what_the_op_averages(spec, momentum):
+    """In training and afterwards, with the same running statistics, for which batches are counted."""
+    torch.manual_seed(0)
+    by_op = build_connector(spec, 6, 8).double()
+    by_op.momentum = momentum
+    by_map = copy.deepcopy(by_op)
+    for batch in torch.randn(3, 5, 6, 4, 4, dtype=torch.float64):
+        torch.testing.assert_close(by_map.connected_map(batch).mean((2, 3)), by_op(batch)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dict(by_map.named_buffers()), dict(by_op.named_buffers()), rtol=1e-12, atol=1e-12)
+    assert by_map.num_batches_tracked == 3
+    torch.testing.assert_close(
+        by_map.eval().connected_map(batch).mean((2, 3)), by_op.eval()(batch)[0], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_projection_macs_are_those_of_the_convolution():

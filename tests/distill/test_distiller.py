@@ -37,6 +37,7 @@ TABLE = {
     "wttm": {"ce_s": 1, "wttm_s": 4, "power": 0.2, "infer": "student"},
     "nkd": {"ce_s": 1, "nkd_s": 1, "T": 1, "infer": "student"},
     "dist": {"ce_s": 1, "inter_s": 2, "intra_s": 2, "T": 1, "infer": "student"},
+    "srd": {"ce_s": 1, "kl_s": 1, "srd": 1, "T": 1, "connector": "linear", "infer": "student"},
     "fitnet": {"ce_s": 1, "kl_s": 1, "hint": 100, "stage": 1, "infer": "student"},
     "at": {"ce_s": 1, "kl_s": 1, "at": 1000, "infer": "student"},
     "ce": {"ce_s": 1, "infer": "student"},
@@ -83,6 +84,16 @@ VARIANTS = [
         {"dkd_t": 1, "alpha": 1, "beta": 2, "T": 3},
     ),
     ("kd", {"standardize_logits": True}, {"z_scores": True}),
+    ("ijckd", {"srd": 0.5, "srd_power": 2.0}, {"srd": 0.5, "power_srd": 2}),
+    ("ijckd-pooled", {"srd": 0.5, "connector": "mlp"}, {"srd": 0.5, "connector": "mlp"}),
+    ("ijckd", {"match_distance": "cosine"}, {"distance": "cosine"}),
+    ("simkd", {"match_distance": "smooth-l1", "connector": "conv1x1"}, {"distance": "huber", "connector": "conv1x1"}),
+    ("srrl", {"match_distance": "cosine"}, {"distance": "cosine"}),
+    (
+        "ijckd-pooled",
+        {"match_distance": "smooth-l1", "connector": "linear", "fm": 3.0},
+        {"distance": "huber", "connector": "linear", "fm": 3},
+    ),
     (
         "ijckd",
         {"standardize_logits": True, "kl": 0.5, "nkd": 1.0, "nkd_head": "teacher", "temperature": 2.0},
@@ -174,6 +185,18 @@ def connect(p: dict, x, spec: str, training: bool):
     return bn(F.conv2d(x, p["weight"][:, :, None, None]), "", (p["bn_weight"], p["bn_bias"]))
 
 
+DISTANCES = {
+    "mse": lambda a, b: ((a - b) ** 2).mean(),
+    "cosine": lambda a, b: 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-16)).mean(),
+    "huber": lambda a, b: torch.where((a - b).abs() < 1, (a - b) ** 2 / 2, (a - b).abs() - 0.5).mean(),
+}
+
+
+def normalised(x):
+    """Every channel over the batch, without parameters."""
+    return (x - x.mean(0)) / (((x - x.mean(0)) ** 2).mean(0) + 1e-4).sqrt()
+
+
 def logit_terms(row: dict, which: str, logits, logits_t, mixed, progress):
     """The weighted sum of the terms that go through the classifier `which`, 's' or 't', but for cross-entropies.
 
@@ -240,9 +263,11 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
         z = Z.mean((2, 3)) if on_map else Z
         logits = F.linear(z, W, b)
         loss = loss + row.get("sr", 0) * F.mse_loss(logits, logits_t)
-        loss = loss + row.get("fm", 0) * (
-            F.mse_loss(Z, map_t) if row.get("match") == "map" else F.mse_loss(z, pooled_t)
-        )
+        matched = (Z, map_t) if row.get("match") == "map" else (z, pooled_t)
+        loss = loss + row.get("fm", 0) * DISTANCES[row.get("distance", "mse")](*matched)
+        if "srd" in row:
+            difference = normalised(z) - normalised(pooled_t)
+            loss = loss + row["srd"] * 2 * (difference.abs() ** row.get("power_srd", 4)).sum().log()
         loss = loss + row.get("ce_t", 0) * cross_entropy(logits)
         loss = loss + logit_terms(row, "t", logits, logits_t, mixed_pairs, progress)
     if student.classifier is not None:
@@ -342,7 +367,9 @@ def test_a_step_calls_each_op_of_its_head_once(name, head, monkeypatch):
     distiller = Distiller(*pair(torch.float32), get_objective(name), head=head).train()
     distiller(*batch(torch.float32), progress=0)
     module = "head" if head == "fused" else "reference"
-    expected = [(module, "connector_match"), (module, "classifier_loss")] if "connector" in TABLE[name] else []
+    row = TABLE[name]
+    expected = [(module, "connector_match")] if "connector" in row else []
+    expected += [(module, "classifier_loss")] if "sr" in row or row["infer"] == "teacher" else []
     assert calls == expected + ([(module, "connector_match")] if "hint" in TABLE[name] else [])
 
 
@@ -769,6 +796,11 @@ def test_dkd_s_clock_on_the_device_leaves_the_loss_s_dtype(dtype):
         ("kd", {"sr": 1.0}, "need a connector"),
         ("kd", {"infer_head": "teacher"}, "need a connector"),
         ("kd", {"connector": "conv1x1"}, "would not be trained"),
+        ("srd", {"connector": "none"}, "need a connector"),
+        ("srd", {"srd_power": 0.5}, "srd_power must be a finite number >= 1, got 0.5"),
+        ("ijckd", {"match_distance": "l1"}, "match_distance must be one of mse, cosine, smooth-l1, got 'l1'"),
+        ("kd", {"match_distance": "cosine"}, "expected fm above 0, got 0: set fm, or leave match_distance out"),
+        ("ijckd", {"match_distance": "cosine", "fm": 0.0}, "'cosine' is of the feature matching, expected fm above 0"),
         ("srrl", {"sr": 0.0, "fm": 0.0}, "would not be trained"),
         ("at", {"at": -1.0}, "at must be a finite number >= 0, got -1"),
         ("fitnet", {"hint": float("inf")}, "hint must be a finite number"),

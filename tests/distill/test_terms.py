@@ -50,7 +50,7 @@ def test_a_setting_is_declared_once():
 
 
 def test_a_cache_serves_what_needs_pooled_features():
-    assert {"ijckd-pooled", "srrl", "kd", "dkd", "hard", "ttm", "wttm", "nkd", "dist"} <= set(FROM_CACHE)
+    assert {"ijckd-pooled", "srrl", "kd", "dkd", "hard", "ttm", "wttm", "nkd", "dist", "srd"} <= set(FROM_CACHE)
     assert not {"ijckd", "simkd", "fitnet", "at", "ce"} & set(FROM_CACHE)
     for name in FROM_CACHE:
         PRESETS[name].refuse_cache("F")

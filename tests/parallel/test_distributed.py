@@ -52,9 +52,10 @@ def _gradients(head: str, folder: str) -> None:
     """Of one step on 12 images shared out, to a file; one process alone computes them from all of them."""
     torch.manual_seed(0)
     student, teacher = (create_model(name, 3, image_size=16) for name in ("resnet8x0.25", "resnet8x0.5"))
-    correlations = {"dist_inter": 1.0, "dist_intra": 2.0, "dist_head": "teacher"}
-    objective = get_objective("ijckd", at=10.0, hint=1.0, **correlations)
-    distiller = Distiller(student, teacher, objective, head=head).train().to(torch.float64)
+    whole_batch = {"dist_inter": 1.0, "dist_intra": 2.0, "dist_head": "teacher", "srd": 0.1}
+    plain = {"match_distance": "cosine"} if head == "plain" else {}
+    objective = get_objective("ijckd", at=10.0, hint=1.0, **whole_batch, **plain)
+    distiller = Distiller(student, teacher, objective, head="fused" if plain else head).train().to(torch.float64)
     images = torch.randn(12, 3, 16, 16, dtype=torch.float64)
     with started("cpu") as processes:
         step = distiller
@@ -64,15 +65,17 @@ def _gradients(head: str, folder: str) -> None:
         share = slice(processes.rank * 12 // processes.world, (processes.rank + 1) * 12 // processes.world)
         out = step(images[share], (torch.arange(12) % 3)[share], progress=0.0)
         out.loss.backward()
-        found = {"dist_intra": out.parts["dist_intra"]} | {name: p.grad for name, p in distiller.named_parameters()}
+        found = {name: out.parts[name] for name in ("dist_intra", "srd")} | {
+            name: p.grad for name, p in distiller.named_parameters()
+        }
         found |= {name: b for name, b in distiller.named_buffers() if b.is_floating_point()}
         torch.save(found, f"{folder}/gradients{processes.rank}of{processes.world}.pt")
 
 
-@pytest.mark.parametrize("head", ["fused", "reference"])
+@pytest.mark.parametrize("head", ["fused", "reference", "plain"])
 def test_two_processes_with_sync_bn_have_the_gradients_of_one(head, tmp_path):
     """And its running statistics, to float64's rounding: the connector's BatchNorm takes part, and the regressor's; and
-    the loss over a whole batch, of which each process has the same value.
+    the losses over a whole batch, of which each process has the same value. plain: the connector's map in PyTorch.
     """
     for world in (1, 2):
         assert Run(tmp_path / str(world), world, _gradients, head, str(tmp_path)).ends() == [0] * world

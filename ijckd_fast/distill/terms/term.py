@@ -28,6 +28,7 @@ class Needs(enum.Flag):
     LOGITS_Z      the logits [B, K] of z through the teacher's frozen classifier, for losses in plain PyTorch
     ANSWER        z through the teacher's frozen classifier, without a loss
     MAP_T         the teacher's map [B, Ct, H, W], for the connector's op to match
+    MAP_Z         Z [B, Ct, H, W], the student's connected map whose mean is z, in plain PyTorch, beside the teacher's
     POOLED_T      the teacher's pooled features [B, Ct]
     MATCH_POOLED  the same, for the connector's op to match
     LOGITS_T      the teacher's own logits [B, K]
@@ -43,6 +44,7 @@ class Needs(enum.Flag):
     LOGITS_Z = enum.auto()
     ANSWER = enum.auto()
     MAP_T = enum.auto()
+    MAP_Z = enum.auto()
     POOLED_T = enum.auto()
     MATCH_POOLED = enum.auto()
     LOGITS_T = enum.auto()
@@ -79,6 +81,7 @@ class Seen:
     z                [B, Ct] connected and pooled features, float32 (float64); takes a gradient
     unprojected      [B, Cin] in z's place where the loss has the connector's projection in its own op; takes a gradient
     fm               [] distance of the connected features to the teacher's, by the connector's op; takes a gradient
+    maps             (Z [B, Ct, H, W], the teacher's map [B, Ct, H, W]) of equal size; Z takes a gradient
     pooled_t         [B, Ct]
     logits_t         [B, K] float32 (float64)
     stages           (map_s [B, Cs, H, W], map_t [B, Ct, H, W]) of equal size by the stage's number, 1 that of the
@@ -100,6 +103,7 @@ class Seen:
     z: Tensor | None
     unprojected: Tensor | None
     fm: Tensor | None
+    maps: tuple[Tensor, Tensor] | None
     pooled_t: Tensor | None
     logits_t: Tensor | None
     stages: Mapping[int, tuple[Tensor, Tensor]]
@@ -146,14 +150,17 @@ class Term:
     A subclass is a row of TERMS in `terms/__init__.py`. The options of the command line, the keys of config.yaml, the
     fields of `Objective`, the checks and the names in the log follow from it. A setting that several terms have stands
     in one class that they inherit. Every weight multiplies a mean, so that its meaning does not depend on the sizes of
-    batch and maps.
+    batch and maps (SRD's multiplies a logarithm).
 
-    parts              names of its unweighted values in the log, in their order
-    takes_unprojected  whether its value can do with `seen.unprojected` instead of z
+    parts  names of its unweighted values in the log, in their order
     """
 
     parts: ClassVar[tuple[str, ...]]
-    takes_unprojected: ClassVar[bool] = False
+
+    @property
+    def takes_unprojected(self) -> bool:
+        """Whether its value can do with `seen.unprojected` instead of z."""
+        return False
 
     @classmethod
     def of(cls, settings: Any) -> Self:

@@ -29,7 +29,10 @@ class ThroughTeacher(InferenceHead, SoftLabels, FeatureMatching, LogitMatching, 
     """
 
     parts = ("ce", "sr", "fm", "kl")
-    takes_unprojected = True
+
+    @property
+    def takes_unprojected(self) -> bool:
+        return True
 
     @property
     def needs(self) -> Needs:
@@ -48,7 +51,7 @@ class ThroughTeacher(InferenceHead, SoftLabels, FeatureMatching, LogitMatching, 
         ops = ops_of(seen.head)
         if seen.unprojected is not None:
             assert seen.connector is not None
-            fm, projection = self.fm, (seen.connector.weight, seen.connector.bias)
+            fm, projection = self.fm_fused, (seen.connector.weight, seen.connector.bias)
             op = functools.partial(ops.projected_classifier_loss, seen.unprojected, *projection)
         else:
             assert seen.z is not None

@@ -1,13 +1,14 @@
 """`benchmark.py index`: how fast a data folder is scanned, and what time and memory a start with a large index takes.
 
 The scan reads real pictures; the starts read index files made up for as many images and class folders, or archives, as
-ImageNet and ImageNet-21k have, each in a process of its own. Folders and archives are there, the images are not: a
-start does not ask for them.
+ImageNet and ImageNet-21k have, each in a process of its own, in turn. Folders, archives and Parquet files are there,
+the images are not: a start does not ask for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import loader_benchmark
 import records
@@ -29,18 +31,12 @@ COLUMNS = (
     "batch_ms", "peak_mb", "held_mb", "repeats", "threads", "machine", "pyarrow", "numpy", "pillow", "python", "commit",
     "date",
 )  # fmt: skip
-IMAGENET = {
-    "imagenet": (1_281_167, 1000),
-    "imagenet-21k": (14_197_122, 21_841),
-    "imagenet-wds": (1_281_167, 1024),
-}
-"""Images, and class folders; of imagenet-wds archives, in one folder with the info file of timm/imagenet-1k-wds."""
 
 PICTURES = 200  # that differ; the other files are hard links to them
 
 START = """
 import json, resource, sys, time
-from ijckd_fast.data import Augment, TrainPlan, build_index
+from ijckd_fast.data import Augment, DataFolder, TrainPlan
 
 def megabytes(name):
     (line,) = [line for line in open("/proc/self/status") if line.startswith(name)]
@@ -48,9 +44,11 @@ def megabytes(name):
 
 before = megabytes("VmRSS")
 began = time.perf_counter()
-index = build_index(sys.argv[1], "train", trust_folders=True)
+folder = DataFolder(sys.argv[1], val_fraction=float(sys.argv[2]) or None)
+scans = folder.scans(("train",) if folder.val_fraction is None else ("train", "val"), trust_folders=True)
+indexes = [found.index for found in scans]
 seconds = time.perf_counter() - began
-plan = TrainPlan(index, Augment(), 256, seed=0)
+plan = TrainPlan(indexes[0], Augment(), 256, seed=0)
 began = time.perf_counter()
 plan.batch(0)
 order = time.perf_counter() - began
@@ -59,8 +57,9 @@ for step in range(1, 51):
     began = time.perf_counter()
     plan.batch(step)
     times.append(time.perf_counter() - began)
-print(json.dumps({"files": len(index), "seconds": seconds, "order_seconds": order, "batch_ms": 1e3 * sorted(times)[25],
-    "peak_mb": megabytes("VmHWM") - before, "held_mb": megabytes("VmRSS") - before}))
+print(json.dumps({"files": sum(map(len, indexes)), "seconds": seconds, "order_seconds": order,
+    "batch_ms": 1e3 * sorted(times)[25], "peak_mb": megabytes("VmHWM") - before,
+    "held_mb": megabytes("VmRSS") - before}))
 """
 
 
@@ -89,6 +88,41 @@ def make_up_index(root: pathlib.Path, images: int, folders: int) -> None:
 
 def make_up_archives(root: pathlib.Path, images: int, archives: int) -> None:
     """The same of root/imagenet1k-train-*.tar, empty archives, with an info file and labels of 1000 classes."""
+    names = [f"imagenet1k-train-{i:04d}.tar" for i in range(archives)]
+    for name in names:
+        (root / name).write_bytes(bytes(1024))
+    counts = [len(ids) for ids in _dealt(images, archives)]
+    train = {"name": "train", "num_samples": images, "filenames": names, "shard_lengths": counts}
+    (root / "_info.json").write_text(json.dumps({"splits": {"train": train}}))
+    _make_up_shards(root, names, images, "{name}/n{label:08d}_{i}.jpg", [str(k) for k in range(1000)], "KEY.cls")
+
+
+def make_up_parquet(root: pathlib.Path, images: int, count: int) -> None:
+    """The same of root/data/train-*.parquet, files without rows, with the names of 1000 classes in their schema."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    classes = [f"class {k}, with names of about this length" for k in range(1000)]
+    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    columns = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())]
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    names = [f"data/train-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+    (root / "data").mkdir()
+    for name in names:
+        pq.write_table(pa.schema(columns, about).empty_table(), root / name)
+    _make_up_shards(root, names, images, "{name}/image.bytes[{i}]", classes, "column label")
+
+
+def _dealt(images: int, files: int) -> list[range]:
+    """The images in each of so many files."""
+    ends = [images * k // files for k in range(files + 1)]
+    return list(itertools.starmap(range, itertools.pairwise(ends)))
+
+
+def _make_up_shards(
+    root: pathlib.Path, names: list[str], images: int, called: str, labels: list[str], labels_from: str
+) -> None:
+    """An index file that says that `images` are in the files root/names; called: with name, i in the file, label."""
     import numpy as np
     import pyarrow as pa
 
@@ -96,26 +130,21 @@ def make_up_archives(root: pathlib.Path, images: int, archives: int) -> None:
     from ijckd_fast.data.sources import open_source
     from ijckd_fast.data.sources.listing import stamp_of
 
-    names = [f"imagenet1k-train-{i:04d}.tar" for i in range(archives)]
-    for name in names:
-        (root / name).write_bytes(bytes(1024))
-    counts = np.diff(np.linspace(0, images, archives + 1).astype(np.int64)).tolist()
-    train = {"name": "train", "num_samples": images, "filenames": names, "shard_lengths": counts}
-    (root / "_info.json").write_text(json.dumps({"splits": {"train": train}}))
     time.sleep(2.1)
     files = kept.Files.none()
     files.labels_asked = open_source(root, "train").labels_asked
+    numbers = np.array([files.labels.number(label) for label in labels])
     paths, g = [], np.random.default_rng(0)
-    for name, count in zip(names, counts, strict=True):
-        keys = [f"{name}/n{k:08d}_{i}.jpg".encode() for i, k in enumerate(g.integers(0, 1000, count))]
-        paths.append(pa.array(keys, pa.large_binary()))
-        files.groups.append(kept.Group(name, count, (stamp_of(str(root), name),), (), "KEY.cls"))
+    for name, ids in zip(names, _dealt(images, len(names)), strict=True):
+        mine = [called.format(name=name, i=i, label=k).encode() for i, k in enumerate(g.integers(0, 1000, len(ids)))]
+        paths.append(pa.array(mine, pa.large_binary()))
+        files.groups.append(kept.Group(name, len(ids), (stamp_of(str(root), name),), (), labels_from))
     files.paths = pa.chunked_array(paths)
     _make_up_facts(files, images)
     files.facts["crc32"] = g.integers(1, 2**32, images)
     files.members = np.zeros(images, kept.MEMBERS)
     files.members["offset"] = g.integers(512, 10**8, images)
-    files.members["label"] = np.array([files.labels.number(str(k)) for k in range(1000)])[np.arange(images) % 1000]
+    files.members["label"] = numbers[np.arange(images) % len(numbers)]
     kept.save_files([root / kept.CACHE_FOLDER], "train", files)
 
 
@@ -138,6 +167,25 @@ def _make_up_facts(files: Any, images: int) -> None:
         files.facts[name] = 1
 
 
+class Start(NamedTuple):
+    """images, in so many class folders, archives or Parquet files, which make_up makes; val_fraction: held out."""
+
+    images: int
+    files: int
+    make_up: Callable[[pathlib.Path, int, int], None]
+    val_fraction: float = 0
+
+
+STARTS = {
+    "imagenet": Start(1_281_167, 1000, make_up_index),
+    "imagenet-21k": Start(14_197_122, 21_841, make_up_index),
+    "imagenet-wds": Start(1_281_167, 1024, make_up_archives),
+    "imagenet-wds-val-fraction": Start(1_281_167, 1024, make_up_archives, 0.02),
+    "imagenet-parquet": Start(1_281_167, 294, make_up_parquet),
+}
+"""imagenet-wds: in one folder with the info file of timm/imagenet-1k-wds; imagenet-parquet: as ILSVRC/imagenet-1k."""
+
+
 def add_parser(commands: Any) -> None:
     """`benchmark.py index`."""
     parser = commands.add_parser(
@@ -151,9 +199,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--files", type=int, default=20_000, help="pictures to scan, in classes of a hundred; 0: no scan"
     )
-    parser.add_argument(
-        "--starts", nargs="*", choices=tuple(IMAGENET), default=list(IMAGENET), help="sizes of made-up index files"
-    )
+    parser.add_argument("--starts", nargs="*", choices=tuple(STARTS), default=list(STARTS), help="made-up index files")
     parser.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads; default: all cores"
     )
@@ -178,8 +224,7 @@ def run(args: argparse.Namespace, environment: dict[str, Any]) -> int:
         "python": platform.python_version(),
     }
     measured = scans(args) if args.files else []
-    for name in args.starts:
-        measured.append(starts(name, args.repeats))
+    measured += starts(args.starts, args.repeats)
     rows = [{column: (row | where | {"what": "index"}).get(column) for column in COLUMNS} for row in measured]
     _print(rows)
     records.append(args.save, COLUMNS, rows)
@@ -217,26 +262,31 @@ def scans(args: argparse.Namespace) -> list[dict[str, Any]]:
         return rows
 
 
-def starts(name: str, repeats: int) -> dict[str, Any]:
-    """The start with a made-up index of IMAGENET[name], in a new process each time."""
-    images, folders = IMAGENET[name]
+def starts(names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """The start with each of these of STARTS, in turn, in a new process each time."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        make_up = make_up_archives if name == "imagenet-wds" else make_up_index
-        make_up(pathlib.Path(folder), images, folders)
-        found = []
-        for _ in range(repeats):
+        for name in names:
+            root = pathlib.Path(folder, name)
+            root.mkdir()
+            STARTS[name].make_up(root, STARTS[name].images, STARTS[name].files)
+        for _, name in itertools.product(range(repeats), names):
             done = subprocess.run(
-                [sys.executable, "-c", START, folder],
+                [sys.executable, "-c", START, str(pathlib.Path(folder, name)), str(STARTS[name].val_fraction)],
                 cwd=pathlib.Path(__file__).parent.parent,
                 check=True,
                 capture_output=True,
                 text=True,
             )
-            found.append(json.loads(done.stdout))
+            found[name].append(json.loads(done.stdout))
+            if found[name][-1]["files"] != STARTS[name].images:
+                sys.exit(f"refused to time {name}: {found[name][-1]['files']} images")
     others = ("order_seconds", "batch_ms", "peak_mb", "held_mb")
-    return _row(f"start, {name}", images, folders, [one["seconds"] for one in found]) | {
-        key: round(statistics.median(one[key] for one in found), 3) for key in others
-    }
+    return [
+        _row(f"start, {name}", STARTS[name].images, STARTS[name].files, [one["seconds"] for one in measured])
+        | {key: round(statistics.median(one[key] for one in measured), 3) for key in others}
+        for name, measured in found.items()
+    ]
 
 
 def _row(name: str, files: int, folders: int, times: list[float]) -> dict[str, Any]:
@@ -252,7 +302,7 @@ def _row(name: str, files: int, folders: int, times: list[float]) -> dict[str, A
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':26} {'files':>10} folders  {'s [least most]':24}  images/s  order s  batch ms  peak MB  held MB")
+    print(f"{'':33} {'files':>10} folders  {'s [least most]':24}  images/s  order s  batch ms  peak MB  held MB")
     for r in rows:
         spread = f"{r['seconds']:8.3f} [{r['seconds_least']:.3f} {r['seconds_most']:.3f}]"
         rest = [("images_per_s", 8), ("order_seconds", 7), ("batch_ms", 8), ("peak_mb", 7), ("held_mb", 7)]
@@ -260,7 +310,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             f"{'' if r[key] is None else format(r[key], '.4g' if key != 'peak_mb' else '.0f'):>{width}}"
             for key, width in rest
         )
-        print(f"{r['workload']:26} {r['files']:10,} {r['folders']:7,}  {spread:24}  {shown}")
+        print(f"{r['workload']:33} {r['files']:10,} {r['folders']:7,}  {spread:24}  {shown}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from ijckd_fast.train import (
     resolve,
     teacher_fingerprint,
     teacher_view_of,
+    warnings_of_seen_images,
 )
 from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY
@@ -112,8 +113,8 @@ def make_cache(
             _, own = normalisations_of(config)
             if own != IMAGENET:
                 tell(f"the teacher's images are normalised by {own}")
-            for note in teacher.notes:
-                tell(f"teacher: {note}")
+            for note in (*(f"teacher: {note}" for note in teacher.notes), *warnings_of_seen_images(config)):
+                tell(note)
             if config.data_backend in parity.EXECUTORS:
                 check_parity(config, train_index, val_index, tell)
             _judge(config, folder, teacher, fingerprint, val_index, tell)

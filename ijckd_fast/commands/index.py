@@ -10,9 +10,10 @@ from jsonargparse import ArgumentParser
 
 from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
-from ijckd_fast.commands.options import DATA, add_unset_settings, data_folder, option
+from ijckd_fast.commands.options import DATA, add_unset_settings, data_folder
 
 if TYPE_CHECKING:
+    from ijckd_fast.data import DataFolder
     from ijckd_fast.data.sources import InOrder
 
 SUMMARY = "Scan a data folder once and list its bad files."
@@ -74,16 +75,15 @@ def run(args: Arguments) -> Outcome:
             f"{one.why}, where each image costs its whole row group: training needs these packed once, their bytes "
             f"unchanged ({one.amount})"
         )
-    print(f"to train on it: {_training(args, packed=bool(in_order))}   # or --teacher RUN instead of --objective ce")
+    print(f"to train on it: {_training(data, packed=bool(in_order))}   # or --teacher RUN instead of --objective ce")
     return Outcome(rows)
 
 
-def _training(args: Arguments, packed: bool) -> str:
+def _training(data: DataFolder, packed: bool) -> str:
     """The command that trains on what was indexed, as a shell takes it. packed: behind the one that packs it."""
-    given = [word for name in DATA if name in args.given for word in (option(name), str(args.given[name]))]
-    train = ["--objective", "ce", "--student", "resnet18"]
+    train = ("--objective", "ce", "--student", "resnet18")
     if not packed:
-        return shlex.join(["ijckd-fast", "train", "--data-dir", args.data_dir, *given, *train])
-    out = f"{args.data_dir.rstrip('/')}-packed"
-    pack = shlex.join(["ijckd-fast", "pack", args.data_dir, out, "--short", "0", *given])
+        return data.command("train", "--data-dir", data.data_dir, last=train)
+    out = f"{str(data.data_dir).rstrip('/')}-packed"
+    pack = data.command("pack", data.data_dir, out, "--short", "0")
     return f"{pack} && {shlex.join(['ijckd-fast', 'train', '--data-dir', out, *train])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 from jsonargparse import ArgumentParser
@@ -84,8 +85,9 @@ def run(args: Arguments) -> Outcome:
         if args.codec == "jpeg"
         else BlockPack(args.short, args.bits, args.shard_gb)
     )
+    data = data_folder(args)
     rows = pack(
-        data_folder(args),
+        data,
         args.out,
         settings,
         splits=args.splits,
@@ -98,8 +100,12 @@ def run(args: Arguments) -> Outcome:
     Console().print(pack_table(rows, args.out))
     if args.codec == "blocks" and "val" in args.splits:
         print(
-            "accuracies on this pack are those of its re-encoded images; of the originals: ijckd-fast evaluate RUN "
-            f"--data-dir {args.data_dir}"
+            "accuracies on this pack are those of its re-encoded images; of the originals: "
+            f"{data.command('evaluate', 'RUN', '--data-dir', data.data_dir, of_run=True)}"
         )
-    print(f"to train on it: ijckd-fast train --data-dir {shlex.quote(args.out)} --objective ce --student resnet18")
+    missing = [split for split in ("train", "val") if not os.path.isdir(os.path.join(args.out, split))]
+    if missing:
+        print(f"to train on it, pack {missing[0]} too: the same command with --splits {missing[0]}")
+    else:
+        print(f"to train on it: ijckd-fast train --data-dir {shlex.quote(args.out)} --objective ce --student resnet18")
     return Outcome(rows)

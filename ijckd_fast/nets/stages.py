@@ -122,6 +122,8 @@ def find_stages(calls: Sequence[Call], map_: Found) -> tuple[Found, ...]:
     nhwc = map_.tap.nhwc
     squares = [(call, square) for call in calls if (square := _square(call.made, nhwc)) is not None]
     last = {call.path: i for i, (call, _) in enumerate(squares)}
+    if map_.tap.path not in last:  # tokens of a net that has no map of any other layer to tell their grid by
+        return (map_,)
     end = last[map_.tap.path]
     sides = _falling([square.side for _, square in squares[: end + 1]])
     stages = [map_]

@@ -49,6 +49,7 @@ class TeacherCache:
     path         absolute
     name         of the teacher's model
     fingerprint  `nets.fingerprint` of the teacher
+    weights      the file that its weights came from, 'published' or 'random'
     published    whether its weights are the library's
     views (V), images (N), channels (Ct), num_classes (K)
     unreadable   id -> reason of images that could not be read: their rows are NaN
@@ -82,7 +83,8 @@ class TeacherCache:
         teacher, self._settings = about["teacher"], about["settings"]
         self.name, self.fingerprint = teacher["name"], teacher["fingerprint"]
         self._classifier_digest = teacher["classifier"]
-        self.published: bool = teacher["weights"] == "published"
+        self.weights: str = teacher["weights"]
+        self.published = self.weights == "published"
         self.views, self.images, self.channels = layout.views, layout.images, layout.channels
         self.num_classes: int = self._settings["num_classes"]
         self.unreadable = {i: why for i, (_, why) in unreadable_of(self._done).items()}

@@ -17,6 +17,7 @@ from ijckd_fast.train.loaded_run import LoadedRun as LoadedRun, load_run as load
 from ijckd_fast.train.loop import train as train
 from ijckd_fast.train.meters import Meter as Meter, Stopwatch as Stopwatch
 from ijckd_fast.train.optimizer import build_optimizer as build_optimizer, learning_rate as learning_rate
+from ijckd_fast.train.overlap import warnings_of_seen_images as warnings_of_seen_images
 from ijckd_fast.train.parity import FolderParity as FolderParity, folder_parity as folder_parity
 from ijckd_fast.train.resolving import (
     amp_dtype_of as amp_dtype_of,

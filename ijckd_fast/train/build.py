@@ -125,7 +125,7 @@ def refuse_other_images(config: TrainConfig, hashes: Sequence[tuple[str, str]]) 
             if mine != other:
                 raise UserError(
                     f"processes 0 and {rank} see different images in {config.data_dir}/{split}, wanted the same files "
-                    "on every machine: ijckd-fast index lists them; or give one shared folder"
+                    f"on every machine: {data_folder_of(config).scanning} lists them; or give one shared folder"
                 )
 
 

@@ -12,6 +12,7 @@ from ijckd_fast.parallel import Processes
 from ijckd_fast.signals import Stopped
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.config import TrainConfig
+from ijckd_fast.train.resolving import data_folder_of
 
 
 @contextlib.contextmanager
@@ -149,6 +150,6 @@ def bad_labels(config: TrainConfig, count: int, step: int, num_classes: int) -> 
         f"stopped at step {step}: {count} images of the last steps had a label outside [0, K) = [0, "
         f"{num_classes}), the "
         f"classes of teacher {config.teacher}, and no loss: the index or its class list does not fit the teacher's K. "
-        f"Scan {config.data_dir} again with ijckd-fast index, and give a teacher with weights for these {num_classes} "
+        f"Scan it again ({data_folder_of(config).scanning}), and give a teacher with weights for these {num_classes} "
         "classes"
     )

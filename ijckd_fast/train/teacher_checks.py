@@ -23,8 +23,8 @@ from ijckd_fast.nets import CachedTeacher, Tapped, fingerprint, same
 from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
-from ijckd_fast.train.config import TrainConfig
-from ijckd_fast.train.resolving import amp_dtype_of, augment_of, device_of, teacher_view_of
+from ijckd_fast.train.config import FIELDS, TrainConfig
+from ijckd_fast.train.resolving import amp_dtype_of, augment_of, data_folder_of, device_of, teacher_view_of
 
 if TYPE_CHECKING:
     from ijckd_fast.train.build import RunData
@@ -128,7 +128,13 @@ def _say_pack_loss(indexes: Sequence[Index], say: Callable[[str], None]) -> None
 
 def _too_far(row: parity.Parity, config: TrainConfig, root: str) -> str:
     """Why a run is refused."""
-    shown = f"ijckd-fast bench loader --parity --data-dir {config.data_dir}"
+    crops = [
+        word
+        for name in ("image_size", "crop_padding", "decode", "max_drift")
+        if (value := getattr(config, name)) != FIELDS[name].default
+        for word in (f"--{name.replace('_', '-')}", f"{value}")
+    ]
+    shown = data_folder_of(config).command("bench", "loader", "--parity", "--data-dir", config.data_dir or "", *crops)
     worst = os.path.join(root, row.worst_path)
     if row.backend == "blocks":
         return (

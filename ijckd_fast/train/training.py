@@ -28,6 +28,7 @@ from ijckd_fast.train.build import RunData, cached_features
 from ijckd_fast.train.config import TrainConfig
 from ijckd_fast.train.log import RunLog
 from ijckd_fast.train.meters import Stopwatch, memory_mb
+from ijckd_fast.train.overlap import warnings_of_seen_images
 from ijckd_fast.train.progress import TrainingProgress
 from ijckd_fast.train.resolving import amp_dtype_of, data_folder_of, normalisations_of
 from ijckd_fast.train.state import RunState
@@ -74,6 +75,8 @@ class Training:
         )
         if said := data_folder_of(config).about_val():
             show.say(f"{said}: {len(data.val):,}")
+            for warning in warnings_of_seen_images(config, data.cache):
+                show.say(warning)
         for index in (data.train, data.val):
             if index.skipped:
                 show.say(f"{index.skipped:,} images of {index.folder} have a negative label and are skipped")

@@ -246,7 +246,7 @@ def test_a_fraction_is_held_out(root):
     assert (train.split, val.split, val.classes) == ("train", "val", whole.classes)
     assert len({train.hash, val.hash, whole.hash}) == 3
     for part, found in zip((train, val), scans, strict=True):
-        assert found.files.facts["length"].tolist() == part.members[:, 2].tolist()
+        assert found.facts["length"].tolist() == part.members[:, 2].tolist()
         for i, path in enumerate(part.paths):
             assert part.place(i) == whole.place(list(whole.paths).index(path))
     assert DataFolder(root, val_fraction=0.4, val_seed=1).index("val").hash == val.hash

@@ -39,9 +39,9 @@ def test_every_extension_of_the_formats_that_are_read(root):
         found = scan(root, "train")
     assert not [w for w in seen if "are not used" in str(w.message)]
     assert found.passed_over == []
-    assert len(found.files.facts) == 15 + 2 * len(IMAGE_EXTENSIONS)
+    assert len(found.facts) == 15 + 2 * len(IMAGE_EXTENSIONS)
     assert {".jfif", ".jpe", ".jif", ".jfi", ".pbm", ".pnm", ".dib"} < set(IMAGE_EXTENSIONS)
-    assert said == {found.files.formats[number] for number in set(found.files.facts["format"].tolist())}
+    assert said == {found.formats[number] for number in set(found.facts["format"].tolist())}
 
 
 def write_odd_ones(folder: Path) -> None:

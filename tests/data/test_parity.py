@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import io
 import os
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from rich.console import Console
 from tiny_run import config, options, settings, write_tree
 
 from ijckd_fast import cli
-from ijckd_fast.data import Augment, TooManyUnreadable, build_index, parity
+from ijckd_fast.data import Augment, DataFolder, TooManyUnreadable, build_index, parity
 from ijckd_fast.data.load import pillow
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import build, train as loud_train
@@ -211,6 +213,18 @@ def test_the_trainer_refuses_drift(data, tmp_path):
         train(data, tmp_path / "run")
     drift = int(text.split("--max-drift ")[1].split()[0])
     assert "val top-1" in train(data, tmp_path / "run", max_drift=float(drift))
+
+
+@pytest.mark.usefixtures("swapped_channels")
+def test_the_comparison_that_a_refusal_names_is_of_the_same_images_and_crops(data, tmp_path, capsys):
+    shutil.rmtree(data / "val")
+    with pytest.raises(UserError) as caught:
+        train(data, tmp_path / "run", val_fraction=0.3, seed=3, max_drift=0.4)
+    words = shlex.split(str(caught.value).split("look with ")[1].split(", try")[0])
+    assert words[-6:] == ["--max-drift", "0.4", "--val-fraction", "0.3", "--val-seed", "3"]
+    assert cli.main([*words[1:], "--device", "cpu"]) == 1  # beyond what is allowed
+    val_row = rows_of(capsys.readouterr().out)[1]
+    assert val_row["images"] == len(DataFolder(data, val_fraction=0.3, val_seed=3).index("val"))
 
 
 def test_the_trainer_refuses_another_filter(tmp_path, monkeypatch):

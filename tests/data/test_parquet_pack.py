@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import tarfile
 from pathlib import Path
 
 import pytest
-from command_line import complaint, row_of
+from command_line import complaint, row_of, rows_of
 from image_tree import photo, write_split
 from loading import AUGMENT, batches, identical
 from parquet_files import files_of
@@ -107,6 +108,37 @@ def test_index_names_the_command_that_trains(tmp_path, folders, capsys):
         capsys, "train", "--data-dir", str(compressed), "--objective", "ce", "--output-dir", str(tmp_path / "r")
     )
     assert f"ijckd-fast pack {compressed} {compressed}-packed --short 0, then give --data-dir" in said
+
+
+def test_the_commands_of_a_refusal_work_where_images_are_held_out(tmp_path, folders, capsys, monkeypatch):
+    root = tmp_path / "my hub"
+    files_of(root, build_index(folders, "train"), per_file=5, names=False, **COMPRESSED)
+    (tmp_path / "names").write_text("ant\nbee\n")
+    monkeypatch.chdir(tmp_path)
+    held_out = ["--val-fraction", "0.4", "--val-seed", "2"]
+    run = ["train", "--objective", "ce", "--output-dir", "run", "--class-list", "names", *held_out]
+    said = complaint(capsys, *run, "--data-dir", "my hub")
+    pack_it, then = said.split("): ")[1].split(", then give ")
+    words = shlex.split(pack_it)
+    assert words[:2] == ["ijckd-fast", "pack"]
+    assert {*held_out, str(tmp_path / "names")} < set(words)
+    assert cli.main(words[1:]) == 0
+    capsys.readouterr()
+    option, packed = shlex.split(then)
+    assert (option, packed) == ("--data-dir", str(tmp_path / "my hub-packed"))
+    assert cli.main(["index", packed]) == 0
+    train_row, val_row = rows_of(capsys.readouterr().out)
+    assert train_row["images"] + val_row["images"] == 14
+    assert (Path(packed) / "classes.txt").read_text() == "ant\nbee\n"
+
+
+def test_a_pack_of_one_split_says_what_is_missing(tmp_path, folders, capsys):
+    root = hub(tmp_path / "hf", folders)
+    command = ["pack", str(root), str(tmp_path / "out"), "--short", "0", "--splits"]
+    assert cli.main([*command, "train"]) == 0
+    assert "to train on it, pack val too: the same command with --splits val" in capsys.readouterr().out
+    assert cli.main([*command, "val"]) == 0
+    assert f"to train on it: ijckd-fast train --data-dir {tmp_path}/out " in capsys.readouterr().out
 
 
 def test_a_run_equals_that_of_folders(tmp_path, folders, capsys):

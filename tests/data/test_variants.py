@@ -84,14 +84,14 @@ def test_every_variant_is_the_same_by_both_executors_or_left_out(everything):
     """docs/data.md's table says what becomes of each."""
     found, names = everything
     index = found.index
-    by = dict(zip(found.files.paths.to_pylist(), found.files.facts["by"].tolist(), strict=True))
+    by = dict(zip(index.paths, found.facts["by"][found.facts["reason"] == 0].tolist(), strict=True))
     difference = apart(EvalPlan(index, AS_STORED, 16))
     assert len(difference) == len(index)  # none is lost on the way
     assert max(difference.values()) < 1.01
     rows = {names[path]: Row(f"left out: `{why}`", "-", "-") for path, why in index.quarantined}
     for i, path in enumerate(index.paths):
         plain = ", plain" if index.variant(i) == "" else ""
-        rows[names[path]] = Row("used" + plain, SAID[By(by[path.encode()])], f"{difference[i]:.0f}")
+        rows[names[path]] = Row("used" + plain, SAID[By(by[path])], f"{difference[i]:.0f}")
     assert len(rows) >= 60
     table = "".join(f"| {name} | {' | '.join(rows[name])} |\n" for name in VARIANTS)
     assert table in DOCUMENT.read_text(), table
@@ -120,14 +120,14 @@ def test_an_index_made_without_dali_is_completed_when_dali_is_there(tmp_path, mo
         patch.setattr(AskDali, "can_be_asked", lambda _: False)
         without = scan(tmp_path, "train")
     assert sorted(checked) == sorted(Path(path).name for path in names)
-    assert without.files.facts["by"].tolist() == [By.UNASKED, By.UNASKED, By.DALI, By.UNASKED]
+    assert without.facts["by"].tolist() == [By.UNASKED, By.UNASKED, By.DALI, By.UNASKED]
     assert max(apart(EvalPlan(without.index, AS_STORED, 4)).values()) < 1.01
     checked.clear()
     assert build_index(tmp_path, "train", ask_dali=False).by_pillow().tolist() == [True, True, False, True]
     assert checked == []
     completed = scan(tmp_path, "train")
     assert sorted(checked) == ["000.jpg", "001.jpg", "003.jpg"]
-    assert completed.files.facts["by"].tolist() == [By.PILLOW, By.DALI, By.DALI, By.PILLOW_ALONE]
+    assert completed.facts["by"].tolist() == [By.PILLOW, By.DALI, By.DALI, By.PILLOW_ALONE]
     assert completed.index.hash == without.index.hash
     checked.clear()
     again = build_index(tmp_path, "train", trust_folders=True)
@@ -144,7 +144,7 @@ def test_an_index_made_without_dali_is_completed_when_dali_is_there(tmp_path, mo
 def test_odd_files_are_looked_at_whole(tmp_path, verify):
     write(tmp_path, "train", [CMYK, RGBA, "JPEG, 4:2:0"])
     found = scan(tmp_path, "train", verify=verify)
-    assert found.files.facts["full"].tolist() == [True, True, verify == "full"]
+    assert found.facts["full"].tolist() == [True, True, verify == "full"]
     assert found.index.by_pillow().tolist() == [True, False, False]
 
 

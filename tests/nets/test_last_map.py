@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ijckd_fast.distill import Distiller, get_objective
@@ -14,9 +15,16 @@ WIDTH, CLASSES, SIZE = 8, 10, 32
 class Tokens(nn.Module):
     """Patches of 8x8 pixels as tokens, `before` others before them, a block; pooled as `pooling` says."""
 
-    def __init__(self, pooling: str = "mean", before: int = 0, order: str = "rows", tail: nn.Module | None = None):
+    def __init__(
+        self,
+        pooling: str = "mean",
+        before: int = 0,
+        order: str = "rows",
+        tail: nn.Module | None = None,
+        linear: bool = False,
+    ):
         super().__init__()
-        self.patches = nn.Conv2d(3, WIDTH, 8, 8)
+        self.patches = nn.Linear(3 * 8 * 8, WIDTH) if linear else nn.Conv2d(3, WIDTH, 8, 8)
         self.before = nn.Parameter(torch.randn(1, before, WIDTH))
         self.block = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU())
         self.norm = nn.LayerNorm(WIDTH)
@@ -25,8 +33,11 @@ class Tokens(nn.Module):
         self.pooling, self.order = pooling, order
 
     def forward(self, images):  # [B, 3, S, S] -> [B, K]
-        x = self.patches(images)  # [B, C, S/8, S/8]
-        x = (x if self.order == "rows" else x.transpose(2, 3)).flatten(2).transpose(1, 2)
+        if isinstance(self.patches, nn.Linear):
+            x = self.patches(F.unfold(images, 8, stride=8).transpose(1, 2))  # [B, N, C]
+        else:
+            x = self.patches(images)  # [B, C, S/8, S/8]
+            x = (x if self.order == "rows" else x.transpose(2, 3)).flatten(2).transpose(1, 2)
         x = torch.cat((self.before.expand(len(x), -1, -1), x), 1)
         x = self.norm(x + self.block(x) + 0.1 * x.mean(1, keepdim=True))  # [B, P + N, C]
         grid = x[:, self.before.shape[1] :]
@@ -43,10 +54,12 @@ def images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
 
 
+@pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("before", [0, 1, 5])
 @torch.no_grad()
-def test_tokens_whose_mean_is_pooled_are_the_map(before):
-    model = tapped(before=before)
+def test_tokens_whose_mean_is_pooled_are_the_map(before, linear):
+    """linear: the net has no map whose size would say which tokens are the grid (NaFlexViT)."""
+    model = tapped(before=before, linear=linear)
     assert model.has_map
     assert not model.matches_only
     assert model.stages == (("norm", WIDTH, 4),)

@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,9 @@ from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index.ask import AskDali
 from ijckd_fast.data.index.check import CANNOT_BE_READ, By, Verdict, check_image
 from ijckd_fast.data.index.index import Index, Odd, Paths, content_hash, stamps_of
-from ijckd_fast.data.index.kept import Files, cache_homes, load_files, report_path, save_files
+from ijckd_fast.data.index.kept import Files, Names, cache_homes, load_files, report_path, save_files
 from ijckd_fast.data.index.relist import relist
+from ijckd_fast.data.index.said import DataSettings
 from ijckd_fast.data.sources import (
     IMAGE_EXTENSIONS,
     Fields,
@@ -51,7 +53,8 @@ SAVE_EVERY = 300.0  # seconds of decoding that a killed scan loses at most
 class Scan:
     """An index and what was seen on the way to it.
 
-    files    every file, those left out too
+    all_facts  [M] of dtype FACTS, of every file that was listed; formats, variants: what they number
+    rows     [M] bool: the files of this split, those left out too; None: all
     home     where the verdicts and the list of the bad files are kept; None where nothing could be written
     opened   files that were opened, and the seconds that took
     passed_over  files that are not read because of their names, or of where they lie, by kind
@@ -61,7 +64,9 @@ class Scan:
     """
 
     index: Index
-    files: Files
+    all_facts: np.ndarray
+    formats: Names
+    variants: Names
     home: Path | None
     opened: int
     opening_seconds: float
@@ -69,6 +74,14 @@ class Scan:
     layout: str
     labels_from: str
     only_in_order: InOrder | None = None
+    rows: np.ndarray | None = None
+
+    @property
+    def facts(self) -> np.ndarray:
+        """[m] of dtype FACTS, of every file of this split, those left out too. Made when it is asked for: a training
+        does not.
+        """
+        return self.all_facts if self.rows is None else self.all_facts[self.rows]
 
 
 def build_index(
@@ -154,12 +167,15 @@ def scan(
     least_classes: int = 1,
     ask_dali: bool = True,
     in_order: Callable[[InOrder, Iterator[Place]], None] | None = None,
+    said: DataSettings | None = None,
 ) -> Scan:
     """build_index, with what a summary needs besides.
 
     in_order   called before anything is decoded where images can only be read one after the other, with what there is
                to say of that and with where they are; None: such images are refused
+    said       the data folder that this is a split of, as the user gave it; default: root with the arguments above
     """
+    said = said or DataSettings(root, class_list, labels, fields or Fields())
     root = Path(root).resolve()
     if split not in ("train", "val"):
         raise UserError(f"split must be 'train' or 'val', found {split!r}")
@@ -182,12 +198,13 @@ def scan(
     only_in_order = None if files.members is None else source.only_in_order(files.members["offset"])
     if only_in_order is not None:
         if in_order is None:
-            raise UserError(only_in_order.said)
+            raise _to_be_packed(source, only_in_order, said)
         in_order(only_in_order, _places(source, files))
-    names, label_of = source.labels(_listed(files), classes)
-    _require_classes(source, len(names), least_classes)
     unused = source.content.passed_over(source.unused())
     passed = together([unused, *(group.passed_over for group in files.groups)])
+    _require_images(source, files, passed)
+    names, label_of = source.labels(_listed(files), classes)
+    _require_classes(source, len(names), least_classes)
     if text := images_warning(source.content.folder, passed, IMAGE_EXTENSIONS):
         warnings.warn(text, stacklevel=3)
     dali = AskDali() if ask_dali else None
@@ -214,16 +231,55 @@ def scan(
             relabelled = files.labels_asked != asked_before
             if files.groups != known.groups or (files.facts[todo] != before).any() or newly_compared or relabelled:
                 home = save()
-    index = _assemble(source, names, files, label_of, home)
-    said = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
-    return Scan(index, files, home, len(todo), seconds, passed, source.title, said, only_in_order)
+    index = _assemble(source, names, files, label_of, home, said)
+    labels_from = source.labels_from or ", ".join(dict.fromkeys(g.labels_from for g in files.groups if g.labels_from))
+    return Scan(
+        index,
+        files.facts,
+        files.formats,
+        files.variants,
+        home,
+        len(todo),
+        seconds,
+        passed,
+        source.title,
+        labels_from,
+        only_in_order,
+    )
+
+
+def _to_be_packed(source: Source, found: InOrder, said: DataSettings) -> UserError:
+    """Why images that are read in their order are not trained on, and the command after which they are."""
+    folder = Path(said.data_dir).resolve()
+    packed = folder.parent / f"{folder.name}-packed"
+    return UserError(
+        f"the images in {source.content.called} must be stored as they are to be read in any order, as training reads "
+        f"them, found {found.why}, where each costs its whole row group; pack them once, their bytes unchanged "
+        f"({found.amount}): {said.command('pack', folder, packed, '--short', '0')}, then give --data-dir "
+        f"{shlex.quote(str(packed))}"
+    )
 
 
 def _require_classes(source: Source, found: int, least: int) -> None:
     if found < least:
+        remedy = (
+            "put one folder of images per class into it"
+            if source.class_is_group
+            else "give images of more classes, or say which labels are meant"
+        )
         raise UserError(
-            f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.folder} has "
-            f"{found}: put one folder of images per class into it"
+            f"a classifier needs at least {'two' if least == 2 else least} classes, but {source.content.called} has "
+            f"{found}: {remedy}"
+        )
+
+
+def _require_images(source: Source, files: Files, passed: Sequence[PassedOver]) -> None:
+    """UserError where shards hold nothing at all; where they hold images of no class, the source knows what to say."""
+    if source.in_shards and not len(files.facts) and not of_no_class(passed):
+        others = f", only {listed(passed)}" if passed else ""
+        raise UserError(
+            f"{source.content.called} must hold images, found none in {len(files.groups)} {source.title}{others}; "
+            "fetch them again, or give another folder"
         )
 
 
@@ -351,7 +407,9 @@ def _note(files: Files, row: int, verdict: Verdict | OSError) -> None:
     files.facts[row] = (length, mtime_ns, width, height, orientation, *numbers, by, crc32, whole, True)
 
 
-def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None) -> Index:
+def _assemble(
+    source: Source, classes: tuple[str, ...], files: Files, labels: np.ndarray, home: Path | None, said: DataSettings
+) -> Index:
     """labels: [N] int64 of every file, good or bad."""
     folder, split = source.content.folder, source.content.split
     bad = np.flatnonzero(files.facts["reason"])
@@ -392,6 +450,7 @@ def _assemble(source: Source, classes: tuple[str, ...], files: Files, labels: np
         source.blocks,
         source.content.called,
         sum(of_no_class(group.passed_over) for group in files.groups),
+        said,
     )
 
 

@@ -15,7 +15,7 @@ from ijckd_fast.data.index.ask import AskDali
 from ijckd_fast.data.index.rgb import to_rgb
 from ijckd_fast.data.index.variants import PLAIN, variant_of
 from ijckd_fast.data.sources import Place
-from ijckd_fast.errors import out_of_memory
+from ijckd_fast.errors import UserError, out_of_memory
 
 # Pillow also opens GIF and AVIF, which DALI does not, and float, 32-bit and LAB pixels, which libraries turn into RGB
 # in ways of their own.
@@ -60,7 +60,8 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum:
     full     decode every pixel; otherwise only where header and trailer are not those of an intact plain JPEG
     dali     asked about an image of an odd variant; None: nobody is
     checksum whether the CRC-32 of its bytes is asked for, and how many they are
-    raises   OSError with an errno when it could not be read at all (missing, no permission, I/O error)
+    raises   OSError with an errno when it could not be read at all (missing, no permission, I/O error); UserError of
+             its place: it is not this image alone that is at fault
     """
     empty = False
     try:
@@ -78,7 +79,7 @@ def check_image(place: Place, full: bool, dali: AskDali | None = None, checksum:
             raise
         return Verdict(0, 0, "", 1, _reason(place.path, error, empty), True)
     except Exception as error:  # Pillow's parsers raise nearly anything on damaged input, and that is the verdict
-        if out_of_memory(error):
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         return Verdict(0, 0, "", 1, _reason(place.path, error, empty), True)
 

@@ -5,38 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-import pyarrow as pa
 
 from ijckd_fast.data.index.build import Scan, scan
 from ijckd_fast.data.index.index import Index
+from ijckd_fast.data.index.said import DataSettings
 from ijckd_fast.data.sources import Fields
-from ijckd_fast.errors import UserError
 
 Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
-class DataFolder:
-    """A data folder, and the settings of the same names.
-
-    data_dir      with both splits, unless one of the next two says where validation images come from
-    val_dir       another data folder whose validation images are taken, or a folder of nothing but these
-    val_fraction  of the training images, about which part is held out; in (0, 1)
-    val_seed      of that draw; None: 0
-    class_list, val_labels, fields  see build_index
-    raises        UserError for both val_dir and val_fraction, a fraction out of range, and a seed of no draw
-    """
-
-    data_dir: str | Path
-    class_list: str | Path | None = None
-    val_labels: str | Path | None = None
-    fields: Fields = Fields()  # noqa: RUF009 - frozen
-    val_dir: str | Path | None = None
-    val_fraction: float | None = None
-    val_seed: int | None = None
+class DataFolder(DataSettings):
+    """A data folder with all that is said of it, and its indexes."""
 
     @classmethod
     def of(cls, settings: Any) -> DataFolder:
@@ -44,22 +25,6 @@ class DataFolder:
         own = (field.name for field in dataclasses.fields(cls) if field.name != "fields")
         fields = Fields(settings.image_column, settings.label_column, settings.label_key)
         return cls(**{name: getattr(settings, name) for name in own}, fields=fields)
-
-    def __post_init__(self) -> None:
-        if self.val_fraction is None:
-            if self.val_seed is not None:
-                raise UserError(
-                    f"--val-seed {self.val_seed} is what --val-fraction draws by, found none; give one, e.g. "
-                    "--val-fraction 0.02, or leave it out"
-                )
-            return
-        if self.val_dir is not None:
-            raise UserError(
-                f"validation images come from --val-dir or from --val-fraction, found both, {self.val_dir} and "
-                f"{self.val_fraction:g}; leave one out"
-            )
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"--val-fraction must lie between 0 and 1, found {self.val_fraction:g}; 0.02 is usual")
 
     def about_val(self) -> str | None:
         """Where the validation images come from, for people; None where they are the data folder's own."""
@@ -101,6 +66,7 @@ class DataFolder:
             labels=self.val_labels if is_val else None,
             fields=self.fields,
             itself=apart is not None,
+            said=self,
             **how,
         )
 
@@ -108,15 +74,7 @@ class DataFolder:
 def _parted(found: Scan, fraction: float, seed: int) -> tuple[Scan, Scan]:
     """What is left for training, with the files that are left out, and what is held out."""
     train, val, held_out = found.index.held_out(fraction, seed)
-    out = found.files.facts["reason"] == 0
+    out = found.facts["reason"] == 0
     out[out] = held_out
-    parts = []
-    for index, rows in ((train, ~out), (val, out)):
-        files = dataclasses.replace(
-            found.files,
-            paths=found.files.paths.filter(pa.array(rows)),
-            facts=found.files.facts[rows],
-            members=None if found.files.members is None else found.files.members[rows],
-        )
-        parts.append(dataclasses.replace(found, index=index, files=files))
-    return parts[0], dataclasses.replace(parts[1], opened=0, passed_over=[])
+    of_train = dataclasses.replace(found, index=train, rows=~out)
+    return of_train, dataclasses.replace(found, index=val, rows=out, opened=0, passed_over=[])

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from ijckd_fast.data.blocks import Bits
 from ijckd_fast.data.counter_rng import permutation, uniforms
+from ijckd_fast.data.index.said import DataSettings
 from ijckd_fast.data.sources import Place, WholeFile, extent
 from ijckd_fast.errors import UserError
 
@@ -50,7 +51,7 @@ class Paths(Sequence[str]):
     def __getitem__(self, i: slice) -> Paths: ...
     def __getitem__(self, i: int | slice) -> str | Paths:
         if isinstance(i, slice):
-            return self.take(np.arange(*i.indices(len(self))))
+            return Paths(self._encoded.take(pa.array(np.arange(*i.indices(len(self))))))
         return os.fsdecode(self._encoded[int(i)].as_py())
 
     def encoded(self) -> Iterator[bytes]:
@@ -59,9 +60,9 @@ class Paths(Sequence[str]):
             for first in range(0, len(chunk), HASHED_AT_ONCE):
                 yield from chunk.slice(first, HASHED_AT_ONCE).to_pylist()
 
-    def take(self, ids: np.ndarray) -> Paths:
-        """The paths at `ids` [n] int64, in their order."""
-        return Paths(self._encoded.take(pa.array(ids)))
+    def only(self, rows: np.ndarray) -> Paths:
+        """The paths where `rows` [N] bool is true."""
+        return Paths(self._encoded.filter(pa.array(rows)))
 
     def joined(self) -> Iterator[pa.Buffer]:
         """The bytes of the paths with a NUL between each two, in pieces; a NUL belongs between the pieces too."""
@@ -90,9 +91,9 @@ class Odd:
     variant: np.ndarray
     by_pillow: np.ndarray
 
-    def take(self, ids: np.ndarray) -> Odd:
-        """Of the images `ids` [n] int64, in their order."""
-        return Odd(self.names, self.variant[ids], self.by_pillow[ids])
+    def only(self, rows: np.ndarray) -> Odd:
+        """Of the images where `rows` [N] bool is true."""
+        return Odd(self.names, self.variant[rows], self.by_pillow[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,7 @@ class Index:
     stamps       [N] uint32, see stamps_of, of the images' files when they were indexed; without shards
     folder       the folder that the images lie in, as messages name it; '': root/split
     skipped      images that are not here because their label, a negative number, says that they are of no class
+    said         the data folder as the user gave it, for commands that messages advise; None: a data set that is none
     blocks       bits of luma and chroma where the images are blocks (data/blocks), whose checksums `members` has; None:
                  they are encoded files, of whose CRC-32 it is
     """
@@ -138,6 +140,7 @@ class Index:
     blocks: Bits | None = None
     folder: str = ""
     skipped: int = 0
+    said: DataSettings | None = None
 
     def __post_init__(self) -> None:
         if not self.folder:
@@ -191,7 +194,7 @@ class Index:
             raise UserError(
                 f"label noise must be a fraction between 0 and 1, found {label_noise}; set it to 0 for clean labels"
             )
-        keep = np.arange(len(self))
+        keep = np.ones(len(self), bool)
         if per_class is not None:
             counts = np.bincount(self.labels, minlength=self.num_classes)
             smallest = int(counts.argmin())
@@ -203,18 +206,19 @@ class Index:
             order = permutation(seed, _SUBSET_STREAM, len(self))
             by_class = order[np.argsort(self.labels[order], kind="stable")]  # classes in turn, each in its seeded order
             first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-            keep = np.sort((by_class[first[:, None] + np.arange(per_class)]).ravel())
+            keep[:] = False
+            keep[by_class[first[:, None] + np.arange(per_class)]] = True
         labels = self.labels[keep]
         if label_noise > 0:
             if self.num_classes < 2:
                 raise UserError("label noise needs at least two classes, found one; set label noise to 0")
-            chosen = permutation(seed, _NOISE_STREAM, len(keep))[: round(label_noise * len(keep))]
+            chosen = permutation(seed, _NOISE_STREAM, len(labels))[: round(label_noise * len(labels))]
             shift = 1 + np.floor(uniforms(seed, _NOISE_STREAM, chosen, 1)[:, 0] * (self.num_classes - 1)).astype(
                 np.int64
             )
             labels[chosen] = (labels[chosen] + shift) % self.num_classes
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
-        return dataclasses.replace(self._take(keep), labels=labels, hash=digest)
+        return dataclasses.replace(self._only(keep), labels=labels, hash=digest)
 
     def held_out(self, fraction: float, seed: int) -> tuple[Index, Index, np.ndarray]:
         """(training images, validation images, [N] bool: which these are): a part of all, see `drawn`, is held out.
@@ -236,24 +240,24 @@ class Index:
                 f"{self.folder}; give a smaller one, or another seed"
             )
         parts = []
-        for split, ids in (("train", np.flatnonzero(~out)), ("val", np.flatnonzero(out))):
+        for split, rows in (("train", ~out), ("val", out)):
             digest = hashlib.sha256(f"{self.hash} held out {fraction!r} {seed} {split}".encode()).hexdigest()
-            parts.append(dataclasses.replace(self._take(ids), split=split, hash=digest))
+            parts.append(dataclasses.replace(self._only(rows), split=split, hash=digest))
         train, val = parts
         # what is left out is train's, wherever it would have gone
         val = dataclasses.replace(val, folder=f"{self.folder}, held out", quarantined=[], skipped=0)
         return train, val, out
 
-    def _take(self, ids: np.ndarray) -> Index:
-        """The images `ids` [n] int64, renumbered; its hash is not theirs."""
+    def _only(self, rows: np.ndarray) -> Index:
+        """The images where `rows` [N] bool is true, renumbered; its hash is not theirs."""
         return dataclasses.replace(
             self,
-            paths=self.paths.take(ids),
-            labels=self.labels[ids],
-            sizes=self.sizes[ids],
-            members=None if self.members is None else self.members[ids],
-            odd=None if self.odd is None else self.odd.take(ids),
-            stamps=None if self.stamps is None else self.stamps[ids],
+            paths=self.paths.only(rows),
+            labels=self.labels[rows],
+            sizes=self.sizes[rows],
+            members=None if self.members is None else self.members[rows],
+            odd=None if self.odd is None else self.odd.only(rows),
+            stamps=None if self.stamps is None else self.stamps[rows],
         )
 
 
@@ -262,8 +266,12 @@ def drawn(paths: Paths, fraction: float, seed: int) -> np.ndarray:
 
     Each by a hash of its path and the seed alone: whatever other images there are, in whatever order, in every process.
     """
-    names = np.fromiter(map(zlib.crc32, paths.encoded()), np.int64, len(paths))
-    return uniforms(seed, _HOLD_OUT_STREAM, names, 1)[:, 0] < fraction
+    chosen, names = np.empty(len(paths), bool), map(zlib.crc32, paths.encoded())
+    for first in range(0, len(paths), HASHED_AT_ONCE):
+        part = chosen[first : first + HASHED_AT_ONCE]
+        ids = np.fromiter(names, np.int64, len(part))
+        part[:] = uniforms(seed, _HOLD_OUT_STREAM, ids, 1)[:, 0] < fraction
+    return chosen
 
 
 def stamps_of(lengths: np.ndarray, mtimes: np.ndarray) -> np.ndarray:

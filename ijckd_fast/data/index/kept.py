@@ -23,7 +23,7 @@ from ijckd_fast.files import replacing
 
 CACHE_VERSION = "4"
 CACHE_FOLDER = ".ijckd-index"
-_ROWS_PER_GROUP = 1 << 18  # what is held twice while the file is read
+_ROWS_PER_GROUP = 1 << 16  # what is held twice while the file is read, and leaves holes in the memory
 
 FACTS = np.dtype(
     [

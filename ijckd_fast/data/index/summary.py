@@ -34,7 +34,7 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
     cannot, how many since DALI makes other pixels, and how many since DALI was not asked
     opened, images_per_s: files that this scan had to open, and how many a second; None where it opened none
     """
-    index, facts = scan.index, scan.files.facts
+    index, facts = scan.index, scan.facts
     good = facts["reason"] == 0
     formats = np.bincount(facts["format"][good], minlength=1)
     # what stands in brackets differs from file to file: how many bytes of one are missing
@@ -50,10 +50,10 @@ def summarize(scan: Scan, seconds: float) -> dict[str, Any]:
         "shorter_side": _spread(index.sizes.min(1)),
         "longer_side": _spread(index.sizes.max(1)),
         "bytes": int(facts["length"][good].sum()),
-        "formats": {scan.files.formats[i]: int(formats[i]) for i in np.argsort(-formats) if formats[i]},
+        "formats": {scan.formats[i]: int(formats[i]) for i in np.argsort(-formats) if formats[i]},
         "rotated": int((facts["orientation"][good] != 1).sum()),
         "by_pillow": 0 if index.odd is None else int(index.odd.by_pillow.sum()),
-        "variants": _variants(scan.files.variants, facts[good]),
+        "variants": _variants(scan.variants, facts[good]),
         "skipped": index.skipped,
         "left_out": len(index.quarantined),
         "reasons": dict(reasons.most_common()),

@@ -60,7 +60,8 @@ class ChangedFiles:
         asked = self._asked.popleft()
         if asked.cancelled():  # with its threads
             return
-        remedy = f"run ijckd-fast index {self._index.root}, or start with --check-files, to have it looked at"
+        scanning = "" if self._index.said is None else f"run {self._index.said.scanning}, or "
+        remedy = f"{scanning}start with --check-files, to have it looked at"
         for path, now in asked.result().items():
             if path in self._named or self._warned > _NAMED:
                 continue

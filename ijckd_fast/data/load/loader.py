@@ -197,7 +197,8 @@ class Loader:
             files = "1 file" if len(reasons) == 1 else f"{len(reasons)} files"
             raise TooManyUnreadable(
                 f"{files} of {self.plan.index.folder} cannot be read any more, more than the "
-                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}); {what_to_do(reasons.values())}"
+                f"{self.bad_limit} allowed; the last was {plan.paths[i]} ({why}); "
+                f"{what_to_do(self.plan.index, reasons.values())}"
             )
 
     def close(self) -> None:

@@ -185,7 +185,7 @@ def _compare(
         raise TooManyUnreadable(
             f"images were expected to compare {EXECUTORS[executor_of(index)]} with Pillow on, but both could read none "
             f"of the sample of "
-            f"{index.folder}; {what_to_do(why for pair in loaders for _, why in pair[0].bad_files)}"
+            f"{index.folder}; {what_to_do(index, (why for pair in loaders for _, why in pair[0].bad_files))}"
         )
     of_image = torch.cat(means)
     worst = int(of_image.argmax())

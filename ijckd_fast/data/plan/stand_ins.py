@@ -15,11 +15,12 @@ class TooManyUnreadable(UserError):
     """More files cannot be read any more than may be, or than can be replaced."""
 
 
-def what_to_do(reasons: Iterable[str]) -> str:
-    """The end of an error's sentence about images that cannot be used any more, for these reasons."""
+def what_to_do(index: Index, reasons: Iterable[str]) -> str:
+    """The end of an error's sentence about images of an index that cannot be used any more, for these reasons."""
     if any(why.startswith(CANNOT_BE_READ) for why in reasons):
         return "see whether the disk is still there"
-    return "the files have changed since they were indexed: build the index again (ijckd-fast index)"
+    command = "" if index.said is None else f" ({index.said.scanning})"
+    return f"the files have changed since they were indexed: build the index again{command}"
 
 
 class StandIns:
@@ -51,7 +52,7 @@ class StandIns:
         which = "" if self._any_label else f" of class {self._index.classes[self._index.labels[i]]!r}"
         raise TooManyUnreadable(
             f"no image{which} in {self._index.folder} can be read any more, the last one was "
-            f"{self._index.absolute(i)} ({self.reasons[i]}); {what_to_do([self.reasons[i]])}"
+            f"{self._index.absolute(i)} ({self.reasons[i]}); {what_to_do(self._index, [self.reasons[i]])}"
         )
 
     def of(self, ids: np.ndarray) -> np.ndarray:

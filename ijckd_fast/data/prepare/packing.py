@@ -275,9 +275,9 @@ def _adopt(out: Path, settings: PackFormat) -> None:
 
 def _is_jpeg(found: Scan) -> np.ndarray:
     """[N] bool."""
-    facts = found.files.facts
+    facts = found.facts
     formats = facts["format"][facts["reason"] == 0]
-    return np.isin(formats, [found.files.formats.number(name) for name in _JPEG])
+    return np.isin(formats, [found.formats.number(name) for name in _JPEG])
 
 
 def _pack_split(
@@ -337,7 +337,7 @@ def _pack_split(
                 raise TooManyUnreadable(
                     f"{len(left_out)} files of {index.folder} cannot be read any more, more than the "
                     f"{limit} allowed; the last was {left_out[-1][1]} ({left_out[-1][2]}); "
-                    f"{what_to_do(why for _, _, why in left_out)}. Finished shards stay and the same command "
+                    f"{what_to_do(index, (why for _, _, why in left_out))}. Finished shards stay and the same command "
                     "continues; --unreadable-limit allows more"
                 )
     files.write_bytes(sums, sum_lines(after))
@@ -345,7 +345,7 @@ def _pack_split(
     missing = np.array([i for i, _, _ in left_out], np.int64)
     _require_every_class(index, missing)
     seconds = time.perf_counter() - start
-    lengths = found.files.facts["length"][found.files.facts["reason"] == 0]
+    lengths = found.facts["length"][found.facts["reason"] == 0]
     counts = np.bincount(treatment, minlength=3)
     return {
         "split": index.split,

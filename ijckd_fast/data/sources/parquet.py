@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import time
 import warnings
 from collections import defaultdict
@@ -33,7 +32,7 @@ from ijckd_fast.data.sources.parquet_columns import (
     open_file,
 )
 from ijckd_fast.data.sources.parquet_pages import Broken, Chunk, Encoded, find_values
-from ijckd_fast.data.sources.parquet_rows import ParquetRow
+from ijckd_fast.data.sources.parquet_rows import ParquetRow, null_rows, nulls_counted, refuse_nulls
 from ijckd_fast.data.sources.passed_over import NO_CLASS, Tally
 from ijckd_fast.data.sources.places import Checked, Place
 from ijckd_fast.data.sources.shards import class_names
@@ -62,7 +61,6 @@ class ParquetFiles(Source):
     def __init__(self, content: Content, label_file: str | Path | None, fields: Fields) -> None:
         """Reads the first file's footer, at every start: the schema, and what the classes are called."""
         super().__init__(content, label_file, fields)
-        self._asked = fields
         self._files = self.recognised_by(content)
         _require_all_files(content.folder, self._files)
         self._first = content.folder / self._files[0]
@@ -185,7 +183,7 @@ class ParquetFiles(Source):
         return {name: position[other] for name, other in same.items()}
 
     def only_in_order(self, offsets: np.ndarray) -> InOrder | None:
-        """Where some of the images are compressed or encoded: that they are to be packed, and how."""
+        """Where some of the images are compressed or encoded."""
         if not (offsets < 0).any():
             return None
         images = size = 0
@@ -196,17 +194,7 @@ class ParquetFiles(Source):
                 images += about.num_rows
                 size += _bytes(about, self._columns.image)
                 why = why or _encoding(name, about, self._columns.image)
-        root = self.content.root
-        asked = {"--image-column": self._asked.image_column, "--label-column": self._asked.label_column}
-        options = "".join(f" {option} {shlex.quote(name)}" for option, name in asked.items() if name is not None)
-        packed = root.parent / f"{root.name}-packed"
-        command = f"ijckd-fast pack {shlex.quote(str(root))} {shlex.quote(str(packed))} --short 0{options}"
-        found = InOrder(images, size, why, "")
-        return found._replace(
-            said=f"the images in {self.content.called} must be stored as they are to be read in any order, as training "
-            f"reads them, found {why}, where each costs its whole row group; pack them once, their bytes unchanged "
-            f"({found.amount}): {command}, then give --data-dir {shlex.quote(str(packed))}"
-        )
+        return InOrder(images, size, why)
 
 
 def _require_all_files(folder: Path, files: Sequence[str]) -> None:
@@ -245,7 +233,7 @@ def _labels(path: str, file: pq.ParquetFile, columns: Columns) -> tuple[pa.Dicti
     if pa.types.is_dictionary(found.type):
         found = found.cast(found.type.value_type)
     if found.null_count:
-        _refuse_nulls(path, column, pc.is_null(found).to_numpy(zero_copy_only=False))
+        refuse_nulls(path, column, pc.is_null(found).to_numpy(zero_copy_only=False))
     if not pa.types.is_integer(found.type):  # a class name, or true and false
         found = found.cast(pa.string())
         if empty := pc.sum(pc.equal(pc.utf8_length(found), 0)).as_py():
@@ -269,23 +257,10 @@ def _labels(path: str, file: pq.ParquetFile, columns: Columns) -> tuple[pa.Dicti
     return pa.DictionaryArray.from_arrays(pa.array(at.astype(np.int32)), pa.array(words, pa.string())), numbers >= 0
 
 
-def _refuse_nulls(path: str, column: Column, null: np.ndarray) -> None:
-    """UserError. null: [n] bool, of every row."""
-    row, others = int(np.argmax(null)), int(null.sum()) - 1
-    more = f" and {others} others" if others else ""
-    remedy = (
-        "write the file with the images' bytes in it, not only their paths"
-        if null.all()
-        else "remove these rows, or fix the file"
-    )
-    raise UserError(f"{path} must have a value of {column.name} in each row, found null in row {row}{more}; {remedy}")
-
-
 def _places(path: str, file: pq.ParquetFile, columns: Columns) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, lengths) [n] int64 of the images, -1 - row and 0 where they are no runs of bytes of the file."""
     about, column = file.metadata, columns.image
     offsets, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    rows = -1 - np.arange(about.num_rows), np.zeros(about.num_rows, np.int64)
     leaf = file.schema.column(column.leaf)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -294,41 +269,33 @@ def _places(path: str, file: pq.ParquetFile, columns: Columns) -> tuple[np.ndarr
             if chunk.num_values == 0:
                 continue
             if chunk.compression != "UNCOMPRESSED" or chunk.physical_type != "BYTE_ARRAY" or leaf.max_repetition_level:
-                _refuse_counted_nulls(path, file, columns)
-                return rows
+                return _in_order(path, file, column)
             first = min(at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at)
             levels = leaf.max_definition_level
             found = find_values(descriptor, Chunk(first, chunk.total_compressed_size, chunk.num_values, levels))
             offsets.append(found.offsets)
             lengths.append(found.lengths)
     except Encoded:
-        return rows
+        return _in_order(path, file, column)
     except Broken as error:
         raise not_intact(path, f"row group {number} has {error}") from error
     finally:
         os.close(descriptor)
     at = np.concatenate(offsets)
     if (at < 0).any():
-        _refuse_nulls(path, column, at < 0)
+        refuse_nulls(path, column, at < 0)
     return at, np.concatenate(lengths)
 
 
-def _refuse_counted_nulls(path: str, file: pq.ParquetFile, columns: Columns) -> None:
-    """UserError where the footer counts images that are null; where it counts nothing they show when they are read."""
-    about, column = file.metadata, columns.image
-    first = 0
-    for number in range(about.num_row_groups):
-        group = about.row_group(number)
-        said = group.column(column.leaf).statistics
-        if said is not None and said.has_null_count and said.null_count:
-            null = np.zeros(about.num_rows, bool)
-            at = first
-            for batch in file.iter_batches(64, [number], [column.name], use_threads=False):
-                found = pc.is_null(column.of(batch)).to_numpy(zero_copy_only=False)
-                null[at : at + len(found)] = found
-                at += len(found)
-            _refuse_nulls(path, column, null)
-        first += group.num_rows
+def _in_order(path: str, file: pq.ParquetFile, column: Column) -> tuple[np.ndarray, np.ndarray]:
+    """`_places` of images that are no runs of bytes.
+
+    UserError where the footer counts images that are null; where it counts nothing they show when they are read.
+    """
+    about = file.metadata
+    if any(nulls_counted(about.row_group(i), column) for i in range(about.num_row_groups)):
+        refuse_nulls(path, column, null_rows(file, column))
+    return -1 - np.arange(about.num_rows), np.zeros(about.num_rows, np.int64)
 
 
 def _bytes(about: pq.FileMetaData, column: Column) -> int:

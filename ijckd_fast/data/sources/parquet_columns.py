@@ -6,6 +6,7 @@ By the schema, and by what Hugging Face's `datasets` writes beside it: the featu
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,25 +63,45 @@ class Columns(NamedTuple):
 
 
 def open_file(path: str | Path) -> pq.ParquetFile:
-    """A file, of which the footer alone has been read. Raises UserError where it is none; OSError."""
+    """A file, of which the footer alone has been read. Raises UserError where it is none, or encrypted; OSError."""
     try:
         # a buffer: without one a whole row group's column is in the memory before its first value is there
-        return pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, thrift_container_size_limit=1 << 30)
+        file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, thrift_container_size_limit=1 << 30)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise not_intact(path, error) from error
+    if _end(path)[0] > file.metadata.serialized_size:
+        # A footer that can be read although columns are encrypted is signed: the signature stands behind it. Asked for
+        # such a column, pyarrow ends the process.
+        file.close()
+        raise _encrypted(path, "encrypted columns")
+    return file
+
+
+def _end(path: str | Path) -> tuple[int, bytes]:
+    """(bytes of the footer, the file's last 4 bytes)."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8))
+        data = file.read(8)
+    return int.from_bytes(data[:4], "little"), data[4:]
+
+
+def _encrypted(path: str | Path, what: str) -> UserError:
+    return UserError(
+        f"{path} must be a Parquet file without encryption, found {what}; read it with its keys and write it without"
+    )
 
 
 def not_intact(path: str | Path, why: object) -> UserError:
     """What to say of a file that is cut, or none."""
     text = " ".join(str(why).split())
+    if _end(path)[1] == b"PARE":
+        return _encrypted(path, "an encrypted footer")
     with open(path, "rb") as file:
         pointer = file.read(24).startswith(b"version https://git-lfs")
     if pointer:
         remedy = "it is Git LFS's pointer to the file: git lfs pull fetches the file itself"
-    elif "ecrypt" in text:
-        remedy = "encrypted files are not read: write it without encryption"
     else:
         remedy = "fetch it again, or remove it to do without its images"
     return UserError(f"{path} must be an intact Parquet file, found: {text}; {remedy}")

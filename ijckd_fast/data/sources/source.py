@@ -84,13 +84,11 @@ class InOrder(NamedTuple):
 
     images  how many there are; size: bytes of their files, about
     why     a clause: what keeps them from being read in any order
-    said    a sentence: that, and what to do
     """
 
     images: int
     size: int
     why: str
-    said: str
 
     @property
     def amount(self) -> str:

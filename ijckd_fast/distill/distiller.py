@@ -65,6 +65,7 @@ class StudentSide(NamedTuple):
     logits       [B, K] of the student's own classifier, float32 (float64)
     stages       [B, Ci, Hi, Wi] of each stage that the objective compares
     maps         (Z [B, Ct, H, W], the teacher's map of that size) where a loss in plain PyTorch compares them
+    pooled       [B, Cs] what the student's own classifier sees
     """
 
     z: Tensor | None
@@ -73,6 +74,7 @@ class StudentSide(NamedTuple):
     logits: Tensor | None
     stages: tuple[Tensor, ...]
     maps: tuple[Tensor, Tensor] | None = None
+    pooled: Tensor | None = None
 
 
 class Distiller(nn.Module):
@@ -200,6 +202,7 @@ class Distiller(nn.Module):
             unprojected=of_student.unprojected,
             fm=of_student.fm,
             maps=of_student.maps,
+            pooled_s=of_student.pooled,
             pooled_t=of_teacher.pooled,
             logits_t=of_teacher.logits,
             stages={number: equal_sizes(map_s, map_t) for number, map_s, map_t in by_number},
@@ -290,7 +293,8 @@ class Distiller(nn.Module):
             else:
                 unprojected = connector.trunk(x)
         logits = None if self.student.classifier is None else full(self.student.classifier(pooled_s))
-        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else (), maps)
+        pooled = pooled_s if Needs.POOLED_S in self.objective.needs else None
+        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else (), maps, pooled)
 
     @torch.no_grad()
     def _answer(self, of_student: StudentSide) -> Tensor:

@@ -167,7 +167,8 @@ _TYPES = typing.get_type_hints(Objective)
 # 1) and at are those of SimKD's toolbox; dkd's alpha, beta, T and warm-up are its authors' defaults, for CIFAR-100
 # (mdistiller; presets have those of their pairs). hard is DeiT's hard distillation, on one classifier instead of two
 # tokens. ttm's and wttm's weights and powers are those of their authors' example commands, for CIFAR-100 (README of
-# zkxufo/TTM); nkd's (yzd-v/cls_KD), dist's (as torchdistill and mmrazor have them) and srd's are for ImageNet.
+# zkxufo/TTM); nkd's (yzd-v/cls_KD), dist's (as torchdistill and mmrazor have them) and srd's are for ImageNet,
+# as is reviewkd's for ResNet-34 -> ResNet-18 (mdistiller; presets have that of their pair).
 # ijckd-pooled is ours: ijckd's terms, but of the teacher it needs only the pooled vector, which can be cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
@@ -185,6 +186,7 @@ _ROWS: dict[str, dict[str, Any]] = {
     "srd": {"ce": 1, "srd": 1, "kl": 1, "temperature": 1, "connector": "linear"},
     "fitnet": {"ce": 1, "kl": 1, "hint": 100},
     "at": {"ce": 1, "kl": 1, "at": 1000},
+    "reviewkd": {"ce": 1, "review": 1},
     "ce": {"ce": 1},
 }  # fmt: skip
 PRESETS: dict[str, Objective] = {name: Objective(name, **row) for name, row in _ROWS.items()}

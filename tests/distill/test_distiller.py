@@ -40,6 +40,7 @@ TABLE = {
     "srd": {"ce_s": 1, "kl_s": 1, "srd": 1, "T": 1, "connector": "linear", "infer": "student"},
     "fitnet": {"ce_s": 1, "kl_s": 1, "hint": 100, "stage": 1, "infer": "student"},
     "at": {"ce_s": 1, "kl_s": 1, "at": 1000, "infer": "student"},
+    "reviewkd": {"ce_s": 1, "review": 1, "infer": "student"},
     "ce": {"ce_s": 1, "infer": "student"},
 }
 # What a user may set on its own: preset, overrides, how the table's row changes.
@@ -84,6 +85,7 @@ VARIANTS = [
         {"dkd_t": 1, "alpha": 1, "beta": 2, "T": 3},
     ),
     ("kd", {"standardize_logits": True}, {"z_scores": True}),
+    ("ijckd", {"review": 0.5, "review_width": 3}, {"review": 0.5, "width": 3}),
     ("ijckd", {"srd": 0.5, "srd_power": 2.0}, {"srd": 0.5, "power_srd": 2}),
     ("ijckd-pooled", {"srd": 0.5, "connector": "mlp"}, {"srd": 0.5, "connector": "mlp"}),
     ("ijckd", {"match_distance": "cosine"}, {"distance": "cosine"}),
@@ -197,6 +199,32 @@ def normalised(x):
     return (x - x.mean(0)) / (((x - x.mean(0)) ** 2).mean(0) + 1e-4).sqrt()
 
 
+def review_by_definition(p: dict, levels):
+    """ReviewKD's fusions and hierarchical context loss, of (student's, teacher's) maps, the deepest first."""
+
+    def conv_bn(x, prefix, padding):
+        stats, affine = (
+            [p[f"{prefix}.1.{name}"] for name in names]
+            for names in (("running_mean", "running_var"), ("weight", "bias"))
+        )
+        return F.batch_norm(F.conv2d(x, p[f"{prefix}.0.weight"], padding=padding), *stats, *affine, True, 0.1, 1e-5)
+
+    total, deeper = 0.0, None
+    for i, (x, target) in enumerate(levels):
+        x = conv_bn(x, f"{i}.squeeze", 0)
+        if i:
+            deeper = deeper.repeat_interleave(x.shape[2] // deeper.shape[2], 2)
+            deeper = deeper.repeat_interleave(x.shape[3] // deeper.shape[3], 3)
+            a = F.conv2d(torch.cat([x, deeper], 1), p[f"{i}.shares.weight"], p[f"{i}.shares.bias"]).sigmoid()
+            x = x * a[:, 0, None] + deeper * a[:, 1, None]
+        made, deeper = conv_bn(x, f"{i}.expand", 1), x
+        sides = [made.shape[2]] + [side for side in (4, 2, 1) if side < made.shape[2]]
+        shares = [0.5**n for n in range(len(sides))]
+        pooled = [(F.adaptive_avg_pool2d(made, side), F.adaptive_avg_pool2d(target, side)) for side in sides]
+        total = total + sum(s * ((m - t) ** 2).mean() for s, (m, t) in zip(shares, pooled, strict=True)) / sum(shares)
+    return total
+
+
 def logit_terms(row: dict, which: str, logits, logits_t, mixed, progress):
     """The weighted sum of the terms that go through the classifier `which`, 's' or 't', but for cross-entropies.
 
@@ -227,6 +255,7 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
     """Loss of a training step on copies of the distiller's parameters: (loss, logits of the inference head, copies)."""
     student = copy.deepcopy(distiller.student)
     p, r = parameters_of(distiller.connector), parameters_of(regressor_of(distiller))
+    f = parameters_of(getattr(distiller, "fusions", None))
     W, b = teacher.classifier.weight.detach(), teacher.classifier.bias.detach()
     with torch.no_grad():
         stages_t = stages_of(teacher.net, images)
@@ -256,6 +285,11 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
     if "hint" in row:
         place = row["stage"] - 1
         loss = loss + row["hint"] * F.mse_loss(connect(r, stages_s[place], "conv1x1", True), stages_t[place])
+    if "review" in row:
+        deepest_first = list(zip(stages_s, stages_t, strict=True))[::-1]
+        levels = [tuple(x.mean((2, 3), keepdim=True) for x in deepest_first[0]), *deepest_first]
+        loss = loss + row["review"] * review_by_definition(f, levels)
+        assert len(f["0.squeeze.0.weight"]) == row.get("width", pooled_s.shape[1])
     logits = logits_s = None
     if row.get("connector"):
         on_map = row["connector"] not in ("linear", "mlp")
@@ -274,7 +308,12 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
         logits_s = F.linear(pooled_s, student.classifier.weight, student.classifier.bias)
         loss = loss + row.get("ce_s", 0) * cross_entropy(logits_s)
         loss = loss + logit_terms(row, "s", logits_s, logits_t, mixed_pairs, progress)
-    return loss, logits if row["infer"] == "teacher" else logits_s, student, {"connector": p, "regressor": r}
+    return (
+        loss,
+        logits if row["infer"] == "teacher" else logits_s,
+        student,
+        {"connector": p, "regressor": r, "fusions": f},
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -409,8 +448,9 @@ def test_the_teacher_is_never_touched_and_every_parameter_of_the_learner_is_trai
 
     own = {id(p) for p in teacher.parameters()}
     assert not any(id(p) in own for p in distiller.parameters())
-    assert {k.split(".")[0] for k in distiller.state_dict()} <= {"student", "connector", "regressor"}
+    assert {k.split(".")[0] for k in distiller.state_dict()} <= {"student", "connector", "regressor", "fusions"}
     assert (regressor_of(distiller) is None) == ("hint" not in row)
+    assert hasattr(distiller, "fusions") == ("review" in row)
     through_own = any(key.endswith("_s") and weight for key, weight in row.items())
     assert ("student.classifier.weight" in distiller.state_dict()) == through_own
 
@@ -836,7 +876,7 @@ def test_unfit_pairs_are_refused():
             Distiller(*models, get_objective("ijckd"))
 
 
-@pytest.mark.parametrize("name", ["fitnet", "at"])
+@pytest.mark.parametrize("name", ["fitnet", "at", "reviewkd"])
 def test_nets_without_stages_are_refused(name):
     student, teacher = pair()
     with pytest.raises(UserError, match=f"objective '{name}' needs a teacher"):

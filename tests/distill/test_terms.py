@@ -37,7 +37,7 @@ def test_an_objective_is_its_terms(name):
         assert term.needs
         assert all(getattr(term, key) == getattr(objective, key) for key in settings_of(type(term)))
     assert objective.needs_teacher == (name != "ce")
-    assert (Needs.STAGES in objective.needs) == (name in ("fitnet", "at"))
+    assert (Needs.STAGES in objective.needs) == (name in ("fitnet", "at", "reviewkd"))
 
 
 def test_a_setting_is_declared_once():
@@ -51,7 +51,7 @@ def test_a_setting_is_declared_once():
 
 def test_a_cache_serves_what_needs_pooled_features():
     assert {"ijckd-pooled", "srrl", "kd", "dkd", "hard", "ttm", "wttm", "nkd", "dist", "srd"} <= set(FROM_CACHE)
-    assert not {"ijckd", "simkd", "fitnet", "at", "ce"} & set(FROM_CACHE)
+    assert not {"ijckd", "simkd", "fitnet", "at", "reviewkd", "ce"} & set(FROM_CACHE)
     for name in FROM_CACHE:
         PRESETS[name].refuse_cache("F")
     with pytest.raises(

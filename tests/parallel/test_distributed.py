@@ -52,7 +52,7 @@ def _gradients(head: str, folder: str) -> None:
     """Of one step on 12 images shared out, to a file; one process alone computes them from all of them."""
     torch.manual_seed(0)
     student, teacher = (create_model(name, 3, image_size=16) for name in ("resnet8x0.25", "resnet8x0.5"))
-    whole_batch = {"dist_inter": 1.0, "dist_intra": 2.0, "dist_head": "teacher", "srd": 0.1}
+    whole_batch = {"dist_inter": 1.0, "dist_intra": 2.0, "dist_head": "teacher", "srd": 0.1, "review": 0.1}
     plain = {"match_distance": "cosine"} if head == "plain" else {}
     objective = get_objective("ijckd", at=10.0, hint=1.0, **whole_batch, **plain)
     distiller = Distiller(student, teacher, objective, head="fused" if plain else head).train().to(torch.float64)

@@ -408,8 +408,8 @@ def test_no_step_waits_for_the_device(name, accumulate, clip, ema_decay, scaler,
 
 @pytest.mark.parametrize("head", ["fused", "reference"])
 def test_no_comparison_of_stages_waits_for_the_device(head):
-    """All of them, and one through the regressor."""
-    distiller = _distiller("at", hint=1.0, head=head)
+    """All of them, fused too, and one through the regressor."""
+    distiller = _distiller("at", hint=1.0, review=1.0, head=head)
     step = _step_of(distiller, accumulate=2, ema_decay=0.9)
     batch = _batch(size=4, mixup=True)
     with HostWaits() as waits:

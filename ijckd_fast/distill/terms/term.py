@@ -29,6 +29,7 @@ class Needs(enum.Flag):
     ANSWER        z through the teacher's frozen classifier, without a loss
     MAP_T         the teacher's map [B, Ct, H, W], for the connector's op to match
     MAP_Z         Z [B, Ct, H, W], the student's connected map whose mean is z, in plain PyTorch, beside the teacher's
+    POOLED_S      the student's own pooled features [B, Cs], what its classifier sees
     POOLED_T      the teacher's pooled features [B, Ct]
     MATCH_POOLED  the same, for the connector's op to match
     LOGITS_T      the teacher's own logits [B, K]
@@ -45,6 +46,7 @@ class Needs(enum.Flag):
     ANSWER = enum.auto()
     MAP_T = enum.auto()
     MAP_Z = enum.auto()
+    POOLED_S = enum.auto()
     POOLED_T = enum.auto()
     MATCH_POOLED = enum.auto()
     LOGITS_T = enum.auto()
@@ -82,6 +84,7 @@ class Seen:
     unprojected      [B, Cin] in z's place where the loss has the connector's projection in its own op; takes a gradient
     fm               [] distance of the connected features to the teacher's, by the connector's op; takes a gradient
     maps             (Z [B, Ct, H, W], the teacher's map [B, Ct, H, W]) of equal size; Z takes a gradient
+    pooled_s         [B, Cs]; takes a gradient
     pooled_t         [B, Ct]
     logits_t         [B, K] float32 (float64)
     stages           (map_s [B, Cs, H, W], map_t [B, Ct, H, W]) of equal size by the stage's number, 1 that of the
@@ -104,6 +107,7 @@ class Seen:
     unprojected: Tensor | None
     fm: Tensor | None
     maps: tuple[Tensor, Tensor] | None
+    pooled_s: Tensor | None
     pooled_t: Tensor | None
     logits_t: Tensor | None
     stages: Mapping[int, tuple[Tensor, Tensor]]

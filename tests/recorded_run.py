@@ -30,7 +30,7 @@ def read(record: Path) -> list[Seen]:
     return [Seen(int(step), ids, digest) for step, ids, digest in (line.split() for line in lines)]
 
 
-def _line(step: int, batch: Batch) -> str:
+def line_of(step: int, batch: Batch) -> str:
     digest = hashlib.sha256()
     for tensor in batch:
         if tensor is not None:
@@ -53,7 +53,7 @@ def recording(record: Path) -> Iterator[None]:
             def __next__(self) -> Batch:
                 step = self.start if self._step is None else self._step
                 batch = super().__next__()
-                os.write(file, _line(step, batch).encode())  # at once, or a kill would lose it
+                os.write(file, line_of(step, batch).encode())  # at once, or a kill would lose it
                 return batch
 
         loader.__class__ = Recorded

@@ -13,6 +13,8 @@ import pytest
 import recorded_run
 import timm
 import torch
+from hub_shards import write_hub
+from parquet_files import files_of
 from processes import Run, free_port
 from tiny_run import config, differing, distilled, options, settings
 from torch import nn
@@ -20,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijckd_fast import cli
 from ijckd_fast.commands.parser import parse
+from ijckd_fast.data import TrainPlan, build_index, make_loader
 from ijckd_fast.distill import Distiller, get_objective
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import create_model
 from ijckd_fast.parallel import SyncBatchNorm, started, synchronise_batch_norm, world_size
-from ijckd_fast.train import checkpoint, refuse_other_images, run_folder
+from ijckd_fast.train import augment_of, checkpoint, refuse_other_images, resolve, run_folder
 
 
 def _command(data, folder, teacher, **changes):
@@ -226,6 +229,34 @@ def test_goes_on_with_another_number_of_processes(data, teacher, worlds, tmp_pat
     alone = {seen.step: seen.ids for seen in recorded_run.read(worlds[1][1][0])}
     assert {seen.step: seen.ids for seen in recorded_run.read(record)} == {step: alone[step] for step in range(4, 6)}
     assert [row["step"] for row in _rows(folder, "train")] == list(range(1, 7))
+
+
+def test_files_of_many_images_are_shared_out_and_gone_on_with(data, tmp_path):
+    """Parquet files, validated on archives of another folder, by two processes that are killed and go on: the batches
+    of the same images in class folders.
+    """
+    train, val = build_index(data, "train"), build_index(data, "val")
+    files_of(tmp_path / "files", train, per_file=10)
+    (tmp_path / "archives").mkdir()
+    write_hub(tmp_path / "archives", [val])
+    folder, val_dir = tmp_path / "run", str(tmp_path / "archives")
+    asked = {"epochs": 2, "global_batch": 12, "log_interval": 1, "checkpoint_steps": 1, "eval_every": 2}
+    asked = settings(tmp_path / "files", folder, val_dir=val_dir, data_backend="dali", **asked)
+    killed = Run(tmp_path, 2, _record_own, str(tmp_path), ["train", *options(asked)])
+    _wait_for_steps(killed, folder, 2)
+    for rank in range(2):
+        killed.signal(signal.SIGKILL, rank)
+    assert killed.ends() == [-signal.SIGKILL] * 2
+    again = Run(tmp_path, 2, _record_own, str(tmp_path), ["train", "--resume", str(folder)])
+    assert again.ends() == [0, 0], again.output()
+    assert "continuing from step " in again.output()
+    assert [row["images"] for row in _rows(folder, "eval")] == [18]
+    for rank in range(2):
+        plan = TrainPlan(train, augment_of(resolve(config(data, folder))), 6, 0, rank, 2)
+        with make_loader("dali", plan, stop=6) as loader:
+            wanted = [recorded_run.line_of(step, batch) for step, batch in enumerate(loader)]
+        seen = recorded_run.read(tmp_path / f"batches{rank}.txt")
+        assert {f"{one.step} {one.ids} {one.digest}\n" for one in seen} == set(wanted)
 
 
 # --- what is refused ---

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Times the fused ops against whatever else computes the same, the whole training step against PyTorch by hand, the
-data loaders against torchvision's, views of block packs, by stage too, and the index of a data folder; models the
-kernels of a GPU that is not there: `scripts/benchmark.py op --help`, and likewise step, loader, views, stages, index
-and model.
+data loaders against torchvision's, views of block packs, by stage too, a step by each objective, and the index of a
+data folder; models the kernels of a GPU that is not there: `scripts/benchmark.py op --help`, and likewise step, loader,
+views, stages, objectives, index and model.
 
 Nothing is timed before it is checked: the fused result may be at most twice as far from float64 as eager PyTorch's,
 else the workload is refused and the exit status is 1. Repeats are interleaved, so a slow minute of the machine hits
@@ -38,6 +38,7 @@ import index_benchmark  # noqa: E402
 import kernel_model  # noqa: E402
 import kernel_record  # noqa: E402
 import loader_benchmark  # noqa: E402
+import objective_benchmark  # noqa: E402
 import records  # noqa: E402
 import stage_benchmark  # noqa: E402
 import step_benchmark  # noqa: E402
@@ -872,6 +873,7 @@ def parser() -> argparse.ArgumentParser:
     loader_benchmark.add_parser(commands)
     step_benchmark.add_parser(commands)
     views_benchmark.add_parser(commands)
+    objective_benchmark.add_parser(commands)
     index_benchmark.add_parser(commands)
     stage_benchmark.add_parser(commands)
     kernel_model.add_parser(commands)
@@ -1006,6 +1008,8 @@ def main(argv: list[str] | None = None) -> int:
             return step_benchmark.run(args, records.environment(args.device) | {"cpu": records.cpu_name()})
         if args.what == "views":
             return views_benchmark.run(args, records.environment(args.device))
+        if args.what == "objectives":
+            return objective_benchmark.run(args, records.environment(args.device))
         if args.what == "index":
             return index_benchmark.run(args, records.environment("cpu"))
         if args.what == "stages":

@@ -13,6 +13,7 @@ import torch
 
 from ijckd_fast import head as ops
 from ijckd_fast.data.load import pillow
+from ijckd_fast.distill import Distiller
 
 ROOT = pathlib.Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "scripts" / "benchmark.py")
@@ -513,6 +514,45 @@ def test_views_rows(capsys, tmp_path, monkeypatch):
     assert "refused to time float32, blocks in host: other bits" in said
 
 
+def test_objective_rows(capsys, tmp_path, monkeypatch):
+    saved = tmp_path / "objectives.csv"
+    arguments = ["objectives", "--pair", "tiny", "--image-size", "16", "--batch", "4", "--repeats", "2"]
+    chosen = [
+        "--objectives",
+        "dist",
+        "ijckd:nkd=0.5:nkd_head=teacher",
+        "kd:standardize_logits=true",
+        "--save",
+        str(saved),
+    ]
+    assert benchmark.main([*arguments, *chosen]) == 0
+    rows, _ = rows_of(capsys)
+    assert [(row["objective"], row["settings"]) for row in rows] == [
+        ("kd", ""), ("dist", ""), ("ijckd", "nkd=0.5:nkd_head=teacher"), ("kd", "standardize_logits=true"),
+    ]  # fmt: skip
+    assert rows[0]["ratio_to_kd"] == 1
+    assert all(0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"] for row in rows)
+    assert len(list(csv.DictReader(saved.open(newline="")))) == 4
+    assert benchmark.main([*arguments, "--objectives", "kd:ce"]) == 2
+    assert "expected NAME:SETTING=VALUE:..., got 'ce'" in capsys.readouterr().err
+    assert benchmark.main([*arguments, "--objectives", "kd:cee=1"]) == 2
+    assert "objective 'kd:cee=1': " in capsys.readouterr().err
+    for text in benchmark.objective_benchmark.VARIANTS:
+        benchmark.objective_benchmark.objective_of(text)
+
+    forward = Distiller.forward
+
+    def wrong(self, *given, **named):
+        out = forward(self, *given, **named)
+        return out._replace(loss=out.loss * (1 + ("dist_inter" in out.parts)))
+
+    monkeypatch.setattr(Distiller, "forward", wrong)
+    assert benchmark.main([*arguments, "--objectives", "dist"]) == 1
+    rows, said = rows_of(capsys)
+    assert [row["objective"] for row in rows] == ["kd"]
+    assert "refused to time dist: a loss of" in said
+
+
 def test_index_rows(capsys, tmp_path, monkeypatch):
     names = ["imagenet", "imagenet-wds-val-fraction", "imagenet-parquet"]
     for name in names:
@@ -571,7 +611,7 @@ def test_photos_are_like_imagenet_s(tmp_path):
     assert 80_000 < sum(path.stat().st_size for path in files) / 20 < 140_000
 
 
-@pytest.mark.parametrize("what", ["loader", "index", "views"])
+@pytest.mark.parametrize("what", ["loader", "index", "views", "objectives"])
 def test_other_columns_are_refused_before_anything_is_measured(what, tmp_path, capsys):
     path = tmp_path / "rows.csv"
     path.write_text("name,value\n")

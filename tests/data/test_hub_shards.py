@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -259,6 +260,23 @@ def test_a_fraction_is_held_out(root):
     # and a larger fraction holds out these and more
     more = whole.held_out(0.6, 1)[1]
     assert set(more.paths) > set(val.paths)
+
+
+def test_an_archive_that_is_replaced_by_one_of_its_length_and_time(tmp_path, folders):
+    size = max(len(folders[0].place(i).read()) for i in range(6))
+    images = [folders[0].place(i).read().ljust(size, b"\0") for i in range(6)]
+    path, other = tmp_path / "hub" / "a-train-0.tar", tmp_path / "other"
+    for where, ids in ((path, (0, 1, 2)), (other, (3, 4, 5))):
+        write_shard(where, [member for i, k in enumerate(ids) for member in sample(str(i), images[k], i % 2)])
+        os.utime(where, ns=(10**18, 10**18))
+    assert scan(path.parent, "train").opened == 3
+    os.replace(shutil.copy2(path, tmp_path / "copy"), path)  # the same bytes: what is known of them holds
+    assert scan(path.parent, "train", trust_folders=True).opened == 0
+    assert other.stat().st_size == path.stat().st_size
+    os.replace(other, path)
+    found = scan(path.parent, "train", trust_folders=True)
+    assert found.opened == 3
+    assert [found.index.place(i).read() for i in range(3)] == images[3:]
 
 
 def test_a_fraction_of_class_folders(folders):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -156,3 +158,26 @@ def test_links_and_what_lies_beside(tmp_path, images):
     found = scan(tmp_path / "hf", "train")
     assert [found.index.place(i).read() for i in range(4)] == images[:4]
     assert {row.kind for row in found.passed_over} == {".txt", ".incomplete"}
+
+
+@pytest.mark.parametrize("how", [{}, {"compression": "snappy"}], ids=["as stored", "compressed"])
+def test_a_file_that_is_replaced_by_one_of_its_length_and_time(tmp_path, images, how):
+    size = max(map(len, images))
+    images = [image.ljust(size, b"\0") for image in images]
+    path = tmp_path / "hf" / "train.parquet"
+    write_rows(path, images[:3], [0, 1, 1], ["cat", "dog"], **how)
+    long_ago = (10**18, 10**18)
+    os.utime(path, ns=long_ago)
+    before = scan(tmp_path / "hf", "train", in_order=lambda *_: None)
+    assert before.opened == 3
+    shutil.copy2(path, tmp_path / "copy")
+    os.replace(tmp_path / "copy", path)  # the same bytes: what is known of them holds
+    assert scan(tmp_path / "hf", "train", trust_folders=True, in_order=lambda *_: None).opened == 0
+    write_rows(tmp_path / "other", images[3:], [1, 0, 1], ["cat", "dog"], **how)
+    os.utime(tmp_path / "other", ns=long_ago)
+    if not how:
+        assert (tmp_path / "other").stat().st_size == path.stat().st_size
+    os.replace(tmp_path / "other", path)
+    found = scan(tmp_path / "hf", "train", trust_folders=True, in_order=lambda *_: None)
+    assert (found.opened, found.index.labels.tolist()) == (3, [1, 0, 1])
+    assert [found.index.place(i).read() for i in range(3)] == images[3:]

@@ -16,6 +16,8 @@ from ijckd_fast.data.sources import Listing, Source
 from ijckd_fast.data.sources.listing import file_state, list_groups
 from ijckd_fast.errors import UserError
 
+_COMPARED = 8  # images of a shard
+
 
 def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, progress: bool) -> Files:
     """The images that are in `groups` of a source now, with the verdicts that still hold.
@@ -41,7 +43,7 @@ def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, pro
         raise UserError(
             f"the images in {source.content.folder} must be readable, found: {error}; fix it and run again"
         ) from error
-    merged = _merge(known, groups, listed)
+    merged = _merge(source, known, groups, listed)
     merged.labels_asked = source.labels_asked
     first = 0
     for group, listing in zip(merged.groups, listed, strict=True):
@@ -52,7 +54,7 @@ def relist(source: Source, groups: Sequence[str], known: Files, trust: bool, pro
     return merged
 
 
-def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None]) -> Files:
+def _merge(source: Source, known: Files, folders: Sequence[str], listed: Sequence[Listing | None]) -> Files:
     if [group.folder for group in known.groups] == list(folders) and not any(listed):
         return known
     ends = np.cumsum([group.rows for group in known.groups], dtype=np.int64).tolist()
@@ -72,6 +74,8 @@ def _merge(known: Files, folders: Sequence[str], listed: Sequence[Listing | None
         else:
             paths.append(listing.paths)
             facts.append(_said(listing, known) if listing.table else _remembered(listing, old_paths, old_facts))
+            if source.in_shards and not _holds_what_it_did(source, folder, listing, facts[-1]):
+                facts[-1] = _unknown(listing)
             group = Group(folder, len(listing.paths), listing.stamps, listing.passed_over, listing.labels_from)
             if listing.offsets is not None:
                 numbers = _numbers(known.labels, listing.labels)
@@ -111,8 +115,7 @@ def _said(listing: Listing, known: Files) -> np.ndarray:
 
 def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndarray) -> np.ndarray:
     """[n] of FACTS for the files of a listing, known where a file has the length and time that it had."""
-    facts = np.zeros(len(listing.paths), FACTS)
-    facts["length"], facts["mtime_ns"] = listing.lengths, listing.mtimes
+    facts = _unknown(listing)
     at = pc.fill_null(pc.index_in(listing.paths, value_set=old_paths), -1).to_numpy()
     rows = np.flatnonzero(at >= 0)
     old = old_facts[at[rows]]
@@ -120,6 +123,33 @@ def _remembered(listing: Listing, old_paths: pa.ChunkedArray, old_facts: np.ndar
     same = ((old["length"] == listing.lengths[rows]) | unknown) & (old["mtime_ns"] == listing.mtimes[rows])
     facts[rows[same]] = old[same]
     return facts
+
+
+def _unknown(listing: Listing) -> np.ndarray:
+    """[n] of FACTS for the files of a listing, none of which has been looked at."""
+    facts = np.zeros(len(listing.paths), FACTS)
+    facts["length"], facts["mtime_ns"] = listing.lengths, listing.mtimes
+    return facts
+
+
+def _holds_what_it_did(source: Source, shard: str, listing: Listing, facts: np.ndarray) -> bool:
+    """Whether a few images of a shard have the checksums that are remembered of them [n].
+
+    It is another file than it was, or was changed, and yet has its time: a copy, or other images of the same lengths.
+    """
+    assert listing.offsets is not None
+    rows = np.flatnonzero(facts["known"] & (facts["reason"] == 0) & (facts["crc32"] != 0))
+    if (listing.offsets[rows] < 0).any():
+        rows = rows[:1]  # each costs what stands before it
+    for row in rows[np.unique(np.linspace(0, len(rows) - 1, _COMPARED).astype(np.int64))] if len(rows) else ():
+        length, crc32, *size = (int(facts[name][row]) for name in ("length", "crc32", "width", "height"))
+        path = os.path.join(source.content.root, shard)
+        try:
+            source.place_in_shard(path, int(listing.offsets[row]), length, crc32, (size[0], size[1])).read()
+        except OSError as error:
+            if error.errno is None:
+                return False
+    return True
 
 
 def _look_again(root: Path, files: Files, rows: np.ndarray) -> None:

@@ -6,6 +6,7 @@ What `ijckd-fast pack` reads. Training does not: an image by itself costs all of
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -39,11 +40,13 @@ class ParquetRow(NamedTuple):
 
         raises  OSError; UserError where they are null, which is no fault of one image: nobody says what it was
         """
-        reader = getattr(_reading, "reader", None)
-        if reader is None or (reader.path, reader.column) != (self.path, self.column):
-            _reading.reader = None  # which closes its file
-            reader = _reading.reader = _Reader(self.path, self.column)
-        return reader.read(self.row)
+        status = os.stat(self.path)
+        wanted = self.path, self.column, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+        if getattr(_reading, "wanted", None) != wanted:
+            _reading.wanted = _reading.reader = None  # which closes its file
+            _reading.reader = _Reader(self.path, self.column)
+            _reading.wanted = wanted
+        return _reading.reader.read(self.row)
 
 
 _reading = threading.local()

@@ -179,6 +179,19 @@ def test_nets_of_each_kind(tmp_path, capsys):
     assert "| timm's other nets | 2 | 0 | 2 | 2 | " in out
 
 
+@pytest.mark.slow
+def test_the_sample_has_no_faults(tmp_path):
+    """The five-minute form in half of one: small images, two objectives, nothing written as ONNX."""
+    saved = tmp_path / "zoo.csv"
+    small = ["--image-size", "64", "--objectives", "ijckd", "kd", "--no-export"]
+    assert zoo.main(["--sample", *small, "--save", str(saved)]) == 0
+    rows = {f"{row['library']}/{row['name']}": row for row in zoo.read(saved)}
+    assert rows.keys() == set(zoo_nets.SAMPLE)
+    assert {name for name, row in rows.items() if not row["student_ok"]} == {"torchvision/squeezenet1_1"}
+    uses = [row["map_use"] for row in rows.values()]
+    assert (uses.count("pooled"), uses.count("match only")) == (8, 1)
+
+
 def test_the_page_shows_the_newest_rows():
     rows = zoo.read(zoo.ROWS)
     page = (ROOT / "docs" / "zoo.md").read_text()

@@ -7,12 +7,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from ijckd_fast.distill import Needs
 from ijckd_fast.errors import OutOfMemory, UserError, memory_told
 from ijckd_fast.parallel import Processes
 from ijckd_fast.signals import Stopped
 from ijckd_fast.train import checkpoint, run_folder
 from ijckd_fast.train.config import TrainConfig
-from ijckd_fast.train.resolving import data_folder_of
+from ijckd_fast.train.resolving import data_folder_of, objective_of
 
 
 @contextlib.contextmanager
@@ -129,6 +130,13 @@ def memory_ran_out(config: TrainConfig, step: int, folder: Path, fits: int | Non
         tried, parts = "Half of them may fit", 2
     else:
         tried, parts = f"{fits} fit", next(n for n in range(1, whole + 1) if whole % n == 0 and whole // n <= fits)
+    objective = objective_of(config)
+    if Needs.WHOLE_BATCH in objective.needs:
+        return OutOfMemory(
+            f"{what}{tried}: start again with --batch-size {whole // parts}, in more processes if the batch shall stay"
+            f" as it is (objective {objective.name!r} takes it in one piece, so --accumulate is not for it), or resume"
+            " where more memory is free"
+        )
     return OutOfMemory(
         f"{what}{tried}: start again with --accumulate {parts * config.accumulate} (the same update "
         f"but for BatchNorm's "

@@ -438,10 +438,11 @@ def test_no_method_may_change_the_augmentation():
 
 def test_packaged_comparisons(tmp_path):
     assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits", "logit_terms_digits"]
-    for name, methods in (("compare_digits", 9), ("logit_terms_digits", 22)):
-        teacher, runs = plan(load_comparison(name), tmp_path)
+    for name, methods, seeds in (("compare_digits", 9, 5), ("logit_terms_digits", 22, 2)):
+        assert load_comparison(name).seeds == 5
+        teacher, runs = plan(load_comparison(name, seeds=seeds), tmp_path)
         assert teacher is not None
-        assert len(runs) == methods * 5 * 5
+        assert len(runs) == methods * 5 * seeds
         check_one_schedule(runs)
     _, runs = plan(load_comparison("ablate_digits"), tmp_path)
     assert len({tuple(getattr(run.config, name) for name in OBJECTIVE_FIELDS) for run in runs}) == 16

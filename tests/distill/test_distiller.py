@@ -717,9 +717,23 @@ def test_channels_last_changes_nothing(name):
     torch.testing.assert_close(results[0], results[1], **CLOSE)
 
 
-def test_the_learner_compiles():
+OF_LOGITS = {
+    **dict.fromkeys(("dkd_alpha", "hard", "ttm", "wttm", "nkd", "dist_inter", "dist_intra", "srd"), 1.0),
+    **{f"{name}_head": "teacher" for name in ("dkd", "hard", "ttm", "nkd", "dist")},
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"at": 1.0, "hint": 1.0, "hint_stage": 2},
+        {**OF_LOGITS, "standardize_logits": True, "match_distance": "cosine", "review": 1.0},
+    ],
+    ids=["fused", "plain"],
+)
+def test_the_learner_compiles(overrides):
     images, labels = batch(torch.float32)
-    distiller = Distiller(*pair(torch.float32), get_objective("ijckd", at=1.0, hint=1.0, hint_stage=2)).train()
+    distiller = Distiller(*pair(torch.float32), get_objective("ijckd", **overrides)).train()
     twin = copy.deepcopy(distiller)
     compiled = torch.compile(twin, backend="eager")
     out, out_twin = distiller(images, labels, progress=0), compiled(images, labels, progress=0)

@@ -450,6 +450,24 @@ def test_out_of_memory_saves_and_says_what_fits(data, tmp_path, monkeypatch, roo
         assert differing(*({key: end[key] for key in ("learner", "optimizer", "random", "step")} for end in ends)) == []
 
 
+@pytest.mark.parametrize(
+    ("room", "wanted"), [(3, "2 fit: start again with --batch-size 2, in more"), (0, "Not even one")]
+)
+def test_out_of_memory_with_a_loss_over_the_whole_batch(data, teacher, tmp_path, monkeypatch, room, wanted):
+    """Which refuses parts, and a single image."""
+    original = Distiller.forward
+
+    def step(self, images, labels, **named):
+        out = original(self, images, labels, **named)
+        if len(labels) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+    monkeypatch.setattr(Distiller, "forward", step)
+    with pytest.raises(UserError, match=f"out of memory at step 0 with 8 images .* {wanted}"):
+        train(config(data, tmp_path, **{**distilled(teacher), "objective": "dist"}))
+
+
 def test_sigusr1_saves_and_goes_on(data, tmp_path, monkeypatch):
     saved, update, calls = _save_calls(monkeypatch), FiniteGuard.update, []
 
@@ -589,6 +607,13 @@ def test_weak_teacher(data, teacher, tmp_path):
         train(config(data, tmp_path, **changes))
     # The folder holds no run yet, so that the corrected command simply works.
     train(config(data, tmp_path, **{**changes, "allow_weak_teacher": True}))
+
+
+@pytest.mark.parametrize("objective", ["dist", "srd"])
+def test_a_batch_in_parts_is_refused_for_losses_over_a_whole_batch(data, teacher, tmp_path, objective):
+    changes = {**distilled(teacher), "objective": objective, "accumulate": 2}
+    with pytest.raises(UserError, match=f"objective '{objective}' has statistics over all images .* --accumulate 2"):
+        resolve(config(data, tmp_path, **changes))
 
 
 def answers(predictions: list[int]) -> Evaluation:

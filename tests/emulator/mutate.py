@@ -213,10 +213,12 @@ class Workshop:
         with self.changed(mutant.file, mutant.apply((build.CSRC / mutant.file).read_text())) as work:
             for unit in units:
                 try:
-                    library = self.library(work, unit, FLAG)
+                    fresh = self.compiled(work, unit, FLAG)
                 except RuntimeError:
                     return NOT_COMPILED, ""
-                verdict, case = self.run(library, UNIT_KERNELS[unit])
+                if code_of(fresh) == code_of(self.folder / fresh.name):
+                    continue  # a launch bound, a size that this unit has no tile of
+                verdict, case = self.run(self.linked(fresh), UNIT_KERNELS[unit])
                 if verdict != SURVIVED:
                     return verdict, case
         return SURVIVED, ""
@@ -235,7 +237,7 @@ class Workshop:
                 left = {n: left[n] for line in lines.values() for n in sorted(line.numbers)}
                 with self.changed(file, text) as work:
                     try:
-                        library = self.library(work, unit, "-w")
+                        library = self.linked(self.compiled(work, unit, "-w"))
                     except RuntimeError as error:
                         wrong = switched.at_fault(pathlib.PurePath(file).name, str(error), lines) or set(lines)
                         verdicts = {n: v for n, v in verdicts.items() if n not in left or left[n][0] not in wrong}
@@ -256,13 +258,16 @@ class Workshop:
             (work / "csrc" / file).write_text(text)
             yield work
 
-    def library(self, work: pathlib.Path, unit: str, flag: str) -> pathlib.Path:
-        """The kernels with this unit of `work` in the place of the sound one."""
+    def compiled(self, work: pathlib.Path, unit: str, flag: str) -> pathlib.Path:
+        """The object of this unit of `work`."""
         out = work / unit
         out.mkdir()
-        fresh = build.compile_kernels(work / "csrc/cuda" / unit, out, work / "csrc", flag)
+        return build.compile_kernels(work / "csrc/cuda" / unit, out, work / "csrc", flag)
+
+    def linked(self, fresh: pathlib.Path) -> pathlib.Path:
+        """The kernels with this object in the place of the sound one."""
         others = [p for p in self.objects if p.name != fresh.name]
-        return build.link([fresh, *others], out / "emulated_kernels.so")
+        return build.link([fresh, *others], fresh.parent / "emulated_kernels.so")
 
     def run(self, library: pathlib.Path, kernels: Iterable[str], number: int = 0) -> tuple[str, str]:
         """The cases of these kernels, of a library that holds several mutants with that of this number."""
@@ -280,6 +285,13 @@ class Workshop:
             raise RuntimeError(f"the cases could not be run:\n{done.stderr}")
         verdict, _, case = done.stdout.strip().partition("\t")
         return verdict, case
+
+
+def code_of(compiled: pathlib.Path) -> bytes:
+    """An object without what debuggers read of it: the folder of its source."""
+    with tempfile.NamedTemporaryFile() as plain:
+        subprocess.run(["strip", "-g", "-o", plain.name, str(compiled)], check=True)
+        return pathlib.Path(plain.name).read_bytes()
 
 
 def size(case: str) -> int:

@@ -859,6 +859,8 @@ def all_cases() -> dict[str, Case]:
         add(times_classifier, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("z_t", "weight"):
         add(logits_exp, BF16, 5, 90, 72, gram=True, stage=2, odd=odd)
+        add(logits_exp, BF16, 130, 128 * 2 + 5, 72, stage=2, odd=odd)  # in pairs
+    add(logits_exp, BF16, 130, 128 * 2 + 5, 64 * 11 + 8, stage=2)  # so deep that a pair's ring goes round four times
     for chunk in ("first", "last"):
         add(grad_rows, BF16, 5, 90, 72, chunk=chunk, label_smoothing=0)
     add(grad_rows, BF16, 5, 90, 72, stage=2)  # by stage 1

@@ -1,8 +1,8 @@
 """One net of every family of timm and torchvision through the distiller, as teacher and as student, with random weights
 and made-up images: nothing is downloaded, no data is needed.
 
-    scripts/zoo                              # every family: 110 nets, half an hour on two idle cores
-    scripts/zoo --sample                     # twelve nets of different kinds: five minutes
+    scripts/zoo                              # every family: 120 nets; at night
+    scripts/zoo --sample                     # twelve nets of different kinds; minutes
     scripts/zoo timm/convnextv2_atto vit_b_16
     scripts/zoo --save                       # append the rows to results/zoo.csv; what has a row there is left out
     scripts/zoo --table                      # the newest rows of results/zoo.csv as docs/zoo.md shows them

@@ -109,6 +109,15 @@ def test_terms_with_labels_are_their_formulas(name, B, K, z, mixed, classifier):
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["nkd", "dkd"])
+def test_a_class_that_is_left_out_stays_out_whatever_the_logits(name):
+    """A constant added to every logit of both nets, far below any number that might stand for "none"."""
+    logits, logits_t, labels = drawn(4, 6)
+    term: Term = Nkd(nkd=1) if name == "nkd" else Dkd(dkd_alpha=1, dkd_beta=8, dkd_warmup=0.0)
+    want, got = (term.value(shown(logits + by, logits_t + by, labels)).loss for by in (0.0, -(2.0**20)))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
 # --- limits
 
 

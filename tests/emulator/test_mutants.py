@@ -84,6 +84,19 @@ def test_mutants_compiled_together_are_noticed_as_each_alone(tmp_path):
     assert len({verdict for verdict, _ in alone.values()}) > 1
 
 
+def test_a_unit_of_the_sound_ones_code_is_not_run(tmp_path, monkeypatch):
+    """A launch bound, which the emulator does not have; beside it a size that makes other code."""
+    runs = []
+    monkeypatch.setattr(mutate.Workshop, "run", lambda *args: runs.append(args) or ("wrong result", "a case"))
+    workshop = mutate.Workshop(tmp_path)
+    bound = next(m for m in mutate.mutants_of("cuda/tile.cuh") if "kResident = kThreads" in m.code)
+    assert workshop.judge(bound, ["anchor_rows.cu"]) == (mutate.SURVIVED, "")
+    assert not runs
+    size = next(m for m in mutate.mutants_of("cuda/anchor_rows.cu") if m.code.startswith("__shared__ float slots"))
+    assert workshop.judge(size, ["anchor_rows.cu"]) == ("wrong result", "a case")
+    assert len(runs) == 1
+
+
 @pytest.mark.slow
 def test_sample_of_mutants_is_noticed():
     """Of every file a barrier or a wait for copies removed, and another of the changes that the table says are noticed;

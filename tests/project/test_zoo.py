@@ -181,7 +181,7 @@ def test_nets_of_each_kind(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_sample_has_no_faults(tmp_path):
-    """The five-minute form in half of one: small images, two objectives, nothing written as ONNX."""
+    """By small images and two objectives, without ONNX."""
     saved = tmp_path / "zoo.csv"
     small = ["--image-size", "64", "--objectives", "ijckd", "kd", "--no-export"]
     assert zoo.main(["--sample", *small, "--save", str(saved)]) == 0

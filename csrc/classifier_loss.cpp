@@ -93,8 +93,8 @@ void whole_rows(const LossRows& r, const Launch& launch) {
   Tensor features = stacked ? empty(r.z, {2 * B, Ct}, t) : as(r.z, t);
   OptTensor far;
   if (stacked) {
-    // The KL alone needs the teacher's logits; the logit match is best taken from d.
-    if (terms.weights.kl != 0) far = empty(r.z, {B}, ScalarType::Byte);
+    // The logit match is best taken from d; the other terms need the teacher's logits.
+    if (terms.weights.both_rows()) far = empty(r.z, {B}, ScalarType::Byte);
     launched(stack_rows({.dtype = t,
                          .z = r.z.const_data_ptr(),
                          .d = data(r.d),
@@ -186,9 +186,10 @@ void all_rows(LossRows r, const Launch& launch) {
     some.part_rows = memory[part_rows];
     whole_rows(some, launch);
     const int64_t bytes = int64_t(r.z.element_size());
-    for (const int part : {kPartCe, kPartSr, kPartKl})
-      std::memcpy(static_cast<char*>(r.part_rows) + (part * B + first) * bytes,
-                  static_cast<const char*>(some.part_rows) + part * n * bytes, n * bytes);
+    for (int part = 0; part < kParts; ++part)
+      if (part != kPartFm)
+        std::memcpy(static_cast<char*>(r.part_rows) + (part * B + first) * bytes,
+                    static_cast<const char*>(some.part_rows) + part * n * bytes, n * bytes);
   }
 }
 #endif
@@ -227,10 +228,17 @@ void check_terms(const char* op, const LossTerms& terms, int64_t B, int64_t Ct, 
                                {logits_t, "logits_t"},
                                {gram, "gram"}})
     check_device(x, op, arg), check_floating(x, op, arg);
-  for (const auto& [x, arg] : {std::pair{w.ce, "ce"}, {w.sr, "sr"}, {w.fm, "fm"}, {w.kl, "kl"}})
-    check(std::isfinite(x), op, ": the weight ", arg, " must be a finite number, got ", x);
+  constexpr const char* kParameters[kParts] = {"ce", "sr", "fm", "kl", "hard", "ttm", "wttm", "nkd"};
+  for (int i = 0; i < kParts; ++i)
+    check(std::isfinite(w.of_part(i)), op, ": the weight ", kParameters[i], " must be a finite number, got ",
+          w.of_part(i));
+  check(w.ttm_power > 0 || (w.ttm == 0 && w.wttm == 0), op, ": ttm_power must be > 0, got ", w.ttm_power);
+  check(std::isfinite(w.ttm_power), op, ": ttm_power must be finite, got ", w.ttm_power);
+  check(std::isfinite(w.nkd_gamma), op, ": nkd_gamma must be a finite number, got ", w.nkd_gamma);
   check(w.fm == 0 || pooled_t, op, ": fm = ", w.fm, " needs pooled_t");
-  check(!terms.match() || pooled_t || logits_t, op, ": sr = ", w.sr, " and kl = ", w.kl, " need pooled_t or logits_t");
+  for (int i = 0; i < kParts; ++i)
+    check(i == kPartCe || i == kPartFm || w.of_part(i) == 0 || pooled_t || logits_t, op, ": ", kParameters[i], " = ",
+          w.of_part(i), " needs pooled_t or logits_t");
   check(w.temperature > 0, op, ": temperature must be > 0, got ", w.temperature);
   check(std::isfinite(w.temperature), op, ": temperature must be finite, got ", w.temperature);
   check(w.label_smoothing >= 0 && w.label_smoothing <= 1, op, ": label_smoothing must lie in [0, 1], got ",

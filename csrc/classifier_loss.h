@@ -9,19 +9,41 @@
 
 #include "counts.h"
 #include "dtype.h"
+#include "host_device.h"
 
 namespace ijckd {
 
-enum { kPartCe = 0, kPartSr, kPartFm, kPartKl, kParts };
+enum { kPartCe = 0, kPartSr, kPartFm, kPartKl, kPartHard, kPartTtm, kPartWttm, kPartNkd, kParts };
 
 struct LossWeights {
   double ce, sr, fm, kl;
   double temperature;
   double label_smoothing;
+  double hard, ttm, wttm, nkd;  // soft_row.h's
+  double ttm_power;
+  double nkd_gamma;
+  double standardize;  // not 0: kl, ttm, wttm and nkd see standardised logits
+
+  // Whether a row has terms of soft_row.h.
+  IJCKD_HD bool soft() const { return hard != 0 || ttm != 0 || wttm != 0 || nkd != 0 || (kl != 0 && standardize != 0); }
+  // The weight of row_math.h's KL.
+  IJCKD_HD double plain_kl() const { return standardize != 0 ? 0 : kl; }
+  // Whether the gradient needs whole rows of the student's logits and the teacher's, not their difference alone.
+  IJCKD_HD bool both_rows() const { return kl != 0 || soft(); }
+  // The weights of the parts, in their order.
+  IJCKD_HD double of_part(int i) const {
+    const double weights[kParts] = {ce, sr, fm, kl, hard, ttm, wttm, nkd};
+    return weights[i];
+  }
 };
 
-// Per row: cross-entropy, logit match, temperature KL, top-1, and in place of the logits the gradient of the row's own
-// weighted loss: 1/B, the mean's share, would push small probabilities below float16's range.
+// What a part's sum over the batch is divided by, beside B.
+IJCKD_HD double part_terms(int i, int64_t K, int64_t Ct) {
+  return i == kPartSr ? double(K) : i == kPartFm ? double(Ct) : 1.0;
+}
+
+// Per row: cross-entropy, logit match, temperature KL, the terms of soft_row.h, top-1, and in place of the logits the
+// gradient of the row's own weighted loss: 1/B, the mean's share, would push small probabilities below float16's range.
 struct RowLoss {
   DType dtype;
   void* logits;             // [B, K] T  in: z W^T without bias; out: the gradient if `grad`

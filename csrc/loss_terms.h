@@ -21,18 +21,27 @@ struct LossTerms {
   OptTensor gram;      // [2, Ct, Ct] bfloat16, classifier_gram of this weight; read on a GPU only
   LossWeights weights;
 
-  // From the two lists of the schema, in the order in which Python packs them; the tensors may end before the last.
+  // From the two lists of the schema, in the order in which Python packs them; both may end before the last, with
+  // nothing and 0 for the others.
   static LossTerms from(const char* op, const std::vector<OptTensor>& tensors, const std::vector<double>& numbers) {
-    check(tensors.size() <= 8 && numbers.size() == 6, op, ": the loss must be at most 8 tensors and 6 numbers, got ",
+    check(tensors.size() <= 8 && numbers.size() <= 13, op, ": the loss must be at most 8 tensors and 13 numbers, got ",
           tensors.size(), " and ", numbers.size());
     check(tensors.size() > 2 && tensors[0] && tensors[2], op, ": weight and labels must be given");
     const auto given = [&](size_t i) { return i < tensors.size() ? tensors[i] : OptTensor(); };
-    return {*tensors[0], tensors[1], *tensors[2],
-            given(3),    given(4),   given(5),
-            given(6),    given(7),   {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]}};
+    const auto number = [&](size_t i) { return i < numbers.size() ? numbers[i] : 0; };
+    return {*tensors[0],
+            tensors[1],
+            *tensors[2],
+            given(3),
+            given(4),
+            given(5),
+            given(6),
+            given(7),
+            {number(0), number(1), number(2), number(3), number(4), number(5), number(6), number(7), number(8),
+             number(9), number(10), number(11), number(12)}};
   }
 
-  bool match() const { return weights.sr != 0 || weights.kl != 0; }  // whether it needs the teacher's logits
+  bool match() const { return weights.sr != 0 || weights.both_rows(); }  // whether it needs the teacher's logits
 };
 
 inline const int64_t* labels_of(const OptTensor& t) { return t ? t->const_data_ptr<int64_t>() : nullptr; }

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 F64 = torch.float64
-PARTS = ("ce", "sr", "fm", "kl")
+PARTS = ("ce", "sr", "fm", "kl", "hard", "ttm", "wttm", "nkd")
 SHAPES = [(5, 6, 3, 4), (2, 3, 1, 1), (1, 5, 7, 7), (3, 1, 8, 8), (4, 6)]
 
 
@@ -123,6 +123,9 @@ ALONE = {p: dict.fromkeys(PARTS, 0.0) | {p: 0.8} for p in PARTS}
 PLAIN = {"labels_b": None, "mix": None, "label_smoothing": 0.0}
 
 
+SOFT = {"hard": 0.4, "ttm": 0.6, "wttm": 0.8, "nkd": 0.7}
+
+
 LOSS_CASES = {
     "all": {},
     **ALONE,
@@ -131,6 +134,9 @@ LOSS_CASES = {
     "mixup": {"label_smoothing": 0.0},
     "ijckd": PLAIN | {"ce": 1.0, "sr": 1.0, "fm": 0.0, "kl": 0.0},
     "cold": {"temperature": 0.5},
+    "two rows of logits": SOFT,
+    "standardised": SOFT | {"standardize": True},
+    "standardised hard labels": PLAIN | SOFT | {"standardize": True, "temperature": 1.0, "nkd_gamma": 0.5},
 }
 
 
@@ -177,6 +183,8 @@ def op_samples():
     z, *rest = loss_inputs()
     loss = ([*rest, None, None], [0.7, 0.5, 0.3, 0.9, 3.0, 0.1], True, None)
     yield "classifier_loss", ops.classifier_loss.default, (z.requires_grad_(), *loss)
+    every = [*loss[1], *SOFT.values(), 0.2, 1.5, 1.0]
+    yield "classifier_loss with every number", ops.classifier_loss.default, (z, loss[0], every, *loss[2:])
     whole = (*loss[0][:-2], torch.randn(5, 9, dtype=F64), torch.randn(2, 6, 6).bfloat16())
     yield "classifier_loss with every tensor", ops.classifier_loss.default, (z, whole, *loss[1:])
     (u, *projection), rest = projected_inputs()

@@ -313,7 +313,7 @@ class Chunks {
         }
         parts[kPartCe * B + b] = ce;
         parts[kPartSr * B + b] = match ? square[b] : A(0);
-        parts[kPartKl * B + b] = 0;
+        for (int part = kPartKl; part < kParts; ++part) parts[part * B + b] = 0;
 
         if (!c.grad) continue;
         A* out = dz + b * Ct;
@@ -355,7 +355,7 @@ class Chunks {
 }  // namespace
 
 bool in_class_chunks(const LossWeights& weights, bool by_features, DType t, int64_t B, int64_t K, int64_t Ct) {
-  if (weights.kl != 0) return false;  // its gradient needs both softmaxes whole
+  if (weights.both_rows()) return false;
   if (weights.sr == 0) return B * K > kWhole;
   // G d takes Ct / K of the time of W d; where G is float32 and W bfloat16, 4.4 times that (measured with AVX-512
   // BF16).

@@ -9,12 +9,13 @@
 
 #include "loops.h"
 #include "row_math.h"
+#include "soft_row.h"
 #include "vectorise.h"
 
 namespace ijckd {
 namespace {
 
-constexpr int64_t kScratch = 5;  // rows of scratch that one sample needs
+constexpr int64_t kScratch = 6;  // rows of scratch that one sample needs
 
 // Cross-entropy of logits l, whose largest is l[best] = top; g [K] becomes its gradient.
 template <typename A>
@@ -70,13 +71,45 @@ IJCKD_INLINE A divergence(const RowLoss& r, bool near, A top, A* l, A* t, A* dif
   return temperature * temperature * kl.value(excess);
 }
 
+// soft_row.h's passes over K classes, in lanes.
+template <typename A>
+struct Lanes {
+  int64_t K;
+  A* scratch;  // [K]
+
+  template <int N, typename Item>
+  IJCKD_INLINE Sums<A, N> sums(const Item& item) const {
+    Sums<A, N> out;
+    for (int i = 0; i < N; ++i)
+      out.of[i] = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return item(k).of[i]; });
+    return out;
+  }
+  template <typename Item>
+  IJCKD_INLINE A most(const Item& item) const {
+    for (int64_t k = 0; k < K; ++k) scratch[k] = item(k);
+    return std::max(lane_max(K, scratch), lowest<A>());
+  }
+  template <typename Item>
+  IJCKD_INLINE int64_t first_most(const Item& item) const {
+    const A top = most(item);
+    int64_t k = 0;
+    while (k < K - 1 && scratch[k] != top) ++k;
+    return k;
+  }
+  static IJCKD_INLINE A exponential(A x) { return ijckd::exponential(x); }
+  template <typename Store>
+  static IJCKD_INLINE void once(const Store& store) {
+    store();
+  }
+};
+
 // One sample: all losses on its logits, and the gradient in their place.
 template <typename T, typename A>
 IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   const int64_t B = r.B, K = r.K;
   const LossWeights& w = r.weights;
   T* logits = static_cast<T*>(r.logits) + b * K;
-  A *l = scratch, *g = l + K, *x = g + K, *diff = x + K, *t = diff + K;  // [K] each
+  A *l = scratch, *g = l + K, *x = g + K, *diff = x + K, *t = diff + K, *item = t + K;  // [K] each
   const A* bias = static_cast<const A*>(r.bias);
   const auto with_bias = [&](const T* from, A* to) __attribute__((always_inline)) {
     if (bias)
@@ -104,9 +137,10 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
   r.top1_rows[b] = best == label_a;
 
   A ce = 0;
+  const A eps = A(w.label_smoothing), share = r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1);
+  const Target<A> q{label_a, label_b, share, eps, eps / A(K)};
   if (w.ce != 0) {
-    const A eps = A(w.label_smoothing), share = r.labels_b ? static_cast<const A*>(r.mix)[b] : A(1);
-    ce = cross_entropy(r, l, best, top, Target<A>{label_a, label_b, share, eps, eps / A(K)}, g);
+    ce = cross_entropy(r, l, best, top, q, g);
   } else {
     std::fill_n(g, K, A(0));
   }
@@ -118,12 +152,21 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     for (int64_t k = 0; k < K; ++k) g[k] += c * diff[k];
   }
 
-  const A kl = w.kl != 0 ? divergence(r, near, top, l, t, diff, x, g) : A(0);
-
   A* rows = static_cast<A*>(r.part_rows);
+  for (int part = kPartKl; part < kParts; ++part) rows[part * B + b] = 0;
+  if (w.soft()) {
+    if (near)
+      for (int64_t k = 0; k < K; ++k) t[k] = l[k] - diff[k];
+    const auto of = [](const A* row) { return [row](int64_t k) __attribute__((always_inline)) { return row[k]; }; };
+    const Lanes<A> lanes{K, item};
+    SoftRow<A> soft;
+    soft.take(w, lanes, of(l), of(t), K, q, r.labels_b != nullptr);
+    for (int64_t k = 0; k < K; ++k) g[k] += soft.grad(lanes, k, l[k], t[k]);
+    for (int part = kPartKl; part < kParts; ++part) rows[part * B + b] = soft.values[part];
+  }
+  if (w.plain_kl() != 0) rows[kPartKl * B + b] = divergence(r, near, top, l, t, diff, x, g);
   rows[kPartCe * B + b] = ce;
   rows[kPartSr * B + b] = sr;
-  rows[kPartKl * B + b] = kl;
   if (!r.grad) return;
   for (int64_t k = 0; k < K; ++k) store(logits, k, g[k]);
 }
@@ -211,16 +254,15 @@ int loss_sum(const LossSum& s, void*) {
     using A = decltype(a);
     const A* rows = static_cast<const A*>(s.part_rows);
     A* parts = static_cast<A*>(s.parts);
-    const double scale[kParts] = {1, 1 / double(s.K), 1 / double(s.Ct), 1};
-    const double weight[kParts] = {s.weights.ce, s.weights.sr, s.weights.fm, s.weights.kl};
     double loss = 0;
     for (int i = 0; i < kParts; ++i) {
+      const double weight = s.weights.of_part(i), scale = 1 / part_terms(i, s.K, s.Ct);
       parts[i] = 0;
-      if (weight[i] == 0) continue;
+      if (weight == 0) continue;
       double sum = 0;
       for (int64_t b = 0; b < s.B; ++b) sum += double(rows[i * s.B + b]);
-      parts[i] = A(sum * scale[i] / double(s.B));
-      loss += weight[i] * sum * scale[i] / double(s.B);
+      parts[i] = A(sum * scale / double(s.B));
+      loss += weight * sum * scale / double(s.B);
     }
     *static_cast<A*>(s.loss) = A(loss);
     int64_t hits = 0;

@@ -9,15 +9,17 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// One block per sample.
-template <typename T, typename A>
+// One block per sample. kSoft: row_loss.cuh's; a kernel of its own, so that its registers are not the others'.
+template <typename T, typename A, bool kSoft>
 __global__ void row_loss_kernel(RowLoss r) {
   __shared__ RowTops<A> tops[kThreads / 32];
   __shared__ RowExponentials<A> exponentials[kThreads / 32];
   __shared__ A kl[kThreads / 32];
+  __shared__ int64_t soft[kSoft ? ceil_div(sizeof(SoftRow<A>), sizeof(int64_t)) : 1];
   const int64_t b = blockIdx.x;
-  row_loss_by_block<kThreads>(r, b, row_of_matrix<T>(r.logits, b, r.K), row_of_matrix<T>(r.delta, b, r.K),
-                              r.far && r.far[b], static_cast<T*>(r.logits), r.K, RowSlots<A>{tops, exponentials, kl});
+  row_loss_by_block<kThreads, kSoft>(r, b, row_of_matrix<T>(r.logits, b, r.K), row_of_matrix<T>(r.delta, b, r.K),
+                                     r.far && r.far[b], static_cast<T*>(r.logits), r.K,
+                                     RowSlots<A>{tops, exponentials, kl, reinterpret_cast<SoftRow<A>*>(soft)});
 }
 
 // One block per row.
@@ -49,16 +51,15 @@ __global__ void stack_rows_kernel(const StackRows s) {
 template <typename A>
 __global__ void loss_sum_kernel(LossSum s) {
   __shared__ double slots[kThreads / 32];
-  const double scale[kParts] = {1, 1 / double(s.K), 1 / double(s.Ct), 1};
-  const double weight[kParts] = {s.weights.ce, s.weights.sr, s.weights.fm, s.weights.kl};
   const A* rows = static_cast<const A*>(s.part_rows);
   double loss = 0;
   for (int i = 0; i < kParts; ++i) {
     double v = 0;
-    if (weight[i] != 0) {
+    const double weight = s.weights.of_part(i), scale = 1 / part_terms(i, s.K, s.Ct);
+    if (weight != 0) {
       for (int64_t b = threadIdx.x; b < s.B; b += kThreads) v += double(rows[i * s.B + b]);
-      v = block_reduce<kThreads>(v, slots, Sum{}) * scale[i] / double(s.B);
-      loss += weight[i] * v;
+      v = block_reduce<kThreads>(v, slots, Sum{}) * scale / double(s.B);
+      loss += weight * v;
     }
     if (threadIdx.x == 0) static_cast<A*>(s.parts)[i] = A(v);
   }
@@ -85,7 +86,10 @@ __global__ void feature_grad_kernel(const T* dz_w,  // [B, Ct]
 
 int row_loss(const RowLoss& r, void* stream) {
   return dispatch(r.dtype, [&](auto t, auto a) {
-    return launch(row_loss_kernel<decltype(t), decltype(a)>, r.B, kThreads, stream, r);
+    using T = decltype(t);
+    using A = decltype(a);
+    const auto kernel = r.weights.soft() ? row_loss_kernel<T, A, true> : row_loss_kernel<T, A, false>;
+    return launch(kernel, r.B, kThreads, stream, r);
   });
 }
 

@@ -80,7 +80,8 @@ __device__ void store_losses(const Losses& losses, const LossSums& sums, const L
   __shared__ bool last;
   double total[kShare];
 #pragma unroll
-  for (int i = 0; i < kParts; ++i) total[i] = block_reduce<kThreads>(sums.part[i], slots, Sum{});
+  for (int i = 0; i < kParts; ++i)  // a part without weight must be 0
+    total[i] = weights.of_part(i) != 0 ? block_reduce<kThreads>(sums.part[i], slots, Sum{}) : 0;
   total[kParts] = block_reduce<kThreads>(sums.hits, slots, Sum{});  // exact: far below 2^53
   if (threadIdx.x == 0) {
 #pragma unroll
@@ -102,8 +103,6 @@ __device__ void store_losses(const Losses& losses, const LossSums& sums, const L
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
-  const double terms[kParts] = {1, double(K), double(Ct), 1};  // of a row's part
-  const double weight[kParts] = {weights.ce, weights.sr, weights.fm, weights.kl};
   const auto in_order = [&](int i) {
     double sum = 0;
 #pragma unroll
@@ -113,9 +112,8 @@ __device__ void store_losses(const Losses& losses, const LossSums& sums, const L
   double loss = 0;
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
-    // A part without weight must be 0.
-    const double mean = in_order(i) / (double(B) * terms[i]);
-    loss += weight[i] * mean;
+    const double mean = in_order(i) / (double(B) * part_terms(i, K, Ct));
+    loss += weights.of_part(i) * mean;
     losses.parts[i] = float(mean);
   }
   *losses.loss = float(loss), *losses.top1 = int64_t(in_order(kParts));

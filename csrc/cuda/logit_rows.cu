@@ -44,9 +44,10 @@ __host__ __device__ inline int64_t stacked_rows(const LogitRows& p) {
   return p.rows.B * (p.squares.pooled ? 3 : p.rows.delta ? 2 : 1);
 }
 
-// Shared memory for a row's sums, before the row itself.
-constexpr int kSlotBytes = 1024;
-static_assert(kSlotBytes >= 8 * sizeof(RowTops<float>) && kSlotBytes >= 8 * sizeof(RowExponentials<float>));
+// Shared memory for a row's sums, then for what soft_row.h keeps of it, before the row itself.
+constexpr int kSlotBytes = 1024, kSumBytes = 512;
+static_assert(kSumBytes >= 8 * sizeof(RowTops<float>) && kSumBytes >= 8 * sizeof(RowExponentials<float>) &&
+              kSlotBytes >= kSumBytes + sizeof(SoftRow<float>));
 
 // kept [K] = row: the passes over it then wait for shared memory only, once the loads of eight elements per thread have
 // been under way together.
@@ -68,8 +69,8 @@ enum class Part { both, products, rows };
 
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
 // each takes rows of its own. One with nothing to multiply helps with the rows. A tile of which no row serves is left
-// out: where all rows are far, or none is, the third part of the stack costs nothing.
-template <typename T, typename Shape>
+// out: where all rows are far, or none is, the third part of the stack costs nothing. kSoft: row_loss.cuh's.
+template <typename T, typename Shape, bool kSoft>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     logit_rows_tile_kernel(const LogitRows p, const __grid_constant__ Operands<T, Shape> from, const Part part) {
   extern __shared__ __align__(1024) unsigned char stages[];
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   if (part == Part::both) cooperative_groups::this_grid().sync();
 
   const RowSlots<float> slots{reinterpret_cast<RowTops<float>*>(stages),
-                              reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages)};
+                              reinterpret_cast<RowExponentials<float>*>(stages), reinterpret_cast<float*>(stages),
+                              reinterpret_cast<SoftRow<float>*>(stages + kSumBytes)};
   float* kept = reinterpret_cast<float*>(stages + kSlotBytes);  // [2, K]: the row's logits and delta, if they fit
   const int arrays = p.rows.delta ? 2 : 1;
   const bool keep = int64_t(arrays) * K * 4 <= Shape::kSharedBytes - kSlotBytes;
@@ -119,8 +121,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
       logits = kept;
       if (delta) delta = kept + K;
     }
-    row_loss_by_block<Shape::kThreads>(p.rows, b, logits, delta, far_row(p, b), static_cast<T*>(p.gradient), p.stride,
-                                       slots);
+    row_loss_by_block<Shape::kThreads, kSoft>(p.rows, b, logits, delta, far_row(p, b), static_cast<T*>(p.gradient),
+                                              p.stride, slots);
   }
 }
 
@@ -134,7 +136,8 @@ int start(const LogitRows& l, void* stream) {
             make_operands<B::kByColumn>(&from, matrix<T>(l.stack, stacked, l.Ct), matrix<T>(l.weight, K, l.Ct)))
       return error;
     const int64_t tiles = int64_t(ceil_div(stacked, Shape::kM)) * ceil_div(K, Shape::kN);
-    const auto kernel = logit_rows_tile_kernel<T, Shape>;
+    const auto kernel =
+        l.rows.weights.soft() ? logit_rows_tile_kernel<T, Shape, true> : logit_rows_tile_kernel<T, Shape, false>;
     const auto part = [&](int64_t blocks, Part which) {
       return launch_dependent(Shape::kSharedBytes, kernel, dim3(unsigned(blocks)), Shape::kThreads, stream, l, from,
                               which);

@@ -197,8 +197,8 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                 stride = round_up(K, 8);
   const DType type = dtype(t.terms.weight, "classifier_loss", "weight");
   const bool match = t.terms.match(), features = match && !t.terms.logits_t;
-  // The KL alone needs the teacher's logits, which d does not give where it is large beside pooled_t.
-  const bool either = features && t.terms.weights.kl != 0;
+  // All but the logit match need the teacher's logits, which d does not give where it is large beside pooled_t.
+  const bool either = features && t.terms.weights.both_rows();
   // z's rows, then d's and pooled_t's: one product reads W once for all
   const int64_t stacked = 1 + features + either;
   const int parts = first_parts(t, stage);
@@ -300,7 +300,7 @@ bool tiled_loss(const TiledLoss& t, const Launch& launch) {
   const bool few = B * K <= kMostLogits, match = t.terms.weights.sr != 0;
   // By G the logit match costs three products of Ct columns, by the logits' own difference one of K.
   const bool by_gram = t.terms.gram && !t.terms.logits_t && (!few || 2 * B * Ct * (3 * Ct - K) < kRowPass);
-  const bool by_anchor = bf16 && t.terms.weights.kl == 0 && (!match || by_gram);
+  const bool by_anchor = bf16 && !t.terms.weights.both_rows() && (!match || by_gram);
   if (!by_anchor && !few) return false;
   int64_t* counts = nullptr;
   launched(device_counts(&counts), "the search for classifier_loss's counters");

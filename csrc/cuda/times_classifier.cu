@@ -18,9 +18,14 @@ __device__ void mean_rows(const TimesClassifier& p, double* slots, int block) {
     const float ce = part(kPartCe, w.ce), sr = part(kPartSr, w.sr), kl = part(kPartKl, w.kl);
     const int64_t hits = p.top1_rows[b];
     const float fm = w.fm != 0 ? RowPair::total(p.rows.fm, p.rows.parts, p.B, b) : 0;
+    float soft[kParts - kPartHard];
+#pragma unroll
+    for (int i = kPartHard; i < kParts; ++i) soft[i - kPartHard] = part(i, w.of_part(i));
     if (row >= p.B || RowPair::half() != 0) continue;
     sums.hits += double(hits);
     sums.part[kPartCe] += ce, sums.part[kPartSr] += sr, sums.part[kPartKl] += kl, sums.part[kPartFm] += fm;
+#pragma unroll
+    for (int i = kPartHard; i < kParts; ++i) sums.part[i] += soft[i - kPartHard];
   }
   store_losses<kThreads>(p.losses, sums, w, p.B, p.K, p.Ct, slots, block);
 }

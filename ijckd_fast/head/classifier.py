@@ -25,6 +25,8 @@ from ijckd_fast.head.dispatch import (
     refuse_kinds,
 )
 
+PARTS = ("ce", "sr", "fm", "kl", "hard", "ttm", "wttm", "nkd")  # the weights of the parts that the ops return
+
 
 class LossTerms(NamedTuple):
     """The loss as the ops take it, explained by `classifier_loss`: tensors that it reads and never trains, then its
@@ -47,19 +49,28 @@ class LossTerms(NamedTuple):
     kl: float
     temperature: float
     label_smoothing: float
+    hard: float
+    ttm: float
+    wttm: float
+    nkd: float
+    ttm_power: float
+    nkd_gamma: float
+    standardize: bool
 
     def packed(self) -> tuple[list[Tensor | None], list[float]]:
-        """(tensors, numbers), the ops' two lists. The first ends with the last tensor that is given: each costs the
-        call as it is handed on.
+        """(tensors, numbers), the ops' two lists. The first ends with the last tensor that is given, the second before
+        the terms that only two rows of logits give, where none is on: each costs the call as it is handed on.
         """
         fields: list[Any] = list(self)
         last = _TENSORS
         while fields[last - 1] is None:
             last -= 1
-        return fields[:last], fields[_TENSORS:]
+        more = self.hard or self.ttm or self.wttm or self.nkd or (self.standardize and self.kl)
+        return fields[:last], fields[_TENSORS : None if more else _SOFT]
 
 
 _TENSORS = LossTerms._fields.index("ce")  # how many of the fields are tensors
+_SOFT = LossTerms._fields.index("hard")
 
 
 def classifier_loss(
@@ -78,13 +89,26 @@ def classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    hard: float = 0.0,
+    ttm: float = 0.0,
+    wttm: float = 0.0,
+    nkd: float = 0.0,
+    ttm_power: float = 0.2,
+    nkd_gamma: float = 1.5,
+    standardize: bool = False,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The teacher's frozen classifier on the student's features, and every loss on its logits.
 
     logits = z weight^T + bias; logits_t as given, otherwise pooled_t weight^T + bias;
     loss = ce CE(logits, labels) + sr mean (logits - logits_t)^2 over B, K + fm mean (z - pooled_t)^2 over B, Ct
-         + kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), mean over B. All in nats.
+         + kl T^2 KL(softmax(logits_t / T) || softmax(logits / T))
+         + hard CE(logits, argmax logits_t) + (ttm + wttm U) KL(p_t^g / U || softmax(logits)) + nkd NKD, mean over B.
+    All in nats. p_t = softmax(logits_t), g = ttm_power, U = sum over k of p_t^g of the row (Zheng and Yang 2024);
+    NKD = -t[y] log s[y] - nkd_gamma T^2 sum over k != y of t'[k] log s'[k], y the label, t and s the softmaxes, t' and
+    s' those at T over the other classes (Yang et al. 2023), of mixed labels in their shares.
+    With `standardize` kl, ttm, wttm and nkd see (logits - their row's mean) / (its standard deviation + 1e-7) of both
+    (Sun et al. 2024).
     The gradient is made in the forward pass. Where pooled_t gives logits_t, logits - logits_t is weight (z - pooled_t),
     with the difference formed before any rounding, except for the KL of a row whose |z - pooled_t| is more than half of
     |pooled_t|. KL is never below 0, 0 where both rows are equal, and does not change with a constant that is added to
@@ -100,15 +124,16 @@ def classifier_loss(
     mix       [B] in [0, 1], any floating dtype, the share of `labels`: CE = mix CE(labels) + (1 - mix) CE(labels_b).
               On a CPU another number is refused; on a GPU, where the host would have to wait, it is taken as it is
     label_smoothing  in [0, 1], as torch's cross_entropy
-    pooled_t  [B, Ct], any floating dtype; needed for fm, and for sr or kl unless logits_t is given
+    pooled_t  [B, Ct], any floating dtype; needed for fm, and for all terms but ce unless logits_t is given
     logits_t  [B, K], any floating dtype, read in float32 (float64 for float64), also under autocast; the teacher's
-              logits for sr and kl, also where pooled_t is given, which then serves fm alone
-    temperature  > 0 and finite, of the KL term only; the weights ce, sr, fm, kl are finite, too
+              logits, also where pooled_t is given, which then serves fm alone
+    temperature  T > 0 and finite, of kl and nkd; ttm_power > 0 and finite; the weights and nkd_gamma are finite, too
     gram      `classifier_gram(weight)`, made once: on a GPU the logit match then costs nothing that grows with K. It
               must belong to this weight, which is not looked at; its shape, dtype and layout are. The CPU keeps its own
               and needs none
 
-    returns   loss []; parts [4] = (CE, SR, FM, KL) before weighting, 0 where the weight is 0, no gradient; top1 []
+    returns   loss []; parts [8] = (CE, SR, FM, KL, HARD, TTM, WTTM, NKD) before weighting, WTTM and NKD with U and
+              nkd_gamma, 0 where the weight is 0, no gradient; top1 []
               int64, the number of rows whose largest logit (the first, on a tie) is that of `labels`. loss and parts
               are float32 (float64 for float64)
     B = 0     as torch: the loss and every weighted part are NaN, the mean of nothing, and the gradient is empty
@@ -120,8 +145,9 @@ def classifier_loss(
     """
     check_library(z, "classifier_loss")
     terms = LossTerms(
-        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-    )
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing,
+        hard, ttm, wttm, nkd, ttm_power, nkd_gamma, standardize,
+    )  # fmt: skip
     return _loss("classifier_loss", of_features, (z,), terms, "z is", autocast_dtype(z))
 
 
@@ -143,6 +169,13 @@ def projected_classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    hard: float = 0.0,
+    ttm: float = 0.0,
+    wttm: float = 0.0,
+    nkd: float = 0.0,
+    ttm_power: float = 0.2,
+    nkd_gamma: float = 1.5,
+    standardize: bool = False,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A linear connector on vectors and `classifier_loss` on what it makes, in one op.
@@ -163,8 +196,9 @@ def projected_classifier_loss(
     """
     u, projection, dtype = projected_operands(u, projection)
     terms = LossTerms(
-        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-    )
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing,
+        hard, ttm, wttm, nkd, ttm_power, nkd_gamma, standardize,
+    )  # fmt: skip
     inputs = (u, projection, projection_bias)
     return _loss("projected_classifier_loss", of_projected, inputs, terms, "u and its projection are", dtype)
 
@@ -222,7 +256,12 @@ def _fake_loss(op, inputs, tensors, Ct, grad):
     like = next(iter(inputs.values()))
     acc = accumulator(like.dtype)
     dz = like.new_empty(like.shape[0] if grad else 0, Ct, dtype=acc)
-    return like.new_empty((), dtype=acc), like.new_empty(4, dtype=acc), like.new_empty((), dtype=torch.int64), dz
+    return (
+        like.new_empty((), dtype=acc),
+        like.new_empty(len(PARTS), dtype=acc),
+        like.new_empty((), dtype=torch.int64),
+        dz,
+    )
 
 
 @torch.library.register_fake("ijckd::classifier_loss")

@@ -23,7 +23,7 @@ class LossAndGrad(NamedTuple):
     """What `classifier_loss_and_grad` returns: `classifier_loss`'s three, and the gradient of `loss`."""
 
     loss: Tensor  # []
-    parts: Tensor  # [4]
+    parts: Tensor  # [8]
     top1: Tensor  # [] int64
     grad: Tensor  # [B, Ct], dtype of z
 
@@ -34,7 +34,7 @@ class ProjectedLossAndGrads(NamedTuple):
     """
 
     loss: Tensor  # []
-    parts: Tensor  # [4]
+    parts: Tensor  # [8]
     top1: Tensor  # [] int64
     grad_u: Tensor | None  # [B, Cs]
     grad_projection: Tensor  # [Ct, Cs]
@@ -47,7 +47,7 @@ class ConnectorLossAndGrads(NamedTuple):
     """
 
     loss: Tensor  # []
-    parts: Tensor  # [4]
+    parts: Tensor  # [8]
     top1: Tensor  # [] int64
     z: Tensor  # [B, Ct]
     fm: Tensor  # [], the connector's match
@@ -70,6 +70,13 @@ def classifier_loss_and_grad(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    hard: float = 0.0,
+    ttm: float = 0.0,
+    wttm: float = 0.0,
+    nkd: float = 0.0,
+    ttm_power: float = 0.2,
+    nkd_gamma: float = 1.5,
+    standardize: bool = False,
     gram: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> LossAndGrad:
@@ -82,8 +89,9 @@ def classifier_loss_and_grad(
     op = "classifier_loss"
     check_library(z, op)
     tensors, numbers = LossTerms(
-        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-    ).packed()
+        weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing,
+        hard, ttm, wttm, nkd, ttm_power, nkd_gamma, standardize,
+    ).packed()  # fmt: skip
     refuse_trained(op, tensors, "z is")
     with torch.no_grad():
         with own_products(z):
@@ -113,6 +121,13 @@ def projected_classifier_loss_and_grads(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    hard: float = 0.0,
+    ttm: float = 0.0,
+    wttm: float = 0.0,
+    nkd: float = 0.0,
+    ttm_power: float = 0.2,
+    nkd_gamma: float = 1.5,
+    standardize: bool = False,
     gram: Tensor | None = None,
     scale: Tensor | None = None,
     need_grad_u: bool = True,
@@ -127,8 +142,9 @@ def projected_classifier_loss_and_grads(
     with torch.no_grad():
         u, projection, dtype = projected_operands(u, projection)
         tensors, numbers = LossTerms(
-            weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing
-        ).packed()
+            weight, bias, labels, labels_b, mix, pooled_t, logits_t, gram, ce, sr, fm, kl, temperature, label_smoothing,
+            hard, ttm, wttm, nkd, ttm_power, nkd_gamma, standardize,
+        ).packed()  # fmt: skip
         refuse_trained("projected_classifier_loss", tensors, "u and its projection are")
         needs = (need_grad_u, True, projection_bias is not None)
         with own_products(u):

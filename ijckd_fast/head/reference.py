@@ -130,6 +130,13 @@ def classifier_loss(
     fm: float = 0.0,
     kl: float = 0.0,
     temperature: float = 4.0,
+    hard: float = 0.0,
+    ttm: float = 0.0,
+    wttm: float = 0.0,
+    nkd: float = 0.0,
+    ttm_power: float = 0.2,
+    nkd_gamma: float = 1.5,
+    standardize: bool = False,
     gram: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Contract: `ijckd_fast.head.classifier_loss`.
@@ -139,7 +146,8 @@ def classifier_loss(
     """
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     _check_gram(gram, weight.shape[1])
-    _check_numbers({"ce": ce, "sr": sr, "fm": fm, "kl": kl}, temperature, label_smoothing, mix)
+    weights = {"ce": ce, "sr": sr, "fm": fm, "kl": kl, "hard": hard, "ttm": ttm, "wttm": wttm, "nkd": nkd}
+    _check_numbers(weights, temperature, label_smoothing, mix)
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
     if logits_t is None and pooled_t is not None:
         logits_t = F.linear(pooled_t.to(weight.dtype), weight, bias)
@@ -155,16 +163,55 @@ def classifier_loss(
         ce_part = rows.mean()
     sr_part = (logits - _needed(logits_t, "pooled_t or logits_t").to(acc)).square().mean() if sr != 0 else zero
     fm_part = (z.to(acc) - _needed(pooled_t, "pooled_t").to(acc)).square().mean() if fm != 0 else zero
-    kl_part = zero
-    if kl != 0:
-        log_p_t = F.log_softmax(_needed(logits_t, "pooled_t or logits_t").to(acc) / temperature, dim=1)
-        log_p = F.log_softmax(logits / temperature, dim=1)
-        kl_part = F.kl_div(log_p, log_p_t, reduction="batchmean", log_target=True) * temperature**2
+    kl_part = hard_part = ttm_part = wttm_part = nkd_part = zero
+    if kl != 0 or hard != 0 or ttm != 0 or wttm != 0 or nkd != 0:
+        given = logits_t = _needed(logits_t, "pooled_t or logits_t").to(acc)
+        soft = logits
+        if standardize:
+            soft, logits_t = _standardised(logits), _standardised(logits_t)
+        log_p_t = F.log_softmax(logits_t / temperature, dim=1)
+        if kl != 0:
+            kl_part = temperature**2 * _kl_rows(F.log_softmax(soft / temperature, dim=1), log_p_t).mean()
+        if hard != 0:
+            hard_part = F.cross_entropy(logits, given.argmax(1))
+        if ttm != 0 or wttm != 0:
+            softened = F.log_softmax(ttm_power * logits_t, dim=1)
+            rows = _kl_rows(F.log_softmax(soft, dim=1), softened)  # [B]
+            mass = F.softmax(logits_t, 1).pow(ttm_power).sum(1)  # [B]
+            ttm_part, wttm_part = rows.mean() if ttm != 0 else zero, (mass * rows).mean() if wttm != 0 else zero
+        if nkd != 0:
+            rows = _nkd_rows(soft, logits_t, labels, temperature, nkd_gamma)
+            if labels_b is not None:
+                share = _needed(mix, "mix").to(acc)
+                rows = share * rows + (1 - share) * _nkd_rows(soft, logits_t, labels_b, temperature, nkd_gamma)
+            nkd_part = rows.mean()
 
-    loss = ce * ce_part + sr * sr_part + fm * fm_part + kl * kl_part
-    parts = torch.stack([ce_part, sr_part, fm_part, kl_part]).detach()
+    parts = torch.stack([ce_part, sr_part, fm_part, kl_part, hard_part, ttm_part, wttm_part, nkd_part])
+    loss = sum((w * part for w, part in zip(weights.values(), parts, strict=True) if w != 0), start=zero)
+    parts = parts.detach()
     top1 = (logits.detach().argmax(1) == labels).sum()
     return loss, parts, top1
+
+
+def _kl_rows(log_p: Tensor, log_p_t: Tensor) -> Tensor:
+    """[B, K], [B, K] -> [B]"""
+    return F.kl_div(log_p, log_p_t, reduction="none", log_target=True).sum(1)
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    from_mean = logits - logits.mean(1, keepdim=True)
+    return from_mean / (logits.std(1, keepdim=True) + 1e-7) if logits.shape[1] > 1 else from_mean
+
+
+def _nkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, temperature: float, gamma: float) -> Tensor:
+    """[B, K], [B, K], [B] -> [B]"""
+    label = labels[:, None]
+    own = -F.softmax(logits_t, 1).gather(1, label) * F.log_softmax(logits, 1).gather(1, label)
+    others = torch.arange(logits.shape[1], device=logits.device) != label  # [B, K]
+    log_s, log_t = (
+        F.log_softmax(x[others].view(len(x), x.shape[1] - 1) / temperature, 1) for x in (logits, logits_t)
+    )  # [B, K - 1]
+    return own[:, 0] - gamma * temperature**2 * (log_t.exp() * log_s).sum(1)
 
 
 def projected_classifier_loss(

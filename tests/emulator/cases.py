@@ -365,8 +365,12 @@ def match_backward(
 # --------------------------------------------------------------------------------------------------------------------
 # classifier_loss
 
-WEIGHTS = {"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0, "label_smoothing": 0.1}
-# Weights and inputs where they are other than: everything on, with bias, delta and two labels.
+PARTS = ("ce", "sr", "fm", "kl", "hard", "ttm", "wttm", "nkd")  # as classifier_loss.h has them
+NO_SOFT = dict.fromkeys(PARTS[4:], 0.0) | {"ttm_power": 0.3, "nkd_gamma": 1.5, "standardize": 0.0}
+WEIGHTS = {"ce": 0.7, "sr": 0.5, "fm": 0.3, "kl": 0.9, "temperature": 3.0, "label_smoothing": 0.1} | NO_SOFT
+SOFT = {"hard": 0.4, "ttm": 0.6, "wttm": 0.8, "nkd": 0.7}
+ONLY = {"ce": 0, "sr": 0, "kl": 0, "teacher": "logits_t"}
+# Weights and inputs where they are other than: everything of row_math.h on, with bias, delta and two labels.
 ROW_LOSSES: dict[str, dict[str, Any]] = {
     "all": {},
     "weights of one": {"ce": 1, "sr": 1, "kl": 1},
@@ -382,7 +386,20 @@ ROW_LOSSES: dict[str, dict[str, Any]] = {
     "kl": {"ce": 0, "sr": 0, "kl": 1, "temperature": 0.5, "two_labels": False},
     "nothing": {"ce": 0, "sr": 0, "kl": 0, "teacher": None},
     "forward only": {"kl": 1, "grad": False},
+    "two rows": SOFT,
+    "two rows, near": SOFT | {"two_labels": False, "ce": 0, "sr": 0, "temperature": 2.0},
+    "two rows, either": SOFT | {"teacher": "either", "standardize": 1, "kl": 0.4},
+    "two rows, forward only": SOFT | {"grad": False, "kl": 0},
+    **{name: ONLY | {name: 0.8} for name in PARTS[4:]},
+    **{f"standardised {name}": ONLY | {name: 0.8, "standardize": 1} for name in PARTS[3:]},
+    "nkd, T 1": ONLY | {"nkd": 1, "nkd_gamma": 0.5, "temperature": 1, "two_labels": False},
+    "wttm, power 1": ONLY | {"wttm": 1, "ttm_power": 1},
 }
+
+
+def of_two_rows(options: dict[str, Any]) -> bool:
+    """Whether something of soft_row.h is on."""
+    return any(options.get(name) for name in (*PARTS[4:], "standardize"))
 
 
 def log_softmax(x: Array) -> Array:
@@ -396,6 +413,55 @@ def excess_kl(log_p_t: Array, v: Array) -> Array:
     v = v - (p_t * v).sum(1, keepdims=True)
     taylor = v * v * (1 / 2 + v * (1 / 6 + v * (1 / 24 + v * (1 / 120 + v / 720))))
     return np.log1p((p_t * np.where(abs(v) < 1e-3, taylor, np.expm1(v) - v)).sum(1))
+
+
+def standardised(x: Array) -> tuple[Array, Array]:
+    """[B, K] as soft_row.h:Standardised has it, and what it is divided by."""
+    K = x.shape[1]
+    x = x - x.mean(1, keepdims=True)
+    wider = x.std(1, ddof=1, keepdims=True) + 1e-7 if K > 1 else np.ones((len(x), 1))
+    return x / wider, wider
+
+
+def soft_terms(
+    w: dict[str, float], x: Array, x_t: Array, targets: list[tuple[Array, Array]]
+) -> tuple[dict[str, Array], Array]:
+    """soft_row.h in NumPy: [B] of each part, and the gradient [B, K] of their weighted sum. targets: labels, shares."""
+    (B, K), T, values = x.shape, w["temperature"], {}
+    every, g, h = np.arange(B), np.zeros_like(x), np.zeros_like(x)
+    if w["hard"]:
+        y = x_t.argmax(1)
+        values["hard"] = -log_softmax(x)[every, y]
+        g += w["hard"] * (np.exp(log_softmax(x)) - np.eye(K)[y])
+    s, wider = standardised(x) if w["standardize"] else (x, np.ones((B, 1)))
+    s_t = standardised(x_t)[0] if w["standardize"] else x_t
+    cold_t = log_softmax(s_t / T)
+    if w["kl"] and w["standardize"]:
+        cold = log_softmax(s / T)
+        values["kl"] = T * T * (np.exp(cold_t) * (cold_t - cold)).sum(1)
+        h += w["kl"] * T * (np.exp(cold) - np.exp(cold_t))
+    if w["ttm"] or w["wttm"]:
+        g_t = w["ttm_power"]
+        p, softened, mass = log_softmax(s), log_softmax(g_t * s_t), np.exp(g_t * log_softmax(s_t)).sum(1)
+        values["ttm"] = (np.exp(softened) * (softened - p)).sum(1)
+        values["wttm"] = mass * values["ttm"]
+        h += (w["ttm"] + w["wttm"] * mass)[:, None] * (np.exp(p) - np.exp(softened))
+    if w["nkd"]:
+        values["nkd"] = np.zeros(B)
+        for labels, share in targets:
+            t_y, own = np.exp(log_softmax(s_t))[every, labels], log_softmax(s)
+            value = -t_y * own[every, labels]
+            of_label = t_y[:, None] * (np.exp(own) - np.eye(K)[labels])
+            if K > 1:
+                others = np.where(np.eye(K)[labels] > 0, -np.inf, 0)
+                q, q_t = log_softmax(s / T + others), log_softmax(s_t / T + others)
+                value -= w["nkd_gamma"] * T * T * (np.exp(q_t) * np.where(others < 0, 0, q)).sum(1)
+                of_label += w["nkd_gamma"] * T * (np.exp(q) - np.exp(q_t))
+            values["nkd"] += share * value
+            h += w["nkd"] * share[:, None] * of_label
+    if w["standardize"] and K > 1:
+        h = (h - s * (h * s).sum(1, keepdims=True) * wider / ((wider - 1e-7) * (K - 1))) / wider
+    return values, g + h
 
 
 def row_loss(
@@ -460,7 +526,7 @@ def row_loss(
     d = np.where(far[:, None], x - raw_t64, delta64) if stacked else np.zeros((B, K))
     if teacher == "logits_t":
         d = x - logits_t64
-    parts, top1, counts = data.out(4, B), np.full(B, -7), np.array([3, 5])
+    parts, top1, counts = data.out(len(PARTS), B), np.full(B, -7), np.array([3, 5])
     arrays = {
         "bias": b if bias else None,
         "delta": delta if stacked else None,
@@ -492,14 +558,26 @@ def row_loss(
             g += w["ce"] * (np.exp(p) - q)
         if w["sr"]:
             g += 2 * w["sr"] / K * d
-        if w["kl"]:
+        if w["kl"] and not w["standardize"]:
             g += w["kl"] * T * (np.exp(p_s) - np.exp(p_t))
-        hits = np.nanargmax(x, 1) == labels
+        hits = np.where(np.isnan(x), -np.inf, x).argmax(1) == labels
+        soft, soft_g = {}, 0
+        if of_two_rows(w):
+            targets = [(np.where(valid, labels, 0), share)]
+            targets += [(np.where(valid, labels_b, 0), 1 - share)] if two_labels else []
+            soft, soft_g = soft_terms(w, x, x - d, targets)
+            if w["nkd"]:
+                soft["nkd"][~valid] = soft_g[~valid] = np.nan
+            kl = soft.get("kl", kl)
+        g += soft_g
     size = max(1, abs(x[np.isfinite(x)]).max())
     close("ce", parts[0], ce if w["ce"] else 0, t)
     close("sr", parts[1], np.square(d).sum(1) if w["sr"] else 0, t)
     close("the pooled match's rows", parts[2], np.nan, t)  # another kernel's
     close("kl", parts[3], kl if w["kl"] else 0, t, scale=T * size)
+    for i, name in enumerate(PARTS[4:], 4):
+        if w[name]:
+            close(name, parts[i], soft[name], t, scale=T * size)
     if edit == "alike":
         np.testing.assert_array_equal(parts[3, -3:-1], 0 if teacher == "delta" else [0, parts[3, -2]])
         if teacher == "delta":
@@ -508,7 +586,15 @@ def row_loss(
         close("cross-entropy's digits", parts[0], ce, t, scale=0)
     assert not (parts[3] < 0).any()
     if grad:
-        close("gradient", logits, g, t, stored=True, scale=max(1, size / 8), least=float(K == 1))
+        close(
+            "gradient",
+            logits,
+            g,
+            t,
+            stored=True,
+            scale=max(1, size / 8),
+            least=float(K == 1 or (K == 2 and bool(w["standardize"]))),
+        )  # +-0.7 whatever the logits
     else:
         close("logits", logits, logits64, t, stored=True)
     if edit != "nan":
@@ -571,19 +657,19 @@ def compute_capability(kernels: ModuleType, t: DType, device: int) -> list[Array
 def loss_sum(kernels: ModuleType, t: DType, B: int, **changed: float) -> list[Array]:
     data = Data(t, f"loss_sum {B}")
     w, K, Ct = WEIGHTS | changed, 21, 5
-    rows, rows64 = data.normal_acc(4, B)
-    for i, name in enumerate(("ce", "sr", "fm", "kl")):
+    rows, rows64 = data.normal_acc(len(PARTS), B)
+    for i, name in enumerate(PARTS):
         if not w[name]:
             rows[i], rows64[i] = np.nan, 0  # a part without weight has rows that nobody wrote
     top1_rows = data.random.integers(0, 2, B)
-    loss, parts, top1 = data.out(), data.out(4), np.full((), -7)
+    loss, parts, top1 = data.out(), data.out(len(PARTS)), np.full((), -7)
     kernels.loss_sum(
         dtype=t.name, part_rows=rows, top1_rows=top1_rows, loss=loss, parts=parts, top1=top1, B=B, K=K, Ct=Ct, **w
     )
-    weighted = np.array([w[name] != 0 for name in ("ce", "sr", "fm", "kl")])
-    wanted = np.where(weighted, rows64.sum(1) / (B or np.nan) * [1, 1 / K, 1 / Ct, 1], 0)
+    weights, terms = np.array([w[name] for name in PARTS]), [1, K, Ct, *[1] * (len(PARTS) - 3)]
+    wanted = np.where(weights != 0, rows64.sum(1) / (B or np.nan) / terms, 0)
     close("parts", parts, wanted, t)
-    close("loss", loss, wanted @ [w["ce"], w["sr"], w["fm"], w["kl"]], t)
+    close("loss", loss, wanted @ weights, t)
     assert top1 == top1_rows.sum(), f"top1 is {top1}, wanted {top1_rows.sum()}"
     return [loss, parts, top1]
 
@@ -641,8 +727,8 @@ def all_cases() -> dict[str, Case]:
         add(loss_sum, t, 0, sr=0, kl=0)
         add(take_counts, t, 7)
         add(feature_diff, t, 0, 4)
-        for part in ("ce", "sr", "fm", "kl"):
-            add(loss_sum, t, 5, **{part: 0})
+        for part in PARTS:
+            add(loss_sum, t, 5, **(SOFT | {part: 0}))
         add(loss_sum, t, 5, ce=1, sr=1, fm=1, kl=1)
     for device in (0, 1, -1):
         add(compute_capability, F32, device)
@@ -671,7 +757,8 @@ def all_cases() -> dict[str, Case]:
         add(match_forward, t, 1, 12544, 2, "norm", True, True)
         for B, K in ((1, 1), (3, 2), (2, 255), (2, 256), (3, 257), (2, 1000)):
             for options in ROW_LOSSES.values():
-                add(row_loss, t, B, K, **options)
+                if K in (1, 2, 257) or not of_two_rows(options):
+                    add(row_loss, t, B, K, **options)
         add(row_loss, t, 2, 21841)
         add(row_loss, t, 1, 21841, teacher="logits_t")
         add(row_loss, t, 4, 300, edit="large")
@@ -685,8 +772,12 @@ def all_cases() -> dict[str, Case]:
             for pooled in (True, False):
                 add(stack_rows, t, B, Ct, pooled)
         add(row_loss, t, 3, 300, edit="nan")
+        add(row_loss, t, 3, 1, edit="nan", **ROW_LOSSES["two rows"])  # the teacher's first class is none
         add(row_loss, t, 3, 300, edit="inf", **ROW_LOSSES["plain"])
         add(row_loss, t, 7, 40, edit="labels")
+        for K in (1, 40):
+            add(row_loss, t, 7, K, edit="labels", **ROW_LOSSES["two rows"])
+        add(row_loss, t, 4, 300, edit="large", **(ONLY | SOFT))
         for B, Ct in ((1, 1), (3, 85), (2, 128), (1, 257)):
             for pooled in (True, False):
                 add(feature_grad, t, B, Ct, pooled)

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 import torch
-from op_cases import assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
+from op_cases import SOFT, assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -143,6 +143,8 @@ TILED = {
     "sr": {"ce": 0.0, "sr": 2.0},
     "all": {"ce": 0.6, "sr": 2.0, "fm": 0.7, "mixed": True, "label_smoothing": 0.1},
     "kl": {"kl": 0.9, "sr": 0.5, "label_smoothing": 0.1},
+    "two rows": {"sr": 0.5, "kl": 0.3, **SOFT, "mixed": True, "temperature": 2.0, "ttm_power": 0.9},
+    "standardised": {"kl": 0.3, **SOFT, "standardize": True, "temperature": 2.0},
 }
 
 

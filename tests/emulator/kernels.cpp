@@ -97,7 +97,19 @@ class Call {
             int(integer("gram_tiles"))};
   }
   LossWeights weights() {
-    return {real("ce"), real("sr"), real("fm"), real("kl"), real("temperature"), real("label_smoothing")};
+    return {.ce = real("ce"),
+            .sr = real("sr"),
+            .fm = real("fm"),
+            .kl = real("kl"),
+            .temperature = real("temperature"),
+            .label_smoothing = real("label_smoothing"),
+            .hard = real("hard"),
+            .ttm = real("ttm"),
+            .wttm = real("wttm"),
+            .nkd = real("nkd"),
+            .ttm_power = real("ttm_power"),
+            .nkd_gamma = real("nkd_gamma"),
+            .standardize = real("standardize")};
   }
 
   // "files", a list of arrays, as block_views' table of their addresses and bytes.

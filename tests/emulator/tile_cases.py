@@ -254,7 +254,7 @@ def logits_exp(
 
 def _shares() -> dict[str, Array]:
     """Where the blocks that take the losses meet: csrc/cuda/classifier_tiles.h:Losses."""
-    return {"shares": np.full((4, 5), np.nan), "arrived": np.zeros((), np.int32)}
+    return {"shares": np.full((4, len(cases.PARTS) + 1), np.nan), "arrived": np.zeros((), np.int32)}
 
 
 def _check_rounded(t: DType, dz_t: Array, dz: Array) -> None:
@@ -340,7 +340,7 @@ def grad_rows(
     elif edit == "saturated, flat":  # no class has all of a row's probability; a masked one among others
         biases[K // 2] = -np.inf
     biases64 = biases.astype(np.float64)
-    loss, parts, top1, counts = data.out(), data.out(4), np.full((), -7), np.array([3, 5])
+    loss, parts, top1, counts = data.out(), data.out(len(cases.PARTS)), np.full((), -7), np.array([3, 5])
     (anchor, in_all), (logit_b, b_in_all), (fm_rows, fm_in_all) = (
         _in_parts(data, x, row_parts) for x in (anchor, logit_b, fm_rows)
     )
@@ -387,7 +387,7 @@ def grad_rows(
     sr = np.maximum(square64.sum(0), 0).mean() / K if sr_weight else 0
     fm = fm_rows64.mean() / Ct if fm_weight else 0
     scale = 100 if saturated.any() else 4
-    close("parts", parts, np.array([ce, sr, fm, 0]), t, scale=scale)
+    close("parts", parts, np.array([ce, sr, fm] + [0] * (len(cases.PARTS) - 3)), t, scale=scale)
     close(
         "loss",
         loss,
@@ -477,7 +477,7 @@ def logit_rows_of(
         operands[odd] = cases.at_odd_address(operands[odd])
     stride = -(-K // 8) * 8
     logits, gradient, labels = data.out(2 * B, K), t.encode(np.full((B, stride), np.nan)), data.labels(B, K)
-    parts, top1, counts = data.out(4, B), np.full(B, -7), np.zeros(2, np.int64)
+    parts, top1, counts = data.out(len(cases.PARTS), B), np.full(B, -7), np.zeros(2, np.int64)
     call = functools.partial(
         kernels.logit_rows, stage=stage, dtype=t.name, **operands, logits=logits, features=True, logits_t=None,
         anchor=None, logit_b=None, fm_rows=None, pooled_rows=None, row_parts=1, bias=None, labels=labels, labels_b=None,
@@ -524,12 +524,12 @@ def times_classifier(
     gradient = t.encode(wide)
     weight, weight64 = data.normal(K, Ct)
     (z, z64), (pooled_t, pooled64), dz = data.normal_acc(B, Ct), data.normal_acc(B, Ct), data.out(B, Ct)
-    (rows, rows64), (fm_rows, fm64) = data.normal_acc(4, B), data.normal_acc(row_parts, B)
-    for i, name in enumerate(("ce", "sr", "fm", "kl")):
+    (rows, rows64), (fm_rows, fm64) = data.normal_acc(len(cases.PARTS), B), data.normal_acc(row_parts, B)
+    for i, name in enumerate(cases.PARTS):
         if name == "fm" or not w[name]:
             rows[i], rows64[i] = np.nan, 0  # of another array, or nobody's
     top1_rows = data.random.integers(0, 2, B)
-    loss, parts, top1, dz_t = data.out(), data.out(4), np.full((), -7), data.out_stored(B, Ct)
+    loss, parts, top1, dz_t = data.out(), data.out(len(cases.PARTS)), np.full((), -7), data.out_stored(B, Ct)
     operands = {"gradient": gradient if grad else None, "weight": weight}
     if odd:
         operands[odd] = cases.at_odd_address(operands[odd])
@@ -544,9 +544,9 @@ def times_classifier(
         return _refused(call)
     call()
     rows64[2] = fm64.sum(0) if w["fm"] else 0
-    wanted = rows64.mean(1) / [1, K, Ct, 1]
+    wanted = rows64.mean(1) / [1, K, Ct, *[1] * (len(cases.PARTS) - 3)]
     close("parts", parts, wanted, F32)
-    close("loss", loss, wanted @ [w["ce"], w["sr"], w["fm"], w["kl"]], F32)
+    close("loss", loss, wanted @ [w[name] for name in cases.PARTS], F32)
     assert top1 == top1_rows.sum(), f"top1 is {top1}, wanted {top1_rows.sum()}"
     if grad:
         want = t.decode(gradient)[:, :K] @ weight64 / B
@@ -778,12 +778,13 @@ def all_cases() -> dict[str, Case]:
         add(times_classifier, t, 5, 90, 72, row_parts=3, rounded=False, stage=stage)
         add(times_classifier, t, 5, 90, 72, ce=1, sr=1, fm=1, kl=1, stage=stage)
         add(times_classifier, t, 300, 9, 8, grad=False, stage=stage)
-        for part in ("ce", "sr", "fm", "kl"):
-            add(times_classifier, t, 5, 90, 72, **{part: 0}, grad=False, stage=stage)
+        for part in cases.PARTS:
+            add(times_classifier, t, 5, 90, 72, **(cases.SOFT | {part: 0}), grad=False, stage=stage)
         for B, K, options in ((1, 1, {}), (3, 2, {}), *((4, 90, options) for options in cases.ROW_LOSSES.values())):
             add(logit_rows, t, B, K, stage=stage, **options)
         for edit in ("large", "ties", "labels"):
             add(logit_rows, t, 7, 300, edit=edit, stage=stage)  # more tiles than blocks
+        add(logit_rows, t, 7, 40, edit="labels", stage=stage, **cases.ROW_LOSSES["two rows"])
         add(logit_rows, t, 67, 70, teacher="either", stage=stage)
         add(logit_rows, t, 1, 9, teacher="logits_t", stage=stage)  # one row in all
         add(logit_rows, t, 32, 9, teacher="32nd far", stage=stage)  # one row in all of the last tile

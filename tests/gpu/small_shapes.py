@@ -74,6 +74,9 @@ def cases(device: str) -> Iterator[tuple[str, torch.dtype, Callable[..., Results
         yield f"connector {shape} to 72, train, map", dtype, connector(shape, 72, "train", "map", dtype)
         for sizes, kl in (((5, 24, 203), 0.9), ((5, 24, 203), 0.0), ((130, 72, 8069), 0.0)):
             yield f"losses {sizes}, gram, kl {kl}", dtype, loss(sizes, dtype, gram=True, kl=kl)
+        for standardize in (False, True):
+            name = f"losses (5, 24, 203), two rows of logits{', standardised' * standardize}"
+            yield name, dtype, loss((5, 24, 203), dtype, **tables.SOFT, standardize=standardize)
         for sizes in ((5, 8, 24, 203), (130, 24, 136, 1031)):
             yield f"projection and losses {sizes}", dtype, projected(sizes, dtype)
 

@@ -263,7 +263,12 @@ def test_classifier_loss_refuses():
     )
     refused("labels_b and mix go together", lambda: call(z, weight, bias, labels, labels_b=labels_b))
     refused("fm = 1 needs pooled_t", lambda: call(z, weight, bias, labels, fm=1.0))
-    refused("sr = 1 and kl = 0 need pooled_t or logits_t", lambda: call(z, weight, bias, labels, sr=1.0))
+    for name in ("sr", "kl", "hard", "ttm", "wttm", "nkd"):
+        refused(f"{name} = 0.5 needs pooled_t or logits_t", lambda n=name: call(z, weight, bias, labels, **{n: 0.5}))
+    refused(
+        "ttm_power must be > 0, got 0",
+        lambda: call(z, weight, bias, labels, pooled_t=pooled_t, wttm=1.0, ttm_power=0.0),
+    )
     refused(
         "temperature must be > 0, got 0",
         lambda: call(z, weight, bias, labels, pooled_t=pooled_t, kl=1.0, temperature=0.0),

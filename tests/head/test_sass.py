@@ -28,7 +28,8 @@ ARCHITECTURES = {"sm_75", "sm_80", "sm_90a"}
 NEWER_GPUS = "sm_100"  # PTX that GPUs without code of their own compile when they load the library
 
 MOST_REGISTERS = 128  # 512 threads on a multiprocessor of 65,536
-# kernel: bound, where fewer threads are meant, or the stages leave room for no more; match_forward's is float64's
+# what a kernel's symbol holds: bound, where fewer threads are meant, or the stages leave room for no more;
+# match_forward's is float64's, and the last that of rows of logits in float64 with terms of soft_row.h
 MORE_REGISTERS = {
     "grad_rows_tile_kernel": 168,
     "linear_grad_tile_kernel": 160,
@@ -37,6 +38,7 @@ MORE_REGISTERS = {
     "logits_exp_tile_kernel": 160,
     "times_classifier_tile_kernel": 168,
     "match_forward_kernel": 136,
+    "row_loss_kernelIddLb1E": 192,
 }
 # The instructions of the kernels with tiles, where they are meant to run: stage 1's, and stage 2's, whose tiles are
 # HopperTiles.
@@ -57,7 +59,7 @@ class Kernel:
 
     def faults(self) -> list[str]:
         found = [f"uses local memory ({op})" for op in ("LDL", "STL") if op in self.operations]
-        bound = MORE_REGISTERS.get(self.name, MOST_REGISTERS)
+        bound = next((most for of, most in MORE_REGISTERS.items() if of in self.symbol), MOST_REGISTERS)
         if self.registers > bound:
             found.append(f"needs {self.registers} registers, more than {bound}")
         wanted = (HOPPER_TILES if "HopperTile" in self.symbol else TILES)[self.architecture]
@@ -133,7 +135,7 @@ def test_kernels():
 
 
 def test_bounds_are_of_kernels_that_exist():
-    assert set(MORE_REGISTERS) <= {k.name for k in kernels_of(dump())}
+    assert all(any(of in k.symbol for k in kernels_of(dump())) for of in MORE_REGISTERS)
 
 
 # Cut from dumps: the table of resources, then the code.

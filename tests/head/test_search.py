@@ -62,6 +62,8 @@ def run_loss(op: Any, c: Loss, trained: list[Leaf], rest: list[Leaf], keywords: 
         with autocast(c):
             loss, parts, _ = call(*leaves, *rest, **keywords)
         grads = [g / scale for g in torch.autograd.grad(scale * loss, leaves)]
+        parts, others = parts[:4], parts[4:]  # the others' edges are test_soft_row.py's
+        assert not others.any()
     names = ["d_u", "d_projection", "d_projection_bias"] if c.Cs else ["d_z"]
     return {"loss": loss.detach(), **dict(zip(("CE", "SR", "FM", "KL", *names), (*parts, *grads), strict=True))}
 

@@ -120,7 +120,7 @@ class Objective(InferenceHead, _OfTerms):
 
     def _check_standardized_logits(self) -> None:
         if self.standardize_logits and not any(
-            isinstance(term, StandardizedLogits) and Needs.LOGITS_T in term.needs for term in self.terms
+            isinstance(term, StandardizedLogits) and term.takes_standardized for term in self.terms
         ):
             takers = (cls for cls in TERMS if issubclass(cls, StandardizedLogits) and cls is not ThroughTeacher)
             names = one_of(part for cls in takers for part in cls.parts)

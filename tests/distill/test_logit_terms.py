@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import logit_losses
 import pytest
 import torch
@@ -14,6 +16,7 @@ from ijckd_fast.distill.terms.dkd import Dkd
 from ijckd_fast.distill.terms.hard import Hard
 from ijckd_fast.distill.terms.kl import Kl
 from ijckd_fast.distill.terms.nkd import Nkd
+from ijckd_fast.distill.terms.through_teacher import ThroughTeacher
 from ijckd_fast.distill.terms.ttm import Ttm
 from ijckd_fast.errors import UserError
 
@@ -27,6 +30,18 @@ def shown(logits, logits_t, labels=None, classifier="student", **mixing) -> Seen
     labels = torch.zeros(len(logits), dtype=torch.int64) if labels is None else labels
     of = "logits" if classifier == "student" else "logits_z"
     return Seen(**{**nothing, of: logits, "logits_t": logits_t, "labels": labels, "progress": 0.0, **mixing})
+
+
+def value_of(term: Term, logits, logits_t, labels=None, classifier="student", **mixing):
+    """The term's value of those logits; where the fused op has it, by that, with the identity as the classifier."""
+    if classifier == "student" or not isinstance(term, (Hard, Kl, Nkd, Ttm)):
+        return term.value(shown(logits, logits_t, labels, classifier, **mixing))
+    K = logits.shape[1]
+    identity = torch.nn.Linear(K, K, bias=False, dtype=logits.dtype).requires_grad_(False)
+    torch.nn.init.eye_(identity.weight)
+    step = {"z": logits, "pooled_t": logits_t, "classifier": identity, "head": "fused", "label_smoothing": 0.0}
+    fused = ThroughTeacher(**dataclasses.asdict(term))
+    return fused.value(dataclasses.replace(shown(logits, None, labels), logits=None, **step, **mixing))
 
 
 def of_images(loss, *settings):
@@ -68,7 +83,7 @@ def drawn(B: int, K: int, seed: int = 0):
 def test_value_and_gradient_are_the_formula_s(name, B, K, classifier):
     make, head, formula, weight = TERMS[name]
     logits, logits_t, _ = drawn(B, K)
-    value = make(**{head: classifier}).value(shown(logits, logits_t, classifier=classifier))
+    value = value_of(make(**{head: classifier}), logits, logits_t, classifier=classifier)
     expected = formula(logits, logits_t)
     torch.testing.assert_close(value.loss, weight * expected, **CLOSE)
     torch.testing.assert_close(next(iter(value.parts.values())), expected.detach(), **CLOSE)
@@ -95,7 +110,7 @@ def test_terms_with_labels_are_their_formulas(name, B, K, z, mixed, classifier):
         return logit_losses.dkd(a, b, y, 0.7, 0.28, 2.5)
 
     labels_b, mix = labels.flip(0), torch.linspace(0, 1, B, dtype=torch.float64)
-    seen = shown(logits, logits_t, labels, classifier, **({"labels_b": labels_b, "mix": mix} if mixed else {}))
+    mixing = {"labels_b": labels_b, "mix": mix} if mixed else {}
     x, t = (z_scores(logits), z_scores(logits_t)) if z else (logits, logits_t)
     expected = torch.zeros((), dtype=torch.float64)
     for i in range(B):
@@ -103,7 +118,7 @@ def test_terms_with_labels_are_their_formulas(name, B, K, z, mixed, classifier):
         if mixed:
             rows = mix[i] * rows + (1 - mix[i]) * formula(x[i], t[i], int(labels_b[i]))
         expected = expected + rows / B
-    value = term.value(seen)
+    value = value_of(term, logits, logits_t, labels, classifier, **mixing)
     torch.testing.assert_close(value.loss, expected, **CLOSE)
     found, wanted = (torch.autograd.grad(loss, logits)[0] for loss in (value.loss, expected))
     torch.testing.assert_close(found, wanted, **CLOSE)

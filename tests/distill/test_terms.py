@@ -19,7 +19,7 @@ def test_an_objective_has_the_settings_of_every_term():
 
 
 def test_the_log_s_names_keep_their_order():
-    known = ["ce", "sr", "fm", "kl", "dkd", "hard", "ttm", "wttm", "nkd", "at", "hint"]
+    known = ["ce", "sr", "fm", "kl", "hard", "ttm", "wttm", "nkd", "dkd", "at", "hint"]
     assert [part for part in PARTS if part in known] == known
 
 

@@ -27,26 +27,22 @@ class SoftLabels(Temperature, StandardizedLogits):
     kl: float = weight("T^2 KL(teacher || student)")
     kl_head: Classifier = setting("student", "classifier the KL term goes through")
 
-    @property
-    def kl_fused(self) -> float:
-        """The weight of the KL term where the fused op has it: through the teacher's classifier, logits as they are."""
-        return self.kl if self.kl_head == "teacher" and not self.standardize_logits else 0.0
+    def kl_through(self, classifier: Classifier) -> float:
+        """The weight of the KL term through that classifier."""
+        return self.kl if self.kl_head == classifier else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kl(SoftLabels, Term):
-    """kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), nats, mean over B.
-
-    Where the fused op does not have it.
-    """
+    """kl T^2 KL(softmax(logits_t / T) || softmax(logits / T)), nats, mean over B, of the student's own classifier."""
 
     parts = ("kl",)
 
     @property
     def needs(self) -> Needs:
-        return logits_of(self.kl_head) if self.kl > 0 and self.kl_fused == 0 else NOTHING
+        return logits_of("student") if self.kl_through("student") > 0 else NOTHING
 
     def value(self, seen: Seen) -> Value:
-        logits, logits_t = self.scaled(*seen.pair(self.kl_head))
+        logits, logits_t = self.scaled(*seen.pair("student"))
         kl = self.temperature**2 * kl_rows(logits, logits_t, self.temperature).mean()
         return Value(self.kl * kl, {"kl": kl.detach()})

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nkd(Temperature, StandardizedLogits, Term):
-    """nkd NKD, see `nkd_rows`, nats, mean over B."""
-
-    parts = ("nkd",)
+class Normalised(Temperature, StandardizedLogits):
+    """Settings of NKD, whichever classifier it goes through."""
 
     nkd: float = weight("NKD")
     nkd_gamma: float = setting(
@@ -36,12 +34,23 @@ class Nkd(Temperature, StandardizedLogits, Term):
     )
     nkd_head: Classifier = setting("student", "classifier the NKD term goes through")
 
+    def nkd_through(self, classifier: Classifier) -> float:
+        """The weight of NKD through that classifier."""
+        return self.nkd if self.nkd_head == classifier else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nkd(Normalised, Term):
+    """nkd NKD, see `nkd_rows`, nats, mean over B, of the student's own classifier."""
+
+    parts = ("nkd",)
+
     @property
     def needs(self) -> Needs:
-        return logits_of(self.nkd_head) if self.nkd > 0 else NOTHING
+        return logits_of("student") if self.nkd_through("student") > 0 else NOTHING
 
     def value(self, seen: Seen) -> Value:
-        logits, logits_t = self.scaled(*seen.pair(self.nkd_head))
+        logits, logits_t = self.scaled(*seen.pair("student"))
         nkd = seen.mixed(lambda y: nkd_rows(logits, logits_t, y, self.nkd_gamma, self.temperature))
         return Value(self.nkd * nkd, {"nkd": nkd.detach()})
 

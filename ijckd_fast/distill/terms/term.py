@@ -225,6 +225,11 @@ class StandardizedLogits:
         " temperature: only the order and the relative distances of the classes are then matched, not their scale",
     )
 
+    @property
+    def takes_standardized(self) -> bool:
+        """Whether it compares logits, where it is on."""
+        return True
+
     def scaled(self, logits: Tensor, logits_t: Tensor) -> tuple[Tensor, Tensor]:
         """Both [B, K] as these terms take them."""
         return (z_scores(logits), z_scores(logits_t)) if self.standardize_logits else (logits, logits_t)

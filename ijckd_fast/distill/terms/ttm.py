@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ttm(StandardizedLogits, Term):
-    """ttm TTM + wttm WTTM, see `transformed_rows`, nats, mean over B: only the teacher is softened, by a power."""
-
-    parts = ("ttm", "wttm")
+class TransformedTeacher(StandardizedLogits):
+    """Settings of TTM and WTTM, whichever classifier they go through."""
 
     ttm: float = weight("transformed teacher matching")
     wttm: float = weight("weighted transformed teacher matching, in which soft answers of the teacher count more")
@@ -38,12 +36,26 @@ class Ttm(StandardizedLogits, Term):
     )
     ttm_head: Classifier = setting("student", "classifier both go through")
 
+    def ttm_through(self, classifier: Classifier) -> tuple[float, float]:
+        """The weights of TTM and WTTM through that classifier."""
+        return (self.ttm, self.wttm) if self.ttm_head == classifier else (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ttm(TransformedTeacher, Term):
+    """ttm TTM + wttm WTTM, see `transformed_rows`, nats, mean over B, of the student's own classifier.
+
+    Only the teacher is softened, by a power.
+    """
+
+    parts = ("ttm", "wttm")
+
     @property
     def needs(self) -> Needs:
-        return logits_of(self.ttm_head) if self.ttm > 0 or self.wttm > 0 else NOTHING
+        return logits_of("student") if any(self.ttm_through("student")) else NOTHING
 
     def value(self, seen: Seen) -> Value:
-        rows, mass = transformed_rows(*self.scaled(*seen.pair(self.ttm_head)), self.ttm_power)
+        rows, mass = transformed_rows(*self.scaled(*seen.pair("student")), self.ttm_power)
         ttm, wttm = rows.mean(), (mass * rows).mean()
         on = {"ttm": ttm.detach()} if self.ttm > 0 else {}
         on |= {"wttm": wttm.detach()} if self.wttm > 0 else {}

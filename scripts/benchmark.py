@@ -59,12 +59,23 @@ ERROR_FLOOR = {torch.float32: 16.0, torch.bfloat16: 1 / 64, torch.float16: 1 / 6
 Step = Callable[[], list[Tensor]]
 
 
+# The matches of logits, as keywords of our ops, whose temperature is 4 where none is given.
+MATCHES: dict[str, dict[str, Any]] = {
+    "sr": {"sr": 1.0},
+    "kl": {"kl": 1.0},
+    "hard": {"hard": 1.0},
+    "wttm": {"wttm": 1.0},
+    "nkd": {"nkd": 1.0},
+    "standardised-kl": {"kl": 1.0, "standardize": True},
+}
+
+
 class Workload(NamedTuple):
     """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the
     maps, 0 for vectors.
 
     Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU
-    and match the map. kl: the logits are matched by KL at temperature 4, not by their squares. cpu_B: the batch on a
+    and match the map. match: how the logits are matched, a key of MATCHES. cpu_B: the batch on a
     CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>. nchw: the maps are contiguous,
     not channels-last. fm: whether vectors match pooled features.
     """
@@ -76,7 +87,7 @@ class Workload(NamedTuple):
     side: int = 0
     ce_only: bool = False
     cpu_B: int | None = None
-    kl: bool = False
+    match: str = "sr"
     nchw: bool = False
     fm: bool = True
 
@@ -86,7 +97,7 @@ class Workload(NamedTuple):
         if self.ce_only:
             return "ce"
         match = ["map"] if self.side else ["fm"] if self.fm else []
-        return "+".join(match if self.K is None else ["ce", "kl" if self.kl else "sr", *match])
+        return "+".join(match if self.K is None else ["ce", self.match, *match])
 
     @property
     def projects_in_loss(self) -> bool:
@@ -111,9 +122,13 @@ WORKLOADS = {
     "W2-ce": Workload(256, None, 2048, 1000, ce_only=True),
     "W3-ce": Workload(1024, None, 2048, 21841, ce_only=True, cpu_B=128),
     "W3b-ce": Workload(1024, None, 2048, 100_000, ce_only=True, cpu_B=32),
-    "W1-kl": Workload(256, 512, 512, 1000, kl=True),
-    "W2-kl": Workload(256, 1024, 2048, 1000, kl=True),
-    "W3-kl": Workload(1024, 1024, 2048, 21841, kl=True, cpu_B=128),
+    "W1-kl": Workload(256, 512, 512, 1000, match="kl"),
+    "W2-kl": Workload(256, 1024, 2048, 1000, match="kl"),
+    "W3-kl": Workload(1024, 1024, 2048, 21841, match="kl", cpu_B=128),
+    **{
+        f"W1-{match}": Workload(256, 512, 512, 1000, match=match)
+        for match in ("hard", "wttm", "nkd", "standardised-kl")
+    },
     "C512x1000": Workload(256, None, 512, 1000),
     "C2048x1000": Workload(256, None, 2048, 1000),
     "C512x21841": Workload(256, None, 512, 21841),
@@ -121,17 +136,17 @@ WORKLOADS = {
     "M1": Workload(64, 256, 512, None, side=7),
     # sizes of a small data set, of fine-tuning, of a small batch; named after the classifier's K or the maps' side
     "K10": Workload(512, None, 64, 10),
-    "K10-kl": Workload(512, None, 64, 10, kl=True, fm=False),
+    "K10-kl": Workload(512, None, 64, 10, match="kl", fm=False),
     "K100": Workload(64, None, 512, 100),
-    "K100-kl": Workload(64, None, 512, 100, kl=True, fm=False),
+    "K100-kl": Workload(64, None, 512, 100, match="kl", fm=False),
     "K100-wide": Workload(128, None, 640, 100),
     "K365": Workload(256, None, 512, 365),
-    "K365-kl": Workload(256, None, 512, 365, kl=True, fm=False),
+    "K365-kl": Workload(256, None, 512, 365, match="kl", fm=False),
     "K1000": Workload(32, None, 512, 1000),
-    "K1000-kl": Workload(32, None, 512, 1000, kl=True, fm=False),
+    "K1000-kl": Workload(32, None, 512, 1000, match="kl", fm=False),
     "L10": Workload(512, 32, 64, 10),
     "L100": Workload(128, 256, 640, 100),
-    "L100-kl": Workload(128, 256, 640, 100, kl=True, fm=False),
+    "L100-kl": Workload(128, 256, 640, 100, match="kl", fm=False),
     "map4": Workload(64, 256, 512, None, side=4),
     "map7": Workload(32, 512, 512, None, side=7),
     "map7-nchw": Workload(32, 512, 512, None, side=7, nchw=True),
@@ -145,8 +160,8 @@ WORKLOADS = {
     "tiny": Workload(8, 6, 5, 11, side=3),
     "tiny-nchw": Workload(8, 6, 5, 11, side=3, nchw=True),
     "tiny-ce": Workload(8, None, 24, 50, ce_only=True),
-    "tiny-kl": Workload(8, 6, 24, 50, kl=True),
-    "tiny-only-kl": Workload(8, 6, 24, 50, kl=True, fm=False),
+    "tiny-kl": Workload(8, 6, 24, 50, match="kl"),
+    "tiny-only-kl": Workload(8, 6, 24, 50, match="kl", fm=False),
     "tiny-linear": Workload(8, 6, 24, 50),
     "tiny-sr": Workload(8, None, 24, 50),
 }
@@ -286,7 +301,7 @@ def fused_loss(
         return match, z
     terms, weight = loss_terms(w, t), t["weight"]
     if frozen is not None and weight.is_cuda:
-        weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only and not w.kl)
+        weight, terms["gram"] = frozen.prepared(weight, match=not w.ce_only and w.match == "sr")
     classifier = (weight, t.get("bias"), t["labels"])
     if w.projects_in_loss:
         return op.projected_classifier_loss(t["u"], t["projection"], t["projection_bias"], *classifier, **terms)[
@@ -298,7 +313,7 @@ def fused_loss(
 
 def loss_terms(w: Workload, t: dict[str, Tensor]) -> dict[str, Any]:
     """The classifier's losses as keywords of our ops."""
-    terms: dict[str, Any] = {} if w.ce_only else {"kl" if w.kl else "sr": 1.0, "pooled_t": t["pooled_t"]}
+    terms: dict[str, Any] = {} if w.ce_only else {**MATCHES[w.match], "pooled_t": t["pooled_t"]}
     if not w.side and not w.ce_only and w.fm:
         terms["fm"] = 1.0
     return terms
@@ -326,6 +341,28 @@ def temperature_kl(logits: Tensor, logits_t: Tensor, temperature: float = 4.0) -
     return F.kl_div(log_p, p_t, reduction="batchmean") * temperature**2
 
 
+def logit_match(match: str, logits: Tensor, logits_t: Tensor, labels: Tensor) -> Tensor:
+    """MATCHES as one writes them in PyTorch: [B, K], [B, K], [B] -> []."""
+    if match == "sr":
+        return F.mse_loss(logits, logits_t)
+    if match == "kl":
+        return temperature_kl(logits, logits_t)
+    if match == "hard":
+        return F.cross_entropy(logits, logits_t.argmax(1))
+    if match == "standardised-kl":
+        return temperature_kl(
+            *((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (logits, logits_t))
+        )
+    if match == "wttm":
+        powers = F.softmax(logits_t, 1) ** 0.2
+        mass = powers.sum(1, keepdim=True)  # [B, 1]
+        return (mass * F.kl_div(F.log_softmax(logits, 1), powers / mass, reduction="none")).sum(1).mean()
+    label = labels[:, None]
+    own = F.softmax(logits_t, 1).gather(1, label) * F.log_softmax(logits, 1).gather(1, label)  # [B, 1]
+    log_q, log_q_t = (F.log_softmax((x / 4).scatter(1, label, -1e4), 1) for x in (logits, logits_t))  # of the others
+    return -own.mean() - 1.5 * 4**2 * (log_q_t.exp() * log_q).sum(1).mean()
+
+
 def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The same as one writes it in PyTorch; no top-1 and no separate parts, which ours also returns."""
     z, match = t.get("z"), None
@@ -343,7 +380,7 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
     loss = F.cross_entropy(logits, t["labels"])
     if not w.ce_only:
         logits_t = F.linear(t["pooled_t"], t["weight"], t["bias"])  # [B, K]
-        loss = loss + (temperature_kl(logits, logits_t) if w.kl else F.mse_loss(logits, logits_t))
+        loss = loss + logit_match(w.match, logits, logits_t, t["labels"])
         loss = loss if match is None else loss + match
     return loss, None if w.projects_in_loss else z
 
@@ -817,8 +854,8 @@ def parser() -> argparse.ArgumentParser:
         + "\nbaselines:\n"
         + "\n".join(f"  {k:20}  {text}" for k, text in BASELINES.items())
         + (
-            "\nlosses: ce cross-entropy, sr logit match (the teacher's logits are computed by both sides), fm "
-            "pooled match, map map match"
+            "\nlosses: ce cross-entropy; of the logits, which both sides compute of the teacher, sr squares, kl KL at "
+            "temperature 4, hard the teacher's class, wttm, nkd, standardised-kl; fm pooled match, map map match"
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -25,7 +25,8 @@ from kernel_record import Block, Launch, Product, Site, Step, TorchKernel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "ijckd_fast/head/_C_cuda.so"
-DEFAULT = ["W1", "W2", "W3", "W3b", "W1-kl", "W2-kl", "W3-kl", "I1", "I2"]
+DEFAULT = ["W1", "W2", "W3", "W3b", "W1-kl", "W2-kl", "W3-kl", "W1-wttm", "W1-nkd", "W1-standardised-kl"]
+DEFAULT += ["I1", "I2"]
 
 
 class Constant(NamedTuple):
@@ -305,7 +306,7 @@ def floor_us(w: Any) -> float:
         operations += 2 * 2 * w.B * w.Ct * w.K
         size += 2 * w.K * w.Ct + 4 * w.B * w.Ct
         if not w.ce_only:  # the teacher's logits, or d^T G d
-            operations += 2 * w.B * w.Ct * (w.K if w.kl else min(w.K, w.Ct))
+            operations += 2 * w.B * w.Ct * (min(w.K, w.Ct) if w.match == "sr" else w.K)
     return max(operations / constant("sustained"), size / constant("dram")) / 1e6
 
 

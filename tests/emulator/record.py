@@ -45,7 +45,7 @@ def inputs(w: benchmark.Workload) -> tuple[dict[str, torch.Tensor], torch.Tensor
     for name, x in like.items():
         dtype = torch.bfloat16 if name == "weight" else x.dtype
         t[name] = untouched(tuple(x.shape), x.stride(), dtype).requires_grad_(x.requires_grad)
-    by_gram = w.K is not None and not w.kl and not w.ce_only
+    by_gram = w.K is not None and w.match == "sr" and not w.ce_only
     gram = untouched((2, w.Ct, w.Ct), (w.Ct**2, w.Ct, 1), torch.bfloat16) if by_gram else None
     return t, gram
 

@@ -121,6 +121,19 @@ def test_both_programs_compute_what_the_row_says(name):
     torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.parametrize("match", benchmark.MATCHES)
+def test_every_match_of_the_logits_is_what_eager_writes(match):
+    w = benchmark.WORKLOADS["tiny-only-kl"]._replace(match=match)
+    assert w.losses == f"ce+{match}"
+    t = benchmark.make_tensors(w, torch.float32, "cpu")
+    losses = [f(w, t)[0] for f in (benchmark.fused_loss, benchmark.eager_loss)]
+    losses.append(benchmark.fused_loss(w, t, benchmark.reference)[0])
+    torch.testing.assert_close(losses, [losses[0]] * 3)
+    gradients = [torch.autograd.grad(loss, t["u"])[0] for loss in losses]
+    torch.testing.assert_close(gradients, [gradients[0]] * 3)
+    assert losses[0] != benchmark.fused_loss(w._replace(ce_only=True), t)[0]
+
+
 def test_a_file_of_other_columns_is_left_alone(capsys, tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")

@@ -64,6 +64,12 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "numbers, bool grad, ScalarType? dtype) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz, Tensor dz_t, Tensor projection_t)");
 
+  // The classifier at positions of maps, x and x_t [B, P, Ct], and losses on what it says there: KL, DKD, class maps.
+  // numbers: those of class_map_loss.h:ClassMapWeights. dx is dloss/dx, made in the forward pass if `grad`.
+  m.def(
+      "class_map_loss(Tensor x, Tensor weight, Tensor? bias, Tensor x_t, Tensor? labels, Tensor? share, int[] scales, "
+      "float[] numbers, bool grad, ScalarType? dtype) -> (Tensor loss, Tensor parts, Tensor dx)");
+
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
   m.def("limit_stage(int most) -> int");
   // What the driver of like's GPU refuses (cuda/launches.h), as bits; on a GPU alone.

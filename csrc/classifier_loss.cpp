@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "classifier_products.h"
+#include "labels.h"
 #include "loss_terms.h"
 #include "op.h"
 #include "projection.h"
@@ -20,27 +22,10 @@
 #include "cuda/tiled_loss.h"
 #else
 #include "cpu/class_chunks.h"
-#include "cpu/gemm.h"
-#include "cpu/products.h"
 #endif
 
 namespace ijckd {
 namespace {
-
-void check_labels(const OptTensor& labels, int64_t B, int64_t K, const char* op, const char* arg) {
-  if (!labels) return;
-  check_shape(labels, {B}, op, arg, "[B]");
-  check_device(labels, op, arg);
-  check(labels->scalar_type() == ScalarType::Long, op, ": ", arg, " must be int64, got ", name(labels->scalar_type()));
-#ifndef IJCKD_CUDA  // on a GPU the check would wait for the device; there such a row's loss is NaN and the row is
-                    // counted
-  const int64_t* l = labels->const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < B; ++b)
-    check(l[b] >= 0 && l[b] < K, op, ": ", arg, " must lie in [0, K) = [0, ", K, "), got ", l[b], " at position ", b);
-#else
-  (void)K;
-#endif
-}
 
 #ifndef IJCKD_CUDA
 // A share is one of [0, 1]. What is not finite makes its row's loss NaN, as any other argument's does. On a GPU the
@@ -63,22 +48,6 @@ bool all_finite(const Tensor& x) {
 template <typename A>
 void spoil(const Tensor& d) {
   std::fill_n(static_cast<A*>(d.mutable_data_ptr()), d.numel(), std::numeric_limits<A>::quiet_NaN());
-}
-#endif
-
-#ifdef IJCKD_CUDA
-// [B, Ct] times the classifier transposed, and dlogits [B, K] times the classifier.
-Tensor to_logits(const Tensor& features, const Tensor& weight) { return dense(matmul_nt(features, weight)); }
-
-Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor&) {
-  return dense(torch::stable::matmul(dlogits, weight));
-}
-#else
-Tensor to_logits(const Tensor& features, const Tensor& weight) { return rows_times_transposed(features, weight); }
-
-// Straight into dz where it has the product's dtype: fresh memory is dear on the CPU.
-Tensor times_weight(const Tensor& dlogits, const Tensor& weight, const Tensor& dz) {
-  return rows_times(dlogits, weight, dz.scalar_type() == weight.scalar_type() ? OptTensor(dz) : OptTensor());
 }
 #endif
 

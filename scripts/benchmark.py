@@ -69,6 +69,13 @@ MATCHES: dict[str, dict[str, Any]] = {
     "standardised-kl": {"kl": 1.0, "standardize": True},
 }
 
+# The losses at positions of maps, as keywords of class_map_loss.
+MAP_LOSSES: dict[str, dict[str, Any]] = {
+    "sdd": {"kl": 1.0},
+    "sdd-dkd": {"dkd_alpha": 1.0, "dkd_beta": 2.0, "temperature": 1.0},
+    "cam": {"cam": 1.0, "scales": (2,)},
+}
+
 
 class Workload(NamedTuple):
     """Sizes of one head. Cs None: the classifier alone, fed with z; K None: the connector alone; side: H = W of the
@@ -77,7 +84,8 @@ class Workload(NamedTuple):
     Vectors go through a linear connector with bias and match pooled features, maps through conv1x1 + BatchNorm + ReLU
     and match the map. match: how the logits are matched, a key of MATCHES. cpu_B: the batch on a
     CPU, where B itself would take minutes or not fit; its rows are called NAME-B<cpu_B>. nchw: the maps are contiguous,
-    not channels-last. fm: whether vectors match pooled features.
+    not channels-last. fm: whether vectors match pooled features. maps: a key of MAP_LOSSES, of which maps [B, Ct, side,
+    side] and the teacher's are all the head sees.
     """
 
     B: int
@@ -90,12 +98,13 @@ class Workload(NamedTuple):
     match: str = "sr"
     nchw: bool = False
     fm: bool = True
+    maps: str | None = None
 
     @property
     def losses(self) -> str:
         """The terms of the loss, + between them; fm matches pooled features, map the map."""
-        if self.ce_only:
-            return "ce"
+        if self.ce_only or self.maps:
+            return self.maps or "ce"
         match = ["map"] if self.side else ["fm"] if self.fm else []
         return "+".join(match if self.K is None else ["ce", self.match, *match])
 
@@ -134,6 +143,10 @@ WORKLOADS = {
     "C512x21841": Workload(256, None, 512, 21841),
     "C2048x21841": Workload(256, None, 2048, 21841),
     "M1": Workload(64, 256, 512, None, side=7),
+    **{
+        f"P{Ct}-{maps}": Workload(64, None, Ct, 1000, side=7, maps=maps)
+        for Ct, maps in ((512, "sdd"), (512, "sdd-dkd"), (512, "cam"), (2048, "sdd"))
+    },
     # sizes of a small data set, of fine-tuning, of a small batch; named after the classifier's K or the maps' side
     "K10": Workload(512, None, 64, 10),
     "K10-kl": Workload(512, None, 64, 10, match="kl", fm=False),
@@ -164,9 +177,10 @@ WORKLOADS = {
     "tiny-only-kl": Workload(8, 6, 24, 50, match="kl", fm=False),
     "tiny-linear": Workload(8, 6, 24, 50),
     "tiny-sr": Workload(8, None, 24, 50),
+    **{f"tiny-{maps}": Workload(4, None, 24, 50, side=5, maps=maps) for maps in MAP_LOSSES},
 }
 DEFAULT_WORKLOADS = {
-    "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl"],
+    "cuda": ["W1", "W2", "I1", "I2", "W3", "W3b", "W2-ce", "W3-ce", "W1-kl", "W2-kl", "W3-kl", "P512-sdd", "P2048-sdd"],
     "cpu": ["C512x1000", "C2048x1000", "C512x21841", "C2048x21841", "M1"],
 }
 SMALL_WORKLOADS = [name for name in WORKLOADS if name.startswith(("K", "L", "map"))]
@@ -257,6 +271,8 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
     t: dict[str, Tensor] = {}
     positions = (w.side, w.side) if w.side else ()
     layout = torch.contiguous_format if w.nchw else torch.channels_last
+    if w.maps:
+        return map_tensors(w, dtype, randn)
     if w.Cs is None:
         t["z"] = randn(w.B, w.Ct)
     else:
@@ -283,6 +299,20 @@ def make_tensors(w: Workload, dtype: torch.dtype, device: str) -> dict[str, Tens
     return t
 
 
+def map_tensors(w: Workload, dtype: torch.dtype, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """The same of MAP_LOSSES. The teacher is sure of a class everywhere, of the label in every second image: else an
+    answer that rounding turns over would be a contender's error.
+    """
+    weight, labels = randn(w.K, w.Ct, scale=w.Ct**-0.5), torch.arange(w.B) * 7 % (w.K or 1)
+    answers = weight.cpu()[torch.where(torch.arange(w.B) % 2 == 0, labels, 3)][:, :, None, None].to(weight.device)
+    maps, maps_t = (
+        (randn(w.B, w.Ct, w.side, w.side).relu() + 8 * answers).to(dtype).contiguous(memory_format=torch.channels_last)
+        for _ in range(2)
+    )
+    t = {"maps": maps.requires_grad_(), "maps_t": maps_t, "weight": weight, "bias": randn(w.K, scale=0.1)}
+    return t | {"labels": labels.to(weight.device)}
+
+
 def fused_loss(
     w: Workload, t: dict[str, Tensor], op: Any = ops, frozen: ops.FrozenClassifier | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -290,6 +320,9 @@ def fused_loss(
 
     On a GPU the frozen classifier is prepared once, outside the steps that are timed, as the trainer does.
     """
+    if w.maps:
+        maps = (t["maps"], t["weight"], t["bias"], t["maps_t"], t["labels"])
+        return op.class_map_loss(*maps, **MAP_LOSSES[w.maps])[0], None
     z, match = t.get("z"), None
     if w.Cs is not None and not w.projects_in_loss:
         teacher = {"map_t": t["map_t"]} if w.side else {"pooled_t": t["pooled_t"]}
@@ -363,8 +396,43 @@ def logit_match(match: str, logits: Tensor, logits_t: Tensor, labels: Tensor) ->
     return -own.mean() - 1.5 * 4**2 * (log_q_t.exp() * log_q).sum(1).mean()
 
 
+def eager_map_loss(w: Workload, t: dict[str, Tensor]) -> Tensor:
+    """MAP_LOSSES as their authors write them in PyTorch."""
+    bias, labels = t["bias"], t["labels"]
+    if w.maps == "cam":
+
+        def class_maps(maps: Tensor) -> Tensor:
+            return F.normalize(F.conv2d(F.adaptive_avg_pool2d(maps, 2), t["weight"][:, :, None, None]), dim=(2, 3))
+
+        return F.mse_loss(class_maps(t["maps"]), class_maps(t["maps_t"]))
+
+    def logits_of(maps: Tensor) -> Tensor:  # [B, K] of every position, one position after the other
+        finest = F.adaptive_avg_pool2d(maps, 4)
+        pools = [F.adaptive_avg_pool2d(finest, s).flatten(2) for s in (1, 2)]
+        x = torch.cat([*pools, finest.flatten(2)], 2).permute(2, 0, 1)  # [21, B, Ct]
+        return F.linear(x.flatten(0, 1), t["weight"], bias)
+
+    logits, logits_t, labels = logits_of(t["maps"]), logits_of(t["maps_t"]), labels.repeat(21)
+    if w.maps == "sdd":
+        log_p, p_t = F.log_softmax(logits / 4, 1), F.softmax(logits_t / 4, 1)
+        rows = F.kl_div(log_p, p_t, reduction="none").sum(1) * 4**2
+    else:
+        label = labels[:, None]
+        p, p_t = F.softmax(logits, 1), F.softmax(logits_t, 1)
+        (own, own_t), (rest, rest_t) = ((x.gather(1, label) for x in (p, p_t)),
+                                        (x.scatter(1, label, 0).sum(1, keepdim=True) for x in (p, p_t)))  # fmt: skip
+        target = F.kl_div(torch.cat([own, rest], 1).log(), torch.cat([own_t, rest_t], 1), reduction="none").sum(1)
+        log_q, q_t = F.log_softmax(logits.scatter(1, label, -1e4), 1), F.softmax(logits_t.scatter(1, label, -1e4), 1)
+        rows = target + 2 * F.kl_div(log_q, q_t, reduction="none").sum(1)
+    right = logits_t.argmax(1) == labels  # [21 B], those of the whole maps first
+    counts = torch.where(right == right[: w.B].repeat(21), 1.0, 2.0)
+    return (counts * rows).mean()
+
+
 def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """The same as one writes it in PyTorch; no top-1 and no separate parts, which ours also returns."""
+    if w.maps:
+        return eager_map_loss(w, t), None
     z, match = t.get("z"), None
     if w.side:
         y = F.conv2d(t["u"], t["projection"][:, :, None, None])  # [B, Ct, H, W]
@@ -388,14 +456,14 @@ def eager_loss(w: Workload, t: dict[str, Tensor]) -> tuple[Tensor, Tensor | None
 def result_names(w: Workload, t: dict[str, Tensor], mode: str) -> list[str]:
     """What a step returns, in order."""
     gradients = [f"gradient of {k}" for k, v in t.items() if v.requires_grad] if mode == "both" else []
-    return ["loss", *([] if w.projects_in_loss else ["z"]), *gradients]
+    return ["loss", *([] if w.projects_in_loss or w.maps else ["z"]), *gradients]
 
 
 def make_step(loss_of: Callable[..., Any], t: dict[str, Tensor], mode: str, dtype: torch.dtype, scale: float) -> Step:
     """One training step of the head: forward under autocast (mode 'forward': without gradients) and, with 'both',
     backward.
     """
-    device = t["pooled_t"].device.type
+    device = t["labels" if "labels" in t else "pooled_t"].device.type
     leaves = [v for v in t.values() if v.requires_grad]
 
     def autocast() -> Any:

@@ -159,6 +159,51 @@ def run_projected(module, leaves, weight, bias, labels, labels_b, mix, pooled_t,
     return [loss.detach(), parts, top1, *[x.grad for x in leaves if x is not None]]
 
 
+def class_map_inputs(B=3, Ct=5, size=(7, 7), K=9, dtype=F64, seed=0):
+    """maps, weight, bias, maps_t, labels, share; dtype is the weight's, and the values fit it."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*s):
+        return torch.randn(*s, generator=g, dtype=F64).to(dtype).to(acc)
+
+    acc = F64 if dtype == F64 else torch.float32
+    maps, weight, bias = randn(B, Ct, *size), (0.5 * randn(K, Ct)).to(dtype), randn(K)
+    maps_t = (maps + 0.3 * randn(B, Ct, *size)).to(dtype).to(acc)
+    return maps, weight, bias, maps_t, torch.randint(0, K, (B,), generator=g), randn(B).abs()
+
+
+CLASS_MAP_TERMS = {
+    "kl": {"kl": 0.8},
+    "kl cold": {"kl": 0.8, "temperature": 0.5},
+    "tckd": {"dkd_alpha": 0.7},
+    "nckd": {"dkd_beta": 2.0, "temperature": 1.0},
+    "dkd": {"dkd_alpha": 1.0, "dkd_beta": 0.5, "temperature": 2.0},
+    "cam": {"cam": 3.0},
+    "all": {"kl": 0.5, "dkd_alpha": 0.3, "dkd_beta": 0.2, "cam": 2.0},
+}
+
+
+def decided_class_map_inputs(B, Ct, size, K, dtype, seed=0):
+    """The same with answers of the teacher that no rounding turns over: each half of a map its class, the second
+    stronger; and without shares.
+    """
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(B, Ct, size, K, dtype, seed)
+    g = torch.Generator().manual_seed(seed)
+    halves = weight.float()[torch.stack([labels, torch.randint(0, K, (B,), generator=g)])]  # [2, B, Ct]
+    more, left = torch.zeros(B, Ct, *size), size[1] // 2
+    more[..., :left], more[..., left:] = 1.5 * halves[0, ..., None, None], 2.5 * halves[1, ..., None, None]
+    return maps + more, weight, bias, maps_t + more, labels
+
+
+def run_class_maps(op, maps, weight, bias, maps_t, labels, **keywords):
+    """[loss, parts, gradient]"""
+    maps = maps.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    loss, parts = op.class_map_loss(maps, weight, bias, maps_t, labels, **keywords)
+    (2.5 * loss).backward()
+    assert not parts.requires_grad
+    return [loss.detach(), parts, maps.grad]
+
+
 def op_samples():
     """(name, op, arguments) of every op at least once."""
     ops = torch.ops.ijckd
@@ -190,6 +235,13 @@ def op_samples():
     (u, *projection), rest = projected_inputs()
     trained = [x.requires_grad_() for x in (u[:, None].clone(), *projection)]
     yield "projected_classifier_loss", ops.projected_classifier_loss.default, (*trained, *loss)
+    maps, weight, bias, maps_t, labels, share = class_map_inputs()
+    x, x_t = (maps.flatten(2).transpose(1, 2)[:, :5].clone() for maps in (maps, maps_t))
+    x.requires_grad_()
+    args = (x, weight, bias, x_t, labels, share, [1, 2], [0.7, 0.5, 0.3, 0.9, 3.0], True, None)
+    yield "class_map_loss", ops.class_map_loss.default, args
+    args = (x, weight, None, x_t, None, None, [1, 2], [0.0, 0.0, 0.0, 0.9, 3.0], True, None)
+    yield "class_map_loss, maps alone", ops.class_map_loss.default, args
     running_mean, running_var, mean, var = (torch.rand(7) for _ in range(4))
     args = (running_mean, running_var, torch.tensor(3), mean, var, 1.1, 0.1)
     yield "follow_statistics", ops.follow_statistics.default, args

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "lanes.h"
 #include "loops.h"
 #include "row_math.h"
 #include "soft_row.h"
@@ -70,38 +71,6 @@ IJCKD_INLINE A divergence(const RowLoss& r, bool near, A top, A* l, A* t, A* dif
           : A(0);
   return temperature * temperature * kl.value(excess);
 }
-
-// soft_row.h's passes over K classes, in lanes.
-template <typename A>
-struct Lanes {
-  int64_t K;
-  A* scratch;  // [K]
-
-  template <int N, typename Item>
-  IJCKD_INLINE Sums<A, N> sums(const Item& item) const {
-    Sums<A, N> out;
-    for (int i = 0; i < N; ++i)
-      out.of[i] = lane_sum<A>(K, [&](int64_t k) __attribute__((always_inline)) { return item(k).of[i]; });
-    return out;
-  }
-  template <typename Item>
-  IJCKD_INLINE A most(const Item& item) const {
-    for (int64_t k = 0; k < K; ++k) scratch[k] = item(k);
-    return std::max(lane_max(K, scratch), lowest<A>());
-  }
-  template <typename Item>
-  IJCKD_INLINE int64_t first_most(const Item& item) const {
-    const A top = most(item);
-    int64_t k = 0;
-    while (k < K - 1 && scratch[k] != top) ++k;
-    return k;
-  }
-  static IJCKD_INLINE A exponential(A x) { return ijckd::exponential(x); }
-  template <typename Store>
-  static IJCKD_INLINE void once(const Store& store) {
-    store();
-  }
-};
 
 // One sample: all losses on its logits, and the gradient in their place.
 template <typename T, typename A>

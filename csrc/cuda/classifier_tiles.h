@@ -44,7 +44,7 @@ struct RowParts {
 struct Anchors {
   const void* weight;       // [K, Ct] T
   const float* bias;        // [K], or null
-  const int64_t* labels;    // [B]
+  const int64_t* labels;    // [B]; may be null without rows.anchor
   const int64_t* labels_b;  // [B], or null
   void* z_t;                // [B, Ct] T  out: z rounded
   void* d_t;                // [B, Ct] T  out, or null: d = z - pooled_t, formed in float, rounded
@@ -156,7 +156,19 @@ struct LogitRows {
 };
 int logit_rows(const LogitRows& l, void* stream);
 
-// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / B, and the losses as classifier_loss.h:loss_sum has them.
+// Its products by themselves, where another pass follows.
+struct LogitProducts {
+  int stage;           // 1 or 2
+  DType dtype;         // T: bfloat16 or float16
+  const void* stack;   // [3, B, Ct] T: z, d, pooled_t
+  const void* weight;  // [K, Ct] T
+  float* logits;       // [2, B, K]  out: of z, and beneath them W d, or W pooled_t
+  RowParts squares;    // fm and pooled say of which rows
+  int64_t B, K, Ct;
+};
+int logit_products(const LogitProducts& l, void* stream);
+
+// dz = (gradient W + 2 fm (z - pooled_t) / Ct) / batch, and the losses as classifier_loss.h:loss_sum has them.
 struct TimesClassifier {
   int stage;               // 1 or 2
   DType dtype;             // T
@@ -170,8 +182,9 @@ struct TimesClassifier {
   const float* part_rows;  // [kParts, B]: logit_rows'; of kPartFm rows.fm instead
   RowParts rows;
   const int64_t* top1_rows;  // [B]
-  Losses losses;
+  Losses losses;             // loss null: none are taken, nor what they are made of read
   int64_t B, K, Ct, stride;
+  int64_t batch;  // rows over which dz is a mean; with losses B
   LossWeights weights;
 };
 int times_classifier(const TimesClassifier& t, void* stream);

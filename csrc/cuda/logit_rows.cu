@@ -1,4 +1,4 @@
-// Kernel of classifier_tiles.h:logit_rows.
+// Kernel of classifier_tiles.h:logit_rows and logit_products.
 #include <cooperative_groups.h>
 
 #include "anchors.cuh"
@@ -64,7 +64,8 @@ __device__ __forceinline__ void keep_row(float* kept, const float* row, int K) {
   }
 }
 
-// What a launch does: all, or where the driver refuses launches whose blocks wait for one another, one half of it.
+// What a launch does: all; or one half of it, where the driver refuses launches whose blocks wait for one another, or
+// where the other half is not wanted.
 enum class Part { both, products, rows };
 
 // Blocks go through the rows' tiles first, so that those in flight together share their classes; then, all together,
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   __shared__ int at[Shape::kM];  // where the tile's rows go
   allow_next_launch();
   wait_for_earlier_launches();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *p.arrived = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && p.arrived) *p.arrived = 0;
   // Few registers are left beside a large tile's: sizes in 32 bits, addresses when they are needed.
   const int rows = int(p.rows.B), K = int(p.rows.K), stacked = int(stacked_rows(p));
   const int tiles_m = ceil_div(stacked, Shape::kM), tiles = part == Part::rows ? 0 : tiles_m * ceil_div(K, Shape::kN),
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
 }
 
 template <typename T>
-int start(const LogitRows& l, void* stream) {
+int start(const LogitRows& l, Part wanted, void* stream) {
   const int64_t rows = l.rows.B, K = l.rows.K, stacked = stacked_rows(l);
   return with_tile(l.stage, stacked, K, [&](auto shape) {
     using Shape = decltype(shape);
@@ -142,6 +143,7 @@ int start(const LogitRows& l, void* stream) {
       return launch_dependent(Shape::kSharedBytes, kernel, dim3(unsigned(blocks)), Shape::kThreads, stream, l, from,
                               which);
     };
+    if (wanted == Part::products) return part(tiles, wanted);
     const auto together = [&] {
       const int blocks = int(tiles > rows ? tiles : rows);
       return launch_resident(Shape::kSharedBytes, kernel, blocks, Shape::kThreads, stream, l, from, Part::both);
@@ -156,7 +158,16 @@ int start(const LogitRows& l, void* stream) {
 }  // namespace
 
 int logit_rows(const LogitRows& l, void* stream) {
-  return l.dtype == DType::bf16 ? start<__nv_bfloat16>(l, stream) : start<__half>(l, stream);
+  return l.dtype == DType::bf16 ? start<__nv_bfloat16>(l, Part::both, stream) : start<__half>(l, Part::both, stream);
+}
+
+int logit_products(const LogitProducts& l, void* stream) {
+  LogitRows products{};
+  products.stage = l.stage, products.stack = l.stack, products.weight = l.weight, products.squares = l.squares;
+  products.rows.logits = l.logits, products.rows.delta = l.logits + l.B * l.K;
+  products.rows.B = l.B, products.rows.K = l.K, products.Ct = l.Ct;
+  return l.dtype == DType::bf16 ? start<__nv_bfloat16>(products, Part::products, stream)
+                                : start<__half>(products, Part::products, stream);
 }
 
 }  // namespace ijckd

@@ -281,6 +281,7 @@ void whole_rows(const TiledLoss& t, int stage, int64_t* counts, const Launch& la
                              .K = K,
                              .Ct = Ct,
                              .stride = stride,
+                             .batch = B,
                              .weights = t.terms.weights},
                             launch.stream),
            "classifier_loss's gradient");

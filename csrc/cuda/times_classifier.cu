@@ -30,7 +30,11 @@ __device__ void mean_rows(const TimesClassifier& p, double* slots, int block) {
   store_losses<kThreads>(p.losses, sums, w, p.B, p.K, p.Ct, slots, block);
 }
 
-// The last kLossBlocks blocks take the losses, the others a tile of dz each: with the first ones for them registers did
+__host__ __device__ __forceinline__ int loss_blocks(const TimesClassifier& p) {
+  return p.losses.loss ? kLossBlocks : 0;
+}
+
+// The last blocks take the losses, the others a tile of dz each: with the first ones for them registers did
 // not suffice.
 template <typename T, typename Shape, Cluster kCluster>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
@@ -39,7 +43,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
   wait_for_earlier_launches();
   constexpr int kBlocks = kCluster == Cluster::steps ? kSplit : 1;  // to a tile
   using Own = std::conditional_t<kBlocks == 1, Shape, ColumnsOf<Shape, kBlocks>>;
-  const int loss_block = int(blockIdx.x) - int(gridDim.x - kLossBlocks), tile = blockIdx.x / kBlocks;
+  const int loss_block = int(blockIdx.x) - int(gridDim.x - loss_blocks(p)), tile = blockIdx.x / kBlocks;
   if (loss_block >= 0) return mean_rows<Shape::kThreads>(p, reinterpret_cast<double*>(stages), loss_block);
   const int tiles_m = ceil_div(p.B, Shape::kM), m0 = tile % tiles_m * Shape::kM, steps = ceil_div(p.K, kDepth);
   int n0 = tile / tiles_m * Shape::kN;
@@ -55,7 +59,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     join<Shape, kBlocks>(acc, part, stages);
     n0 += cluster_rank() * Own::kN;
   }
-  const float share = 1 / float(p.B), c = float(2 * p.weights.fm / (double(p.B) * double(p.Ct)));
+  const float share = 1 / float(p.batch), c = float(2 * p.weights.fm / (double(p.batch) * double(p.Ct)));
   const auto load = [&](auto& x, int64_t b, const Columns& columns) {
     for (TwoPairs& none : x) none = {};
     if (c != 0) load_two(p.z, p.pooled_t, p.Ct)(x, b, columns);
@@ -80,7 +84,7 @@ int start_times_classifier(const TimesClassifier& t, void* stream) {
         return error;
     const int tiles = t.grad ? ceil_div(t.B, Shape::kM) * ceil_div(t.Ct, Shape::kN) : 0;
     const auto start_split = [&](auto kernel, int split) {
-      Start start{kLossBlocks + tiles * split, Shape::kThreads, Shape::kSharedBytes};
+      Start start{loss_blocks(t) + tiles * split, Shape::kThreads, Shape::kSharedBytes};
       start.dependent = true;
       start.cluster = split;
       return launch_as(start, kernel, stream, t, from);

@@ -1,3 +1,7 @@
+from ijckd_fast.head.class_map import (
+    class_map_loss as class_map_loss,
+    pooled_positions as pooled_positions,
+)
 from ijckd_fast.head.classifier import (
     BadRows as BadRows,
     classifier_loss as classifier_loss,

@@ -6,6 +6,7 @@ Selected by a test or by `--head reference`; never a silent fallback. Imports no
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,9 +81,9 @@ def _sync_batch_norm(y, running_mean, running_var, bn_weight, bn_bias, momentum,
     return yhat * bn_weight[:, None, None] + bn_bias[:, None, None]
 
 
-def _needed(x: Tensor | None, arg: str) -> Tensor:
+def _needed(x: Tensor | None, arg: str, op: str = "classifier_loss") -> Tensor:
     if x is None:
-        raise RuntimeError(f"classifier_loss: these weights need {arg}")
+        raise RuntimeError(f"{op}: these weights need {arg}")
     return x
 
 
@@ -98,14 +99,17 @@ def _check_gram(gram: Tensor | None, Ct: int) -> None:
         )
 
 
-def _check_numbers(weights: dict[str, float], temperature: float, label_smoothing: float, mix: Tensor | None) -> None:
+def _check_numbers(op: str, weights: dict[str, float], temperature: float) -> None:
     for name, value in weights.items():
         if not math.isfinite(value):
-            raise RuntimeError(f"classifier_loss: the weight {name} must be a finite number, got {value:g}")
+            raise RuntimeError(f"{op}: the weight {name} must be a finite number, got {value:g}")
     if not temperature > 0:
-        raise RuntimeError(f"classifier_loss: temperature must be > 0, got {temperature:g}")
+        raise RuntimeError(f"{op}: temperature must be > 0, got {temperature:g}")
     if temperature == math.inf:
-        raise RuntimeError(f"classifier_loss: temperature must be finite, got {temperature:g}")
+        raise RuntimeError(f"{op}: temperature must be finite, got {temperature:g}")
+
+
+def _check_labels(label_smoothing: float, mix: Tensor | None) -> None:
     if not 0 <= label_smoothing <= 1:
         raise RuntimeError(f"classifier_loss: label_smoothing must lie in [0, 1], got {label_smoothing:g}")
     if mix is not None and mix.is_cpu:  # elsewhere the host would have to wait
@@ -147,7 +151,8 @@ def classifier_loss(
     acc = torch.float64 if z.dtype == torch.float64 else torch.float32
     _check_gram(gram, weight.shape[1])
     weights = {"ce": ce, "sr": sr, "fm": fm, "kl": kl, "hard": hard, "ttm": ttm, "wttm": wttm, "nkd": nkd}
-    _check_numbers(weights, temperature, label_smoothing, mix)
+    _check_numbers("classifier_loss", weights, temperature)
+    _check_labels(label_smoothing, mix)
     logits = F.linear(z.to(weight.dtype), weight, bias).to(acc)  # [B, K]
     if logits_t is None and pooled_t is not None:
         logits_t = F.linear(pooled_t.to(weight.dtype), weight, bias)
@@ -226,3 +231,79 @@ def projected_classifier_loss(
     """Contract: `ijckd_fast.head.projected_classifier_loss`; terms: classifier_loss's keywords."""
     z, _ = connector_match(u, projection, projection_bias, relu=False)  # [B, Ct]
     return classifier_loss(z, weight, bias, labels, **terms)
+
+
+def pooled_positions(maps: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tensor:
+    """Contract: `ijckd_fast.head.pooled_positions`."""
+    finest = F.adaptive_avg_pool2d(maps if maps.dtype == torch.float64 else maps.float(), scales[-1])  # [B, C, R, R]
+    return torch.cat([F.adaptive_avg_pool2d(finest, s).flatten(2) for s in scales], 2).transpose(1, 2)  # [B, P, C]
+
+
+def class_map_loss(
+    maps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    maps_t: Tensor,
+    labels: Tensor | None = None,
+    *,
+    scales: Sequence[int] = (1, 2, 4),
+    share: Tensor | None = None,
+    kl: float = 0.0,
+    dkd_alpha: float = 0.0,
+    dkd_beta: float = 0.0,
+    cam: float = 0.0,
+    temperature: float = 4.0,
+) -> tuple[Tensor, Tensor]:
+    """Contract: `ijckd_fast.head.class_map_loss`.
+
+    Method: x, x_t the pooled positions; L = kl mean(w T^2 KL) + mean(w DKD) + cam mean(|c / |c| - c_t / |c_t||^2), of
+    l = W x + b at every position and c = W x at those of the last scale.
+    """
+    weights = {"kl": kl, "dkd_alpha": dkd_alpha, "dkd_beta": dkd_beta, "cam": cam}
+    _check_numbers("class_map_loss", weights, temperature)
+    x, x_t = (each if each.dim() == 3 else pooled_positions(each, scales) for each in (maps, maps_t))  # [B, P, Ct]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    B, P = x.shape[:2]
+    shares = x.new_ones(B, dtype=acc) if share is None else share.to(acc)
+
+    def through(features: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(features.to(weight.dtype), weight, bias).to(acc)  # [B, ., K]
+
+    kl_part = dkd_part = cam_part = shares.new_zeros(())
+    if kl != 0 or dkd_alpha != 0 or dkd_beta != 0:
+        labels = _needed(labels, "labels", "class_map_loss")
+        logits, logits_t = through(x, bias).flatten(0, 1), through(x_t.detach(), bias).flatten(0, 1)  # [B P, K]
+        right = logits_t.view(B, P, -1).argmax(2) == labels[:, None]  # [B, P]
+        counts = (shares[:, None] * torch.where(right == right[:, :1], 1.0, 2.0).to(acc)).flatten()
+        if kl != 0:
+            log_p, log_p_t = (F.log_softmax(each / temperature, 1) for each in (logits, logits_t))
+            kl_part = temperature**2 * (counts * _kl_rows(log_p, log_p_t)).mean()
+        if dkd_alpha != 0 or dkd_beta != 0:
+            tckd, nckd = _dkd_rows(logits, logits_t, labels.repeat_interleave(P), temperature)
+            dkd_part = temperature**2 * (counts * (dkd_alpha * tckd + dkd_beta * nckd)).mean()
+    if cam != 0:
+        last = scales[-1] ** 2
+        c, c_t = (F.normalize(through(each[:, -last:], None), dim=1) for each in (x, x_t.detach()))  # [B, R R, K]
+        cam_part = (shares[:, None, None] * (c - c_t).square()).mean()
+
+    terms = ((kl, kl_part), (1.0, dkd_part), (cam, cam_part))
+    loss = sum((w * part for w, part in terms if w != 0), start=shares.new_zeros(()))
+    return loss, torch.stack([kl_part, dkd_part, cam_part]).detach()
+
+
+def _dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(TCKD, NCKD) of every row: [N, K], [N, K], [N] -> [N] each"""
+    if logits.shape[1] == 1:  # there are no others
+        return 0 * logits[:, 0], 0 * logits[:, 0]
+    label = labels[:, None]
+    others = torch.arange(logits.shape[1], device=logits.device) != label  # [N, K]
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x / temperature
+        rest = x[others].view(len(x), x.shape[1] - 1)
+        # log p_y and log (1 - p_y)
+        target = torch.cat([x.gather(1, label), rest.logsumexp(1, keepdim=True)], 1) - x.logsumexp(1, keepdim=True)
+        return target, F.log_softmax(rest, 1)
+
+    (target, rest), (target_t, rest_t) = split(logits), split(logits_t)
+    return _kl_rows(target, target_t), _kl_rows(rest, rest_t)

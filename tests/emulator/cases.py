@@ -59,17 +59,27 @@ def strict(t: DType) -> DType:
 
 
 def close(
-    what: str, got: Array, want: Array | float, t: DType, *, stored: bool = False, scale: float = 1, least: float = 0
+    what: str,
+    got: Array,
+    want: Array | float,
+    t: DType,
+    *,
+    stored: bool = False,
+    scale: float = 1,
+    least: float = 0,
+    more: Array | float = 0,
 ) -> None:
     """got equals want to t's precision; `stored`: got was rounded to T, else it is in A. NaN equals NaN only.
 
     scale   size of the terms whose difference the result is, where that is beyond 1
     least   the same where the result is stored and may be 0 everywhere
+    more    absolute error that each may have beside
     """
     want = np.broadcast_to(np.asarray(want, np.float64), got.shape)
     value = t.decode(got) if stored else got.astype(np.float64)
     finite = want[np.isfinite(want)]
     allowed = t.error * (scale + abs(want)) if not stored else t.error * scale * abs(finite).max(initial=least)
+    allowed = allowed + more
     if stored:
         allowed = allowed + t.rounding * abs(want) + t.smallest
     with np.errstate(invalid="ignore"):
@@ -412,7 +422,10 @@ def excess_kl(log_p_t: Array, v: Array) -> Array:
     p_t = np.exp(log_p_t)
     v = v - (p_t * v).sum(1, keepdims=True)
     taylor = v * v * (1 / 2 + v * (1 / 6 + v * (1 / 24 + v * (1 / 120 + v / 720))))
-    return np.log1p((p_t * np.where(abs(v) < 1e-3, taylor, np.expm1(v) - v)).sum(1))
+    terms = p_t * np.where(abs(v) < 1e-3, taylor, np.expm1(np.minimum(v, 50)) - v)
+    far = v > 50  # whose exponential may be infinite, and p_t 0
+    terms[far] = np.exp((log_p_t + v)[far]) - (p_t * (1 + v))[far]
+    return np.log1p(terms.sum(1))
 
 
 def standardised(x: Array) -> tuple[Array, Array]:

@@ -7,7 +7,18 @@ import pathlib
 
 import pytest
 import torch
-from op_cases import SOFT, assert_no_worse_than_eager, connector_inputs, loss_inputs, run_connector, run_loss
+from op_cases import (
+    CLASS_MAP_TERMS,
+    SOFT,
+    assert_no_worse_than_eager,
+    class_map_inputs,
+    connector_inputs,
+    decided_class_map_inputs,
+    loss_inputs,
+    run_class_maps,
+    run_connector,
+    run_loss,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -543,3 +554,91 @@ def test_a_float16_loss_and_a_kl_loss_are_in_tiles_too():
         assert not torch.equal(results[0][2], results[1][2])
         torch.testing.assert_close(results[0][2], results[1][2], rtol=0.02, atol=2e-4)
         torch.testing.assert_close(results[1][2], results[2][2], rtol=2e-5, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# class maps
+
+
+@pytest.mark.parametrize("case", ["kl", "dkd", "cam", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("B", "Ct", "K", "scales"), [(1, 8, 1, (1,)), (5, 72, 70, (1, 2, 4)), (12, 72, 203, (1, 2)), (3, 20, 30, (1, 2))]
+)
+def test_class_maps_in_tiles_no_worse_than_eager(case, dtype, B, Ct, K, scales, stage):
+    """Of one chunk of images and of several; the last are sizes that tiles do not take."""
+    maps, weight, bias, maps_t, labels = decided_class_map_inputs(B, Ct, (4, 4), K, dtype)
+    keywords = {**CLASS_MAP_TERMS[case], "scales": scales}
+    oracle = run_class_maps(reference, *map(wide, (maps, weight, bias, maps_t)), labels, **keywords)
+    fused = run_class_maps(head, maps, weight, bias, maps_t, labels, **keywords)
+    eager = run_class_maps(reference, maps, weight, bias.to(dtype), maps_t, labels, **keywords)
+    for name, f, e, o in zip(("loss", "parts", "dx"), fused, eager, oracle, strict=True):
+        floor = 1e-5 * (name != "dx") + 1e-7 + torch.finfo(dtype).eps * o.abs().max().item()
+        assert_no_worse_than_eager(f, e, o, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_class_maps_have_tiles_of_each_stage(dtype):
+    """And rows that are far from the teacher's, whose logits are another product's, beside near ones."""
+    maps, weight, bias, maps_t, labels = decided_class_map_inputs(4, 72, (4, 4), 203, dtype)
+    maps = torch.where(torch.arange(4)[:, None, None, None] % 2 == 0, maps, maps.roll(1, 0))
+    results = []
+    for most in (0, 1, 2):
+        before = torch.ops.ijckd.limit_stage(most)
+        results.append(run_class_maps(head, maps, weight, bias, maps_t, labels, **CLASS_MAP_TERMS["all"]))
+        torch.ops.ijckd.limit_stage(before)
+    assert not torch.equal(results[0][2], results[1][2])
+    for plain, tiled in zip(*results[:2], strict=True):
+        assert (plain - tiled).norm() <= 0.02 * plain.norm()
+    torch.testing.assert_close(results[1], results[2], rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("case", "rows"), [("kl", 1), ("cam", 1), ("all", 2)])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_launches_of_class_maps_in_tiles(case, rows, gradients, library):
+    """Of each chunk of images rounding, logits, the passes over them and the gradient; then the sum."""
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(12, 24, (4, 4), 203, torch.bfloat16)
+    maps.requires_grad_(gradients)
+    before = library.emulated_launches()
+    head.class_map_loss(maps, weight, bias, maps_t, labels, scales=(1, 2), **CLASS_MAP_TERMS[case])
+    chunks = 2  # of 2^13 logits, five positions of 203 classes each: 8 images
+    assert library.emulated_launches() - before == chunks * (2 + rows + gradients) + 1
+
+
+@pytest.mark.parametrize("apart", ["x", "x_t", "weight"])
+def test_class_maps_of_tensors_at_odd_addresses(apart, library):
+    """Tiles do not take them; what does gives nearly the same."""
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(3, 24, (4, 4), 70, torch.bfloat16)
+    given = {"x": head.pooled_positions(maps), "weight": weight, "bias": bias, "x_t": head.pooled_positions(maps_t)}
+
+    def odd(x):
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+    results = []
+    for name in (None, apart):
+        x, *rest = (odd(v) if k == name else v.clone() for k, v in given.items())
+        leaf = x.detach().requires_grad_()
+        loss, parts = head.class_map_loss(leaf, *rest, labels, **CLASS_MAP_TERMS["all"])
+        loss.backward()
+        results.append([loss.detach(), parts, leaf.grad])
+    torch.testing.assert_close(*results, rtol=0.03, atol=2e-3)
+    assert not torch.equal(results[0][2], results[1][2])
+
+
+@pytest.mark.parametrize("label", [64, -1])
+@pytest.mark.parametrize("Ct", [24, 20])
+def test_a_label_out_of_range_makes_its_image_nan(label, Ct):
+    """Counted once, whatever number of positions; class maps have no label. (64 classes: of numbers that are not of 32
+    a CPU's library takes a row's product with what lies behind it, times 0.)
+    """
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(5, Ct, (4, 4), 64, torch.bfloat16)
+    labels[2] = label
+    head.take_bad_rows("cpu")
+    loss, parts, grad = run_class_maps(head, maps, weight, bias, maps_t, labels, **CLASS_MAP_TERMS["all"])
+    assert loss.isnan()
+    assert parts.isnan().tolist() == [True, True, False]
+    assert grad.isnan().flatten(1).all(1).tolist() == [False, False, True, False, False]
+    assert grad[[0, 1, 3, 4]].isfinite().all()
+    assert head.take_bad_rows("cpu") == (1, 0)
+    assert run_class_maps(head, maps, weight, bias, maps_t, labels, cam=1.0)[0].isfinite()
+    assert head.take_bad_rows("cpu") == (0, 0)

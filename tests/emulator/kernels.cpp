@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "class_map_loss.h"
 #include "classifier_loss.h"
 #include "connector_match.h"
 #include "controls.h"
@@ -33,8 +34,8 @@ class Call {
  public:
   explicit Call(const py::kwargs& arguments) : arguments_(arguments.attr("copy")()) {}
 
-  DType dtype() {
-    const std::string name = take("dtype").cast<std::string>();
+  DType dtype(const char* member = "dtype") {
+    const std::string name = take(member).cast<std::string>();
     for (const auto& [t, n] :
          {std::pair{DType::f32, "f32"}, {DType::f64, "f64"}, {DType::bf16, "bf16"}, {DType::f16, "f16"}})
       if (name == n) return t;
@@ -110,6 +111,10 @@ class Call {
             .ttm_power = real("ttm_power"),
             .nkd_gamma = real("nkd_gamma"),
             .standardize = real("standardize")};
+  }
+
+  ClassMapWeights map_weights() {
+    return {real("kl"), real("dkd_alpha"), real("dkd_beta"), real("cam"), real("temperature")};
   }
 
   // "files", a list of arrays, as block_views' table of their addresses and bytes.
@@ -222,6 +227,34 @@ PYBIND11_MODULE(emulated_kernels, module) {
         {c.dtype(), c.in("part_rows"), static_cast<const int64_t*>(c.in("top1_rows")), c.out("loss"), c.out("parts"),
          static_cast<int64_t*>(c.out("top1")), c.integer("B"), c.integer("K"), c.integer("Ct"), c.weights()},
         nullptr);
+  });
+  def("class_map_rows", [](Call& c) {
+    return class_map_rows({c.dtype(),
+                           c.dtype("gradient_dtype"),
+                           c.in("logits"),
+                           c.in("delta"),
+                           c.in<uint8_t>("far"),
+                           c.in<float>("square"),
+                           c.in<float>("square_t"),
+                           c.in("bias"),
+                           c.in<int64_t>("labels"),
+                           c.in("share"),
+                           c.out("part_rows"),
+                           c.out("cam_rows"),
+                           c.inout<int64_t>("counts"),
+                           c.out("gradient"),
+                           c.integer("stride"),
+                           c.integer("B"),
+                           c.integer("P"),
+                           c.integer("K"),
+                           c.integer("map"),
+                           c.map_weights()},
+                          nullptr);
+  });
+  def("class_map_sum", [](Call& c) {
+    return class_map_sum({c.dtype(), c.in("part_rows"), c.in("cam_rows"), c.out("loss"), c.out("parts"), c.integer("B"),
+                          c.integer("P"), c.integer("K"), c.integer("map"), c.map_weights()},
+                         nullptr);
   });
   def("anchor_rows", [](Call& c) {
     return anchor_rows(
@@ -344,8 +377,13 @@ PYBIND11_MODULE(emulated_kernels, module) {
         {int(c.integer("stage")), c.dtype(), c.flag("grad"), c.in("gradient"), c.in("weight"), c.in<float>("z"),
          c.in<float>("pooled_t"), c.out<float>("dz"), c.out("dz_t"), c.in<float>("part_rows"),
          c.row_parts(emulator::Access::in), c.in<int64_t>("top1_rows"), c.losses(), c.integer("B"), c.integer("K"),
-         c.integer("Ct"), c.integer("stride"), c.weights()},
+         c.integer("Ct"), c.integer("stride"), c.integer("batch"), c.weights()},
         nullptr);
+  });
+  def("logit_products", [](Call& c) {
+    return logit_products({int(c.integer("stage")), c.dtype(), c.in("stack"), c.in("weight"), c.out<float>("logits"),
+                           c.row_parts(emulator::Access::in), c.integer("B"), c.integer("K"), c.integer("Ct")},
+                          nullptr);
   });
   def("block_views", [](Call& c) {
     BlockViews v;
@@ -371,6 +409,7 @@ PYBIND11_MODULE(emulated_kernels, module) {
     return std::pair(error, counts != nullptr);
   });
   module.def("compute_capability", &compute_capability);
+  module.def("cam_parts", &cam_parts);
   module.def("class_tile", &class_tile);
   module.def("project_rows", &project_rows);
   module.def("linear_blocks", &linear_blocks);

@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from emulator import block_cases, build, cases, schedules, switched, tile_cases
+from emulator import block_cases, build, cases, class_map_cases, schedules, switched, tile_cases
 
 TABLE = build.HERE / "mutants.csv"
 KEY = ("file", "code", "nth", "column", "was", "became")
@@ -301,7 +301,7 @@ def size(case: str) -> int:
 
 def run_cases(library: str, names: list[str]) -> tuple[str, str]:
     kernels = build.load(pathlib.Path(library))
-    everything = cases.CASES | tile_cases.CASES | block_cases.CASES
+    everything = cases.CASES | class_map_cases.CASES | tile_cases.CASES | block_cases.CASES
     chosen = {name: case for name, case in everything.items() if name.split()[0] in names}
     chosen = dict(sorted(chosen.items(), key=lambda item: size(item[0])))  # most mutants fall in a small one
     before: dict[str, list[bytes]] = {}

@@ -69,6 +69,7 @@ def anchor_rows(
     two_labels: bool = True,
     bias: bool = True,
     anchors: bool = True,
+    labelled: bool = True,
     edit: str = "",
 ) -> list[Array]:
     data = Data(t, f"anchor_rows {B} {K} {Ct}")
@@ -88,10 +89,10 @@ def anchor_rows(
     pooled, pooled_rows = data.out_stored(B, Ct), data.out(B)
     kernels.anchor_rows(
         dtype=t.name, z=z, pooled_t=pooled_t if teacher else None, classifier=weight,
-        classifier_bias=b if bias else None, labels=labels, labels_b=labels_b if two_labels else None, z_t=z_t,
-        d_t=d_t if teacher == "rounded" else None, pooled=pooled if teacher == "rounded" else None,
-        d_split=d_split if teacher == "split" else None, anchor=anchor if anchors else None,
-        logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None,
+        classifier_bias=b if bias else None, labels=labels if labelled else None,
+        labels_b=labels_b if two_labels else None, z_t=z_t, d_t=d_t if teacher == "rounded" else None,
+        pooled=pooled if teacher == "rounded" else None, d_split=d_split if teacher == "split" else None,
+        anchor=anchor if anchors else None, logit_b=logit_b if anchors else None, fm_rows=fm_rows if teacher else None,
         pooled_rows=pooled_rows if teacher == "rounded" else None, row_parts=1, counts=counts if anchors else None,
         B=B, K=K, Ct=Ct,
     )  # fmt: skip
@@ -498,6 +499,31 @@ def logit_rows_of(
     return [logits, parts, gradient, top1]
 
 
+def logit_products(
+    kernels: ModuleType, t: DType, B: int, K: int, Ct: int, stage: int = 1, far: str = "some", odd: str = ""
+) -> list[Array]:
+    """far: of which rows the teacher's are wanted."""
+    data = Data(t, f"logit_products {B} {K} {Ct}")
+    operands, wide = {}, {}
+    for name, rows in (("stack", 3 * B), ("weight", K)):
+        operands[name], wide[name] = data.normal(rows, Ct, scale=Ct**-0.25)
+    if odd:
+        operands[odd] = cases.at_odd_address(operands[odd])
+    of_pooled = {"some": np.arange(B) % 3 == 0, "32nd": np.arange(B) % 32 == 31}.get(far, np.full(B, far == "all"))
+    logits, square_t = data.out(2, B, K), np.where(of_pooled, 1.96, 2.04).astype(np.float32)
+    call = functools.partial(
+        kernels.logit_products, stage=stage, dtype=t.name, **operands, logits=logits, anchor=None, logit_b=None,
+        fm_rows=np.full(B, 0.5, np.float32), pooled_rows=square_t, row_parts=1, B=B, K=K, Ct=Ct,
+    )  # fmt: skip
+    if odd:
+        return _refused(call)
+    call()
+    own, near, teachers = (wide["stack"] @ wide["weight"].T).reshape(3, B, K)
+    close("logits", logits[0], own, F32, scale=8)
+    close("W d or W pooled_t", logits[1], np.where(of_pooled[:, None], teachers, near), F32, scale=8)
+    return [logits]
+
+
 logit_rows_of.__name__ = "logit_rows"
 COOPERATIVE = 1 << 2  # cudaLaunchAttributeCooperative, as emulator.h:refuse takes it
 
@@ -514,8 +540,11 @@ def times_classifier(
     rounded: bool = True,
     stage: int = 1,
     odd: str = "",
+    losses: bool = True,
+    batch: int | None = None,
     **changed: float,
 ) -> list[Array]:
+    """batch: rows over which the gradient is a mean, where B are some of them."""
     data = Data(t, f"times_classifier {B} {K} {Ct}")
     w = cases.WEIGHTS | changed | ({} if pooled else {"fm": 0})
     stride = -(-K // 8) * 8
@@ -536,13 +565,17 @@ def times_classifier(
     call = functools.partial(
         kernels.times_classifier, stage=stage, dtype=t.name, grad=grad, **operands, z=z,
         pooled_t=pooled_t if pooled else None, dz=dz if grad else None,
-        dz_t=dz_t if grad and rounded else None, part_rows=rows, anchor=None, logit_b=None,
-        fm_rows=fm_rows if pooled else None, pooled_rows=None, row_parts=row_parts, top1_rows=top1_rows, loss=loss,
-        parts=parts, top1=top1, **_shares(), B=B, K=K, Ct=Ct, stride=stride, **w,
+        dz_t=dz_t if grad and rounded else None, anchor=None, logit_b=None, fm_rows=fm_rows if pooled else None,
+        pooled_rows=None, row_parts=row_parts, B=B, K=K, Ct=Ct, stride=stride, batch=batch or B, **w,
+        **({"part_rows": rows, "top1_rows": top1_rows, "loss": loss, "parts": parts, "top1": top1, **_shares()}
+           if losses else dict.fromkeys(("part_rows", "top1_rows", "loss", "parts", "top1", "shares", "arrived"))),
     )  # fmt: skip
     if odd:
         return _refused(call)
     call()
+    if not losses:
+        close("dz", dz, t.decode(gradient)[:, :K] @ weight64 / (batch or B), t, scale=K**0.5)
+        return [dz]
     rows64[2] = fm64.sum(0) if w["fm"] else 0
     wanted = rows64.mean(1) / [1, K, Ct, *[1] * (len(cases.PARTS) - 3)]
     close("parts", parts, wanted, F32)
@@ -759,6 +792,7 @@ def all_cases() -> dict[str, Case]:
         add(anchor_rows, t, 2, 5, 136, teacher="rounded", two_labels=False)
         add(anchor_rows, t, 2, 5, 136, teacher=None, bias=False)
         add(anchor_rows, t, 2, 5, 136, teacher="rounded", anchors=False)
+        add(anchor_rows, t, 3, 5, 72, teacher="rounded", anchors=False, two_labels=False, labelled=False)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 136, 200), (257, 64, 328)):
             for pooled in (False, True):
                 add(linear_grad_tiles, t, B, Cs, Ct, pooled=pooled)
@@ -778,6 +812,7 @@ def all_cases() -> dict[str, Case]:
         add(times_classifier, t, 5, 90, 72, row_parts=3, rounded=False, stage=stage)
         add(times_classifier, t, 5, 90, 72, ce=1, sr=1, fm=1, kl=1, stage=stage)
         add(times_classifier, t, 300, 9, 8, grad=False, stage=stage)
+        add(times_classifier, t, 65, 90, 72, pooled=False, rounded=False, losses=False, batch=100, stage=stage)
         for part in cases.PARTS:
             add(times_classifier, t, 5, 90, 72, **(cases.SOFT | {part: 0}), grad=False, stage=stage)
         for B, K, options in ((1, 1, {}), (3, 2, {}), *((4, 90, options) for options in cases.ROW_LOSSES.values())):
@@ -790,6 +825,9 @@ def all_cases() -> dict[str, Case]:
         add(logit_rows, t, 32, 9, teacher="32nd far", stage=stage)  # one row in all of the last tile
         for B, K, Ct in ((1, 1, 8), (35, 71, 24), (5, 72, 24), (33, 203, 264)):
             add(logit_rows_of, t, B, K, Ct, stage=stage)
+            add(logit_products, t, B, K, Ct, stage=stage)
+        for far in ("all", "none", "32nd"):
+            add(logit_products, t, 67, 9, 8, far=far, stage=stage)
         for B, Cs, Ct in ((1, 8, 8), (70, 24, 72), (64, 264, 200)):
             for bias, pooled in ((True, False), (False, True)):
                 add(linear_tiles, t, B, Cs, Ct, bias=bias, pooled=pooled, stage=stage)
@@ -807,6 +845,7 @@ def all_cases() -> dict[str, Case]:
             add(product_grads, BF16, N, Cs, Ct, float_dweight=N > 100, stage=stage)
         add(product_grads, F16, 70, 24, 264, scaled=False, stage=stage)
         add(logit_rows_of, BF16, 129, 128 + 3, 72, stage=stage)  # large tiles
+        add(logit_products, BF16, 129, 128 + 3, 72, stage=stage)
         add(logit_rows_of, BF16, 35, 71, 24, cooperative=False, stage=stage)
         for N, Cs in ((128 * 2 + 3, 72), (128 * 2 + 3, 328), (128 * 3, 72), (128 * 4, 136)):
             add(project_tiles, BF16, N, Cs, 264, True, stage=stage)  # large tiles, in pairs
@@ -856,6 +895,7 @@ def all_cases() -> dict[str, Case]:
         add(logit_rows_of, BF16, 1, 12500, 8, stage=stage)  # a row that shared memory does not hold
     for odd in ("stack", "weight"):
         add(logit_rows_of, BF16, 5, 90, 72, stage=2, odd=odd)
+        add(logit_products, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("gradient", "weight"):
         add(times_classifier, BF16, 5, 90, 72, stage=2, odd=odd)
     for odd in ("z_t", "weight"):

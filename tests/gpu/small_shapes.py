@@ -61,6 +61,13 @@ def projected(sizes, dtype: torch.dtype) -> Callable[..., Results]:
     return run
 
 
+def class_maps(sizes, dtype: torch.dtype) -> Callable[..., Results]:
+    """The same of class_map_loss; sizes: B, Ct, a map's side, K."""
+    B, Ct, side, K = sizes
+    args = tables.decided_class_map_inputs(B, Ct, (side, side), K, dtype)
+    return lambda module, move: tables.run_class_maps(module, *map(move, args), **tables.CLASS_MAP_TERMS["all"])
+
+
 def cases(device: str) -> Iterator[tuple[str, torch.dtype, Callable[..., Results]]]:
     """(name, dtype, case): every dtype but float64, maps and vectors, with and without BatchNorm."""
     maps = ((3, 9, 5, 3), "train", "map"), ((2, 7, 3, 3), "eval", "pooled"), ((5, 9), "bias", "map")
@@ -68,6 +75,8 @@ def cases(device: str) -> Iterator[tuple[str, torch.dtype, Callable[..., Results
         yield f"connector {shape} to 67, {norm}, {match}", dtype, connector(shape, 67, norm, match, dtype)
     for dtype, sizes in itertools.product((F32, BF16), ((3, 9, 1), (5, 7, 1031))):
         yield f"losses {sizes}", dtype, loss(sizes, dtype)
+    for dtype, sizes in itertools.product((F32, BF16), ((2, 9, 5, 7), (3, 7, 4, 261))):
+        yield f"class maps {sizes}", dtype, class_maps(sizes, dtype)
     # channels that are multiples of 8: tensor-core tiles, small and large, anchored and with whole rows of logits
     for dtype in (BF16, F16) if device == "cuda" else (BF16,):
         shape = (3, 24, 5, 3)
@@ -77,6 +86,8 @@ def cases(device: str) -> Iterator[tuple[str, torch.dtype, Callable[..., Results
         for standardize in (False, True):
             name = f"losses (5, 24, 203), two rows of logits{', standardised' * standardize}"
             yield name, dtype, loss((5, 24, 203), dtype, **tables.SOFT, standardize=standardize)
+        for sizes in ((3, 24, 4, 203), (30, 72, 7, 1031)):
+            yield f"class maps {sizes}", dtype, class_maps(sizes, dtype)
         for sizes in ((5, 8, 24, 203), (130, 24, 136, 1031)):
             yield f"projection and losses {sizes}", dtype, projected(sizes, dtype)
 

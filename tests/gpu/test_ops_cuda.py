@@ -135,6 +135,30 @@ def test_connector_match_no_worse_than_eager(dtype, shape, Ct, norm, match, relu
     assert_rule(fused, eager, oracle, dtype, least=2.0, half_units=1.0 if relu else 0.25)
 
 
+@pytest.mark.parametrize("case", tables.CLASS_MAP_TERMS)
+@pytest.mark.parametrize("sizes", [(3, 5, (7, 7), 9), (2, 6, (3, 2), 300), (2, 4, (4, 4), 1)], ids=str)
+def test_class_map_loss_float64(case, sizes):
+    *args, share = tables.class_map_inputs(*sizes)
+    keywords = {**tables.CLASS_MAP_TERMS[case], "share": share}
+    found = tables.run_class_maps(head, *moved(args), **moved(keywords))
+    wanted = tables.run_class_maps(reference, *args, **keywords)
+    tables.assert_equal_to([x.cpu() for x in found], wanted, 1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "stage"), STAGED, indirect=["stage"], ids=str)
+@pytest.mark.parametrize("case", tables.CLASS_MAP_TERMS)
+@pytest.mark.parametrize("sizes", [(6, 40, (7, 7), 100), (70, 136, (4, 4), 203)], ids=str)
+def test_class_map_loss_no_worse_than_eager(dtype, case, sizes, stage):
+    maps, weight, bias, maps_t, labels = tables.decided_class_map_inputs(*sizes, dtype)
+    keywords = tables.CLASS_MAP_TERMS[case]
+    oracle = tables.run_class_maps(reference, *doubled((maps, weight, bias, maps_t)), labels, **keywords)
+    fused, eager = (
+        [x.cpu() for x in tables.run_class_maps(module, *moved((maps, weight, of_bias, maps_t, labels)), **keywords)]
+        for module, of_bias in ((head, bias), (reference, bias.to(dtype)))
+    )
+    assert_rule(fused, eager, oracle, dtype, half_units=1.0)
+
+
 def loss_case(case, teacher, sizes, dtype=F64):
     """(arguments, changed keywords) of run_loss."""
     z, weight, bias, labels, labels_b, mix, pooled_t = tables.loss_inputs(*sizes, dtype)

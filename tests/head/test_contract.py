@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from op_cases import F64, connector_inputs, loss_inputs, projected_inputs, refused
+from op_cases import F64, class_map_inputs, connector_inputs, loss_inputs, projected_inputs, refused
 from torch import Tensor
 
 from ijckd_fast import head
@@ -36,6 +36,19 @@ def projected_call() -> dict:
     return {k: v.requires_grad_() for k, v in leaves.items()} | call | {"pooled_t": pooled_t}
 
 
+def class_map_call() -> dict:
+    maps, weight, bias, maps_t, labels, share = class_map_inputs()
+    given = {"maps": maps.requires_grad_(), "weight": weight, "bias": bias, "maps_t": maps_t, "labels": labels}
+    numbers = {"kl": 0.7, "dkd_alpha": 0.5, "dkd_beta": 0.3, "cam": 0.9, "temperature": 3.0}
+    return given | {"share": share} | numbers
+
+
+def pooled_maps_call() -> dict:
+    call = class_map_call()
+    pooled = {k: head.pooled_positions(call[k].detach()) for k in ("maps", "maps_t")}
+    return call | pooled | {"maps": pooled["maps"].requires_grad_()}
+
+
 def connector_call(**changed) -> dict:
     leaves, keywords = connector_inputs(**changed)
     return {**leaves, **keywords}
@@ -45,6 +58,8 @@ CALLS = {
     "classifier_loss": ("classifier_loss", classifier_call),
     "classifier_loss with logits_t": ("classifier_loss", with_logits_call),
     "projected_classifier_loss": ("projected_classifier_loss", projected_call),
+    "class_map_loss": ("class_map_loss", class_map_call),
+    "class_map_loss of pooled maps": ("class_map_loss", pooled_maps_call),
     "connector_match": ("connector_match", connector_call),
     "connector_match in evaluation": ("connector_match", lambda: connector_call(norm="eval", match="pooled")),
     "linear connector": (
@@ -148,9 +163,10 @@ def test_only_what_is_trained_may_require_grad(name, argument):
 
 
 NUMBERS = [
-    *((op, x, bad) for op in CALLS if "loss" in op for x in ("ce", "sr", "fm", "kl") for bad in (NAN, INF, -INF)),
+    *((op, x, bad) for op in CALLS if "classifier" in op for x in ("ce", "sr", "fm", "kl") for bad in (NAN, INF, -INF)),
+    *(("class_map_loss", x, b) for x in ("kl", "dkd_alpha", "dkd_beta", "cam") for b in (NAN, INF, -INF)),
     *((op, "temperature", bad) for op in CALLS if "loss" in op for bad in (0.0, -1.0, NAN, INF, -INF)),
-    *((op, "label_smoothing", bad) for op in CALLS if "loss" in op for bad in (-0.1, 1.1, NAN, INF)),
+    *((op, "label_smoothing", bad) for op in CALLS if "classifier" in op for bad in (-0.1, 1.1, NAN, INF)),
     *((op, "eps", bad) for op in CALLS if "connector" in op for bad in (-1e-5, NAN, INF)),
     *(("connector_match", "momentum", bad) for bad in (-0.1, 1.5, NAN, INF)),
 ]  # fmt: skip

@@ -27,6 +27,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         (3, ["head/test_numerics.py"]),
         (100, ["head/test_loss_edges.py"]),
         (80, ["head/test_soft_row.py"]),
+        (100, ["head/test_class_map_loss.py"]),
         (80, ["head/test_search.py", "search_cases.py", "search_oracle.py"]),
         (20, ["head/test_long_sums.py"]),
     ],
@@ -45,7 +46,7 @@ def test_ops_on_emulated_kernels_equal_reference(least, sources, tmp_path, reque
         "equals_reference or channel_tiles or any_shape or any_layout or gradcheck or no_worse or large_logits or tied "
         "or small_differences or dwarfs or float16 or out_of_range or tiles or gram "
         "or one_class or empty_batch or bad_values or hard_cases or linear or of_the_tensors_gpu or edges or search "
-        "or asked_once or maps_are or refused_launch or soft_row"
+        "or asked_once or maps_are or refused_launch or soft_row or class_maps or image_nan"
     )
     names = [pathlib.Path(source).name for source in sources]
     longer = f"--search-for={request.config.getoption('--search-for')}"

@@ -8,12 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from emulator import block_cases, build, cases, schedules, tile_cases
+from emulator import block_cases, build, cases, class_map_cases, schedules, tile_cases
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = cases.CASES | tile_cases.CASES | block_cases.CASES
+CASES = cases.CASES | class_map_cases.CASES | tile_cases.CASES | block_cases.CASES
 LARGE = 5000  # a case of a size above that runs in one order only: there are small ones of its kind
 
 
@@ -49,6 +49,7 @@ def test_more_images_than_a_grid_has_rows(kernels):
 
 HEADERS = (
     "rows.h",
+    "class_map_loss.h",
     "connector_match.h",
     "classifier_loss.h",
     "counts.h",

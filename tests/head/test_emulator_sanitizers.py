@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from emulator import block_cases, build, cases, tile_cases
+from emulator import block_cases, build, cases, class_map_cases, tile_cases
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,9 +22,9 @@ SANITIZED_CASES = """
 import ctypes, re, sys
 library, fault = sys.argv[1:]
 assert ctypes.CDLL(library).broken_locals(int(fault)) == 0
-from emulator import block_cases, build, cases, tile_cases
+from emulator import block_cases, build, cases, class_map_cases, tile_cases
 kernels = build.load(build.pathlib.Path(library))
-everything = cases.CASES | tile_cases.CASES | block_cases.CASES
+everything = cases.CASES | class_map_cases.CASES | tile_cases.CASES | block_cases.CASES
 # not large ones, nor those of tiles that differ from others in the half type only
 tiles = [name for name in tile_cases.CASES if " f16 " in name and name.replace(" f16 ", " bf16 ") in everything]
 chosen = {name for name in everything if max(map(int, re.findall(r" (\\d+)", name)), default=0) <= 1000} - set(tiles)
@@ -49,4 +49,6 @@ def test_kernels_under_address_and_undefined_behaviour_sanitizers():
         assert text in done.stderr
     done = run(0)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert int(done.stdout.split()[0]) > 0.8 * len(cases.CASES | tile_cases.CASES | block_cases.CASES)
+    assert int(done.stdout.split()[0]) > 0.8 * len(
+        cases.CASES | class_map_cases.CASES | tile_cases.CASES | block_cases.CASES
+    )

@@ -8,12 +8,21 @@ import sys
 
 import pytest
 import torch
-from op_cases import F64, assert_equal_to, connector_inputs, loss_inputs, op_samples, projected_inputs, refused
+from op_cases import (
+    F64,
+    assert_equal_to,
+    class_map_inputs,
+    connector_inputs,
+    loss_inputs,
+    op_samples,
+    projected_inputs,
+    refused,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ijckd_fast
 from ijckd_fast import head
-from ijckd_fast.head import classifier, connector  # noqa: F401  they register what opcheck asks for
+from ijckd_fast.head import class_map, classifier, connector  # noqa: F401  they register what opcheck asks for
 
 ops = torch.ops.ijckd
 
@@ -108,7 +117,7 @@ def test_backward_makes_no_zeros_for_results_without_gradient(shape, match):
     assert [name for name in called if "zero" in name] == []
 
 
-@pytest.mark.parametrize("op", ["connector_match", "classifier_loss", "projected_classifier_loss"])
+@pytest.mark.parametrize("op", ["connector_match", "classifier_loss", "projected_classifier_loss", "class_map_loss"])
 def test_double_backward_is_refused(op):
     if op == "projected_classifier_loss":
         (x, *projection), (weight, bias, labels, *_) = projected_inputs()
@@ -117,6 +126,9 @@ def test_double_backward_is_refused(op):
         leaves, keywords = connector_inputs()
         x = leaves["u"]
         out = head.connector_match(x, leaves["weight"], map_t=keywords["map_t"])[1]
+    elif op == "class_map_loss":
+        x, weight, bias, maps_t, labels, _ = class_map_inputs()
+        out = head.class_map_loss(x.requires_grad_(), weight, bias, maps_t, labels, kl=1.0)[0]
     else:
         x, weight, bias, labels, *_ = loss_inputs()
         out = head.classifier_loss(x.requires_grad_(), weight, bias, labels)[0]

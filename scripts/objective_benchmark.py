@@ -28,6 +28,7 @@ COLUMNS = (
 VARIANTS = (
     "ijckd:kl=1", *(f"ijckd:{name}=1:{name}_head=teacher" for name in ("hard", "nkd")),
     "ijckd:wttm=1:ttm_head=teacher", "ijckd:dist_inter=1:dist_intra=1:dist_head=teacher",
+    "ijckd:sdd=1:sdd_head=teacher", "ijckd:cat=400:cat_head=teacher",
     "ijckd:match_distance=cosine", "ijckd:match_distance=smooth-l1", "ijckd-pooled:match_distance=cosine",
     "kd:standardize_logits=true",
 )  # fmt: skip

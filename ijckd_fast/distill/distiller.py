@@ -64,8 +64,9 @@ class StudentSide(NamedTuple):
     fm           [] distance to the teacher's features; 0 where there is nothing to match
     logits       [B, K] of the student's own classifier, float32 (float64)
     stages       [B, Ci, Hi, Wi] of each stage that the objective compares
-    maps         (Z [B, Ct, H, W], the teacher's map of that size) where a loss in plain PyTorch compares them
     pooled       [B, Cs] what the student's own classifier sees
+    map          [B, Cs, Hs, Ws] the student's own map
+    map_z        Z [B, Ct, H, W], the connected map whose mean is z, where a loss in plain PyTorch takes it; no fm then
     """
 
     z: Tensor | None
@@ -73,8 +74,9 @@ class StudentSide(NamedTuple):
     fm: Tensor | None
     logits: Tensor | None
     stages: tuple[Tensor, ...]
-    maps: tuple[Tensor, Tensor] | None = None
     pooled: Tensor | None = None
+    map: Tensor | None = None
+    map_z: Tensor | None = None
 
 
 class Distiller(nn.Module):
@@ -166,7 +168,7 @@ class Distiller(nn.Module):
         labels_b     [B] int64, mix [B] in [0, 1]: images mixed of two; `labels` weighs mix, and labels_b 1 - mix
         pooled_t     [B, Ct]: the teacher's pooled features of these images, from a cache; its backbone is then not run
         progress     epochs done so far, fractions included, a number or a tensor []; only for an objective with a
-                     warm-up (dkd)
+                     warm-up (dkd, sdd-dkd)
         with_logits  also return the logits that the trained student would answer with. The fused op never has them
                      whole, so they cost one more matrix product
         returns      StepOutput; loss and parts are float32 also under autocast (float64 for a float64 net)
@@ -175,14 +177,16 @@ class Distiller(nn.Module):
         if progress is None and Needs.PROGRESS in self.objective.needs:
             raise UserError(
                 f"objective {self.objective.name!r} has a warm-up and needs progress, the epochs done so far, got none:"
-                " call the distiller with progress=step / steps_per_epoch, or set dkd_warmup to 0"
+                " call the distiller with progress=step / steps_per_epoch, or set"
+                f" {' and '.join(self.objective.warm_ups)} to 0"
             )
         of_teacher = self.teacher_side(images, pooled_t)
         of_student = self.student_side(
             images,
-            map_t=of_teacher.map,
+            map_t=of_teacher.map if Needs.MAP_T in self.objective.needs else None,
             pooled_t=of_teacher.pooled if Needs.MATCH_POOLED in self.objective.needs else None,
             project=not self.projects_in_loss,
+            with_map=Needs.MAP_Z in self.objective.needs,
         )
         logits_z = None
         if Needs.LOGITS_Z in self.objective.needs:
@@ -201,13 +205,16 @@ class Distiller(nn.Module):
             z=of_student.z,
             unprojected=of_student.unprojected,
             fm=of_student.fm,
-            maps=of_student.maps,
+            map_z=of_student.map_z,
+            map_t=of_teacher.map,
+            map_s=of_student.map,
             pooled_s=of_student.pooled,
             pooled_t=of_teacher.pooled,
             logits_t=of_teacher.logits,
             stages={number: equal_sizes(map_s, map_t) for number, map_s, map_t in by_number},
             connector=self.connector,
             classifier=None if self.teacher is None else self.teacher.classifier,
+            classifier_s=self.student.classifier,
             frozen=self._frozen,
             modules=self._modules,
             group=all_processes() if self.training and torch.is_grad_enabled() else None,
@@ -245,7 +252,7 @@ class Distiller(nn.Module):
         teacher = self.frozen_teacher()
         if not needs & TEACHER_FEATURES:
             return TeacherSide(pooled=pooled_t)
-        need_map = Needs.MAP_T in needs
+        need_map = bool(needs & (Needs.MAP_T | Needs.FULL_MAP_T))
         if Needs.STAGES in needs:
             assert isinstance(teacher, Tapped)
             map_, pooled_t, stages = teacher.staged_features(images, need_map)
@@ -264,37 +271,45 @@ class Distiller(nn.Module):
         pooled_t: Tensor | None = None,
         map_size_t: tuple[int, int] | None = None,
         project: bool = True,
+        with_map: bool = False,
     ) -> StudentSide:
         """What student and connector make of images [B, 3, S, S].
 
         map_t       [B, Ct, Ht, Wt] or pooled_t [B, Ct]: what the connector's output is matched against
         map_size_t  (Ht, Wt) where there is no map_t but the net was trained against maps (inference)
         project     False, of a connector on vectors: `unprojected` instead of z, and no fm
+        with_map    of a connector on maps: also `map_z`, in plain PyTorch, and no fm
 
         Maps of unequal size: the larger one is average-pooled to the smaller, the student's before the connector, as in
         SimKD.
         """
-        connector, z, unprojected, fm, maps = self.connector, None, None, None, None
-        need_map = connector is not None and connector.takes_map
+        connector, needs = self.connector, self.objective.needs
+        z, unprojected, fm, map_z = None, None, None, None
+        connects_map = connector is not None and connector.takes_map
+        need_map = connects_map or Needs.MAP_S in needs
         map_s, pooled_s, stages = self.student.staged_features(images, need_map)  # [B, Cs, Hs, Ws], [B, Cs]
         if connector is not None:
-            x = pooled_s if map_s is None else map_s
-            if map_t is not None:
-                map_size_t = (map_t.shape[2], map_t.shape[3])
-            if map_s is not None and map_size_t is not None:
-                size = smaller(map_s.shape[2:], map_size_t)
-                x = pool_to(map_s, size)
-                map_t = None if map_t is None else pool_to(map_t, size)
-            if map_t is not None and Needs.MAP_Z in self.objective.needs:
-                maps = (connector.connected_map(x), full(map_t))
-                z = maps[0].mean((2, 3))
+            x = pooled_s
+            if connects_map:
+                assert map_s is not None
+                x = map_s
+                if map_t is not None:
+                    map_size_t = (map_t.shape[2], map_t.shape[3])
+                if map_size_t is not None:
+                    size = smaller(map_s.shape[2:], map_size_t)
+                    x = pool_to(map_s, size)
+                    map_t = None if map_t is None else pool_to(map_t, size)
+            if with_map:
+                map_z = connector.connected_map(x)
+                z = map_z.mean((2, 3))
             elif project:
                 z, fm = connector(x, map_t=map_t, pooled_t=pooled_t, head=self.head)
             else:
                 unprojected = connector.trunk(x)
         logits = None if self.student.classifier is None else full(self.student.classifier(pooled_s))
-        pooled = pooled_s if Needs.POOLED_S in self.objective.needs else None
-        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else (), maps, pooled)
+        pooled = pooled_s if Needs.POOLED_S in needs else None
+        own_map = map_s if Needs.MAP_S in needs else None
+        return StudentSide(z, unprojected, fm, logits, stages if self._pairs else (), pooled, own_map, map_z)
 
     @torch.no_grad()
     def _answer(self, of_student: StudentSide) -> Tensor:

@@ -8,7 +8,7 @@ HEADS = ("fused", "reference")
 
 
 def ops_of(head: str) -> ModuleType:
-    """'fused': the C++/CUDA ops; 'reference': plain PyTorch. Both have connector_match and classifier_loss.
+    """'fused': the C++/CUDA ops; 'reference': plain PyTorch. Both have the same names, e.g. connector_match.
 
     Imported here and not above, so that help and settings can be read where the ops are not built.
     """

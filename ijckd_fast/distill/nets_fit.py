@@ -20,7 +20,13 @@ def require_maps(objective: Objective, student: Tapped, teacher: Tapped | Cached
     matched and no more, a map that a net `matches_only` will do.
     """
     matches_maps = Needs.MAP_T in objective.needs
-    to_match = not objective.needs & (Needs.CLASSIFIER | Needs.LOGITS_Z | Needs.ANSWER)
+    to_match = not objective.needs & (Needs.CLASSIFIER | Needs.LOGITS_Z | Needs.ANSWER | Needs.FULL_MAP_T)
+    if Needs.FULL_MAP_T in objective.needs and teacher is not None:
+        use = f"the losses at its positions ({objective.parts_with(Needs.FULL_MAP_T)})"
+        remedy = "--objective kd (logits of the pooled vector alone)"
+        teacher.require_map(role="teacher", use=use, remedy=remedy)
+        if Needs.MAP_S in objective.needs:
+            student.require_map(role="student", use=use, remedy=remedy)
     if matches_maps and Needs.POOLED_T in objective.needs:  # its mean is compared with what the classifier sees
         to_match = False
     if matches_maps and teacher is not None:

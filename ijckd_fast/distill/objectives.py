@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,16 @@ class Objective(InferenceHead, _OfTerms):
         """Whether there must be a teacher at all (its features, or its classifier alone)."""
         return bool(self.needs & TEACHER_FEATURES) or self.connector is not None
 
+    def parts_with(self, needs: Needs) -> str:
+        """The log's names of what the terms give that need any of these."""
+        return ", ".join(part for term in self.terms if term.needs & needs for part in term.parts)
+
+    @property
+    def warm_ups(self) -> tuple[str, ...]:
+        """The settings of the warm-ups for which a step needs to know the epochs done so far."""
+        rising = (settings_of(type(term)) for term in self.terms if Needs.PROGRESS in term.needs)
+        return tuple(name for settings in rising for name in settings if name.endswith("_warmup"))
+
     def refuse_cache(self, folder: str) -> None:
         """UserError, with what to do, where a step needs more of the teacher than the cache in `folder` holds."""
         terms = [term for term in self.terms if term.needs & _MAPS_T]
@@ -77,7 +87,7 @@ class Objective(InferenceHead, _OfTerms):
         own = [
             name for term in terms for name in settings_of(type(term)) if getattr(self, name) != getattr(preset, name)
         ]
-        parts = ", ".join(part for term in terms for part in term.parts)
+        parts = self.parts_with(_MAPS_T)
         remedies = [f"leave out {' and '.join('--' + name.replace('_', '-') for name in own)}"] if own else []
         remedies.append(f"take --objective {one_of(FROM_CACHE)}")
         raise UserError(
@@ -87,9 +97,8 @@ class Objective(InferenceHead, _OfTerms):
 
     def refuse_parts(self, parts: int) -> None:
         """UserError, with what to do, where a batch goes through in several parts (`--accumulate`) and must not."""
-        whole = [term for term in self.terms if Needs.WHOLE_BATCH in term.needs]
-        if parts > 1 and whole:
-            names = ", ".join(part for term in whole for part in term.parts)
+        if parts > 1 and Needs.WHOLE_BATCH in self.needs:
+            names = self.parts_with(Needs.WHOLE_BATCH)
             raise UserError(
                 f"objective {self.name!r} has statistics over all images of a batch ({names}), expected it in one"
                 f" piece, got --accumulate {parts}: leave that out and take a smaller --batch-size, or more processes,"
@@ -130,6 +139,11 @@ class Objective(InferenceHead, _OfTerms):
             )
 
     def _check_connector_and_heads(self) -> None:
+        if Needs.CLASS_MAPS_S in self.needs and Needs.OWN_LOGITS not in self.needs:
+            raise UserError(
+                "class maps have no bias, so cat alone does not train that of the student's own classifier: set ce or"
+                " another weight of it above 0, or cat_head 'teacher'"
+            )
         if not self.needs & (Needs.OWN_LOGITS | Needs.CONNECTED):
             raise UserError(
                 "no loss term trains a classifier or a connector, so there is nothing to learn: set ce or another "
@@ -148,6 +162,12 @@ class Objective(InferenceHead, _OfTerms):
                     f"no loss term goes through connector {self.connector!r}, so it would not be trained: set sr, fm or"
                     " srd above 0, or leave the connector out"
                 )
+            if Needs.MAP_T not in self.needs and Needs.MAP_Z in self.needs and not takes_map(self.connector):
+                raise UserError(
+                    f"connector {self.connector!r} works on pooled vectors and makes no map for the teacher's"
+                    f" classifier at positions ({self.parts_with(Needs.MAP_Z)}): set a connector on maps"
+                    " (bottleneck:FACTOR, conv1x1), or the head 'student'"
+                )
             if Needs.MAP_T in self.needs and not takes_map(self.connector):
                 raise UserError(
                     f"connector {self.connector!r} works on pooled vectors and cannot match maps: set match 'pooled',"
@@ -159,7 +179,7 @@ class Objective(InferenceHead, _OfTerms):
             )
 
 
-_MAPS_T = Needs.MAP_T | Needs.STAGES
+_MAPS_T = Needs.MAP_T | Needs.FULL_MAP_T | Needs.STAGES
 _TYPES = typing.get_type_hints(Objective)
 
 # Sources: ijckd, srrl and simkd are what their authors' released training scripts compute (ijckd's and srrl's the
@@ -168,7 +188,9 @@ _TYPES = typing.get_type_hints(Objective)
 # (mdistiller; presets have those of their pairs). hard is DeiT's hard distillation, on one classifier instead of two
 # tokens. ttm's and wttm's weights and powers are those of their authors' example commands, for CIFAR-100 (README of
 # zkxufo/TTM); nkd's (yzd-v/cls_KD), dist's (as torchdistill and mmrazor have them) and srd's are for ImageNet,
-# as is reviewkd's for ResNet-34 -> ResNet-18 (mdistiller; presets have that of their pair).
+# as is reviewkd's for ResNet-34 -> ResNet-18 (mdistiller; presets have that of their pair). sdd's weights are those of
+# its authors' KD form for both data sets, sdd-dkd's their DKD form's for CIFAR-100 (shicaiwei123/SDD-CVPR2024), catkd's
+# are its authors' defaults (GzyAftermath/CAT-KD); presets have those of their pairs.
 # ijckd-pooled is ours: ijckd's terms, but of the teacher it needs only the pooled vector, which can be cached.
 _ANSWERS_BY_TEACHER = {"ce_head": "teacher", "kl_head": "teacher", "infer_head": "teacher"}
 _ROWS: dict[str, dict[str, Any]] = {
@@ -183,6 +205,9 @@ _ROWS: dict[str, dict[str, Any]] = {
     "wttm": {"ce": 1, "wttm": 4, "ttm_power": 0.2},
     "nkd": {"ce": 1, "nkd": 1, "temperature": 1},
     "dist": {"ce": 1, "dist_inter": 2, "dist_intra": 2, "temperature": 1},
+    "sdd": {"ce": 0.1, "sdd": 0.9},
+    "sdd-dkd": {"ce": 1, "sdd_dkd_alpha": 1, "sdd_dkd_beta": 8},
+    "catkd": {"ce": 1, "cat": 400},
     "srd": {"ce": 1, "srd": 1, "kl": 1, "temperature": 1, "connector": "linear"},
     "fitnet": {"ce": 1, "kl": 1, "hint": 100},
     "at": {"ce": 1, "kl": 1, "at": 1000},
@@ -197,7 +222,7 @@ FROM_CACHE = tuple(
 )
 
 
-def get_objective(name: str, **overrides: float | str | None) -> Objective:
+def get_objective(name: str, **overrides: float | str | Sequence[int] | None) -> Objective:
     """A preset with some of its fields set differently.
 
     name       a key of PRESETS
@@ -207,7 +232,9 @@ def get_objective(name: str, **overrides: float | str | None) -> Objective:
     """
     if name not in PRESETS:
         raise UserError(f"unknown objective {name!r}: wanted one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
-    given: dict[str, Any] = {k: v for k, v in overrides.items() if v is not None}
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in overrides.items() if value is not None
+    }
     if given.get("connector") == "none":
         given["connector"] = None
     objective = dataclasses.replace(PRESETS[name], **given)

@@ -24,6 +24,7 @@ from ijckd_fast.nets.stages import Stage, tensors_in
 from ijckd_fast.nets.weights import misfit, require_fit
 from ijckd_fast.normalisation import Normalisation
 
+_MATCHING = "map matching and connectors on maps"
 _POOLED = "pooled matching (match 'pooled') with a 'linear' or 'mlp' connector"
 
 
@@ -130,11 +131,14 @@ class Tapped(nn.Module):
             return self.map_channels
         return self._last_map.found.stage.channels
 
-    def require_map(self, *, to_match: bool = False, role: str = "model", remedy: str = _POOLED) -> None:
+    def require_map(
+        self, *, to_match: bool = False, role: str = "model", use: str = _MATCHING, remedy: str = _POOLED
+    ) -> None:
         """Raises UserError if this net has no map whose spatial mean is what its classifier sees.
 
         to_match  a map that `matches_only` will do
         role      what the net is called: 'model', 'teacher' or 'student'
+        use       what needs the map, in the plural
         remedy    what works instead, beside another net of this role
         """
         if self.has_map or (to_match and self.matches_only):
@@ -150,7 +154,7 @@ class Tapped(nn.Module):
                 " a grid of tokens)"
             )
         raise UserError(
-            f"{role} {self.name!r} has no {lacks}, which map matching and connectors on maps need: choose another"
+            f"{role} {self.name!r} has no {lacks}, which {use} need: choose another"
             f" {role}, or {remedy}{small_form_hint(self.name)}"
         )
 
@@ -339,11 +343,13 @@ class CachedTeacher(nn.Module):
         self.fingerprint = fingerprint
         self.num_classes, self.channels = classifier.out_features, classifier.in_features
 
-    def require_map(self, **how: Any) -> None:
-        """Raises UserError: a cache holds no maps."""
+    def require_map(
+        self, *, use: str = _MATCHING, remedy: str = "objective 'ijckd-pooled' (match 'pooled')", **how: Any
+    ) -> None:
+        """Raises UserError: a cache holds no maps. use, remedy: as for `Tapped.require_map`."""
         raise UserError(
-            f"the teacher {self.name!r} is a cache of pooled features, and matching maps needs its maps: take objective"
-            " 'ijckd-pooled' (match 'pooled'), or the teacher itself"
+            f"the teacher {self.name!r} is a cache of pooled features, and {use} need its maps: take {remedy}, or the"
+            " teacher itself"
         )
 
     def require_stages(self, **how: Any) -> None:

@@ -438,7 +438,7 @@ def test_no_method_may_change_the_augmentation():
 
 def test_packaged_comparisons(tmp_path):
     assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits", "logit_terms_digits"]
-    for name, methods, seeds in (("compare_digits", 9, 5), ("logit_terms_digits", 22, 2)):
+    for name, methods, seeds in (("compare_digits", 9, 5), ("logit_terms_digits", 28, 2)):
         assert load_comparison(name).seeds == 5
         teacher, runs = plan(load_comparison(name, seeds=seeds), tmp_path)
         assert teacher is not None
@@ -465,7 +465,7 @@ def test_logit_terms_digits_has_one_logit_term_at_a_time(tmp_path):
     assert len({dataclasses.replace(each, name="") for each in objectives.values()}) == len(comparison.methods)
     for name, objective in objectives.items():
         of_logits = {part for term in objective.terms for part in term.parts if getattr(objective, part, 0)}
-        of_logits |= {"dkd"} & {part for term in objective.terms for part in term.parts}
+        of_logits |= {name for name in ("dkd", "sdd_dkd") if getattr(objective, f"{name}_alpha") > 0}
         if name.startswith("map-") or name == "ijckd":
             assert (objective.match, objective.fm, objective.infer_head) == ("map", 1, "teacher")
             assert Needs.OWN_LOGITS not in objective.needs
@@ -473,7 +473,7 @@ def test_logit_terms_digits_has_one_logit_term_at_a_time(tmp_path):
         elif name != "kd-z":
             assert objective == PRESETS[name]
     assert {each.removeprefix("map-") for each in objectives if each.startswith("map-")} >= {
-        "kl", "kl-z", "dkd", "hard", "ttm", "wttm", "nkd", "dist",
+        "kl", "kl-z", "dkd", "hard", "ttm", "wttm", "nkd", "dist", "sdd", "sdd-dkd", "cat",
     }  # fmt: skip
 
 

@@ -37,6 +37,9 @@ TABLE = {
     "wttm": {"ce_s": 1, "wttm_s": 4, "power": 0.2, "infer": "student"},
     "nkd": {"ce_s": 1, "nkd_s": 1, "T": 1, "infer": "student"},
     "dist": {"ce_s": 1, "inter_s": 2, "intra_s": 2, "T": 1, "infer": "student"},
+    "sdd": {"ce_s": 0.1, "sdd_s": 0.9, "infer": "student"},
+    "sdd-dkd": {"ce_s": 1, "sdd_dkd_s": 1, "alpha": 1, "beta": 8, "infer": "student"},
+    "catkd": {"ce_s": 1, "cat_s": 400, "infer": "student"},
     "srd": {"ce_s": 1, "kl_s": 1, "srd": 1, "T": 1, "connector": "linear", "infer": "student"},
     "fitnet": {"ce_s": 1, "kl_s": 1, "hint": 100, "stage": 1, "infer": "student"},
     "at": {"ce_s": 1, "kl_s": 1, "at": 1000, "infer": "student"},
@@ -83,6 +86,18 @@ VARIANTS = [
         "ijckd",
         {"dkd_alpha": 1.0, "dkd_beta": 2.0, "dkd_head": "teacher", "temperature": 3.0},
         {"dkd_t": 1, "alpha": 1, "beta": 2, "T": 3},
+    ),
+    (
+        "ijckd",  # with the match in PyTorch, too: the map is there for it
+        {"sdd": 0.5, "sdd_dkd_alpha": 1.0, "sdd_dkd_beta": 2.0, "sdd_head": "teacher", "temperature": 2.0},
+        {"sdd_t": 0.5, "sdd_dkd_t": 1, "alpha": 1, "beta": 2, "T": 2},
+    ),
+    ("srrl", {"cat": 3.0, "cat_head": "teacher", "cat_resolution": 3}, {"cat_t": 3, "resolution": 3}),
+    ("simkd", {"cat": 3.0, "cat_head": "teacher", "cat_normalize": False}, {"cat_t": 3, "raw": True}),
+    (
+        "kd",
+        {"sdd": 1.0, "sdd_scales": (1, 3), "cat": 0.5, "cat_normalize": False},
+        {"sdd_s": 1, "scales": (1, 3), "cat_s": 0.5, "raw": True},
     ),
     ("kd", {"standardize_logits": True}, {"z_scores": True}),
     ("ijckd", {"review": 0.5, "review_width": 3}, {"review": 0.5, "width": 3}),
@@ -251,6 +266,37 @@ def logit_terms(row: dict, which: str, logits, logits_t, mixed, progress):
     return sum(on, torch.zeros((), dtype=logits.dtype))
 
 
+def position_terms(row: dict, which: str, of_student, of_teacher, mixed, progress):
+    """The weighted sum of the terms at positions; of a net: (map, weight, bias of the classifier)."""
+    T_ = row.get("T", T)
+
+    def at_positions(of_net, scales, with_bias):
+        maps, weight, bias = of_net
+        return torch.stack([logit_losses.cells(each, scales) for each in maps]) @ weight.T + with_bias * bias
+
+    def pairs(scales, with_bias):
+        return list(zip(*(at_positions(each, scales, with_bias) for each in (of_student, of_teacher)), strict=True))
+
+    def sdd(loss):
+        found = pairs(row.get("scales", (1, 2, 4)), True)
+        return mixed(found, lambda a, b, y: logit_losses.sdd(a, b, y, lambda c, d: loss(c, d, y)))
+
+    def dkd(a, b, y):
+        return logit_losses.dkd(a, b, y, row["alpha"], row["beta"], T_)
+
+    def cat():
+        found = pairs((row.get("resolution", 2),), False)
+        return torch.stack([logit_losses.cat(a, b, not row.get("raw")) for a, b in found]).mean()
+
+    terms = {
+        "sdd": lambda: sdd(lambda a, b, y: logit_losses.kl(a, b, T_)),
+        "sdd_dkd": lambda: min((progress // 1 + 1) / 20, 1) * sdd(dkd),
+        "cat": cat,
+    }
+    on = [row[f"{name}_{which}"] * term() for name, term in terms.items() if row.get(f"{name}_{which}")]
+    return sum(on, torch.zeros((), dtype=of_student[0].dtype))
+
+
 def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *, labels_b, mix, smoothing, progress):
     """Loss of a training step on copies of the distiller's parameters: (loss, logits of the inference head, copies)."""
     student = copy.deepcopy(distiller.student)
@@ -304,10 +350,13 @@ def compose(row: dict, distiller: nn.Module, teacher: Tapped, images, labels, *,
             loss = loss + row["srd"] * 2 * (difference.abs() ** row.get("power_srd", 4)).sum().log()
         loss = loss + row.get("ce_t", 0) * cross_entropy(logits)
         loss = loss + logit_terms(row, "t", logits, logits_t, mixed_pairs, progress)
+        loss = loss + position_terms(row, "t", (Z, W, b), (map_t, W, b), mixed_pairs, progress)
     if student.classifier is not None:
         logits_s = F.linear(pooled_s, student.classifier.weight, student.classifier.bias)
         loss = loss + row.get("ce_s", 0) * cross_entropy(logits_s)
         loss = loss + logit_terms(row, "s", logits_s, logits_t, mixed_pairs, progress)
+        own = map_s, student.classifier.weight, student.classifier.bias
+        loss = loss + position_terms(row, "s", own, (map_t, W, b), mixed_pairs, progress)
     return (
         loss,
         logits if row["infer"] == "teacher" else logits_s,
@@ -369,11 +418,12 @@ def test_parts_are_the_unweighted_terms(name, connector):
         pytest.skip("matches maps, or nothing")
     student, teacher = pair()
     images, labels = batch()
-    weights = {part: 0.5 for part in PARTS if getattr(PRESETS[name], part, 0) > 0}  # but for dkd, which has two
+    weights = {part: 0.5 for part in PARTS if getattr(PRESETS[name], part, 0) > 0}  # but for DKD's, which are two
     objective = get_objective(name, **weights, connector=connector)
     out = Distiller(student, teacher, objective).train()(images, labels, progress=9.5)
-    total = sum(out.parts[k] * weight for k, weight in weights.items()) + out.parts.get("dkd", 0) * 0.5
-    assert set(out.parts) == set(weights) | ({"dkd"} if name == "dkd" else set())
+    rising = {name.replace("-", "_")} if name in ("dkd", "sdd-dkd") else set()
+    total = sum(out.parts[k] * weight for k, weight in weights.items()) + sum(out.parts[k] * 0.5 for k in rising)
+    assert set(out.parts) == set(weights) | rising
     torch.testing.assert_close(out.loss, total, **CLOSE)
 
 
@@ -721,13 +771,14 @@ OF_LOGITS = {
     **dict.fromkeys(("dkd_alpha", "hard", "ttm", "wttm", "nkd", "dist_inter", "dist_intra", "srd"), 1.0),
     **{f"{name}_head": "teacher" for name in ("dkd", "hard", "ttm", "nkd", "dist")},
 }
+AT_POSITIONS = {"sdd": 1.0, "sdd_dkd_beta": 1.0, "cat": 1.0, "sdd_head": "student", "cat_head": "teacher"}
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         {"at": 1.0, "hint": 1.0, "hint_stage": 2},
-        {**OF_LOGITS, "standardize_logits": True, "match_distance": "cosine", "review": 1.0},
+        {**OF_LOGITS, **AT_POSITIONS, "standardize_logits": True, "match_distance": "cosine", "review": 1.0},
     ],
     ids=["fused", "plain"],
 )

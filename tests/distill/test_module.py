@@ -123,9 +123,10 @@ def test_progress_is_asked_for_where_there_is_a_warm_up():
     images, labels = batch(torch.float32)
     for name in PRESETS:
         distiller = Distiller(*pair(torch.float32), get_objective(name)).train()
-        if name == "dkd":
+        if name in ("dkd", "sdd-dkd"):
+            warm_up = "dkd_warmup" if name == "dkd" else "sdd_warmup"
             with pytest.raises(
-                UserError, match=r"'dkd' has a warm-up and needs progress, .* got none: .* dkd_warmup to 0"
+                UserError, match=f"'{name}' has a warm-up and needs progress, .* got none: .* set {warm_up} to 0"
             ):
                 distiller(images, labels)
         else:

@@ -51,7 +51,7 @@ def test_a_setting_is_declared_once():
 
 def test_a_cache_serves_what_needs_pooled_features():
     assert {"ijckd-pooled", "srrl", "kd", "dkd", "hard", "ttm", "wttm", "nkd", "dist", "srd"} <= set(FROM_CACHE)
-    assert not {"ijckd", "simkd", "fitnet", "at", "reviewkd", "ce"} & set(FROM_CACHE)
+    assert not {"ijckd", "simkd", "fitnet", "at", "reviewkd", "sdd", "sdd-dkd", "catkd", "ce"} & set(FROM_CACHE)
     for name in FROM_CACHE:
         PRESETS[name].refuse_cache("F")
     with pytest.raises(
@@ -62,3 +62,7 @@ def test_a_cache_serves_what_needs_pooled_features():
         UserError, match=r"\(at, hint\), .*: leave out --at and --hint and --hint-stage, take --objective"
     ):
         get_objective("kd", at=1.0, hint=2.0, hint_stage=3).refuse_cache("F")
+    with pytest.raises(UserError, match=r"'sdd' compares the teacher's maps \(sdd, sdd_dkd\), .*: take --objective i"):
+        PRESETS["sdd"].refuse_cache("F")
+    with pytest.raises(UserError, match=r"\(cat\), .*: leave out --cat and --cat-head, take --objective ijckd-pooled"):
+        get_objective("srrl", cat=1.0, cat_head="teacher").refuse_cache("F")

@@ -209,6 +209,10 @@ def test_a_preset_s_settings_of_an_objective(capsys, tmp_path):
     assert (of_kd["temperature"], of_kd["ce"], "objectives" in of_kd) == (2, 0.5, False)
     assert printed_settings(capsys, "--config", str(file), "--objective", "at")["temperature"] == 3
 
+    of_pair = printed_settings(capsys, "--config", "r34_r18", "--objective", "sdd-dkd")
+    assert (of_pair["sdd_scales"], of_pair["sdd_warmup"], of_pair["temperature"]) == ([1, 2], 1, 1)
+    given = printed_settings(capsys, "--config", "r34_r18", "--objective", "sdd-dkd", "--sdd-scales", "1,2,4")
+    assert given["sdd_scales"] == [1, 2, 4]
     objective = build_pair("r56_r20", objective="dkd")[1].objective
     assert (objective.temperature, objective.dkd_beta, objective.dkd_warmup) == (4, 2, 20)
     assert build_pair("r56_r20", objective="dkd", dkd_beta=1.0)[1].objective.dkd_beta == 1

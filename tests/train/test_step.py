@@ -431,6 +431,19 @@ def test_no_loss_of_logits_waits_for_the_device():
     assert waits.count == 0
 
 
+@pytest.mark.parametrize("classifier", ["teacher", "student"])
+def test_no_loss_at_positions_waits_for_the_device(classifier):
+    weights = dict.fromkeys(["sdd", "sdd_dkd_alpha", "sdd_dkd_beta", "cat"], 1.0)
+    heads = {"sdd_head": classifier, "cat_head": classifier}
+    batch = _batch(size=4, mixup=True)
+    for normalize in (True, False):
+        step = _step_of(_distiller("ijckd", **weights, **heads, cat_normalize=normalize))
+        with HostWaits() as waits:
+            for i in range(2):
+                step(batch, step=i, lr=0.05, progress=0.0)
+        assert waits.count == 0
+
+
 def test_a_batch_in_parts_is_refused_where_it_must_be_whole():
     with pytest.raises(UserError, match=r"'dist' has statistics over all images .* got --accumulate 2"):
         _step_of(_distiller("dist"), accumulate=2)

@@ -5,6 +5,7 @@ config.yaml and in the help.
 """
 
 from ijckd_fast.distill.terms.attention import Attention
+from ijckd_fast.distill.terms.catkd import Catkd
 from ijckd_fast.distill.terms.cross_entropy import CrossEntropy
 from ijckd_fast.distill.terms.dist import Dist
 from ijckd_fast.distill.terms.dkd import Dkd
@@ -14,13 +15,14 @@ from ijckd_fast.distill.terms.hint import Hint
 from ijckd_fast.distill.terms.kl import Kl
 from ijckd_fast.distill.terms.nkd import Nkd
 from ijckd_fast.distill.terms.review import Review
+from ijckd_fast.distill.terms.sdd import Sdd
 from ijckd_fast.distill.terms.srd import Srd
 from ijckd_fast.distill.terms.term import Needs, Seen, Term, Value
 from ijckd_fast.distill.terms.through_teacher import ThroughTeacher
 from ijckd_fast.distill.terms.ttm import Ttm
 
 TERMS: tuple[type[Term], ...] = (
-    ThroughTeacher, FeatureMatch, CrossEntropy, Kl, Dkd, Hard, Ttm, Nkd, Dist, Srd, Attention, Hint, Review,
+    ThroughTeacher, FeatureMatch, CrossEntropy, Kl, Dkd, Hard, Ttm, Nkd, Dist, Sdd, Catkd, Srd, Attention, Hint, Review,
 )  # fmt: skip
 PARTS = tuple(
     dict.fromkeys(part for term in TERMS for part in term.parts)

@@ -24,6 +24,8 @@ from ijckd_fast.setting import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
+WarmUpBy = Literal["epoch", "step"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dkd(Temperature, StandardizedLogits, Term):
@@ -38,7 +40,7 @@ class Dkd(Temperature, StandardizedLogits, Term):
     dkd_alpha: float = weight("DKD's target-class term")
     dkd_beta: float = weight("DKD's other-classes term")
     dkd_warmup: float = setting(20.0, "epochs in which both DKD weights rise to their full size", least=0, finite=True)
-    dkd_warmup_by: Literal["epoch", "step"] = setting(
+    dkd_warmup_by: WarmUpBy = setting(
         "epoch",
         "how they rise: with every epoch, from 1 / dkd_warmup in the first (epoch), or with every step from 0",
     )
@@ -53,26 +55,38 @@ class Dkd(Temperature, StandardizedLogits, Term):
 
     def factor(self, progress: float | Tensor | None) -> float | Tensor:
         """The warm-up's, from `progress`, the epochs done so far, fractions included (a tensor [] gives one)."""
-        import torch
-
-        if self.dkd_warmup == 0:
-            return 1.0
-        assert progress is not None
-        if self.dkd_warmup_by == "epoch":  # its number, from 1
-            progress = (progress.floor() if isinstance(progress, torch.Tensor) else math.floor(progress)) + 1
-        done = progress / self.dkd_warmup
-        return done.clamp(max=1.0) if isinstance(done, torch.Tensor) else min(done, 1.0)
+        return warm_up(progress, self.dkd_warmup, self.dkd_warmup_by)
 
     def value(self, seen: Seen) -> Value:
-        import torch
-
         logits, logits_t = self.scaled(*seen.pair(self.dkd_head))
         weights = self.dkd_alpha, self.dkd_beta, self.temperature
         dkd = seen.mixed(lambda y: dkd_rows(logits, logits_t, y, *weights))
-        factor = self.factor(seen.progress)
-        if isinstance(factor, torch.Tensor):
-            factor = factor.to(dkd.dtype)  # the clock's own must not widen the loss
-        return Value(factor * dkd, {"dkd": dkd.detach()})
+        return Value(scaled_by(self.factor(seen.progress), dkd), {"dkd": dkd.detach()})
+
+
+def warm_up(progress: float | Tensor | None, epochs: float, by: WarmUpBy) -> float | Tensor:
+    """The factor with which a weight rises to its full size, in [0, 1].
+
+    progress  the epochs done so far, fractions included, a number or a tensor [], which gives one
+    epochs    in which it rises; 0: it has its full size from the first step
+    by        'epoch': e / epochs in epoch e, counted from 1; 'step': progress / epochs
+    """
+    import torch
+
+    if epochs == 0:
+        return 1.0
+    assert progress is not None
+    if by == "epoch":  # its number, from 1
+        progress = (progress.floor() if isinstance(progress, torch.Tensor) else math.floor(progress)) + 1
+    done = progress / epochs
+    return done.clamp(max=1.0) if isinstance(done, torch.Tensor) else min(done, 1.0)
+
+
+def scaled_by(factor: float | Tensor, loss: Tensor) -> Tensor:
+    """factor loss, in the loss's dtype: the clock's own, of a tensor, must not widen it."""
+    import torch
+
+    return (factor.to(loss.dtype) if isinstance(factor, torch.Tensor) else factor) * loss
 
 
 def dkd_rows(logits: Tensor, logits_t: Tensor, labels: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:

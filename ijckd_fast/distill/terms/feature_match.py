@@ -36,7 +36,8 @@ class FeatureMatching:
 class FeatureMatch(FeatureMatching, Term):
     """fm times the distance of Z and map_t (match 'map') or of z and pooled_t (match 'pooled'), see `distance`.
 
-    The connector's op computes a mean square with z; or the loss's op, where that has the connector's projection.
+    The connector's op computes a mean square with z; or the loss's op, where that has the connector's projection. Where
+    another term needs Z, the connector is plain PyTorch, and so is the distance.
     """
 
     parts = ("fm",)
@@ -65,11 +66,15 @@ class FeatureMatch(FeatureMatching, Term):
         return None
 
     def value(self, seen: Seen) -> Value | None:
-        if self.fm_fused > 0:
+        from ijckd_fast.distill.comparable import equal_sizes, full
+
+        fm: Tensor | None
+        if self.fm_fused > 0 and seen.map_z is None:
             fm = seen.fm
         elif self.match == "map":
-            assert seen.maps is not None
-            fm = distance(*seen.maps, self.match_distance)
+            assert seen.map_z is not None
+            assert seen.map_t is not None
+            fm = distance(*equal_sizes(seen.map_z, full(seen.map_t)), self.match_distance)
         else:
             assert seen.z is not None
             assert seen.pooled_t is not None

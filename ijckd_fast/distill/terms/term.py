@@ -28,7 +28,10 @@ class Needs(enum.Flag):
     LOGITS_Z      the logits [B, K] of z through the teacher's frozen classifier, for losses in plain PyTorch
     ANSWER        z through the teacher's frozen classifier, without a loss
     MAP_T         the teacher's map [B, Ct, H, W], for the connector's op to match
-    MAP_Z         Z [B, Ct, H, W], the student's connected map whose mean is z, in plain PyTorch, beside the teacher's
+    MAP_Z         Z [B, Ct, H, W], the student's connected map whose mean is z, in plain PyTorch
+    FULL_MAP_T    the teacher's map [B, Ct, Ht, Wt] at its own size, whose mean its classifier sees
+    MAP_S         the student's own map [B, Cs, Hs, Ws], whose mean its classifier sees
+    CLASS_MAPS_S  what its classifier makes of that without a bias, so that another term must train the bias
     POOLED_S      the student's own pooled features [B, Cs], what its classifier sees
     POOLED_T      the teacher's pooled features [B, Ct]
     MATCH_POOLED  the same, for the connector's op to match
@@ -46,6 +49,9 @@ class Needs(enum.Flag):
     ANSWER = enum.auto()
     MAP_T = enum.auto()
     MAP_Z = enum.auto()
+    FULL_MAP_T = enum.auto()
+    MAP_S = enum.auto()
+    CLASS_MAPS_S = enum.auto()
     POOLED_S = enum.auto()
     POOLED_T = enum.auto()
     MATCH_POOLED = enum.auto()
@@ -57,7 +63,7 @@ class Needs(enum.Flag):
 
 NOTHING = Needs(0)
 TEACHER_FEATURES = (
-    Needs.MAP_T | Needs.POOLED_T | Needs.LOGITS_T | Needs.STAGES
+    Needs.MAP_T | Needs.FULL_MAP_T | Needs.POOLED_T | Needs.LOGITS_T | Needs.STAGES
 )  # for these the teacher's backbone is run
 
 
@@ -83,13 +89,16 @@ class Seen:
     z                [B, Ct] connected and pooled features, float32 (float64); takes a gradient
     unprojected      [B, Cin] in z's place where the loss has the connector's projection in its own op; takes a gradient
     fm               [] distance of the connected features to the teacher's, by the connector's op; takes a gradient
-    maps             (Z [B, Ct, H, W], the teacher's map [B, Ct, H, W]) of equal size; Z takes a gradient
+    map_z            Z [B, Ct, H, W], float32 (float64); takes a gradient
+    map_t            [B, Ct, Ht, Wt] the teacher's, at its own size, whichever need it was made for
+    map_s            [B, Cs, Hs, Ws] the student's own; takes a gradient
     pooled_s         [B, Cs]; takes a gradient
     pooled_t         [B, Ct]
     logits_t         [B, K] float32 (float64)
     stages           (map_s [B, Cs, H, W], map_t [B, Ct, H, W]) of equal size by the stage's number, 1 that of the
                      largest maps
-    connector        the student's; classifier: the teacher's; frozen: what is kept of that from step to step
+    connector        the student's; classifier: the teacher's; frozen: what is kept of that from step to step;
+                     classifier_s: the student's own
     modules          what the terms built, by name, among the distiller's other parts
     group            the processes among which a batch is shared out, for what is taken over all of it; None: this one
                      has all
@@ -106,13 +115,16 @@ class Seen:
     z: Tensor | None
     unprojected: Tensor | None
     fm: Tensor | None
-    maps: tuple[Tensor, Tensor] | None
+    map_z: Tensor | None
+    map_t: Tensor | None
+    map_s: Tensor | None
     pooled_s: Tensor | None
     pooled_t: Tensor | None
     logits_t: Tensor | None
     stages: Mapping[int, tuple[Tensor, Tensor]]
     connector: Connector | None
     classifier: nn.Linear | None
+    classifier_s: nn.Linear | None
     frozen: FrozenClassifier
     modules: Mapping[str, nn.Module | None]
     group: dist.ProcessGroup | None
@@ -123,6 +135,14 @@ class Seen:
         assert logits is not None
         assert self.logits_t is not None
         return logits, self.logits_t
+
+    def prepared_classifier(self, *, match: bool) -> tuple[Tensor, Tensor | None]:
+        """(the teacher's weight [K, Ct], its gram or None) as `classifier_loss` takes them. match: of a logit match."""
+        assert self.classifier is not None
+        weight = self.classifier.weight
+        if self.head == "fused" and weight.is_cuda:  # on a CPU the op rounds it and keeps its gram itself
+            return self.frozen.prepared(weight, match=match)
+        return weight, None
 
     def mixed(self, per_image: Callable[[Tensor], Tensor]) -> Tensor:
         """Mean over the batch of a loss that takes labels [B] and gives [B]; of mixed images it is mixed likewise."""
@@ -212,7 +232,7 @@ def logits_of(classifier: Classifier) -> Needs:
 class Temperature:
     """The temperature, shared by the terms that soften logits."""
 
-    temperature: float = setting(4.0, "temperature T of the KL, DKD, NKD and DIST terms", above=0, finite=True)
+    temperature: float = setting(4.0, "temperature T of the KL, DKD, NKD, DIST and SDD terms", above=0, finite=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,11 +69,7 @@ class ThroughTeacher(
     def value(self, seen: Seen) -> Value:
         assert seen.classifier is not None
         ce, soft = self.ce_through("teacher"), self.soft
-        classifier_weight, gram = seen.classifier.weight, None
-        if seen.head == "fused" and classifier_weight.is_cuda:  # on a CPU the op rounds it and keeps its gram itself
-            classifier_weight, gram = seen.frozen.prepared(
-                classifier_weight, match=self.sr > 0 and not any(soft.values())
-            )
+        classifier_weight, gram = seen.prepared_classifier(match=self.sr > 0 and not any(soft.values()))
         fm = 0.0
         ops = ops_of(seen.head)
         if seen.unprojected is not None:

@@ -232,6 +232,7 @@ def all_cases() -> dict[str, Case]:
         add(class_map_rows, t, 2, 5, 9, 4, cam=0, **given)
         add(class_map_rows, t, 2, 5, 9, 4, **alone, **given)
         add(class_map_rows, t, 2, 3, 9, 2, grad=False, **given)
+        add(class_map_rows, t, 2, 3, 9, 2, grad=False, **alone, **given)
     for t in ACCUMULATORS:
         for name in alone:
             add(class_map_rows, t, 2, 3, 9, 2, **(nothing | {name: 1.3}))

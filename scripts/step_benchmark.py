@@ -660,9 +660,12 @@ def parts_of(ours: Ours) -> dict[str, Callable[[], object]]:
     head = copy.copy(distiller)  # the same step between nets that answer at once
     head.teacher_side = lambda *_: TeacherSide(map_t, pooled_t)
 
-    def connected(_: Tensor, *, map_t: Tensor | None, pooled_t: Tensor | None, project: bool) -> StudentSide:
+    def connected(
+        _: Tensor, *, map_t: Tensor | None, pooled_t: Tensor | None, project: bool, with_map: bool
+    ) -> StudentSide:
         """The student's side, from the trunk's output on: no logits of its own, no stages."""
         assert project
+        assert not with_map
         z, fm = bare(leaf_u, map_t=map_t, pooled_t=pooled_t, head=distiller.head)
         return StudentSide(z, None, fm, None, ())
 

@@ -13,7 +13,8 @@ __global__ void __launch_bounds__(kRowThreads) anchor_rows_kernel(const AnchorRo
   __shared__ float slots[kRowThreads / 32];
   allow_next_launch();
   const int64_t b = blockIdx.x;
-  const RowLabels labels(p.anchors, b);
+  RowLabels labels;
+  if constexpr (kLogits) labels = RowLabels(p.anchors, b);
   RowDots dots;
   for (int64_t c = 2 * threadIdx.x; c < p.Ct; c += 2 * kRowThreads) {
     const int64_t at = b * p.Ct + c;

@@ -12,14 +12,13 @@ __device__ __forceinline__ void count_row(int64_t* counts, int what) {
   atomicAdd(reinterpret_cast<unsigned long long*>(counts + what), 1ull);
 }
 
-// The labels of row b. Where one lies outside [0, K) both are 0 and the row is not valid; not read where there are
-// none.
+// The labels of row b. Where one lies outside [0, K) both are 0 and the row is not valid.
 struct RowLabels {
   int a = 0, b = 0;
   bool valid = false;
 
+  RowLabels() = default;
   __device__ __forceinline__ RowLabels(const Anchors& p, int64_t row) {
-    if (!p.labels) return;
     const int64_t first = p.labels[row], second = p.labels_b ? p.labels_b[row] : first;
     valid = first >= 0 && first < p.K && second >= 0 && second < p.K;
     a = valid ? int(first) : 0, b = valid ? int(second) : 0;

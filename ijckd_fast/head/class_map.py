@@ -125,9 +125,10 @@ def _position_means(scales: tuple[int, ...], H: int, W: int, dtype: torch.dtype,
         at = torch.arange(side)
         return torch.stack([((at >= first) & (at < last)).double() / (last - first) for first, last in bounds])
 
-    cells = torch.einsum("ih,jw->ijhw", along(H), along(W))  # [R, R, H, W]
-    rows = [cells.reshape(s, R // s, s, R // s, H * W).mean((1, 3)).reshape(s * s, H * W) for s in scales]
-    return torch.cat(rows).to(device, dtype)
+    with torch.inference_mode(False):  # kept for training too, which saves it for backward
+        cells = torch.einsum("ih,jw->ijhw", along(H), along(W))  # [R, R, H, W]
+        rows = [cells.reshape(s, R // s, s, R // s, H * W).mean((1, 3)).reshape(s * s, H * W) for s in scales]
+        return torch.cat(rows).to(device, dtype)
 
 
 def _pooled(maps: Tensor, name: str, scales: Sequence[int]) -> Tensor:

@@ -131,6 +131,17 @@ def test_pooled_positions_are_adaptive_pools(size, scales):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
 
+def test_what_was_pooled_for_inference_first_can_be_trained():
+    """The constant of a size is kept: one made within inference mode could not be saved for backward."""
+    maps = torch.randn(2, 3, 6, 11, dtype=F64)  # a size of this test's own
+    with torch.inference_mode():
+        want = head.pooled_positions(maps, (1, 3))
+    leaf = maps.requires_grad_()
+    got = head.pooled_positions(leaf, (1, 3))
+    got.sum().backward()
+    assert_equal_to([got.detach(), leaf.grad.sum()], [want.clone(), torch.tensor(60.0, dtype=F64)])
+
+
 def test_gradcheck():
     maps, weight, bias, maps_t, labels, share = class_map_inputs(2, 3, (3, 3), 5)
     assert torch.autograd.gradcheck(

@@ -252,12 +252,14 @@ def require_writable(folder: Path, option: str) -> None:
 def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
     """Holds a folder, which `option` named, for this process; UserError when another living process holds it.
 
-    The kernel drops the lock when its process ends, however it ends, so what a dead run left is no hindrance.
+    The kernel drops the lock when its process ends, however it ends, so what a dead run left is no hindrance. A folder
+    that was made here, and into which nothing was written, is removed again: who mistyped something finds no trace.
     """
     import filelock  # here, since most commands start without a lock
 
     holder = folder / HOLDER
     held = filelock.FileLock(folder / LOCK, timeout=0, is_singleton=False)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held.acquire()
@@ -274,7 +276,18 @@ def lock(folder: Path, option: str = "--output-dir") -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        if made:
+            _remove_unused(made)
         held.release()
+
+
+def _remove_unused(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, as long as they hold nothing; the first may hold a lock."""
+    with contextlib.suppress(OSError):  # one that holds something, or is gone
+        if [path.name for path in folders[0].iterdir()] == [LOCK]:
+            (folders[0] / LOCK).unlink()
+        for each in folders:
+            each.rmdir()
 
 
 def _not_writable(folder: Path, option: str, error: OSError) -> UserError:

@@ -38,6 +38,7 @@ from ijckd_fast.train import (
 )
 from ijckd_fast.train.code_hash import code_hash
 from ijckd_fast.train.config import CACHE_CHUNK_IMAGES, CACHE_VERIFY
+from ijckd_fast.train.layered import CACHE
 
 
 def make_cache(
@@ -149,7 +150,7 @@ def _checked(config: TrainConfig, views: int, chunk_images: int, verify: int) ->
             raise UserError(f"{name} must be at least {least}, got {value}")
     if config.teacher is None:
         raise UserError("no --teacher given: expected a model's name with its weights, or an earlier run")
-    if config.teacher_cache is not None or config.teacher.startswith("cache:"):
+    if config.teacher_cache is not None or config.teacher.startswith(CACHE):
         raise UserError(
             "a cache is made of a teacher itself, got another cache: give its name with --teacher-checkpoint, or its"
             " run"

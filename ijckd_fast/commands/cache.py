@@ -95,10 +95,12 @@ def _config(args: Arguments) -> TrainConfig:
     """The settings of the students' training that matter to the cache: those of --config, and over them the options."""
     from ijckd_fast.train import make_config
     from ijckd_fast.train.config import CACHE_FIELDS, UNCACHED_FIELDS, load_preset, preset_path, typed
+    from ijckd_fast.train.layered import layered, teachers_run, with_pixels
 
     preset: dict[str, Any] = {}
     if args.config is not None:
         of_preset = typed(load_preset(args.config), str(preset_path(args.config)))
         preset = {name: of_preset[name] for name in (*CACHE_FIELDS, *UNCACHED_FIELDS) if name in of_preset}
     given = {name: args.given[name] for name in CACHE_FIELDS if name in args.given}
-    return make_config({**preset, **given, "objective": "kd", "head": "reference"})
+    values = layered(preset, given)
+    return make_config({**with_pixels(values, teachers_run(values)), "objective": "kd", "head": "reference"})

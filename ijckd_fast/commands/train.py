@@ -56,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Arguments) -> Outcome:
     """Trains; everything that is written is in the run's folder."""
     from ijckd_fast.train import make_config
+    from ijckd_fast.train.layered import teachers_run, with_pixels
 
     given, students = _settings(args), args.given.get("student", [])
     if args.print_config is not None:
@@ -64,7 +65,9 @@ def run(args: Arguments) -> Outcome:
     if args.resume is not None:
         _refuse_with_resume(students, args.overwrite)
         _continue(args.resume, given)
-    elif len(students) > 1:
+        return Outcome(in_files=True)
+    given = with_pixels(given, teachers_run(given))
+    if len(students) > 1:
         _train_each(students, given, args.overwrite)
     else:
         _train(make_config(given), overwrite=args.overwrite)
@@ -82,6 +85,7 @@ def _train(config: TrainConfig, **how: Any) -> None:
 def _settings(args: Arguments) -> dict[str, Any]:
     """What --config and the options set, no defaults; of several students the last one."""
     from ijckd_fast.train.config import FIELDS, load_preset, preset_path, typed
+    from ijckd_fast.train.layered import layered
 
     options = {name: value for name, value in args.given.items() if name in FIELDS}
     if "student" in options:
@@ -89,12 +93,8 @@ def _settings(args: Arguments) -> dict[str, Any]:
     objective = options.get("objective")
     for name in reversed(args.config or ()):
         objective = objective or load_preset(name).get("objective")
-    preset: dict[str, Any] = {}
-    for name in args.config or ():
-        preset.update(typed(load_preset(name, objective), str(preset_path(name))))
-    if "batch_size" in options and "global_batch" not in options:
-        preset.pop("global_batch", None)  # the option replaces it
-    return {**preset, **options}
+    presets = (typed(load_preset(name, objective), str(preset_path(name))) for name in args.config or ())
+    return layered(*presets, options)
 
 
 def _print_settings(values: dict[str, Any], flags: str) -> None:
@@ -136,12 +136,13 @@ def _continue(resume: str, given: dict[str, Any]) -> None:
 def _teacher_moved(given: dict[str, Any]) -> dict[str, None]:
     """The settings of a begun run that --teacher replaces: it says where the weights, or the cache, are now."""
     from ijckd_fast.train import run_folder
+    from ijckd_fast.train.layered import CACHE
 
     teacher = given.get("teacher") or ""
     moved: dict[str, None] = {}
     if Path(teacher).suffix == ".pt" or (teacher and Path(teacher, run_folder.LAST).is_file()):
         moved["teacher_checkpoint"] = None
-    if teacher.startswith("cache:"):
+    if teacher.startswith(CACHE):
         moved["teacher_cache"] = None
     return moved
 

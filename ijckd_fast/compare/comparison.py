@@ -28,6 +28,7 @@ from ijckd_fast.train.config import (
     read_yaml,
     typed,
 )
+from ijckd_fast.train.layered import TEACHERS_OWN, below, layered
 
 DIGITS = "digits"  # as data_dir: the embedded images, written to the output folder
 
@@ -138,7 +139,8 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
     _check_keys(values, path)
     preset, settings = _preset(values.get("base"), f"base of {path}")
     under, of_objectives = ({}, {}) if preset is None else read_preset(preset)
-    base = {**typed(under, str(preset)), **settings}
+    teacher = _teacher(values.get("teacher"), f"teacher of {path}")
+    base = layered(_with_teacher(typed(under, str(preset)), teacher), settings)
     if "seed" not in settings:
         base.pop("seed", None)  # that of a preset, which was for a run alone
     methods = {str(name): _method(str(name), values, path) for name, values in (values.get("methods") or {}).items()}
@@ -159,7 +161,7 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
         name=path.stem,
         methods=methods,
         base=base,
-        teacher=_teacher(values.get("teacher"), f"teacher of {path}"),
+        teacher=teacher,
         against=tuple(str(name) for name in values.get("against", ())),
         **more,
     )
@@ -210,7 +212,15 @@ def _teacher(values: Any, where: str) -> dict[str, Any] | str | None:
     if values is None:
         return None
     preset, settings = _preset(values, where)
-    return {**({} if preset is None else typed(load_preset(preset), preset)), **settings}
+    return layered({} if preset is None else typed(load_preset(preset), preset), settings)
+
+
+def _with_teacher(preset: dict[str, Any], teacher: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    """What counts of the preset of `base`: a teacher beside the methods stands instead of the preset's."""
+    if isinstance(teacher, str):
+        return below(preset, {"teacher": teacher})
+    gone = () if teacher is None else ("teacher", "teacher_weights", *TEACHER_WEIGHTS, *TEACHERS_OWN)
+    return {name: value for name, value in preset.items() if name not in gone}
 
 
 def _method(name: str, values: Any, path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from ijckd_fast.compare.comparison import DIGITS, Comparison
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import TrainConfig, finished_summary, make_config, objective_of, resolve, run_folder
+from ijckd_fast.train.layered import layered, teachers_run, with_pixels
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def plan(comparison: Comparison, output: Path) -> tuple[TrainConfig | None, list
         )
     data_dir = str(output / DIGITS) if comparison.data_dir == DIGITS else comparison.data_dir
     teacher, given = _teacher(comparison, data_dir, output / "teacher")
+    pixels = teachers_run({**comparison.base, **given}) if teacher is None else dataclasses.asdict(teacher)
     runs = []
     for regime, changes in comparison.regimes.items():
         for method, settings in comparison.methods.items():
@@ -62,7 +65,8 @@ def plan(comparison: Comparison, output: Path) -> tuple[TrainConfig | None, list
                 folder = str(folder_of(output, regime, method, seed))
                 own = {"data_dir": data_dir, "seed": seed, "output_dir": folder}
                 try:
-                    config = _checked(_one_split({**comparison.base, **given, **changes, **settings, **own}))
+                    values = layered({**comparison.base, **given}, changes, settings, own)
+                    config = _checked(_one_split(with_pixels(values, pixels)))
                 except UserError as error:
                     where = f"method {method}" + (f" in regime {regime}" if regime else "")
                     raise UserError(f"{where} of {comparison.name}: {error}") from error

@@ -11,6 +11,7 @@ from ijckd_fast.errors import UserError
 from ijckd_fast.nets import count_parameters, macs
 from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
 from ijckd_fast.train.config import load_preset, preset_names, preset_path
+from ijckd_fast.train.layered import layered
 
 CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
 
@@ -34,7 +35,7 @@ def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
             f"preset '{name}' is no packaged pair of teacher and student: expected one of {', '.join(pair_names())}"
         )
     here = {"data_dir": ".", "device": "cpu", "teacher_pretrained": False, "allow_weak_teacher": True}
-    config = resolve(make_config({**load_preset(name, changes.get("objective")), **here, **changes}))
+    config = resolve(make_config(layered(load_preset(name, changes.get("objective")), here, changes)))
     return config, build_distiller(config, CLASSES[name.partition("_")[0]], torch.device("cpu"))
 
 

@@ -15,7 +15,7 @@ from ijckd_fast.data import AUTO, Augment, DataFolder, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
-from ijckd_fast.nets import is_model_name, published_normalisation
+from ijckd_fast.nets import published_normalisation
 from ijckd_fast.normalisation import IMAGENET, Normalisation
 from ijckd_fast.parallel import Processes, processes as distributed
 from ijckd_fast.teacher_cache import TeacherCache
@@ -26,6 +26,7 @@ from ijckd_fast.train.config import (
     absolute_paths,
     default_eval_resize,
 )
+from ijckd_fast.train.layered import CACHE, weights_at
 from ijckd_fast.train.state import Saved
 
 
@@ -119,10 +120,10 @@ def _named_by_cache(config: TrainConfig) -> TrainConfig:
     folder.
     """
     given, folder = config.teacher or "", config.teacher_cache
-    if given.startswith("cache:"):
+    if given.startswith(CACHE):
         if folder is not None:
             raise UserError(f"--teacher {given} is a cache and --teacher-cache {folder} is given too: leave out one")
-        folder = os.path.expanduser(given.removeprefix("cache:"))
+        folder = os.path.expanduser(given.removeprefix(CACHE))
     elif given or folder is None:
         return config
     return dataclasses.replace(config, teacher=TeacherCache(folder).name, teacher_cache=folder)
@@ -131,14 +132,12 @@ def _named_by_cache(config: TrainConfig) -> TrainConfig:
 def _named_by_path(config: TrainConfig, role: str) -> TrainConfig:
     """Where `role` (teacher or student) is a run's folder or checkpoint: the model that the run trained, and its
     weights.
-
-    A model's name is never taken for a path, whatever lies in the working directory: write ./resnet8 for the folder.
     """
     given = getattr(config, role)
     if given is None:
         return config
-    path = Path(given) / run_folder.LAST if Path(given).is_dir() else Path(given)
-    if not path.is_file() or is_model_name(given):
+    path = weights_at(given)
+    if path is None:
         return config
     if getattr(config, f"{role}_checkpoint") is not None or getattr(config, f"{role}_pretrained"):
         raise UserError(

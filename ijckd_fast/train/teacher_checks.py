@@ -24,6 +24,7 @@ from ijckd_fast.parallel import Processes
 from ijckd_fast.teacher_cache import TeacherCache
 from ijckd_fast.train import run_folder
 from ijckd_fast.train.config import FIELDS, TrainConfig
+from ijckd_fast.train.layered import PIXELS, teachers_run
 from ijckd_fast.train.resolving import amp_dtype_of, augment_of, data_folder_of, device_of, teacher_view_of
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, val: Index, sa
         if found.weak:
             say(
                 f"warning: teacher {config.teacher} is better than chance ({expected:.2f} %), but not by much:"
-                f" {_UNFIT_TEACHER}"
+                f" {_why_unfit(config)}"
             )
         return
     if not found.enough:
@@ -234,6 +235,17 @@ def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, val: Index, sa
     raise UserError(
         f"teacher {config.teacher} has a top-1 of {teacher.top1:.2f} % on the {found.images} val images, near chance"
         f" ({expected:.2f} %): it has {found.hits} hits{counted}; {found.counted} or more come about by chance with a"
-        f" probability of {found.probability:.2g}, expected below {LEVEL:g}{needed}. {_UNFIT_TEACHER}."
+        f" probability of {found.probability:.2g}, expected below {LEVEL:g}{needed}. {_why_unfit(config)}."
         " --allow-weak-teacher trains all the same"
     )
+
+
+def _why_unfit(config: TrainConfig) -> str:
+    """What may be wrong with the teacher; where its own run was of images of another size, that first."""
+    own = teachers_run({"teacher": config.teacher, "teacher_checkpoint": config.teacher_checkpoint})
+    differing = [name for name in PIXELS if own and own[name] != getattr(config, name)]
+    if not differing:
+        return _UNFIT_TEACHER
+    theirs = " ".join(f"--{name.replace('_', '-')} {own[name]}" for name in differing)
+    ours = " ".join(f"{getattr(config, name)}" for name in differing)
+    return f"it was trained with {theirs}, here it is {ours}; or {_UNFIT_TEACHER}"

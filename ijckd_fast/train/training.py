@@ -64,7 +64,8 @@ class Training:
         show.begin(state.step, data.total_steps)
         show.say(
             f"{self.folder}: {config.teacher or 'no teacher'} -> {config.student} by {config.objective}; "
-            f"{len(data.train)} images of {data.train.num_classes} classes, {data.steps_per_epoch} steps an epoch, "
+            f"{len(data.train)} images of {data.train.num_classes} classes at {config.image_size} pixels, "
+            f"{data.steps_per_epoch} steps an epoch, "
             f"{data.total_steps} in all"
             + (
                 f"; {self.processes.world} processes, {config.global_batch} images a step"
@@ -259,12 +260,14 @@ class Training:
         """last.pt, by the clock, by steps, at the end, or because of a signal to any process. Stopped where that was to
         stop.
         """
-        config, state, asked = self.config, self.state, self._asked
+        config, state, show, asked = self.config, self.state, self.show, self._asked
         minutes = (time.perf_counter() - self._saved_at) / 60
         by_steps = config.checkpoint_steps is not None and state.step % config.checkpoint_steps == 0
-        due = minutes >= config.checkpoint_minutes or by_steps or asked.save or self._at_end
-        signum, anyone_due = self.processes.most(asked.signum, due)
-        if signum or anyone_due:
+        due = minutes >= config.checkpoint_minutes or by_steps or self._at_end
+        signum, usr1, anyone_due = self.processes.most(asked.signum, asked.save, due)
+        if usr1 and not signum:
+            show.say(f"SIGUSR1: saving {self.folder / run_folder.LAST} at step {state.step}, training continues")
+        if signum or usr1 or anyone_due:
             signals.saved()
             with self._watch.paused():
                 self.save(run_folder.LAST)

@@ -64,7 +64,7 @@ def test_progress_bar_in_a_terminal(data, tmp_path):
     train(config(data, tmp_path), console=terminal)
     text = screen.getvalue()
     assert "20/20" in text
-    assert "% waiting for data" in text
+    assert "% wait" in text
     assert "step 4/20, epoch" not in text  # the lines of a log file
     assert "val top-1" in text
 

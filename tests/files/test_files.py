@@ -292,6 +292,21 @@ def test_an_error_inside_gives_the_folder_back(tmp_path):
         pass
 
 
+def test_a_folder_that_was_made_for_nothing_is_removed_again(tmp_path):
+    there, folder = tmp_path / "there", tmp_path / "there" / "new" / "run"
+    there.mkdir()
+    with pytest.raises(KeyError), files.lock(folder):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == [there]  # what was there before stays
+    assert not list(there.iterdir())
+    with files.lock(there):
+        pass
+    assert [path.name for path in there.iterdir()] == [files.LOCK]
+    with files.lock(folder):
+        (folder / "written").touch()
+    assert {path.name for path in folder.iterdir()} == {files.LOCK, "written"}
+
+
 # --- damage, and what cannot be read ---
 
 

@@ -51,9 +51,6 @@ def test_own_model(tmp_path, monkeypatch, capsys):
     exec(one_call, {})
 
     exec(net, names)
-    torch.manual_seed(0)
-    torch.save(names["MyNet"](64, 3).state_dict(), "teacher.pt")
-
     tiny = {"image_size": 32, "eval_resize": 32, "epochs": 1, "eval_every": 1, "allow_weak_teacher": True}
     changes = {"student": "my_large_net", **tiny}
     monkeypatch.setattr(sys, "argv", ["", "train", *options(settings(data, Path("runs/teacher"), **changes))])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ijckd_fast.compare.figures import Summaries, top1
-from ijckd_fast.plots import figure
+from ijckd_fast.plots import figure, limits_without_outliers, say_nothing_to_show
 
 ACCURACY, DIFFERENCES = "accuracy.png", "differences.png"
 
@@ -17,49 +18,89 @@ ACCURACY, DIFFERENCES = "accuracy.png", "differences.png"
 def plot_accuracy(
     path: Path, runs: Mapping[str, Mapping[str, Summaries]], teacher_percent: Mapping[str, float | None]
 ) -> None:
-    """A PNG with an axes for each regime: every seed a dot, the mean a line, the teacher's top-1 where there is one."""
+    """A PNG with an axes for each regime: every seed a dot, the mean a line, the teacher's top-1 where there is one.
+
+    Runs that lie far from all others stand at the edge as triangles with their numbers, so that they flatten no axes.
+    """
     drawing, grid = _axes({regime: list(methods) for regime, methods in runs.items()})
     for axes, (regime, methods) in zip(grid, runs.items(), strict=True):
+        level = teacher_percent[regime]
+        each = [value for summaries in methods.values() for value in top1(summaries).values()]
+        means = [statistics.mean(top1(summaries).values()) for summaries in methods.values()]
+        limits = limits_without_outliers(each, [] if level is None else [level])
         for position, summaries in enumerate(methods.values()):
             values = list(top1(summaries).values())
             axes.plot([position] * len(values), values, "o", color="tab:blue", markersize=4, alpha=0.6)
-            axes.plot(position, statistics.mean(values), "_", color="black", markersize=240 / max(10, len(methods)))
-        level = teacher_percent[regime]
+            far = {"mean ": means[position], "to ": min(values), "up to ": max(values)}
+            _mark_outside(axes, position, far, limits, "tab:blue")
+            axes.plot(position, means[position], "_", color="black", markersize=240 / max(10, len(methods)))
         if level is not None:
-            axes.axhline(level, color="tab:orange", linewidth=1, label=f"teacher {level:.1f} %")
-            _legend_above(axes)
-        axes.set_ylabel("top-1 %: each seed, mean")
+            axes.axhline(level, color="tab:orange", linewidth=1)
+            axes.set_title(f"teacher {level:.1f} %", loc="right", color="tab:orange", fontsize="small")
+        axes.set(ylim=limits, ylabel="top-1 %: each seed, mean")
     drawing.savefig(path, dpi=100 if len(runs) > 1 else 150)
 
 
 def plot_differences(path: Path, rows: Sequence[Mapping[str, Any]], against: Sequence[str]) -> None:
-    """A PNG with an axes for each regime: the paired differences and their intervals, a colour for each reference."""
+    """A PNG with an axes for each regime: the paired differences and their intervals, a colour for each reference.
+
+    A method that is compared with nothing else has no place. Ends of intervals far from all others are cut.
+    """
     regimes: dict[str, list[Mapping[str, Any]]] = {}
     for each in rows:
-        regimes.setdefault(each["regime"], []).append(each)
+        if any(each[f"minus_{reference}"] is not None for reference in against):
+            regimes.setdefault(each["regime"], []).append(each)
+    if not regimes:
+        drawing, ((axes,),) = figure(1)
+        say_nothing_to_show(axes, "no two methods have two seeds in common: no difference has an interval")
+        drawing.savefig(path, dpi=150)
+        return
     drawing, grid = _axes({regime: [each["method"] for each in shown] for regime, shown in regimes.items()})
     for axes, shown in zip(grid, regimes.values(), strict=True):
+        ends = [
+            each[f"minus_{reference}{end}"]
+            for reference in against
+            for each in shown
+            for end in ("_low", "_high")
+            if each[f"minus_{reference}"] is not None
+        ]
+        limits = limits_without_outliers(ends, [0])
         for number, reference in enumerate(against):
             offset = (number - (len(against) - 1) / 2) * 0.25
-            points = [
-                (position + offset, *(each[f"minus_{reference}{end}"] for end in ("", "_low", "_high")))
-                for position, each in enumerate(shown)
-                if each[f"minus_{reference}"] is not None
-            ]
-            if points:
-                x, mean, low, high = zip(*points, strict=True)
-                axes.vlines(x, low, high, color=f"C{number}")
-                axes.plot(x, mean, "o", color=f"C{number}", markersize=4, label=f"minus {reference}")
+            for position, each in enumerate(shown):
+                mean, low, high = (each[f"minus_{reference}{end}"] for end in ("", "_low", "_high"))
+                if mean is None:
+                    continue
+                x, color = position + offset, f"C{number}"
+                axes.vlines(x, low, high, color=color)
+                axes.plot(x, mean, "o", color=color, markersize=4)
+                _mark_outside(
+                    axes, x, {"mean ": mean, "to ": low, "up to ": high}, limits, color, left=offset < 0 < position
+                )
         axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_ylabel("difference of top-1, points")
-        if axes.get_legend_handles_labels()[0]:
-            _legend_above(axes)
+        axes.set(ylim=limits, ylabel="difference of top-1, points")
+    for number, reference in enumerate(against):
+        grid[0].plot([], [], "o-", color=f"C{number}", markersize=4, label=f"minus {reference}")
+    drawing.legend(loc="outside upper right", ncols=4, fontsize="small", frameon=False)
     drawing.savefig(path, dpi=100 if len(regimes) > 1 else 150)
 
 
-def _legend_above(axes: Any) -> None:
-    """Beside the title, where it hides no point."""
-    axes.legend(fontsize="small", loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, borderaxespad=0)
+def _mark_outside(
+    axes: Any, x: float, shown: Mapping[str, float], limits: tuple[float, float], color: str, left: bool = False
+) -> None:
+    """A triangle at the edge that values lie beyond, and what they are; left: of it.
+
+    shown  what is written before a value -> the value
+    """
+    for edge, marker, where in ((limits[0], "v", "bottom"), (limits[1], "^", "top")):
+        outside = operator.lt if marker == "v" else operator.gt
+        beyond = [f"{what}{value:.1f}" for what, value in shown.items() if outside(value, edge)]
+        if beyond:
+            axes.plot(x, edge, marker, color=color, markersize=5, clip_on=False, zorder=3)
+            axes.annotate(
+                "\n".join(beyond), (x, edge), xytext=(-3 if left else 3, 4 if where == "bottom" else -4),
+                textcoords="offset points", ha="right" if left else "left", va=where, fontsize="x-small", color=color,
+            )  # fmt: skip
 
 
 def _axes(regimes: Mapping[str, Sequence[str]]) -> tuple[Any, list[Any]]:

@@ -180,27 +180,32 @@ def plot_chain(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) ->
     error_t = row["teacher_error_percent"]
     names = ["student wrong", "+ disagreement", "+ margin form", "+ norm form"]
     added = [row[f"{name}_percent"] for name in ("disagreement", "margin_form", "norm_form")]
-    chain.bar(names[:1], [row["student_error_percent"]], color="tab:blue")
+    chain.bar(names[:1], [row["student_error_percent"]], color="tab:blue", label="student wrong")
     chain.bar(names[1:], [error_t] * 3, color="tab:gray", label="teacher wrong")
-    chain.bar(names[1:], added, bottom=[error_t] * 3, color="tab:orange")
+    chain.bar(names[1:], added, bottom=[error_t] * 3, color="tab:orange", label="what bounds the rest")
+    for place, height in enumerate((row["student_error_percent"], *(error_t + each for each in added))):
+        text = f"{height:.1f}" if place == 0 or height < 100 else f"{height:.1f}: says nothing"
+        chain.annotate(text, (place, height), ha="center", va="bottom", fontsize="small")
     chain.tick_params(axis="x", labelsize="small")
     chain.set(title="% of images")
-    chain.legend(fontsize="small")
+    plots.legend_above(chain)
 
     of_classes = sorted((r for r in rows[1:] if r["images"]), key=lambda r: r["student_error_percent"])
     places = range(len(of_classes))
-    for key, label, style in (
-        ("bound_margin_form_percent", "teacher wrong + margin form", "-"),
-        ("bound_disagreement_percent", "teacher wrong + disagreement", "-"),
-        ("student_error_percent", "student wrong", "-"),
-        ("teacher_error_percent", "teacher wrong", ":"),
+    for key, label, marker in (  # no lines: between two classes there is nothing
+        ("bound_margin_form_percent", "teacher wrong + margin form", "^"),
+        ("bound_disagreement_percent", "teacher wrong + disagreement", "x"),
+        ("student_error_percent", "student wrong", "o"),
+        ("teacher_error_percent", "teacher wrong", "_"),
     ):
-        marker = "." if len(of_classes) <= _BARS else None
-        classes.plot(places, [r[key] for r in of_classes], style, label=label, marker=marker, linewidth=1)
+        size = 4 if len(of_classes) <= _BARS else 1.5
+        classes.plot(places, [r[key] for r in of_classes], marker, label=label, markersize=size)
+    classes.axhline(100, color="gray", linewidth=0.6, linestyle=":")
     if len(of_classes) <= _BARS:
         classes.set_xticks(places, [_called(r) for r in of_classes], rotation=90, fontsize="x-small")
-    classes.set(title="% of each class's images, by the student's error")
-    classes.legend(fontsize="small")
+    classes.annotate("a bound of 100 says nothing", (0, 100), fontsize="x-small", color="gray", va="bottom")
+    classes.set(title="% of each class's images, by the student's error", ylim=(0, None))
+    plots.legend_above(classes)
 
     floor = torch.finfo(torch.float32).tiny
     edges = torch.linspace(-3, 3, 61)
@@ -211,8 +216,8 @@ def plot_chain(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) ->
         ratio = (reach.clamp(min=floor) / images.margin.clamp(min=floor)).log10().clamp(-3, 3).float()
         certain.hist(ratio.numpy(), edges.numpy(), alpha=0.6, label=label)
     certain.axvline(0, color="black", linewidth=1)
-    certain.set(xlabel="log10; left of 0 the agreement is certain", title="images")
-    certain.legend(fontsize="small")
+    certain.set(xlabel="log10 of the ratio; left of 0 the agreement is certain", title="images")
+    plots.legend_above(certain)
 
     one_group = torch.zeros_like(images.labels)
     for confidence, answer, label in (
@@ -224,5 +229,5 @@ def plot_chain(path: Path, images: Images, rows: Sequence[Mapping[str, Any]]) ->
         calibration.plot((confident / count)[some].numpy(), (hits / count)[some].numpy(), ".-", label=label)
     calibration.plot([0, 1], [0, 1], color="gray", linewidth=1, linestyle=":")
     calibration.set(xlabel="mean confidence of a bin", title="share of right answers", xlim=(0, 1), ylim=(0, 1.02))
-    calibration.legend(fontsize="small")
+    plots.legend(calibration, loc="upper left")
     drawing.savefig(path, dpi=150)

@@ -46,23 +46,40 @@ def plot_perturbation(path: Path, rows: Sequence[Row]) -> None:
         closed = _series(rows, "perturbation", case, "risk on test inputs", "expected")
         ax.plot(*closed, linewidth=1, color=f"C{number}", label=case)
     ax.set(xlabel="delta: length of the step outside the span over |w|", ylabel="transfer risk", ylim=(0, None))
+    ax.set_yscale("symlog", linthresh=1e-6)  # cases lie decades apart, and some risks are 0
     ax.legend(fontsize="small")
     drawing.savefig(path, dpi=150)
 
 
 def plot_learners(path: Path, rows: Sequence[Row], cases: Sequence[str]) -> None:
-    """Risk over n of every learner, an axes for each case; dotted: the exact means, where they are known."""
+    """Risk over n of every learner, an axes for each case; dotted: the exact means, where they are known; dashed: the
+    slopes that theory speaks of. A learner without risk has no point on a logarithmic axis, but a line in the legend.
+    """
     drawing, axes = figure(len(cases))
     for ax, case in zip(axes.flat, cases, strict=True):
+        drawn: list[tuple[float, float]] = []
         for number, name in enumerate(finite.LEARNERS):
             for key, style in (("measured", "o-"), ("expected", ":")):
                 at, values = _series(rows, "risk", case, name, key)
                 shown = [(n, value) for n, value in zip(at, values, strict=True) if value is not None and value > 1e-14]
+                if key == "measured":
+                    drawn += shown
+                    label = name if len(shown) == len(at) else f"{name}: 0" if not shown else f"{name}: later 0"
+                    ax.plot([], [], "o-", markersize=3, linewidth=1, color=f"C{number}", label=label)
                 if shown and (key == "measured" or name in ("CE_sgl", "CE_ful")):
-                    label = name if key == "measured" else None
-                    ax.plot(
-                        *zip(*shown, strict=True), style, markersize=3, linewidth=1, color=f"C{number}", label=label
-                    )
+                    ax.plot(*zip(*shown, strict=True), style, markersize=3, linewidth=1, color=f"C{number}")
+        _draw_slopes(ax, drawn)
         ax.set(title=case, xlabel="n", ylabel="risk", xscale="log", yscale="log")
         ax.legend(fontsize="small")
     drawing.savefig(path, dpi=150)
+
+
+def _draw_slopes(ax: Any, points: Sequence[tuple[float, float]]) -> None:
+    """Lines of n^-1/2 and n^-1 from above the first points on, to compare what is drawn with."""
+    if not points:
+        return
+    first, last = min(n for n, _ in points), max(n for n, _ in points)
+    start = 2 * max(value for _, value in points)
+    for slope, style in ((-0.5, "--"), (-1, "-.")):
+        end = start * (last / first) ** slope
+        ax.plot([first, last], [start, end], style, color="gray", linewidth=0.8, label=f"slope {slope:g}")

@@ -121,31 +121,53 @@ def plot_training(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     train = [row for row in rows if row["kind"] == "train"]
     val = [row for row in rows if row["kind"] == "eval"]
     drawing, ((losses, accuracy), (rate, speed)) = plots.figure(2, 2)
-    for name in loss_terms(train):
-        points = [(row["epoch"], row[name]) for row in train if row[name] is not None]
-        if points:
-            losses.plot(*zip(*points, strict=True), label=name)
-    losses.set(title="loss and its unweighted terms", yscale="log")
+    for label, points in _distinct_losses(train).items():
+        plots.curve(losses, points, label=label)
+    plots.log_scale(losses)
+    losses.set(title="loss and its unweighted terms")
     for source, name, label in (
-        (train, "top1_train_percent", "train top-1"),
-        (val, "top1_percent", "val top-1"),
-        (val, "agreement_percent", "val agreement with the teacher"),
+        (train, "top1_train_percent", "top-1, training images as augmented"),
+        (val, "top1_percent", "top-1, validation images"),
+        (val, "agreement_percent", "agreement with the teacher, validation"),
     ):
-        points = [(row["epoch"], row[name]) for row in source if row[name] is not None]
-        if points:
-            accuracy.plot(*zip(*points, strict=True), label=label, marker="." if source is val else None)
-    accuracy.set(title="%")
-    rate.plot([row["epoch"] for row in train], [row["lr"] for row in train])
-    rate.set(title="learning rate", xlabel="epoch")
-    speed.plot([row["epoch"] for row in train], [row["images_per_s"] for row in train])
-    wait = speed.twinx()
-    wait.plot([row["epoch"] for row in train], [row["loader_wait_percent"] for row in train], color="tab:orange")
-    wait.set(ylim=(0, 100), ylabel="% waiting for the loader")
-    speed.set(title="images/s", xlabel="epoch", ylim=(0, None))
+        plots.curve(accuracy, [(row["epoch"], row[name]) for row in source], label=label)
+    accuracy.set(title="% of the images")
+    plots.curve(rate, [(row["epoch"], row["lr"]) for row in train])
+    rate.set(title="learning rate", xlabel="epoch", ylim=(0, None))
+    plots.curve(speed, [(row["epoch"], row["images_per_s"]) for row in train], label="images/s, left")
+    speed.set(title="images/s, and waiting for data", xlabel="epoch", ylabel="images/s", ylim=(0, None))
+    for axes, shown in ((losses, losses.lines), (accuracy, accuracy.lines), (rate, train), (speed, train)):
+        if not shown:
+            plots.say_nothing_to_show(axes, "nothing logged")
+    if train:
+        wait = speed.twinx()
+        waited = [(row["epoch"], row["loader_wait_percent"]) for row in train]
+        plots.curve(
+            wait,
+            waited,
+            color="tab:orange",
+        )
+        wait.set(ylim=(0, 100), ylabel="% of the time waiting for data")
+        speed.plot([], [], color="tab:orange", label="% waiting for data, right")
+        plots.legend_above(speed)
     for axes in (losses, accuracy):
-        if axes.lines:
-            axes.legend(fontsize="small")
+        plots.legend(axes)
     drawing.savefig(path, dpi=150)
+
+
+def _distinct_losses(train: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float | None]]]:
+    """(epoch, value) of the loss and its terms by what a legend calls them; those that are one curve, by one name."""
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    for name in loss_terms(train):
+        points = [(row["epoch"], row[name]) for row in train]
+        if all(value is None for _, value in points):
+            continue
+        same = next((other for other, theirs in found.items() if theirs == points), None)
+        if same is None:
+            found[name] = points
+        else:
+            found = {(f"{other} = {name}" if other == same else other): theirs for other, theirs in found.items()}
+    return found
 
 
 def plot_bound(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -154,19 +176,14 @@ def plot_bound(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     rows  those of kind "bound"
     """
     drawing, ((terms, distances),) = plots.figure(2)
-    epochs = [row["epoch"] for row in rows]
     for name in ("student_error", "teacher_error", "disagreement", "margin_form", "norm_form"):
-        terms.plot(epochs, [row[f"{name}_percent"] for row in rows], label=name.replace("_", " "), marker=".")
+        points = [(row["epoch"], row[f"{name}_percent"]) for row in rows]
+        plots.curve(terms, points, label=name.replace("_", " ").replace("error", "wrong"))
     terms.set(title="terms of the bound, % of images", xlabel="epoch", ylim=(0, None))
-    for name in ("logit_mse", "pooled_mse", "map_mse"):
-        if rows[0][name] is not None:
-            distances.plot(
-                epochs,
-                [row[name] for row in rows],
-                label={"logit_mse": "logits", "pooled_mse": "pooled features", "map_mse": "maps"}[name],
-                marker=".",
-            )
-    distances.set(title="mean square difference from the teacher", xlabel="epoch", yscale="log")
+    for name, label in (("logit_mse", "logits"), ("pooled_mse", "pooled features"), ("map_mse", "maps")):
+        plots.curve(distances, [(row["epoch"], row[name]) for row in rows], label=label)
+    plots.log_scale(distances)
+    distances.set(title="mean square difference from the teacher", xlabel="epoch")
     for axes in (terms, distances):
-        axes.legend(fontsize="small")
+        plots.legend(axes)
     drawing.savefig(path, dpi=150)

@@ -17,7 +17,8 @@ from ijckd_fast.distill import PRESETS, Objective
 from ijckd_fast.errors import UserError, did_you_mean
 from ijckd_fast.files import read_bytes
 from ijckd_fast.setting import Setting, Trait, fault, settings_of
-from ijckd_fast.train.settings import Computation, DataAndModels, Goal, Images, Optimisation, Writing
+from ijckd_fast.train.image_settings import Images
+from ijckd_fast.train.settings import Computation, DataAndModels, Goal, Optimisation, Writing
 
 PRESET_FOLDER = Path(__file__).parents[1] / "configs"
 COMPARISONS = Path(__file__).parents[1] / "comparisons"  # what `ijckd-fast compare --config` takes by name
@@ -32,7 +33,7 @@ CACHE_VERIFY = 64  # and how many of its views are computed again when it is fin
 class TrainConfig(Writing, Computation, Optimisation, Images, Goal, DataAndModels):
     """Settings of `train`. `help_of(name)` gives the description of one; None means 'chosen as the description says'.
 
-    The order of the settings is that of the groups in settings.py: dataclasses take the fields of the last base first.
+    The order of the settings is that of the groups from the last base to the first: as dataclasses take their fields.
     """
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from ijckd_fast.data import Augment, DataFolder, TooManyUnreadable, build_index,
 from ijckd_fast.data.load import pillow
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import build, train as loud_train
-from ijckd_fast.train.settings import MAX_DRIFT
+from ijckd_fast.train.image_settings import MAX_DRIFT
 
 AUGMENT = Augment(image_size=24, eval_resize=28)
 

@@ -29,6 +29,7 @@ from ijckd_fast.data.load import (
     refuse_backend,
 )
 from ijckd_fast.data.plan import (
+    AFFINE_OFF,
     Augment,
     BatchPlan,
     EvalPlan,
@@ -44,6 +45,7 @@ from ijckd_fast.data.prepare import write_digits
 from ijckd_fast.data.sources import IMAGE_EXTENSIONS, Fields, holds_blocks
 
 __all__ = [
+    "AFFINE_OFF",
     "AUTO",
     "BACKENDS",
     "IMAGE_EXTENSIONS",

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ijckd_fast.data import Augment, Index
+from ijckd_fast.data import AFFINE_OFF, Augment, Index
 from ijckd_fast.errors import UserError
 from ijckd_fast.files import Damaged, read_bytes, write_text
 
@@ -85,6 +85,7 @@ def plan_settings(index: Index, augment: Augment, seed: int, data_backend: str) 
         "ratio": list(augment.ratio),
         "crop_padding": augment.crop_padding,
         "hflip": augment.hflip,
+        **{name: getattr(augment, name) for name in AFFINE_OFF},
         "mean": list(augment.mean),
         "std": list(augment.std),
         "data_backend": data_backend,
@@ -100,7 +101,7 @@ def val_key(fingerprint: str, index: Index, augment: Augment, data_backend: str)
 def differences(there: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """'seed 0 where 1 is expected', for each setting of `expected` that is another in the cache."""
     found = []
-    there = {"crop_padding": 0, **there}  # which older caches do not name
+    there = {"crop_padding": 0, **AFFINE_OFF, **there}  # which older caches do not name
     for name, value in expected.items():
         if there.get(name) == value:
             continue

@@ -37,6 +37,37 @@ class Images:
         least=0,
     )
     hflip: float = _image(0.5, "probability of a horizontal flip in training", Trait.PLAN | Trait.CACHED)
+    affine_rotate: float = _image(
+        0.0,
+        "training: turn each cropped square by up to so many degrees in either direction, 0 to 180; 0: off. Together "
+        "with the three below it is one affine map about the centre, sampled bilinearly",
+        Trait.PLAN | Trait.CACHED,
+        least=0,
+    )
+    affine_scale: float = _image(
+        0.0,
+        "training: scale width and height, each for itself, by 1 plus or minus up to this, below 1; 0: off",
+        Trait.PLAN | Trait.CACHED,
+        least=0,
+    )
+    affine_shear: float = _image(
+        0.0,
+        "training: slant by up to so many degrees to either side, below 90; 0: off",
+        Trait.PLAN | Trait.CACHED,
+        least=0,
+    )
+    affine_shift: float = _image(
+        0.0,
+        "training: shift along each side by up to this share of it in either direction, below 1; 0: off",
+        Trait.PLAN | Trait.CACHED,
+        least=0,
+    )
+    affine_fill: float = _image(
+        0.0,
+        "grey level, 0 to 255, of what these four show from outside of the square; 0: black, as crop_padding's border",
+        Trait.PLAN | Trait.CACHED,
+        least=0,
+    )
     mixup: float = _image(
         0.0,
         "alpha of the blending of images in pairs, 0.1 to 1; 0: off. Both nets see the blend",

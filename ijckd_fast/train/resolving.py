@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ijckd_fast import files
-from ijckd_fast.data import AUTO, Augment, DataFolder, backend_of, holds_blocks
+from ijckd_fast.data import AFFINE_OFF, AUTO, Augment, DataFolder, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
 from ijckd_fast.head import REBUILD, load_libraries
@@ -229,6 +229,7 @@ def augment_of(config: TrainConfig) -> Augment:
         ratio=config.ratio,
         crop_padding=config.crop_padding,
         hflip=config.hflip,
+        **{name: getattr(config, name) for name in AFFINE_OFF},
         eval_resize=config.eval_resize,
         mean=config.mean,
         std=config.std,

@@ -204,6 +204,8 @@ def test_training_from_a_cache_is_training_with_the_teacher(made, data, weights,
 @pytest.mark.parametrize("padding", [0, 3])
 def test_by_dali_kd_too(data, weights, tmp_path, monkeypatch, padding):
     folder, images = tmp_path / "cache", {"data_backend": "dali", "crop_padding": padding}
+    if padding:
+        images |= {"affine_rotate": 20.0, "affine_scale": 0.2, "affine_shear": 5.0, "affine_shift": 0.1}
     assert cli.main(_words(folder, data, weights, **images)) == 0
     with monkeypatch.context() as patch:
         train(config(data, tmp_path / "live", **_live_as_cached(patch, weights), objective="kd", **images))
@@ -580,9 +582,10 @@ def test_trainings_that_the_cache_cannot_serve_are_refused(made, data, weights, 
         train(config(data, tmp_path / "run", **{**_from(made), **changes}))
 
 
-def test_a_cache_from_before_padded_crops_is_one_without(cache, data, tmp_path):
+def test_a_cache_from_before_padded_crops_and_warps_is_one_without(cache, data, tmp_path):
     about = cache_format.read_about(cache)
-    assert about["settings"].pop("crop_padding") == 0
+    for name in ("crop_padding", "affine_rotate", "affine_scale", "affine_shear", "affine_shift", "affine_fill"):
+        assert about["settings"].pop(name) == 0
     done, _ = cache_format.read_progress(cache / "progress.jsonl")
     cache_format.write_about(
         cache, {**about, "digest": cache_format.identity(about, done, cache_format.layout_of(about).chunks)}
@@ -590,6 +593,8 @@ def test_a_cache_from_before_padded_crops_is_one_without(cache, data, tmp_path):
     assert train(config(data, tmp_path / "run", **_from(cache), epochs=1))["complete"]
     with pytest.raises(UserError, match="crop_padding 0 where 2 is expected: train with the cache's settings"):
         train(config(data, tmp_path / "other", **_from(cache), crop_padding=2))
+    with pytest.raises(UserError, match=r"affine_shift 0\.0 where 0\.1 is expected; affine_fill 0\.0 where 9\.0 is"):
+        train(config(data, tmp_path / "other", **_from(cache), affine_shift=0.1, affine_fill=9.0))
 
 
 def test_the_right_weights_beside_the_cache_are_accepted(made, data, weights, tmp_path):

@@ -225,7 +225,7 @@ def test_batches_are_the_pillow_loader_s(dataset, files, kind):
 
 @pytest.mark.parametrize("padding", [0, 5])
 def test_mixing_resume_and_ranks_are_the_plan_s(dataset, files, padding):
-    augment = Augment(image_size=24, eval_resize=28, mixup=0.2, cutmix=1.0, crop_padding=padding)
+    augment = Augment(image_size=24, eval_resize=28, mixup=0.2, cutmix=1.0, crop_padding=padding, affine_shift=0.2)
     index = index_dataset(dataset, "train")
     want = batches(PillowLoader(TrainPlan(files, augment, 8, seed=5), stop=9))
     assert identical(batches(DatasetLoader(TrainPlan(index, augment, 8, seed=5), dataset, stop=9)), want)

@@ -3,6 +3,7 @@ enqueued for the stream. tests/gpu has both on a GPU.
 """
 
 import ctypes
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -114,6 +115,10 @@ def test_the_bits_are_the_cpu_executors(index, mode):
         assert loader._store.on == mode
     half, *_ = made(index, mode, dtype=torch.float16)
     assert all(torch.equal(x.images, y.images.half()) for x, y in zip(half, want, strict=True))
+    plan = TrainPlan(index, dataclasses.replace(AUGMENT, affine_rotate=30), 6, seed=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        warps = list(GpuBlockLoader(plan, blocks_on=mode, stop=4, dtype=dtype))
+        assert identical(warps, batches("blocks", plan, stop=4, dtype=dtype))
     whole = list(GpuBlockLoader(EvalPlan(index, AUGMENT, 7), blocks_on=mode))
     assert identical(whole, batches("blocks", EvalPlan(index, AUGMENT, 7)))
 

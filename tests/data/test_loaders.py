@@ -1,5 +1,6 @@
 """Every executor: the same bits whatever the settings, what comes out, what is refused."""
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -21,10 +22,11 @@ from ijckd_fast.data import (
     TrainPlan,
     make_loader,
 )
-from ijckd_fast.data.load.loader import mixed
+from ijckd_fast.data.load import mixed, warped
 from ijckd_fast.errors import UserError
 
 PADDED = Augment(image_size=24, eval_resize=28, crop_padding=5)
+WARPED = Augment(image_size=24, eval_resize=28, affine_rotate=20, affine_scale=0.2, affine_shear=15, affine_shift=0.1)
 REPOSITORY = Path(__file__).parents[2]
 ALL = [*EXECUTORS, "blocks"]
 
@@ -39,7 +41,7 @@ def indexed(request, indexed):
 # --- the same bits whatever the settings ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("augment", [AUGMENT, PADDED], ids=["resized crops", "padded crops"])
+@pytest.mark.parametrize("augment", [AUGMENT, PADDED, WARPED], ids=["resized crops", "padded crops", "warps"])
 @pytest.mark.parametrize("backend", ALL)
 def test_batches_do_not_depend_on_threads_prefetch_or_start(indexed, backend, augment):
     plan = TrainPlan(indexed, augment, 8, seed=3)  # 7 steps per epoch: 16 steps cross two borders
@@ -64,10 +66,10 @@ def test_evaluation_batches_do_not_depend_on_threads_or_prefetch(indexed, backen
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_together_make_the_single_process_batch(indexed, backend, world):
-    alone = batches(backend, TrainPlan(indexed, AUGMENT, 4 * world, seed=3), stop=8)
-    ranks = [batches(backend, TrainPlan(indexed, AUGMENT, 4, 3, rank, world), stop=8) for rank in range(world)]
+@pytest.mark.parametrize(("world", "augment"), [(2, AUGMENT), (3, WARPED)], ids=["2", "3-warps"])
+def test_ranks_together_make_the_single_process_batch(indexed, backend, world, augment):
+    alone = batches(backend, TrainPlan(indexed, augment, 4 * world, seed=3), stop=8)
+    ranks = [batches(backend, TrainPlan(indexed, augment, 4, 3, rank, world), stop=8) for rank in range(world)]
     union = [
         Batch(*(torch.cat(parts) for parts in list(zip(*step, strict=True))[:3])) for step in zip(*ranks, strict=True)
     ]
@@ -113,7 +115,43 @@ def test_from_an_epoch_on_with_two_processes_instead_of_one(indexed, backend, ba
         assert epoch(2, batch_size, number) == alone[number]
 
 
-# --- mixing, views, sizes --------------------------------------------------------------------------------------------
+# --- warps, mixing, views, sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [*ALL, "synthetic"])
+def test_warped_batches_are_the_plain_ones_warped(indexed, backend):
+    """To the bit, so that executors are apart by what they are apart without; before they are mixed."""
+    plain = TrainPlan(indexed, AUGMENT, 8, seed=5)
+    plan = TrainPlan(indexed, WARPED, 8, seed=5)
+    got = batches(backend, plan, stop=7)
+    for k, (a, b) in enumerate(zip(batches(backend, plain, stop=7), got, strict=True)):
+        want = warped(a.images, plan.batch(k).affine, WARPED)
+        assert torch.equal(b.images, want)
+        assert (a.images - b.images).abs().mean() > 0.1
+        assert b.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(a.ids, b.ids)
+    for half, whole in zip(batches(backend, plan, stop=7, dtype=torch.bfloat16), got, strict=True):
+        assert torch.equal(half.images, whole.images.bfloat16())  # rounded once
+    (contiguous,) = batches(backend, plan, stop=1, channels_last=False)
+    assert torch.equal(contiguous.images, got[0].images)
+    assert contiguous.images.is_contiguous()
+    mixing = TrainPlan(indexed, dataclasses.replace(WARPED, mixup=0.2, cutmix=1.0), 8, seed=5)
+    (both,) = batches(backend, mixing, stop=1)
+    assert torch.equal(both.images, mixed(got[0], mixing.batch(0).mixing).images)
+    assert identical(*(batches(backend, EvalPlan(indexed, each.augment, 8)) for each in (plan, plain)))
+
+
+@pytest.mark.parametrize("backend", ["dali", "blocks"])
+def test_warps_by_another_executor_are_pillows(indexed, backend):
+    """No farther apart than the squares are that are warped."""
+    plain = TrainPlan(indexed, AUGMENT, 8, seed=5)
+    plan = TrainPlan(indexed, dataclasses.replace(WARPED, affine_fill=255), 8, seed=5)
+    made = [batches(name, each, stop=7) for each in (plain, plan) for name in (backend, "pillow")]
+    for before, before_by_pillow, ours, pillows in zip(*made, strict=True):
+        apart = abs(pixels(ours.images) - pixels(pillows.images))
+        assert apart.mean() < 0.5
+        assert apart.max() < abs(pixels(before.images) - pixels(before_by_pillow.images)).max() + 1e-3
+        assert (pixels(ours.images) > 254.9).mean() > 0.05  # what is outside of the squares
 
 
 def test_mixed_images_are_what_the_plan_says():

@@ -108,8 +108,11 @@ def test_padded_crops_are_compared(tmp_path, monkeypatch, kind):
     assert found.mean_levels < 1e-4 if kind == "sound" else found.mean_levels > 10
 
 
-def test_mixing_and_growing_images_are_left_out_of_the_comparison(data):
-    augment = Augment(image_size=24, eval_resize=28, mixup=0.2, cutmix=1.0, repeats=2, sizes=((0, 12), (1, 24)))
+def test_warps_mixing_and_growing_images_are_left_out_of_the_comparison(data):
+    augment = Augment(
+        image_size=24, eval_resize=28, affine_shear=9, affine_fill=9, mixup=0.2, cutmix=1.0, repeats=2,
+        sizes=((0, 12), (1, 24)),
+    )  # fmt: skip
     index = build_index(data, "train")
     assert parity.compare(index, augment, images=32) == parity.compare(index, AUGMENT, images=32)
 

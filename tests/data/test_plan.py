@@ -297,13 +297,17 @@ def test_evaluation_geometry_is_torchvisions(height, width, crop, margin):
 # --- plans ------------------------------------------------------------------------------------------------------------
 
 
-KINDS = pytest.mark.parametrize("augment", [Augment(), Augment(crop_padding=40)], ids=["resized crops", "padded crops"])
+WARPS = Augment(affine_rotate=30, affine_scale=0.2, affine_shear=10, affine_shift=0.1)
+KINDS = pytest.mark.parametrize(
+    "augment", [Augment(), Augment(crop_padding=40), WARPS], ids=["resized crops", "padded crops", "warps"]
+)
 
 
 def content(plan):
     """A BatchPlan as rows that can be compared and sorted: one per image, everything that decides its pixels."""
     resize = plan.shape if plan.resize is None else plan.resize
-    numbers = np.concatenate([plan.size, plan.anchor, plan.shape, resize], 1).tolist()
+    affine = np.empty((len(plan.ids), 0)) if plan.affine is None else plan.affine.reshape(-1, 6)
+    numbers = np.concatenate([plan.size, plan.anchor, plan.shape, resize, affine], 1).tolist()
     columns = zip(plan.ids.tolist(), plan.paths, plan.labels.tolist(), plan.flip.tolist(), numbers, strict=True)
     return [(*row[:-1], *row[-1]) for row in columns]
 
@@ -424,17 +428,18 @@ def test_impossible_augmentation_is_refused(setting):
         Augment(**setting)
 
 
-def test_a_stand_in_is_seen_with_the_crop_of_the_image_whose_place_it_takes():
+@KINDS
+def test_a_stand_in_is_seen_with_the_crop_of_the_image_whose_place_it_takes(augment):
     """One that is in the batch anyway is not seen twice with one crop."""
     index = make_index(12)
-    before, after = (TrainPlan(index, Augment(), 12, seed=3) for _ in range(2))
+    before, after = (TrainPlan(index, augment, 12, seed=3) for _ in range(2))
     bad = int(before.batch(0).ids[5])
     after.stand_ins.add(bad, "gone")
     a, b = before.batch(0), after.batch(0)
     assert b.ids[5] != bad
     assert b.labels.tolist() == a.labels.tolist()
     assert np.delete(b.ids, 5).tolist() == np.delete(a.ids, 5).tolist()
-    for field in ("anchor", "shape", "flip", "size"):
+    for field in ("anchor", "shape", "flip", "size", "affine"):
         assert np.array_equal(getattr(a, field), getattr(b, field))
     assert b.kept.all()
 
@@ -521,7 +526,7 @@ def test_with_both_a_pair_is_blended_or_cut():
 
 @pytest.mark.parametrize("padding", [0, 40])
 def test_mixing_does_not_depend_on_the_number_of_processes(padding):
-    augment = Augment(mixup=0.4, cutmix=1.0, repeats=2, crop_padding=padding)
+    augment = Augment(mixup=0.4, cutmix=1.0, repeats=2, crop_padding=padding, affine_rotate=5)
     index = make_index(64)
     whole = TrainPlan(index, augment, 16, seed=1)
     halves = [TrainPlan(index, augment, 8, seed=1, rank=rank, world=2) for rank in range(2)]
@@ -529,7 +534,9 @@ def test_mixing_does_not_depend_on_the_number_of_processes(padding):
         one, two = whole.batch(step), [plan.batch(step) for plan in halves]
         assert np.array_equal(one.ids, np.concatenate([part.ids for part in two]))
         assert np.array_equal(one.anchor, np.concatenate([part.anchor for part in two]))
+        assert np.array_equal(one.affine, np.concatenate([part.affine for part in two]))
         assert (one.anchor[::2] != one.anchor[1::2]).any()  # two views of an image
+        assert (one.affine[::2] != one.affine[1::2]).any((1, 2)).all()
         for field in ("blend", "box", "share"):
             parts = [getattr(part.mixing, field) for part in two]
             assert np.array_equal(getattr(one.mixing, field), np.concatenate(parts))
@@ -587,17 +594,17 @@ def test_augmentations_that_make_no_sense_are_refused(setting, text):
 
 # --- a fixed number of views ------------------------------------------------------------------------------------------
 
-_DRAWN = ("anchor", "shape", "flip")
+
+def _drawn(batch, row: int) -> tuple:
+    """What is drawn for an image of a batch."""
+    drawn = (batch.anchor, batch.shape, batch.flip, batch.affine)
+    return tuple(array[row].tolist() for array in drawn if array is not None)
 
 
 def _views(plan, epoch: int) -> dict[int, tuple]:
     """What an epoch draws for each image."""
     batches = [plan.batch(epoch * plan.steps_per_epoch + k) for k in range(plan.steps_per_epoch)]
-    return {
-        i: tuple(getattr(batch, name)[row].tolist() for name in _DRAWN)
-        for batch in batches
-        for row, i in enumerate(batch.ids.tolist())
-    }
+    return {i: _drawn(batch, row) for batch in batches for row, i in enumerate(batch.ids.tolist())}
 
 
 @KINDS
@@ -627,19 +634,20 @@ def test_a_view_plan_shows_what_training_sees(augment):
         wanted = _views(train, epoch)
         for batch in batches:
             for row, i in enumerate(batch.ids.tolist()):
-                assert tuple(getattr(batch, name)[row].tolist() for name in _DRAWN) == wanted[i]
+                assert _drawn(batch, row) == wanted[i]
 
 
-def test_with_views_a_stand_in_is_seen_in_its_own():
+@KINDS
+def test_with_views_a_stand_in_is_seen_in_its_own(augment):
     index = make_index(24)
-    plan = TrainPlan(index, Augment(), 24, seed=5, views=2)
+    plan = TrainPlan(index, augment, 24, seed=5, views=2)
     whole = _views(plan, 1)
     plan.stand_ins.add(4, "gone")
     batch = plan.batch(1)
     rows = np.flatnonzero(batch.ids == 7)  # the next of its class
     assert len(rows) == 2
     for row in rows:
-        assert tuple(getattr(batch, name)[row].tolist() for name in _DRAWN) == whole[7]
+        assert _drawn(batch, row) == whole[7]
     other = ViewPlan(index, Augment(), [(1, [4])], batch_size=1, seed=5)
     other.stand_ins.add(4, "gone")
     assert other.batch(0).ids.tolist() == [5]  # of any class: it is never looked at

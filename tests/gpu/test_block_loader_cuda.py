@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,17 @@ def index(tmp_path_factory) -> Index:
 
 @pytest.mark.filterwarnings("ignore:the block pack .* must be pinned")  # where the system refuses
 @pytest.mark.parametrize("blocks_on", ["pinned", "gpu", "copies"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bits_of_the_cpu_without_a_wait(index, blocks_on, dtype):
-    """Many more batches than lie ahead, each of which the GPU still reads while the next are asked for."""
-    plan = TrainPlan(index, AUGMENT, 8, seed=1)
+@pytest.mark.parametrize(
+    ("dtype", "affine_rotate"),
+    [(torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 30)],
+    ids=["float32", "bfloat16", "warps"],
+)
+def test_the_bits_of_the_cpu_without_a_wait(index, blocks_on, dtype, affine_rotate):
+    """Many more batches than lie ahead, each of which the GPU still reads while the next are asked for.
+
+    Warps are torch's own on either: the same but for rounding.
+    """
+    plan = TrainPlan(index, dataclasses.replace(AUGMENT, affine_rotate=affine_rotate), 8, seed=1)
     want = batches("blocks", plan, stop=40, dtype=dtype)
     got = []
     with GpuBlockLoader(plan, blocks_on=blocks_on, stop=40, dtype=dtype, device="cuda") as loader:
@@ -42,7 +50,8 @@ def test_the_bits_of_the_cpu_without_a_wait(index, blocks_on, dtype):
                 got.append(batch.images.clone())
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(x.cpu(), y.images) for x, y in zip(got, want, strict=True))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.cpu(), y.images, rtol=0, atol=1e-3 if affine_rotate else 0)
 
 
 def test_evaluation_and_what_pinning_gave(index, record_property):

@@ -151,7 +151,7 @@ def _stop_at(monkeypatch, step: int, number: int = signal.SIGTERM) -> None:
         {"decay_norms": False, "nesterov": True},
         {"amp_dtype": "bfloat16"},
         {"fold_teacher": False},
-        {"crop_padding": 3, "mixup": 0.2},
+        {"crop_padding": 3, "mixup": 0.2, "affine_rotate": 15.0, "affine_scale": 0.2},
         {"objective": "ijckd-pooled", "connector": "linear"},
         {"drop_path": 0.4, "student": "timm/test_resnet"},
     ],
@@ -246,6 +246,9 @@ def test_mixed_views_of_growing_images_go_on_where_they_stopped(data, teacher, t
         ({"crop_padding": -1}, "--crop-padding must be at least 0, got -1"),
         ({"crop_padding": 16}, "crop_padding must be from 0 .* to 15 pixels"),
         ({"crop_padding": 2, "scale": (0.5, 1.0)}, "crop_padding 2 replaces the random resized crop"),
+        ({"affine_rotate": -1.0}, "--affine-rotate must be at least 0, got -1.0"),
+        ({"affine_scale": 1.0}, "affine_scale must be from 0 .* to below 1, found 1.0"),
+        ({"affine_fill": 255.0}, "affine_fill 255 is what warps show .* found none; set one, or leave affine_fill out"),
     ],
 )
 def test_augmentations_that_make_no_sense_are_refused(data, tmp_path, setting, text):

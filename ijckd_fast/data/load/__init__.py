@@ -10,7 +10,7 @@ from __future__ import annotations
 from ijckd_fast.data.load import parity
 from ijckd_fast.data.load.backends import AUTO, BACKENDS, backend_of, make_loader, refuse_backend
 from ijckd_fast.data.load.dataset import DatasetLoader, index_dataset
-from ijckd_fast.data.load.loader import Batch, Loader, deliver, mixed
+from ijckd_fast.data.load.loader import Batch, Loader, deliver, mixed, warped
 from ijckd_fast.data.load.pillow import PillowLoader
 from ijckd_fast.data.load.synthetic import SyntheticLoader
 
@@ -29,4 +29,5 @@ __all__ = [
     "mixed",
     "parity",
     "refuse_backend",
+    "warped",
 ]

@@ -183,7 +183,7 @@ class BlockLoader(Loader):
         shape = (len(rows), side, side, 3)
         if self.device.type == "cuda":
             return torch.empty(shape, dtype=torch.uint8, pin_memory=True)  # torch's own, kept until it is copied
-        return self._memory.take(shape, self.dtype)
+        return self._memory.take(shape, self._made_in)
 
     def _read_ahead(self, rows: np.ndarray) -> None:
         for position in np.unique(rows[:, 0]).tolist():
@@ -243,9 +243,9 @@ class BlockLoader(Loader):
         making.plan, making.rows = again, rows
 
     def _delivered(self, making: Making) -> Tensor:
-        """[B, S, S, 3] of the loader's dtype where it delivers them."""
+        """[B, S, S, 3] of _made_in where the loader delivers them."""
         images = deliver(making.images, self.device)
-        return images if images.dtype != torch.uint8 else normalised(images, self._shift, self._scale).to(self.dtype)
+        return images if images.dtype != torch.uint8 else normalised(images, self._shift, self._scale).to(self._made_in)
 
     def _release(self) -> None:
         if self._pool is not None:

@@ -225,7 +225,7 @@ class DaliLoader(Loader):
         image = fn.resize(image, size=resize_to, interp_type=types.INTERP_LINEAR, antialias=True)
         if not crop_first:  # black where a padded crop reaches beyond the image
             image = fn.slice(image, start=anchor, shape=result, axes=[0, 1], out_of_bounds_policy="pad", fill_values=0)
-        half = on_gpu and self.dtype in (torch.float16, torch.bfloat16)
+        half = on_gpu and self._made_in in (torch.float16, torch.bfloat16)
         image = fn.crop_mirror_normalize(
             image,
             mirror=flip,

@@ -156,7 +156,7 @@ class GpuBlockLoader(BlockLoader):
         assert self._lane is not None
         if making in self._launched:
             return
-        side, dtype = making.plan.image_size, self.dtype
+        side, dtype = making.plan.image_size, self._made_in
         # of the current stream: given back there, it is not written to before what was enqueued until then is done
         images = torch.empty(len(making.rows), side, side, 3, dtype=dtype, device=self.device)
         self._launched[making] = images, self._lane.run(lambda: self._enqueue(making, images))

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ijckd_fast.data.load.changed import ChangedFiles
-from ijckd_fast.data.plan import BatchPlan, Mixing, Plan, TooManyUnreadable, what_to_do
+from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, what_to_do
 from ijckd_fast.errors import UserError, out_of_memory
 
 
@@ -39,6 +40,26 @@ def deliver(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def warped(images: Tensor, affine: np.ndarray, augment: Augment) -> Tensor:
+    """Training's squares as the plan's affine maps show them, made where they lie by one bilinear sampling.
+
+    images   [B, 3, S, S], normalised
+    affine   [B, 2, 3], see random_affine
+    augment  its affine_fill is what lies outside; along the square's edge a pixel blends into it
+    returns  [B, 3, S, S] float32; an image's bits do not depend on the batch that it is in
+    """
+    side, device = images.shape[-1], images.device
+    to_x, to_y, offset = deliver(torch.from_numpy(affine), device)[:, None].unbind(3)  # [B, 1, 2] each
+    centre = ((2 * torch.arange(side, device=device) + 1) / side - 1)[:, None]  # [S, 1]
+    # Sums of elements: a matrix product, as in affine_grid, may round an image's numbers as the batch's size has it.
+    grid = (to_x * centre)[:, None] + (to_y * centre + offset)[:, :, None]  # [B, S, S, 2], (x, y) of each pixel
+    levels, means, deviations = (torch.tensor(x) for x in (augment.affine_fill, augment.mean, augment.std))
+    fill = deliver((levels / 255 - means) / deviations, device)[:, None, None]  # [3, 1, 1]
+    # grid_sample has zeros outside: those of the images' differences from it
+    apart = functional.grid_sample(images.float() - fill, grid, "bilinear", "zeros", align_corners=False)
+    return apart.add_(fill)
 
 
 def mixed(batch: Batch, mixing: Mixing) -> Batch:
@@ -92,7 +113,7 @@ class Loader:
     start     first (global) step
     stop      one after the last step; None = the plan's end (a TrainPlan has none)
     device    where batches are delivered
-    dtype     of the images
+    dtype     of the images; warped ones are made in float32 and rounded once
     channels_last  whether the images are laid out [B, S, S, 3], as nets on GPUs and CPUs are fastest with, else
               [B, 3, S, S]
     bad_limit files that may turn out unreadable before the loader gives up; None = a thousandth of the index, at least
@@ -136,6 +157,8 @@ class Loader:
         self.stop: int | None = min(ends) if ends else None
         self.device = torch.device(device)
         self.dtype = dtype
+        # of what an executor makes: rounded once, after the warp
+        self._made_in = torch.float32 if plan.augment.warps and not isinstance(plan, EvalPlan) else dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self.bad_limit = max(8, len(plan.index) // 1000) if bad_limit is None else bad_limit
         self.on_bad = on_bad
@@ -180,8 +203,9 @@ class Loader:
                 images, labels, ids = images[kept.to(images.device)], labels[kept], ids[kept]
             if len(ids) > 0:
                 self.followed = plan
-                images = deliver(images, self.device).to(self.dtype)
-                batch = Batch(images, deliver(labels, self.device), deliver(ids, self.device))
+                images = deliver(images, self.device)
+                images = images if plan.affine is None else warped(images, plan.affine, self.plan.augment)
+                batch = Batch(images.to(self.dtype), deliver(labels, self.device), deliver(ids, self.device))
                 batch = batch if plan.mixing is None else mixed(batch, plan.mixing)
                 return batch._replace(images=batch.images.contiguous(memory_format=self._layout))
 
@@ -224,7 +248,10 @@ class Loader:
         """Starts making batches from self.start on."""
 
     def _fetch(self, step: int) -> tuple[Tensor, BatchPlan]:
-        """images [B, 3, S, S] float32 channels_last on the CPU (or already on the device), and the plan they follow."""
+        """images [B, 3, S, S] channels_last on the CPU (or already on the device), and the plan they follow.
+
+        Of float32 or _made_in; neither warped nor mixed.
+        """
         raise NotImplementedError
 
     def _release(self) -> None:

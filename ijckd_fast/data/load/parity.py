@@ -25,7 +25,7 @@ from ijckd_fast.data.index.index import Index
 from ijckd_fast.data.index.kept import cache_homes
 from ijckd_fast.data.load.backends import backend_of, make_loader
 from ijckd_fast.data.load.loader import Batch, Loader
-from ijckd_fast.data.plan import Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan, what_to_do
+from ijckd_fast.data.plan import AFFINE_OFF, Augment, EvalPlan, Plan, TooManyUnreadable, TrainPlan, what_to_do
 from ijckd_fast.errors import UserError
 from ijckd_fast.files import CHECK, check_value, read_checked, replacing
 
@@ -104,7 +104,7 @@ def compare(
 
     And on the central crops of some images of each odd variant there is.
 
-    augment    its mixup, cutmix, repeats and sizes are not used: they are the same code behind either executor
+    augment    its warps, mixup, cutmix, repeats and sizes are not used: they are the same code behind either executor
     images     how many, at least 1: train takes whole batches, and further crops of its images if it has fewer; val
                takes no more than it has
     logits_of  images [B, 3, S, S] on `device` -> logits [B, K]: a net to be asked on both kinds of pixels
@@ -151,7 +151,7 @@ def odd_sample(index: Index) -> np.ndarray:
 
 
 def _alone(augment: Augment) -> Augment:
-    return dataclasses.replace(augment, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
+    return dataclasses.replace(augment, **AFFINE_OFF, mixup=0.0, cutmix=0.0, repeats=1, sizes=())
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class SyntheticLoader(Loader):
         if size not in self._noise:
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(self.plan.batch_size, size, size, 3, generator=generator)
-            self._noise[size] = noise.to(self.device, self.dtype).permute(0, 3, 1, 2)
+            self._noise[size] = noise.to(self.device, self._made_in).permute(0, 3, 1, 2)
         return self._noise[size][: len(plan.ids)], plan
 
     def _release(self) -> None:

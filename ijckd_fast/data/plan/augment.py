@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.normalisation import IMAGENET, Channels, Normalisation
+
+AFFINE_OFF: dict[str, Any] = dict.fromkeys(
+    ("affine_rotate", "affine_scale", "affine_shear", "affine_shift", "affine_fill"), 0.0
+)
+"""The settings of training's warps, as they are where there are none."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,12 @@ class Augment:
                  RandomCrop(image_size, padding). With sizes the epoch's side takes image_size's place, and the border
                  stays as wide
     hflip        probability of a horizontal flip in training
+    affine_rotate, affine_scale, affine_shear, affine_shift
+                 training's warp, an affine map of each cropped, resized and flipped square; all 0: none. How far, to
+                 either side, it turns (degrees, in [0, 180]), scales width and height (difference from 1, in [0, 1)),
+                 slants (degrees, in [0, 90)) and shifts (share of the side, in [0, 1)): see random_affine
+    affine_fill  grey level, in [0, 255], of what a warp shows from outside of the square: black, as a padded crop's
+                 border
     eval_resize  shorter side before the evaluation's centre crop, pixels; at least image_size
     mean, std    per RGB channel, in units of [0, 1]
     mixup        alpha of the Beta distribution that two training images are blended by (Zhang et al. 2018), in [0.1,
@@ -39,6 +51,11 @@ class Augment:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     crop_padding: int = 0
     hflip: float = 0.5
+    affine_rotate: float = 0.0
+    affine_scale: float = 0.0
+    affine_shear: float = 0.0
+    affine_shift: float = 0.0
+    affine_fill: float = 0.0
     eval_resize: int = 256
     mean: Channels = IMAGENET.mean
     std: Channels = IMAGENET.std
@@ -50,6 +67,11 @@ class Augment:
     def size_at(self, epoch: int) -> int:
         """Side of the training images in an epoch, pixels."""
         return next((size for first, size in reversed(self.sizes) if first <= epoch), self.image_size)
+
+    @property
+    def warps(self) -> bool:
+        """Whether training warps its squares."""
+        return any((self.affine_rotate, self.affine_scale, self.affine_shear, self.affine_shift))
 
     def __post_init__(self) -> None:
         for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
@@ -90,7 +112,41 @@ class Augment:
             )
         if not 0 <= self.hflip <= 1:
             raise UserError(f"hflip must be a probability between 0 and 1, found {self.hflip}")
+        self._refuse_impossible_warps()
         Normalisation(self.mean, self.std)  # refuses other units
+
+    def _refuse_impossible_warps(self) -> None:
+        if not 0 <= self.affine_rotate <= 180:
+            raise UserError(
+                f"affine_rotate must be from 0 (off) to 180 degrees, found {self.affine_rotate}; 10 turns by up to 10 "
+                "in either direction"
+            )
+        if not 0 <= self.affine_scale < 1:
+            raise UserError(
+                f"affine_scale must be from 0 (off) to below 1, found {self.affine_scale}; 0.2 draws scales from 0.8 "
+                "to 1.2"
+            )
+        if not 0 <= self.affine_shear < 90:
+            raise UserError(
+                f"affine_shear must be from 0 (off) to below 90 degrees, found {self.affine_shear}; 10 slants by up to "
+                "10 to either side"
+            )
+        if not 0 <= self.affine_shift < 1:
+            raise UserError(
+                f"affine_shift must be a share of the side from 0 (off) to below 1, found {self.affine_shift}; 0.1 "
+                "shifts by up to a tenth"
+            )
+        if not 0 <= self.affine_fill <= 255:
+            raise UserError(
+                f"affine_fill must be a grey level from 0 (black) to 255 (white), found {self.affine_fill}; choose the "
+                "images' background"
+            )
+        if self.affine_fill and not self.warps:
+            raise UserError(
+                f"affine_fill {self.affine_fill:g} is what warps show from outside of the image: expected one of "
+                "affine_rotate, affine_scale, affine_shear and affine_shift above 0 beside it, found none; set one, or "
+                "leave affine_fill out"
+            )
 
 
 def check_views(views: int, augment: Augment) -> None:
@@ -102,7 +158,7 @@ def check_views(views: int, augment: Augment) -> None:
     more += ["progressive sizes"] if augment.sizes else []
     if more:
         raise UserError(
-            "a fixed number of views (a teacher's cache) means crops and flips of single images of one size, found "
-            f"{' and '.join(more)}, of which no view is the same as before: leave that out, or train with the teacher "
-            "itself"
+            "a fixed number of views (a teacher's cache) means crops, flips and warps of single images of one "
+            f"size, found {' and '.join(more)}, of which no view is the same as before: leave that out, or train with "
+            "the teacher itself"
         )

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar, overload
 import numpy as np
 
 from ijckd_fast.data.index import Index
+from ijckd_fast.data.plan.affine import random_affine
 from ijckd_fast.data.plan.augment import Augment
 from ijckd_fast.data.plan.crops import padded_crop, random_resized_crop, resize_and_center_crop
 from ijckd_fast.data.plan.mixup import Mixing
@@ -53,6 +54,8 @@ class BatchPlan:
             [B, 2] int32, (h, w): the whole image is resized to it, then the crop, of image_size, is cut; what the crop
             has outside of the image is black. Evaluation, and training's padded crop.
     image_size  side of the square result, pixels
+    affine  None: the square is shown as it is. [B, 2, 3] float32, where in the flipped square each place of the result
+            is seen: see random_affine
     mixing  None: images stay apart
     view    which of a fixed number of views of its images this is; None where every epoch draws new ones
     Resizing is antialiased bilinear throughout.
@@ -71,6 +74,7 @@ class BatchPlan:
     places: Sequence[Place] | None = None
     mixing: Mixing | None = None
     view: int | None = None
+    affine: np.ndarray | None = None
 
 
 def view_batch(index: Index, ids: np.ndarray, view: int, seed: int, augment: Augment) -> BatchPlan:
@@ -83,7 +87,7 @@ def view_batch(index: Index, ids: np.ndarray, view: int, seed: int, augment: Aug
 def augmented_batch(
     index: Index, ids: np.ndarray, keys: np.ndarray, seed: int, epoch: int, augment: Augment
 ) -> BatchPlan:
-    """Training images, with the crops and flips that are drawn for `keys` [B] int64 in an epoch."""
+    """Training images, with the crops, flips and warps that are drawn for `keys` [B] int64 in an epoch."""
     size = index.sizes[ids][:, ::-1]  # [B, 2] (h, w)
     side = augment.size_at(epoch)
     resize = None
@@ -92,7 +96,10 @@ def augmented_batch(
         shape = np.full_like(size, side)
     else:
         anchor, shape, flip = random_resized_crop(seed, epoch, keys, size, augment)
-    return _batch(index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, resize, side)
+    batch = _batch(index, ids, np.ones(len(ids), bool), size, anchor, shape, flip, resize, side)
+    if augment.warps:
+        batch.affine = random_affine(seed, epoch, keys, augment)
+    return batch
 
 
 def evaluation_batch(index: Index, ids: np.ndarray, kept: np.ndarray, augment: Augment) -> BatchPlan:

@@ -1,8 +1,8 @@
 """Executors turn a plan's batches into pixels. They add no randomness of their own.
 
-loader.py is what they share: dali.py (the fast one of image files), blocks.py and gpu_blocks.py (of block packs),
-pillow.py (the oracle of both), synthetic.py (noise), dataset.py (items of a torch dataset). backends.py has them by
-name. parity.py measures how far DALI's pixels, or the block executor's, are from Pillow's.
+loader.py is what they share, warps and mixing too: dali.py (the fast one of image files), blocks.py and gpu_blocks.py
+(of block packs), pillow.py (the oracle of both), synthetic.py (noise), dataset.py (items of a torch dataset).
+backends.py has them by name. parity.py measures how far DALI's pixels, or the block executor's, are from Pillow's.
 """
 
 from __future__ import annotations

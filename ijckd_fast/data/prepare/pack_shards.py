@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import tarfile
-import threading
 import warnings
 import zlib
 from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
-from ijckd_fast import files, signals
+from ijckd_fast import files
 from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import decode
 from ijckd_fast.data.prepare.pack_format import Shard, Treatment
+from ijckd_fast.data.prepare.workers import in_processes
 from ijckd_fast.data.sources.sums import sum_lines
 from ijckd_fast.errors import UserError
 
@@ -48,49 +43,8 @@ class Done:
 
 def make_shards(shards: Iterator[Shard], workers: int) -> Generator[Done, None, None]:
     """Each shard as it is finished, in whatever order."""
-    if workers == 1:
-        yield from map(_make, shards)
-        return
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # a fork of this process might take a lock along that a thread holds
-    context.set_forkserver_preload([__name__])
-    signals.start_forkserver()
-    others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        try:
-            running = {pool.submit(_make, shard) for shard in islice(shards, 2 * workers)}
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(_make, shard) for shard in islice(shards, len(done))}
-                for future in done:
-                    yield future.result()
-        except BaseException as error:
-            # the pool asks the workers to end, and waits: for whole shards, and for ever for one that is just starting
-            for worker in set(multiprocessing.active_children()) - others:
-                worker.kill()
-            if not isinstance(error, BrokenProcessPool):
-                raise
-            raise UserError(
-                "a worker process was ended from outside, as happens where memory runs out; finished shards stay: run "
-                "the same command again, with fewer --workers if it was that"
-            ) from error
-        finally:  # interrupted: do not wait for what has not begun
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """A worker leaves signals to its parent, and does not outlive it, which may be killed."""
-    for number in signals.ENDING:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    kept = "finished shards stay: run the same command again, with fewer --workers if it was that"
+    return in_processes(_make, shards, workers, kept)
 
 
 def _make(shard: Shard) -> Done:

@@ -56,6 +56,7 @@ def examine() -> list[Finding]:
         _import(
             "matplotlib", "matplotlib", needed=True, advice="pip install matplotlib, which draws the plots of a report"
         ),
+        _import("fontTools", "fonttools", needed=False, advice="pip install fonttools, for ijckd-fast prepare-glyphs"),
         _import("scipy", "scipy", needed=False, advice="pip install scipy, for the intervals of a comparison"),
         _import("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
         _import(

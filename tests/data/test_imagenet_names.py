@@ -18,5 +18,11 @@ def test_other_classes_have_their_own_names():
         assert class_names(classes) == tuple(classes)
 
 
+def test_classes_that_are_code_points_have_their_characters():
+    assert class_names(["u4e00", "u9fa5", "u20000"]) == ("一", "龥", "\U00020000")
+    for classes in (["u4e00", "cat"], ["u4E00"], ["u4e0"], ["ud800"], ["u110000"], ["u04e00"]):
+        assert class_names(classes) == tuple(classes)
+
+
 def test_classes_of_imagenet_21k():
     assert class_names(["n00005787", "n99999999"]) == ("benthos", "n99999999")

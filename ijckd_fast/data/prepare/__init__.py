@@ -1,9 +1,12 @@
-"""What makes data folders: downloaded archives (imagenet.py, cifar.py), the embedded digits, and packs (packing.py)."""
+"""What makes data folders: downloaded archives (imagenet.py, cifar.py), the embedded digits, the glyphs of typefaces
+(glyphs.py), and packs (packing.py).
+"""
 
 from __future__ import annotations
 
 from ijckd_fast.data.prepare.cifar import prepare_cifar
 from ijckd_fast.data.prepare.digits import write_digits
+from ijckd_fast.data.prepare.glyphs import prepare_glyphs
 from ijckd_fast.data.prepare.imagenet import prepare_imagenet
 from ijckd_fast.data.prepare.pack_blocks import BlockPack
 from ijckd_fast.data.prepare.pack_jpeg import JpegPack
@@ -19,6 +22,7 @@ __all__ = [
     "pack_loss",
     "pack_table",
     "prepare_cifar",
+    "prepare_glyphs",
     "prepare_imagenet",
     "write_digits",
 ]

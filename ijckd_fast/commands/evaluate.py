@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "Accuracy, agreement and cost of a trained net."
 DESCRIPTION = (
-    "Top-1, top-5, agreement with the teacher, images/s and deployed cost of a run on a val/ folder. The last line "
-    "of standard output is one JSON object."
+    "Top-1, top-5, agreement with the teacher, images/s and deployed cost of a run on a val/ folder; with --group-by "
+    "the same of groups of its images that their names tell apart, a row each behind that of all. The last line of "
+    "standard output is one JSON object."
 )
 
 
@@ -26,14 +27,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The run, and what is to be another than it was in training."""
     weights = ("teacher_checkpoint", "teacher_weights", "teacher_cache")
     add_run(parser, "data_dir", *FOLDER_FIELDS, *weights, "batch_size", "workers", "data_backend", "device")
+    parser.add_argument(
+        "--group-by",
+        type=str,
+        help="regular expression, searched in each image's path, val/u4e00/klee_regular.png: what its brackets hold is "
+        "the image's group; '([^/_]+)_[^/]*$' for the designs of prepare-glyphs; default: no groups",
+    )
 
 
 def run(args: Arguments) -> Outcome:
-    """Evaluates a run on val/; one row."""
-    from ijckd_fast.evaluate import evaluate
+    """Evaluates a run on val/; one row, and with --group-by one for each group."""
+    from ijckd_fast.evaluate import by_group, evaluate, groups_of
 
     run = load(args)
     index, distiller, config = run.index(), run.distiller, run.config
+    groups = None if args.group_by is None else groups_of(index, args.group_by)
     with run.loader(index) as loader:
         teacher = _teacher_on(run, index, loader)
         result = evaluate(distiller.predict, loader, device=run.device, amp_dtype=run.amp_dtype, teacher=teacher)
@@ -60,7 +68,24 @@ def run(args: Arguments) -> Outcome:
         "params": params,
         "macs": macs,
     }
-    return Outcome([row])
+    if groups is None:
+        return Outcome([row])
+    of_groups = by_group(result, index.labels, *groups, teacher)
+    _print_groups(of_groups)
+    return Outcome([{"group": None, **row}, *of_groups])
+
+
+def _print_groups(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("group", "images", "top-1 %", "agreement %", "teacher's top-1 %")
+    for row in rows:
+        shares = (row[f"{name}_percent"] for name in ("top1", "agreement", "teacher_top1"))
+        name = Text(row["group"].encode("utf-8", "backslashreplace").decode())  # of a file: of any bytes, any brackets
+        table.add_row(name, f"{row['images']:,}", *("-" if one is None else f"{one:.2f}" for one in shares))
+    Console().print(table)
 
 
 def _teacher_on(run: LoadedRun, index: Index, loader: Loader) -> Evaluation | None:

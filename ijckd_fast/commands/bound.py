@@ -53,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Arguments) -> Outcome:
     """Measures the bound and writes its report; rows: the overall one, then one for each class."""
     from ijckd_fast.evaluate import BoundMeter, evaluate, write_bound
+    from ijckd_fast.train import trained_on
 
     run = load(args)
     _refuse_without_features(run, args.split)
@@ -60,7 +61,7 @@ def run(args: Arguments) -> Outcome:
     files.require_writable(folder, "--output")
     index = run.index(args.split)
     if args.split == "train":
-        index = index.subset(run.config.train_per_class, run.config.label_noise, run.config.seed)
+        index = trained_on(run.config, index)
     meter = BoundMeter(run.distiller)
     with run.loader(index) as loader:
         result = evaluate(meter.predict, loader, device=run.device, amp_dtype=run.amp_dtype, note=meter.note)

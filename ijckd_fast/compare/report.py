@@ -70,6 +70,8 @@ def _schedule(methods: Mapping[str, Summaries]) -> str:
         if config["train_per_class"] is None
         else f"{config['train_per_class']} training images per class"
     )
+    if config.get("train_only") is not None:
+        images += f" whose paths match `{config['train_only']}`"
     noise = f", {100 * config['label_noise']:g} % of their labels wrong" if config["label_noise"] else ""
     return (
         f"Student {config['student']}, {images}{noise}, {config['epochs']} epochs in batches of "

@@ -9,6 +9,7 @@ from ijckd_fast.train.build import (
     open_cache as open_cache,
     optimizer_of as optimizer_of,
     refuse_other_images as refuse_other_images,
+    trained_on as trained_on,
 )
 from ijckd_fast.train.config import TrainConfig as TrainConfig, make_config as make_config
 from ijckd_fast.train.ema import Ema as Ema

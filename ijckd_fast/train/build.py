@@ -96,7 +96,12 @@ def build_indexes(config: TrainConfig) -> tuple[Index, Index]:
     whole = next(scans).index
     refuse_backend(config.data_backend, whole.folder, whole.blocks is not None)
     val = next(scans).index
-    return whole.subset(config.train_per_class, config.label_noise, config.seed), val
+    return trained_on(config, whole), val
+
+
+def trained_on(config: TrainConfig, whole: Index) -> Index:
+    """Of all training images those that a run sees, mislabelled as its settings say."""
+    return whole.subset(config.train_per_class, config.label_noise, config.seed, config.train_only)
 
 
 def index_of(config: TrainConfig, split: Literal["train", "val"], classes: Sequence[str] | None = None) -> Index:

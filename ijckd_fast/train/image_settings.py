@@ -115,9 +115,15 @@ class Images:
     teacher_std: tuple[float, float, float] | None = _image(
         None, "deviation of those images, likewise", Trait.CACHED | Trait.TEACHER
     )
+    train_only: str | None = _image(
+        None,
+        "train only on images in whose path, train/u4e00/klee_regular.png, this regular expression finds a match, e.g. "
+        "'/(noto-sans|kiloji)_'; every class must keep an image; default: all",
+        Trait.PLAN | Trait.CACHED | Trait.INDEXES,
+    )
     train_per_class: int | None = _image(
         None,
-        "train on this many images per class only; default: all",
+        "train on this many images per class only, of those of train_only; default: all",
         Trait.PLAN | Trait.CACHED | Trait.INDEXES,
         least=1,
     )

@@ -34,6 +34,7 @@ from ijckd_fast.compare import (
     reuse,
     train_all,
 )
+from ijckd_fast.compare.report import _schedule
 from ijckd_fast.data import Augment
 from ijckd_fast.distill import PRESETS, Needs
 from ijckd_fast.errors import UserError
@@ -491,3 +492,15 @@ def test_all_runs_hold_out_the_same_images(data, tmp_path):
     assert [config.val_seed for config in (trained, *(run.config for run in runs))] == [0, 0, 0]
     compared = dataclasses.replace(compared, base={**compared.base, "val_seed": 5})
     assert [run.config.val_seed for run in plan(compared, tmp_path)[1]] == [5, 5]
+
+
+def test_the_report_says_which_images_a_regime_trains_on():
+    config = {"student": "s", "epochs": 2, "global_batch": 8, "label_noise": 0.0, "train_per_class": 5}
+
+    def said(**changes) -> str:
+        return _schedule({"ce": {0: {"config": {**config, **changes}}}})
+
+    assert "s, 5 training images per class, 2 epochs" in said()
+    only = said(train_per_class=None, train_only="/(a|b)_")
+    assert "s, all training images whose paths match `/(a|b)_`, 2 epochs" in only
+    assert "5 training images per class, 2 epochs" in said(train_only=None)

@@ -55,3 +55,34 @@ def test_impossible_label_noise_is_refused(root):
     write_split(root.parent / "one", "train", {"cat": 2})
     with pytest.raises(UserError, match="at least two classes"):
         build_index(root.parent / "one", "train").subset(label_noise=0.5)
+
+
+def test_only_images_whose_path_matches(root):
+    full = build_index(root, "train")
+    few = full.subset(only="/00[02]")
+    assert [path[-7:] for path in few.paths] == ["000.jpg", "002.jpg"] * 3
+    assert [few.absolute(i) for i in range(6)] == [
+        full.absolute(i) for i in range(len(full)) if i in (0, 2, 5, 7, 9, 11)
+    ]
+    assert few.classes == full.classes
+    assert list(full.subset(1, only="/000", seed=3).paths) == [f"train/{name}/000.jpg" for name in full.classes]
+    assert list(full.subset(only="train/(cat|dog|eel)/").paths) == list(full.paths)
+    hashes = {full.hash, few.hash, full.subset(only="/00[01]").hash, full.subset(2, only="/00[02]").hash}
+    assert len(hashes) == 4
+    noisy = full.subset(label_noise=0.5, seed=1, only="/00[02]")
+    assert (noisy.labels != few.labels).sum() == 3
+    with pytest.raises(UserError, match="class 'cat' has 2; choose a number from 1 to 2"):
+        full.subset(3, only="/00[02]")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("(", r"--train-only must be a regular expression, found '\('"),
+        ("cat", r"of 2 of 3 classes \(e.g. 'dog'\) in .* it finds none in paths like 'train/dog/000.jpg'"),
+        ("^cat/", r"of 3 of 3 classes"),
+    ],
+)
+def test_what_leaves_nothing_of_a_class_is_refused(root, pattern, text):
+    with pytest.raises(UserError, match=text):
+        build_index(root, "train").subset(only=pattern)

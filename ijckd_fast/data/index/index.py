@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -179,15 +180,21 @@ class Index:
             return np.zeros(len(self), bool)
         return self.odd.variant > 0 if decoders_of_gpu else self.odd.by_pillow.copy()
 
-    def subset(self, per_class: int | None = None, label_noise: float = 0.0, seed: int = 0) -> Index:
+    def subset(
+        self, per_class: int | None = None, label_noise: float = 0.0, seed: int = 0, only: str | None = None
+    ) -> Index:
         """A smaller or noisier index, a pure function of (this index, arguments).
 
         per_class    keep this many images of each class, the first in a seeded order; None keeps all
+        only         first of all, keep those in whose path this regular expression finds a match; None keeps all
         label_noise  in [0, 1]: this fraction of all kept images (rounded to a whole number) gets another label, drawn
                      uniformly from the other classes
-        raises       UserError for a value out of range or a class with fewer images than per_class
+        raises       UserError for a value out of range, no regular expression, a class of which `only` leaves nothing
+                     or that has fewer images than per_class
         The kept images stay in their order and are renumbered from 0. `hash` changes with the arguments.
         """
+        if only is not None:
+            return self._matching(only).subset(per_class, label_noise, seed)
         if per_class is None and label_noise == 0:
             return self
         if not 0 <= label_noise <= 1:
@@ -219,6 +226,26 @@ class Index:
             labels[chosen] = (labels[chosen] + shift) % self.num_classes
         digest = hashlib.sha256(f"{self.hash} subset {per_class} {label_noise!r} {seed}".encode()).hexdigest()
         return dataclasses.replace(self._only(keep), labels=labels, hash=digest)
+
+    def _matching(self, pattern: str) -> Index:
+        """The images whose path has a match of a regular expression. UserError where a class has none."""
+        try:
+            search = re.compile(pattern).search
+        except re.error as error:
+            raise UserError(
+                f"--train-only must be a regular expression, found {pattern!r} ({error}); '/(a|b)_' finds files whose "
+                "names begin with a_ or b_"
+            ) from error
+        keep = np.fromiter((search(path) is not None for path in self.paths), bool, len(self))
+        left = np.bincount(self.labels[keep], minlength=self.num_classes)
+        if not left.all():
+            raise UserError(
+                f"--train-only {pattern!r} must leave an image of every class, but of {int((left == 0).sum())} of "
+                f"{self.num_classes} classes (e.g. {self.classes[left.argmin()]!r}) in {self.folder} it finds none in "
+                f"paths like {self.paths[int((self.labels == left.argmin()).argmax())]!r}; give another one"
+            )
+        digest = hashlib.sha256(f"{self.hash} only {pattern!r}".encode()).hexdigest()
+        return dataclasses.replace(self._only(keep), hash=digest)
 
     def held_out(self, fraction: float, seed: int) -> tuple[Index, Index, np.ndarray]:
         """(training images, validation images, [N] bool: which these are): a part of all, see `drawn`, is held out.

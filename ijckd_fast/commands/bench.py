@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import DATA, add_unset_settings
 from ijckd_fast.errors import UserError
+from ijckd_fast.train.mistakes import require_data, require_net
 
 if TYPE_CHECKING:
     from ijckd_fast.train import FolderParity
@@ -66,6 +67,11 @@ def run(args: Arguments) -> Outcome:
             "bench loader compares the loader's pixels with Pillow's: expected --parity, found no comparison to make; "
             "add --parity"
         )
+
+    if args.model is not None:
+        require_net(args.model)
+    if args.data_dir is not None:
+        require_data(args.data_dir)
 
     from ijckd_fast.data import parity
     from ijckd_fast.train import folder_parity

@@ -52,10 +52,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Measures the bound and writes its report; rows: the overall one, then one for each class."""
+    run = load(args)
+
     from ijckd_fast.evaluate import BoundMeter, evaluate, write_bound
     from ijckd_fast.train import trained_on
 
-    run = load(args)
     _refuse_without_features(run, args.split)
     folder = run.path.parent if args.output is None else Path(args.output)
     files.require_writable(folder, "--output")

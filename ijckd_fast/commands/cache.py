@@ -10,6 +10,7 @@ from ijckd_fast import streams
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_settings
 from ijckd_fast.errors import one_of
+from ijckd_fast.train.mistakes import require_data, require_net
 
 if TYPE_CHECKING:
     from ijckd_fast.train import TrainConfig
@@ -65,6 +66,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Arguments) -> Outcome:
     """Writes the cache, or what is missing of it, and verifies it."""
     config = _config(args)
+    require_data(config.data_dir)
+    if config.teacher is not None:
+        require_net(config.teacher)
 
     from rich.console import Console
 

@@ -56,13 +56,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Trains what is missing and reports; a row for each method in each regime."""
+    from ijckd_fast.compare import load_comparison, refuse_mistakes
+
+    comparison = load_comparison(args.config, seeds=args.seeds, data_dir=args.data_dir)
+    refuse_mistakes(comparison, args.jobs)
+
     from rich.console import Console
 
-    from ijckd_fast.compare import comparison_table, load_comparison, train_all, write_comparison_report
+    from ijckd_fast.compare import comparison_table, train_all, write_comparison_report
     from ijckd_fast.console import say
     from ijckd_fast.train.run_folder import REPORT
 
-    comparison = load_comparison(args.config, seeds=args.seeds, data_dir=args.data_dir)
     output = Path(args.output or f"runs/{comparison.name}")
     console = Console()
     counts = f"{len(comparison.methods)} methods x {len(comparison.regimes)} regimes x {comparison.seeds} seeds"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -16,7 +16,10 @@ from jsonargparse import ArgumentParser
 from ijckd_fast.commands import Arguments, Outcome
 
 SUMMARY = "What is installed, what works here, and what to do about the rest."
-DESCRIPTION = "Exit code 0 if training can run here."
+DESCRIPTION = (
+    "Loads torch, DALI and the compiled libraries, and looks whether the other packages are installed; --thorough "
+    "imports those too. Exit code 0 if training can run here."
+)
 
 # libraries.py has it too, but imports torch, which may be what is missing.
 REBUILD = "`pip install -e .` in the repository"
@@ -32,8 +35,9 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def examine() -> list[Finding]:
-    """Looks at everything a run needs; raises nothing."""
+def examine(thorough: bool = False) -> list[Finding]:
+    """Looks at everything a run needs; raises nothing. thorough: packages are imported, not only looked for."""
+    look = _import if thorough else _installed
     return [
         Finding("Python", True, True, platform.python_version()),
         Finding("CPU", True, True, f"{len(os.sched_getaffinity(0))} cores usable, {platform.machine()}"),
@@ -48,29 +52,32 @@ def examine() -> list[Finding]:
         _library("_C_cuda.so", "CUDA library of the ops", needed=False, compiler="nvcc", commands=("nvcc",)),
         _gpu(),
         _dali(),
-        _import("torchvision", "torchvision", needed=False, advice="pip install torchvision, for its models"),
-        _import("timm", "timm", needed=False, advice="pip install timm, for its models"),
-        _import(
+        look("torchvision", "torchvision", needed=False, advice="pip install torchvision, for its models"),
+        look("timm", "timm", needed=False, advice="pip install timm, for its models"),
+        look(
             "tensorboard", "tensorboard", needed=False, advice="pip install tensorboard, or train with --no-tensorboard"
         ),
-        _import(
+        look(
             "matplotlib", "matplotlib", needed=True, advice="pip install matplotlib, which draws the plots of a report"
         ),
-        _import("fontTools", "fonttools", needed=False, advice="pip install fonttools, for ijckd-fast prepare-glyphs"),
-        _import("scipy", "scipy", needed=False, advice="pip install scipy, for the intervals of a comparison"),
-        _import("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
-        _import(
-            "sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"
-        ),
-        _import("onnxruntime", "onnxruntime", needed=False, advice="pip install 'ijckd-fast[export]', for ONNX files"),
-        _import("wandb", "wandb", needed=False, advice="pip install wandb, for --wandb"),
+        look("fontTools", "fonttools", needed=False, advice="pip install fonttools, for ijckd-fast prepare-glyphs"),
+        look("scipy", "scipy", needed=False, advice="pip install scipy, for the intervals of a comparison"),
+        look("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
+        look("sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"),
+        look("onnxruntime", "onnxruntime", needed=False, advice="pip install 'ijckd-fast[export]', for ONNX files"),
+        look("wandb", "wandb", needed=False, advice="pip install wandb, for --wandb"),
         _processes(),
         _disk(),
     ]
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """None: it looks at everything."""
+    """How closely to look."""
+    parser.add_argument(
+        "--thorough",
+        action="store_true",
+        help="import every package, which takes some ten seconds more and shows a broken installation",
+    )
 
 
 def run(args: Arguments) -> Outcome:
@@ -78,7 +85,7 @@ def run(args: Arguments) -> Outcome:
     from rich.console import Console
     from rich.table import Table
 
-    console, findings = Console(), examine()
+    console, findings = Console(), examine(args.thorough)
     table = Table("", "", "found")
     for item in findings:
         mark = "[green]ok" if item.ok else "[red]missing" if item.needed else "[yellow]absent"
@@ -99,6 +106,18 @@ def _import(module: str, package: str, *, needed: bool, advice: str) -> Finding:
     except PackageNotFoundError:
         return Finding(package, True, needed, "of unknown version")
     except Exception as error:  # a broken installation may raise anything
+        return Finding(package, False, needed, _first_line(error), advice)
+
+
+def _installed(module: str, package: str, *, needed: bool, advice: str) -> Finding:
+    """Whether a package is there, and in which version, without importing it."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return Finding(package, False, needed, f"No module named {module!r}", advice)
+        return Finding(package, True, needed, version(package))
+    except PackageNotFoundError:
+        return Finding(package, True, needed, "of unknown version")
+    except Exception as error:  # as above
         return Finding(package, False, needed, _first_line(error), advice)
 
 

@@ -37,9 +37,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Evaluates a run on val/; one row, and with --group-by one for each group."""
+    run = load(args)
+
     from ijckd_fast.evaluate import by_group, evaluate, groups_of
 
-    run = load(args)
     index, distiller, config = run.index(), run.distiller, run.config
     groups = None if args.group_by is None else groups_of(index, args.group_by)
     with run.loader(index) as loader:

@@ -49,13 +49,14 @@ def run(args: Arguments) -> Outcome:
     if args.images < 1:
         raise UserError(f"--images must be at least 1, got {args.images}")
 
+    run = load(args, device="cpu", decode="cpu")
+
     import numpy as np
     from rich.console import Console
 
     from ijckd_fast import export
     from ijckd_fast.console import say
 
-    run = load(args, device="cpu", decode="cpu")
     run = dataclasses.replace(
         run, config=dataclasses.replace(run.config, batch_size=min(run.config.batch_size, _BATCH))
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
@@ -46,6 +47,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Scans both splits; a row for each."""
+    from ijckd_fast.data.sources import require_folder
+
+    require_folder(Path(args.data_dir))
+
     from rich.console import Console
 
     from ijckd_fast.data.index import summarize, summary_table

@@ -61,6 +61,9 @@ def add_run(parser: ArgumentParser, *names: str, **helps: str) -> None:
 
 def load(args: Arguments, **changes: Any) -> LoadedRun:
     """The run that the options of `add_run` ask for, with further `changes` of its settings; prints its notes."""
+    from ijckd_fast.train import run_folder
+
+    run_folder.checkpoint_of(args.run, args.best)  # a mistyped run waits for no torch
     from ijckd_fast.train import load_run
 
     asked = {name: getattr(args, name) for name in _OF_RUN if hasattr(args, name)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -75,17 +76,25 @@ def _require_options_of(args: Arguments) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Packs; a row for each split."""
-    from rich.console import Console
-
-    from ijckd_fast.data.prepare import BlockPack, JpegPack, pack, pack_table
-
     _require_options_of(args)
+
+    from ijckd_fast.data.sources import require_folder
+
+    require_folder(Path(args.data_dir), args.splits[0])
+
+    from ijckd_fast.data.prepare import BlockPack, JpegPack
+
     settings = (
         JpegPack(args.short, args.quality, args.shard_images)
         if args.codec == "jpeg"
         else BlockPack(args.short, args.bits, args.shard_gb)
     )
     data = data_folder(args)
+
+    from rich.console import Console
+
+    from ijckd_fast.data.prepare import pack, pack_table
+
     rows = pack(
         data,
         args.out,

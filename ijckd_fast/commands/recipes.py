@@ -36,13 +36,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Arguments) -> Outcome:
     """Builds one pair after the other; a row for each."""
+    from ijckd_fast.train.config import pair_names, preset_of_pair
+
+    names = [preset_of_pair(name) for name in args.presets or pair_names()]
+
     from ijckd_fast.train import pairs
-    from ijckd_fast.train.config import preset_path
 
     changes = {name: getattr(args, name) for name in ("objective", "connector") if getattr(args, name) is not None}
     rows = []
-    for name in args.presets or pairs.pair_names():
-        rows.append({"preset": preset_path(name).stem, **pairs.cost_row(*pairs.build_pair(name, **changes))})
+    for name in names:
+        rows.append({"preset": name, **pairs.cost_row(*pairs.build_pair(name, **changes))})
         if len(rows) == 1:
             print(table_head())
         print(table_line(rows[-1]), flush=True)

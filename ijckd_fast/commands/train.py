@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from ijckd_fast.commands import Arguments, Outcome
 from ijckd_fast.commands.options import add_settings
 from ijckd_fast.errors import UserError
+from ijckd_fast.train.mistakes import refuse_mistakes
 
 if TYPE_CHECKING:
     from ijckd_fast.train import TrainConfig
@@ -75,6 +76,8 @@ def run(args: Arguments) -> Outcome:
 
 
 def _train(config: TrainConfig, **how: Any) -> None:
+    refuse_mistakes(config)
+
     from rich.console import Console
 
     from ijckd_fast.train import train
@@ -122,11 +125,16 @@ def _refuse_with_resume(students: list[str], overwrite: bool) -> None:
 
 def _continue(resume: str, given: dict[str, Any]) -> None:
     """Continues a run, a folder or a checkpoint in it, with the settings that are given changed."""
-    from ijckd_fast.train import make_config, run_folder, settings_of
+    from ijckd_fast.train import run_folder
 
     folder, checkpoint = Path(resume), run_folder.LAST
     if folder.suffix == ".pt":
         folder, checkpoint = folder.parent, folder.name
+    if not folder.is_dir():
+        raise run_folder.config_refused(folder, run_folder.recorded(folder))
+
+    from ijckd_fast.train import make_config, settings_of
+
     begun = settings_of(folder, checkpoint if (folder / checkpoint).exists() else run_folder.to_continue_from(folder))
     _refuse_another_batch(folder, begun, given)
     config = make_config({**begun, **_teacher_moved(given), **given, "output_dir": str(folder)})

@@ -29,6 +29,7 @@ from ijckd_fast.train.config import (
     typed,
 )
 from ijckd_fast.train.layered import TEACHERS_OWN, below, layered
+from ijckd_fast.train.mistakes import require_data
 
 DIGITS = "digits"  # as data_dir: the embedded images, written to the output folder
 
@@ -116,6 +117,23 @@ class Comparison:
     def trains_teacher(self) -> bool:
         """Whether the teacher is trained as part of the comparison."""
         return isinstance(self.teacher, Mapping)
+
+
+def refuse_mistakes(comparison: Comparison, jobs: int) -> None:
+    """UserError for what can be seen to be wrong before anything is built."""
+    if jobs < 1:
+        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    if data_dir_of(comparison) != DIGITS:
+        require_data(data_dir_of(comparison))
+
+
+def data_dir_of(comparison: Comparison) -> str:
+    """DIGITS or a folder; UserError where it names neither."""
+    if comparison.data_dir is None:
+        raise UserError(
+            f"{comparison.name} has no data_dir: give --data-dir with train/<class>/* and val/<class>/*, or {DIGITS}"
+        )
+    return comparison.data_dir
 
 
 def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: str | None = None) -> Comparison:

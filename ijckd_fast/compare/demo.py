@@ -14,9 +14,7 @@ from ijckd_fast import files
 from ijckd_fast.compare.comparison import DIGITS, Comparison
 from ijckd_fast.compare.figures import Summaries, method_row
 from ijckd_fast.compare.plots import ACCURACY, plot_accuracy
-from ijckd_fast.compare.runs import folder_of
 from ijckd_fast.compare.tables import comparison_table, markdown_table
-from ijckd_fast.compare.training import train_all
 from ijckd_fast.console import say
 from ijckd_fast.distill import PRESETS
 from ijckd_fast.errors import UserError, did_you_mean
@@ -68,6 +66,8 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
         seeds=seeds,
         data_dir=DIGITS,
     )
+    from ijckd_fast.compare.training import train_all  # here: what could be mistyped is known without torch
+
     outcome = train_all(comparison, output, console=console)
     if outcome.failed:
         raise UserError(f"{len(outcome.failed)} runs failed, see above: {', '.join(outcome.failed)}")
@@ -84,6 +84,8 @@ def run_demo(output: Path, *, seeds: int, methods: Sequence[str], console: Conso
 
 def _plot_curves(path: Path, runs: Mapping[str, Summaries], output: Path, console: Console) -> None:
     """Validation top-1 over the epochs: thin lines the seeds, thick their mean. Says which logs are damaged."""
+    from ijckd_fast.compare.runs import folder_of
+
     drawing, ((axes,),) = figure(1)
     for number, (method, summaries) in enumerate(runs.items()):
         seen: dict[float, list[float]] = {}  # top-1 of the seeds at each epoch; a damaged log has fewer

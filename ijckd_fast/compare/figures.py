@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ijckd_fast.compare.comparison import Comparison
-from ijckd_fast.compare.training import Outcome
+
+if TYPE_CHECKING:
+    from ijckd_fast.compare.training import Outcome
 
 CONFIDENCE = 0.95
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ijckd_fast.compare.comparison import DIGITS, Comparison
+from ijckd_fast.compare.comparison import DIGITS, Comparison, data_dir_of
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import TrainConfig, finished_summary, make_config, objective_of, resolve, run_folder
 from ijckd_fast.train.layered import layered, teachers_run, with_pixels
@@ -51,11 +51,9 @@ def plan(comparison: Comparison, output: Path) -> tuple[TrainConfig | None, list
 
     raises   UserError where a run could not be trained as it is described, naming method and regime
     """
-    if comparison.data_dir is None:
-        raise UserError(
-            f"{comparison.name} has no data_dir: give --data-dir with train/<class>/* and val/<class>/*, or {DIGITS}"
-        )
-    data_dir = str(output / DIGITS) if comparison.data_dir == DIGITS else comparison.data_dir
+    data_dir = data_dir_of(comparison)
+    if data_dir == DIGITS:
+        data_dir = str(output / DIGITS)
     teacher, given = _teacher(comparison, data_dir, output / "teacher")
     pixels = teachers_run({**comparison.base, **given}) if teacher is None else dataclasses.asdict(teacher)
     runs = []

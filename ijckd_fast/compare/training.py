@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from ijckd_fast import files
-from ijckd_fast.compare.comparison import DIGITS, Comparison
+from ijckd_fast.compare.comparison import DIGITS, Comparison, refuse_mistakes
 from ijckd_fast.compare.launch import one_by_one, reason, side_by_side, train_here
 from ijckd_fast.compare.results import RESULTS, append_result, write_results
 from ijckd_fast.compare.reuse import InputDigests, state_of
@@ -49,8 +49,7 @@ def train_all(
     A run that is there with the same settings, code, images and teacher is used again, or continued where it was
     interrupted. Any other in its folder is replaced. runs.csv has one line for each finished run, appended as it ends.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
+    refuse_mistakes(comparison, jobs)
     if world_size() > 1:
         raise UserError(
             f"a comparison starts processes of its own, got {world_size()} of a launcher: run it without, and see "

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from ijckd_fast.errors import UserError
-from ijckd_fast.nets.cifar import (
-    SHUFFLE_V2_CHANNELS,
-    VGG_CONVOLUTIONS,
-    SmallMobileNetV2,
-    SmallResNet,
-    SmallResNet50,
-    SmallShuffleNetV1,
-    SmallShuffleNetV2,
-    SmallVGG,
-    WideResNet,
-)
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_DEPTHS_OF_VGG = (8, 11, 13, 16, 19)
+_WIDTHS_OF_SHUFFLENET_V2 = (0.5, 1.0, 1.5)
 _WIDTH = r"(\d+(?:\.\d+)?)"
 _RESNET = re.compile(rf"resnet(8|14|20|32|38|44|56|110|116)(?:x{_WIDTH})?")
 _WIDE_RESNET = re.compile(r"wrn_(10|16|22|28|34|40)_([1-9]\d?)")
@@ -31,9 +24,9 @@ _SHUFFLENET_V2 = re.compile(rf"shufflenetv2x{_WIDTH}")
 NAMES = [
     *(f"resnet{depth}{width}" for depth in (8, 14, 20, 32, 38, 44, 56, 110, 116) for width in ("", "x2", "x4")),
     *(f"wrn_{depth}_{width}" for depth in (16, 40) for width in (1, 2, 4)),
-    *(f"vgg{depth}" for depth in VGG_CONVOLUTIONS),
+    *(f"vgg{depth}" for depth in _DEPTHS_OF_VGG),
     *("resnet50", "mobilenetv2x0.5", "mobilenetv2x1", "shufflenetv1"),
-    *(f"shufflenetv2x{width:g}" for width in SHUFFLE_V2_CHANNELS),
+    *(f"shufflenetv2x{width:g}" for width in _WIDTHS_OF_SHUFFLENET_V2),
 ]
 
 # What the toolboxes of CRD and SimKD call nets of other names here, in lower case.
@@ -59,25 +52,41 @@ def builder(name: str) -> Callable[[int], nn.Module] | None:
     returns  (K) -> module [B, 3, S, S] -> logits [B, K], float32
     raises   UserError for a width of 0, or one that the net does not have
     """
+    if not is_name(name):
+        return None
+    from ijckd_fast.nets import cifar  # here: names are known without torch
+
     if found := _RESNET.fullmatch(name):
-        depth, width = int(found[1]), _positive(name, found[2] or "1")
-        return lambda num_classes: SmallResNet(depth, width, num_classes)
+        depth, width = int(found[1]), float(found[2] or "1")
+        return lambda num_classes: cifar.SmallResNet(depth, width, num_classes)
     if found := _WIDE_RESNET.fullmatch(name):
         depth, factor = int(found[1]), int(found[2])
-        return lambda num_classes: WideResNet(depth, factor, num_classes)
+        return lambda num_classes: cifar.WideResNet(depth, factor, num_classes)
     if found := _VGG.fullmatch(name):
         layers = int(found[1])
-        return lambda num_classes: SmallVGG(layers, num_classes)
+        return lambda num_classes: cifar.SmallVGG(layers, num_classes)
     if found := _MOBILENET_V2.fullmatch(name):
-        width = _positive(name, found[1])
-        return lambda num_classes: SmallMobileNetV2(width, num_classes)
+        width = float(found[1])
+        return lambda num_classes: cifar.SmallMobileNetV2(width, num_classes)
     if found := _SHUFFLENET_V2.fullmatch(name):
-        width = _positive(name, found[1])
-        if width not in SHUFFLE_V2_CHANNELS:
-            widths = ", ".join(f"{w:g}" for w in SHUFFLE_V2_CHANNELS)
-            raise UserError(f"model {name!r}: ShuffleNetV2 has widths {widths} here, got {width:g}: choose one of them")
-        return lambda num_classes: SmallShuffleNetV2(width, num_classes)
-    return {"resnet50": SmallResNet50, "shufflenetv1": SmallShuffleNetV1}.get(name)
+        width = float(found[1])
+        return lambda num_classes: cifar.SmallShuffleNetV2(width, num_classes)
+    return {"resnet50": cifar.SmallResNet50, "shufflenetv1": cifar.SmallShuffleNetV1}[name]
+
+
+def is_name(name: str) -> bool:
+    """Whether `builder` has a net of this name. UserError for a width of 0, or one that the net does not have."""
+    for form in (_RESNET, _MOBILENET_V2, _SHUFFLENET_V2):
+        if found := form.fullmatch(name):
+            width = _positive(name, found[found.re.groups] or "1")
+            if form is _SHUFFLENET_V2 and width not in _WIDTHS_OF_SHUFFLENET_V2:
+                widths = ", ".join(f"{w:g}" for w in _WIDTHS_OF_SHUFFLENET_V2)
+                raise UserError(
+                    f"model {name!r}: ShuffleNetV2 has widths {widths} here, got {width:g}: choose one of them"
+                )
+            return True
+    of_fixed_width = _WIDE_RESNET.fullmatch(name) or _VGG.fullmatch(name)
+    return of_fixed_width is not None or name in ("resnet50", "shufflenetv1")
 
 
 def _positive(name: str, width: str) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets.classifiers import Classifier, has_bias, is_linear
-from ijckd_fast.nets.same import same
+from ijckd_fast.nets.equality import same
 
 
 class Head(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ijckd_fast.nets.equality import same
 from ijckd_fast.nets.grids import Grids, first_tokens, possible_before
-from ijckd_fast.nets.same import same
 from ijckd_fast.nets.stages import Found, Stage, Tap, first_map
 from ijckd_fast.nets.tail import Tail, TailLayer
 

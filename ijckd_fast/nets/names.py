@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError, did_you_mean, one_of, out_of_memory, reason_of
-from ijckd_fast.nets import cifar_names
+from ijckd_fast.nets import cifar_names, listed
 from ijckd_fast.nets.intact import refuse_damaged_download
 from ijckd_fast.nets.mobilenet import MobileNetV1
 from ijckd_fast.nets.probe import unfit_size
@@ -136,7 +136,7 @@ def is_model_name(name: str) -> bool:
 
 def library_of(name: str) -> str | None:
     """'own', 'torchvision' or 'timm', in that order of preference; None for no model's name."""
-    if _own_builder(name) is not None:
+    if listed.is_ours(name):
         return "own"
     # Imported only here: our own nets need neither library, which together take seconds to import.
     import timm
@@ -204,33 +204,16 @@ def _no_drop_path(name: str) -> UserError:
 
 
 def _own_builder(name: str) -> Callable[[int], nn.Module] | None:
-    library, _, short = name.rpartition("/")
-    if name in ("mobilenet_v1", "mobilenetv1"):
-        return MobileNetV1
-    if library == "cifar" or (library == "" and short not in cifar_names.SHARED_NAMES):
-        return cifar_names.builder(short)
-    return None
+    if not listed.is_ours(name):
+        return None
+    return MobileNetV1 if name in listed.MOBILENETS else cifar_names.builder(name.rpartition("/")[2])
 
 
 def _unknown(name: str) -> UserError:
     import timm
     import torchvision
 
-    if Path(name).is_file():
-        return UserError(f"{name!r} is a file, expected a model's name: give the file as the model's checkpoint")
     library, _, short = name.rpartition("/")
-    ours = [f"cifar/{known}" if known in cifar_names.SHARED_NAMES else known for known in cifar_names.NAMES]
-    if library == "" and short.lower() in cifar_names.TOOLBOX_NAMES:
-        meant = cifar_names.TOOLBOX_NAMES[short.lower()]
-        return UserError(
-            f"unknown model {name!r}: the published CIFAR net of this name is"
-            f" {f'cifar/{meant}' if meant in cifar_names.SHARED_NAMES else meant!r} here"
-        )
-    if library == "cifar":
-        return UserError(
-            f"unknown model {name!r}: expected 'cifar/' and a net for small images, such as resnet8x4, wrn_40_2 or"
-            f" vgg13{did_you_mean(short, cifar_names.NAMES)}"
-        )
     architecture, _, tag = short.partition(".")
     if library in ("", "timm") and tag and timm.is_model(architecture):
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -238,11 +221,7 @@ def _unknown(name: str) -> UserError:
             f"unknown model {name!r}: timm has no weights {tag!r} of {architecture!r}, expected"
             f" {f'one of {one_of(tags)}, or ' if tags else ''}the name without a tag{did_you_mean(tag, tags)}"
         )
-    known = {*ours, "mobilenet_v1", *torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
-    return UserError(
-        f"unknown model {name!r}: expected one of ours (resnet20, resnet8x4, mobilenet_v1, ...), of torchvision's or of"
-        f" timm's{did_you_mean(short, known)}"
-    )
+    return listed.unknown(name, (*torchvision.models.list_models(module=torchvision.models), *timm.list_models()))
 
 
 def _build_torchvision(

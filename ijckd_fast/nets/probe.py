@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijckd_fast.errors import UserError, out_of_memory, ran_out, reason_of
+from ijckd_fast.nets.equality import same
 from ijckd_fast.nets.find_classifier import Head, classifier_width, find_classifier, may_classify, no_classifier
 from ijckd_fast.nets.grids import Grids
 from ijckd_fast.nets.last_map import LastMap, look_for_map
 from ijckd_fast.nets.pointwise import PointwiseCalls
-from ijckd_fast.nets.same import same
 from ijckd_fast.nets.stages import Call, Found, Stage, Tap, find_stages, first_map, named_stages, tensor_at, tensors_in
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ijckd_fast.errors import UserError, out_of_memory, ran_out
 from ijckd_fast.files import Damaged, cannot_read
 from ijckd_fast.nets.intact import fault_by_neighbours, fault_in
+from ijckd_fast.nets.listed import no_weights
 
 _NUMPY = ("core", "_core")  # where NumPy 1 and 2 have the functions that make its numbers again
 _PATHLIB = ("pathlib", "pathlib._local")  # the same for paths, by versions of Python
@@ -49,7 +50,7 @@ def read_file(path: Path) -> Any:
         with open(path, "rb") as file:
             return _read(path, file)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {str(path)!r} does not exist: give the path of a weights file") from error
+        raise no_weights(path) from error
     except OSError as error:
         raise cannot_read(path, error) from error
 

@@ -123,7 +123,7 @@ def load(path: str | Path) -> dict[str, Any]:
                 raise _damaged(path, fault)
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}: give the folder of a run, or a last.pt or best.pt in it") from error
+        raise run_folder.no_checkpoint(path) from error
     except OSError as error:
         raise files.cannot_read(path, error) from error
     except UserError:

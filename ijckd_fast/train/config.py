@@ -164,6 +164,21 @@ def preset_names(folder: Path = PRESET_FOLDER) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
+def pair_names() -> list[str]:
+    """Names of the packaged presets that have a teacher."""
+    return [name for name in preset_names() if load_preset(name).get("teacher") is not None]
+
+
+def preset_of_pair(name: str) -> str:
+    """One of `pair_names`, whose prefix may be left out; UserError for another name."""
+    name = preset_path(name).stem
+    if name not in pair_names():
+        raise UserError(
+            f"preset '{name}' is no packaged pair of teacher and student: expected one of {', '.join(pair_names())}"
+        )
+    return name
+
+
 def preset_path(name_or_path: str, folder: Path = PRESET_FOLDER) -> Path:
     """The YAML file that --config names: a path, or a name in `folder`; 'imagenet_', 'cifar100_' may be left out."""
     path, names = Path(name_or_path), preset_names(folder)

@@ -45,9 +45,7 @@ def load_run(run: str | Path, *, best: bool = False, **changes: Any) -> LoadedRu
     raises   UserError for a damaged checkpoint, settings that do not fit, and a teacher that the student needs and is
              not there
     """
-    path = Path(run)
-    if path.is_dir():
-        path /= run_folder.BEST if best else run_folder.LAST
+    path = run_folder.checkpoint_of(run, best)
     saved = Saved.read(path)
     refuse_foreign_checkpoint(path, saved)
     given = {name: value for name, value in changes.items() if value is not None}

@@ -7,33 +7,23 @@ from typing import Any
 import torch
 
 from ijckd_fast.distill import Distiller
-from ijckd_fast.errors import UserError
 from ijckd_fast.nets import count_parameters, macs
 from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
-from ijckd_fast.train.config import load_preset, preset_names, preset_path
+from ijckd_fast.train.config import load_preset, preset_of_pair
 from ijckd_fast.train.layered import layered
 
 CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
 
 
-def pair_names() -> list[str]:
-    """Names of the packaged presets that have a teacher."""
-    return [name for name in preset_names() if load_preset(name).get("teacher") is not None]
-
-
 def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:
     """The nets of a preset with random weights, on the CPU: nothing is downloaded, no data is needed.
 
-    name     of `pair_names`, as `preset_path` takes it
+    name     of `pair_names`, as `preset_of_pair` takes it
     changes  settings instead of the preset's, as in `make_config`
     returns  (the settings, resolved; the distiller, in training mode)
     raises   UserError for another name (nearest given) or settings that do not fit
     """
-    name = preset_path(name).stem
-    if name not in pair_names():
-        raise UserError(
-            f"preset '{name}' is no packaged pair of teacher and student: expected one of {', '.join(pair_names())}"
-        )
+    name = preset_of_pair(name)
     here = {"data_dir": ".", "device": "cpu", "teacher_pretrained": False, "allow_weak_teacher": True}
     config = resolve(make_config(layered(load_preset(name, changes.get("objective")), here, changes)))
     return config, build_distiller(config, CLASSES[name.partition("_")[0]], torch.device("cpu"))

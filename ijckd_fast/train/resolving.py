@@ -27,13 +27,14 @@ from ijckd_fast.train.config import (
     default_eval_resize,
 )
 from ijckd_fast.train.layered import CACHE, weights_at
+from ijckd_fast.train.mistakes import no_data_dir
 from ijckd_fast.train.state import Saved
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Fills in what was left to be chosen, so that config.yaml says all. UserError for impossible settings."""
     if not config.data_dir:
-        raise UserError("no --data-dir given: wanted a folder with train/<class>/* and val/<class>/* image files")
+        raise no_data_dir()
     config = _named_by_path(_named_by_path(_named_by_cache(config), "teacher"), "student")
     if config.teacher is None and (config.teacher_mean or config.teacher_std):
         raise UserError("--teacher-mean and --teacher-std are a teacher's, got no --teacher: leave them out")

@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from ijckd_fast import files
@@ -81,6 +80,21 @@ def kept(folder: Path) -> list[Path]:
     """The checkpoints that `keep_as` left, oldest step first."""
     found = [path for path in folder.glob("checkpoint-*.pt") if path.stem.partition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def checkpoint_of(run: str | Path, best: bool = False) -> Path:
+    """The checkpoint to look at: of a run's folder last.pt, or best.pt; else the file itself. UserError for none."""
+    path = Path(run)
+    if path.is_dir():
+        path /= BEST if best else LAST
+    if not path.exists():
+        raise no_checkpoint(path)
+    return path
+
+
+def no_checkpoint(path: Path) -> UserError:
+    """The sentence for a checkpoint that is not there."""
+    return UserError(f"no checkpoint at {path}: give the folder of a run, or a last.pt or best.pt in it")
 
 
 def to_continue_from(folder: Path) -> str:
@@ -244,6 +258,8 @@ def write_environment(folder: Path) -> None:
     """Saves what the run (or its latest part) runs on: versions, host, device, git commit of the package, if it has
     one.
     """
+    import torch  # here: a folder is looked at, and refused, without it
+
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     environment = {
         "ijckd_fast": version_of("ijckd-fast"),

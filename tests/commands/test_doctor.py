@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,11 +28,33 @@ def test_doctor(capsys, monkeypatch):
     findings = {item.what: item for item in doctor.examine()}
     assert findings["DALI"].ok
     assert findings["CPU library of the ops"].ok
-    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(import_module=missing))
-    assert cli.main(["doctor"]) == 1
-    out = capsys.readouterr().out
-    assert "pip install pyarrow" in out
-    assert "training cannot run" in out
+    looks = {"import_module": missing, "util": SimpleNamespace(find_spec=lambda name: None)}
+    monkeypatch.setattr(doctor, "importlib", SimpleNamespace(**looks))
+    for words in (["doctor"], ["doctor", "--thorough"]):
+        assert cli.main(words) == 1
+        out = capsys.readouterr().out
+        assert "pip install pyarrow" in out
+        assert "training cannot run" in out
+
+
+def test_only_thorough_imports_what_is_merely_looked_for(tmp_path):
+    """A package that cannot be imported is installed, until somebody tries."""
+    (tmp_path / "onnxruntime.py").write_text("raise OSError('libfoo.so is not there')")
+    code = "import sys; sys.argv = ['', *sys.argv[1:]]; from ijckd_fast import cli; cli.main(sys.argv[1:])"
+    said, packages = {}, f"{code}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    for words in (["doctor"], ["doctor", "--thorough"]):
+        path = os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])
+        done = subprocess.run(
+            [sys.executable, "-c", packages, *words], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+            text=True, check=True,
+        )  # fmt: skip
+        said[words[-1]] = done.stdout
+    quick, thorough = (set(said[word].splitlines()[-1].split()) for word in ("doctor", "--thorough"))
+    slow = {"timm", "torchvision", "sklearn", "matplotlib", "scipy"}
+    assert slow & quick == set()
+    assert slow <= thorough
+    assert "libfoo.so is not there" not in said["doctor"]
+    assert "libfoo.so is not there" in said["--thorough"]
 
 
 @pytest.mark.parametrize(

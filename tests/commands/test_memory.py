@@ -15,7 +15,7 @@ from tiny_run import distilled, options, settings
 
 from ijckd_fast import cli
 from ijckd_fast.data.index import check
-from ijckd_fast.data.load.loader import blames_file
+from ijckd_fast.data.unreadable import blames_file
 from ijckd_fast.distill import Distiller
 from ijckd_fast.errors import OutOfMemory, UserError, memory_told, out_of_memory
 from ijckd_fast.train import build, checkpoint, report, run_folder, state

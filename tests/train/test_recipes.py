@@ -18,8 +18,8 @@ from ijckd_fast.commands.recipes import table_head, table_line
 from ijckd_fast.errors import UserError
 from ijckd_fast.nets import create_model
 from ijckd_fast.train import build, load_run, make_config, train
-from ijckd_fast.train.config import load_preset, preset_names
-from ijckd_fast.train.pairs import CLASSES, build_pair, cost_row, pair_names
+from ijckd_fast.train.config import load_preset, pair_names, preset_names
+from ijckd_fast.train.pairs import CLASSES, build_pair, cost_row
 
 DOCS = (pathlib.Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
 

@@ -8,13 +8,12 @@ them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ijckd_fast.head import load_libraries
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Bits(NamedTuple):
@@ -52,8 +51,7 @@ def encode(rgb: np.ndarray, bits: Bits) -> np.ndarray:
 
     raises RuntimeError for another shape or dtype, or a side beyond 65,535
     """
-    load_libraries()
-    return torch.ops.ijckd.block_encode(_tensor(rgb), *bits).numpy()
+    return _ops().block_encode(_tensor(rgb), *bits).numpy()
 
 
 def planes(data: np.ndarray, h: int, w: int, bits: Bits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,15 +59,13 @@ def planes(data: np.ndarray, h: int, w: int, bits: Bits) -> tuple[np.ndarray, np
 
     raises RuntimeError where `data` has not the length that size and bits say
     """
-    load_libraries()
-    y, cb, cr = torch.ops.ijckd.block_planes(_tensor(data), h, w, *bits)
+    y, cb, cr = _ops().block_planes(_tensor(data), h, w, *bits)
     return y.numpy(), cb.numpy(), cr.numpy()
 
 
 def checksum(data: np.ndarray) -> int:
     """Of bytes [n] uint8: 64 bits as a signed number, for an int64 column."""
-    load_libraries()
-    return torch.ops.ijckd.block_checksum(_tensor(data))
+    return _ops().block_checksum(_tensor(data))
 
 
 def views(
@@ -89,8 +85,7 @@ def views(
 
     One thread, without the interpreter's lock; the same bits on every machine.
     """
-    load_libraries()
-    return torch.ops.ijckd.block_views(list(files), rows, *bits, list(shift), list(scale), out)
+    return _ops().block_views(list(files), rows, *bits, list(shift), list(scale), out)
 
 
 def check_rows(files: Sequence[Tensor], rows: Tensor, bits: Bits, side: int) -> Tensor:
@@ -100,8 +95,7 @@ def check_rows(files: Sequence[Tensor], rows: Tensor, bits: Bits, side: int) -> 
     returns      [B] uint8: 1 where the image's bytes have not the row's checksum
     raises       RuntimeError for rows that do not fit
     """
-    load_libraries()
-    return torch.ops.ijckd.block_check(list(files), rows, *bits, side)
+    return _ops().block_check(list(files), rows, *bits, side)
 
 
 def views_at(
@@ -118,8 +112,7 @@ def views_at(
 
     files, rows and out are on one GPU. All may change between replays of a CUDA graph that holds the call.
     """
-    load_libraries()
-    return torch.ops.ijckd.block_views_at(files, rows, *bits, list(shift), list(scale), out)
+    return _ops().block_views_at(files, rows, *bits, list(shift), list(scale), out)
 
 
 STAGES = ("checksum", "weights", "decode", "pass along x", "pass along y", "colours", "stores")
@@ -135,12 +128,23 @@ def view_stages(
     lanes  of 16 bits in a vector, at most: 8 (SSE2), 16 (AVX2) or 32 (AVX-512); fewer where the processor has no more
     clock  otherwise it is not looked at, and all are 0
     """
-    load_libraries()
-    ticks = torch.ops.ijckd.block_view_ticks(list(files), rows, *bits, list(shift), list(scale), out, lanes, clock)
+    ticks = _ops().block_view_ticks(list(files), rows, *bits, list(shift), list(scale), out, lanes, clock)
     return dict(zip(STAGES, ticks.tolist(), strict=True))
+
+
+def _ops() -> Any:
+    """The compiled ops. torch comes with the first call: whoever only asks whether a folder holds packs needs none."""
+    import torch
+
+    from ijckd_fast.head import load_libraries
+
+    load_libraries()
+    return torch.ops.ijckd
 
 
 def _tensor(array: np.ndarray) -> Tensor:
     """Without a copy where torch takes the array as it is: it warns of memory that must not be written to."""
+    import torch
+
     dense = np.ascontiguousarray(array)
     return torch.from_numpy(dense if dense.flags.writeable else dense.copy())

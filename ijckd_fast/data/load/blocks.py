@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ijckd_fast.data.blocks import VIEW_COLUMNS, views
 from ijckd_fast.data.index import Index
-from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file, deliver
+from ijckd_fast.data.load.loader import Loader, deliver
 from ijckd_fast.data.load.pillow import blamed_on
 from ijckd_fast.data.plan import BatchPlan, Plan
 from ijckd_fast.data.sources import BlockPlace
+from ijckd_fast.data.unreadable import Unreadable, blames_file
 from ijckd_fast.errors import UserError
 
 _PART = 32  # at most so many images of a batch are made by one thread at a time

@@ -24,10 +24,11 @@ from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from ijckd_fast.data.index.dali import decoded, last_line
-from ijckd_fast.data.load.loader import Loader, Unreadable
+from ijckd_fast.data.load.loader import Loader
 from ijckd_fast.data.load.pillow import as_indexed, make_image, stored_image
 from ijckd_fast.data.plan import BatchPlan, EvalPlan, Plan
 from ijckd_fast.data.sources import Place
+from ijckd_fast.data.unreadable import Unreadable
 from ijckd_fast.errors import UserError, out_of_memory
 
 _NOTHING = np.zeros(1, np.uint8)  # encoded, of an image that need not be decoded, or cannot be

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ijckd_fast.data.index.index import Index, Paths
 from ijckd_fast.data.index.rgb import to_rgb
-from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import PillowLoader, arrange
 from ijckd_fast.data.plan import BatchPlan, Plan
+from ijckd_fast.data.unreadable import Unreadable, blames_file
 from ijckd_fast.errors import UserError
 
 _EXPECTED = (

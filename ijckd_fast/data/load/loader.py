@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import warnings
 from collections.abc import Callable
 from types import TracebackType
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from ijckd_fast.data.load.changed import ChangedFiles
 from ijckd_fast.data.plan import Augment, BatchPlan, EvalPlan, Mixing, Plan, TooManyUnreadable, what_to_do
-from ijckd_fast.errors import UserError, out_of_memory
+from ijckd_fast.errors import UserError
 
 
 class Batch(NamedTuple):
@@ -76,26 +75,6 @@ def mixed(batch: Batch, mixing: Mixing) -> Batch:
     images = torch.where(inside, other, torch.lerp(other, batch.images, blend))
     images = images.contiguous(memory_format=torch.channels_last)
     return batch._replace(images=images, labels_b=batch.labels[partner], mix=share)
-
-
-class Unreadable(UserError):
-    """A file that was good when it was indexed and is not now: `path`, and why."""
-
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(
-            f"an image as it was indexed was expected at {path}, found: {why}; restore the file or build the index "
-            "again"
-        )
-        self.path, self.why = path, why
-
-
-# Errors of the machine, which say nothing about the file.
-_NOT_THE_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
-
-def blames_file(error: BaseException) -> bool:
-    """Whether an error in reading a file is the file's."""
-    return not out_of_memory(error) and getattr(error, "errno", None) not in _NOT_THE_FILE
 
 
 def _warn(path: str, why: str) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ijckd_fast.data.index import CANNOT_BE_READ
 from ijckd_fast.data.index.rgb import to_rgb
-from ijckd_fast.data.load.loader import Loader, Unreadable, blames_file
+from ijckd_fast.data.load.loader import Loader
 from ijckd_fast.data.load.planes import arrange_planes
 from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.sources import BlockPlace, Place, WholeFile
+from ijckd_fast.data.unreadable import Unreadable, blames_file
 
 
 def decode(path: str, source: bytes | Place | None = None) -> Image.Image:

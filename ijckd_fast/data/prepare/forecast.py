@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from ijckd_fast.data.load.loader import Unreadable
 from ijckd_fast.data.load.pillow import decode
 from ijckd_fast.data.prepare.pack_format import PackFormat
 from ijckd_fast.data.sources import InOrder, Place
+from ijckd_fast.data.unreadable import Unreadable
 from ijckd_fast.errors import UserError
 
 _SAMPLE = 64  # images that are timed

@@ -23,10 +23,9 @@ from ijckd_fast.data.blocks import (
     room,
     write_file,
 )
-from ijckd_fast.data.load.loader import Unreadable
-from ijckd_fast.data.load.planes import arrange_planes
 from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Stored, Treatment, packed_sizes
+from ijckd_fast.data.unreadable import Unreadable
 from ijckd_fast.errors import UserError
 
 ENCODER = 2
@@ -149,4 +148,6 @@ class _StoredBlocks(Stored):
         return wide, high
 
     def view(self, plan: BatchPlan, i: int) -> np.ndarray:
+        from ijckd_fast.data.load.planes import arrange_planes  # here: its room stands on torch
+
         return arrange_planes(self._planes(), plan, i)

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from ijckd_fast.data.load.pillow import arrange, decode
 from ijckd_fast.data.plan import BatchPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat, Shard, Stored, Treatment, packed_sizes
 from ijckd_fast.errors import UserError
@@ -96,6 +95,8 @@ class _StoredJpeg(Stored):
         return bytes_of(self._tar, self._member)
 
     def size(self) -> tuple[int, int]:
+        from ijckd_fast.data.load.pillow import decode
+
         return decode(self._member.name, self.data()).size
 
     def view(self, plan: BatchPlan, i: int) -> np.ndarray:
@@ -104,6 +105,8 @@ class _StoredJpeg(Stored):
 
 def view_of_jpeg(path: str, data: bytes, plan: BatchPlan, i: int) -> np.ndarray:
     """The pixels [S, S, 3] uint8 that image i of a batch has where `data` is its image. Raises Unreadable."""
+    from ijckd_fast.data.load.pillow import decode
+
     return view_of_image(decode(path, data), plan, i)
 
 
@@ -112,6 +115,8 @@ def view_of_image(image: Image.Image, plan: BatchPlan, i: int) -> np.ndarray:
     # to the same size: the packed image's rounded ratio would move its pixels against the original's
     size = plan.size.copy()
     size[i] = image.height, image.width
+    from ijckd_fast.data.load.pillow import arrange
+
     return arrange(image, replace(plan, size=size), i)
 
 

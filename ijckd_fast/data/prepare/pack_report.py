@@ -14,11 +14,11 @@ from rich.table import Table
 
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.data.index import Index
-from ijckd_fast.data.load.loader import Unreadable
 from ijckd_fast.data.load.pillow import arrange, stored_image
 from ijckd_fast.data.plan import Augment, EvalPlan
 from ijckd_fast.data.prepare.pack_format import PackFormat
 from ijckd_fast.data.prepare.pack_jpeg import encode, view_of_image, view_of_jpeg
+from ijckd_fast.data.unreadable import Unreadable
 
 SAMPLE = 256  # images the fidelity is measured on
 _SAMPLE_STREAM = 0xF1DE

@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 
 from ijckd_fast import files
-from ijckd_fast.data.load.loader import Unreadable, blames_file
 from ijckd_fast.data.load.pillow import decode
 from ijckd_fast.data.prepare.pack_format import Shard, Treatment
 from ijckd_fast.data.prepare.workers import in_processes
 from ijckd_fast.data.sources.sums import sum_lines
+from ijckd_fast.data.unreadable import Unreadable, blames_file
 from ijckd_fast.errors import UserError
 
 

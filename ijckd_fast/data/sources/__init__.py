@@ -19,6 +19,7 @@ from ijckd_fast.data.sources.places import Checked, Extent, Place, WholeFile, ex
 from ijckd_fast.data.sources.recognise import SOURCES, holds_blocks, open_source
 from ijckd_fast.data.sources.shards import Shards
 from ijckd_fast.data.sources.source import Content, Fields, InOrder, Listed, Source
+from ijckd_fast.data.sources.splits import require_folder
 from ijckd_fast.data.sources.sums import CLASSES_FILE
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "open_source",
     "read_class_list",
     "read_labels",
+    "require_folder",
     "some",
 ]

@@ -30,6 +30,15 @@ def split_of(name: str) -> str | None:
     return _WORDS[words[-1]] if words else None
 
 
+def require_folder(root: Path, split: str = "train") -> None:
+    """UserError where a data folder is no folder."""
+    if not root.is_dir():
+        raise UserError(
+            f"expected class folders of images, {root / split}/<class>/*.jpg, but {root} is not a folder; give the "
+            "folder that holds train/ and val/"
+        )
+
+
 def look_into(root: Path, split: str, suffixes: Sequence[str], itself: bool = False) -> Content:
     """What root holds of a split.
 
@@ -42,11 +51,7 @@ def look_into(root: Path, split: str, suffixes: Sequence[str], itself: bool = Fa
             f"--val-dir must be a data folder with a validation split, or a folder of nothing but validation images, "
             f"but {root} is not a folder; give one"
         )
-    if not root.is_dir():
-        raise UserError(
-            f"expected class folders of images, {root / split}/<class>/*.jpg, but {root} is not a folder; give the "
-            "folder that holds train/ and val/"
-        )
+    require_folder(root, split)
     flat = {folder: _files(root / folder, tuple(suffixes)) for folder in _FLAT}
     folder = _folder_of(root, split)
     info = read_info(root, required=folder is None and any(flat.values()))

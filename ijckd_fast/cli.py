@@ -5,11 +5,14 @@ The commands are in commands/, a file each. What needs torch is imported inside 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from ijckd_fast import files, home, signals, streams
@@ -64,7 +67,7 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
         return _complain(str(ran_out(f"in ijckd-fast {words.replace('.', ' ')}".rstrip(), _SMALLER, error)), 2)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", 128 + signal.SIGINT)
-    if outcome.rows is not None:
+    if outcome.rows is not None and not streams.is_watched():
         print(json.dumps({"rows": outcome.rows}))
     if asked.signum:  # a library has kept it to itself
         return _stopped(signals.Stopped(asked.signum), command)
@@ -104,7 +107,17 @@ def _require_printed() -> int:
 
 def _complain(text: str, code: int) -> int:
     streams.complain(f"ijckd-fast: {text}")
+    _tell_launcher(f"ijckd-fast: {text}")
     return code
+
+
+def _tell_launcher(text: str) -> None:
+    """torchrun repeats what is in this file below its own traceback, which would otherwise bury the sentence."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"py_callstack": text, "timestamp": str(int(time.time()))}  # it shows the first of the two
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": about}}))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -87,6 +87,11 @@ def shows_bars() -> bool:
     return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
+def is_watched() -> bool:
+    """Whether standard output is a terminal, where people read: figures for programs are for pipes and files."""
+    return sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+
+
 def complain(text: str) -> None:
     """One line on standard error, or where that is gone on standard output."""
     print(text, file=sys.stderr, flush=True)

@@ -34,8 +34,8 @@ class Arguments(SimpleNamespace):
 class Outcome(NamedTuple):
     """What a command comes to.
 
-    rows      its figures, printed as {"rows": [...]} on the last line of standard output; None: it has none, no such
-              line
+    rows      its figures, printed as {"rows": [...]} on the last line of standard output unless that is a terminal;
+              None: it has none, no such line
     code      exit code: 0, or 1 where the command did its work and the answer is no (answers differ, runs failed)
     in_files  whether all that was printed stands in files too: a console that is full is no failure then
     """

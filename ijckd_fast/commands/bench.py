@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 SUMMARY = "How far the loader's pixels, and a net's answers, are from Pillow's."
 DESCRIPTION = (
     "bench loader --parity: makes the same crops of the same images of a folder by DALI (of a block pack by the block "
-    "executor) and by Pillow and compares the pixels, and with --model a net's answers. Of a pack it shows beside this "
-    "what packing has lost. Exit code 1 if the pixels differ by more than the trainer allows. The last line of "
-    "standard output is one JSON object."
+    "executor) and by Pillow and compares the pixels, and with --model a net's answers. Of a pack it shows beside "
+    "this what packing has lost. Exit code 1 if the pixels differ by more than the trainer allows. Where standard "
+    "output is no terminal, its last line is one JSON object."
 )
 
 

@@ -24,8 +24,8 @@ DESCRIPTION = (
     "the teacher's error, their disagreement, the margin form and the norm form. Beside them the distances of "
     "features and logits, the share of them that the classifier does not see, calibration, and each class. Says what "
     "dominates and what to change (docs/bound.md). For runs with a connector: ijckd, ijckd-pooled, srrl, simkd, srd. "
-    "Writes bound.md, bound.json, bound.csv and bound.png (bound-train.* for the training images). The last line of "
-    "standard output is one JSON object."
+    "Writes bound.md, bound.json, bound.csv and bound.png (bound-train.* for the training images). Where standard "
+    "output is no terminal, its last line is one JSON object."
 )
 
 

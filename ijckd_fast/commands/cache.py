@@ -21,8 +21,8 @@ DESCRIPTION = (
     "--teacher cache:OUT then never builds the teacher's backbone, with the same images, seed, crops and data "
     "backend, without mixup, cutmix, repeats and sizes. Takes V x images x channels x 2 bytes. In the end some views "
     "are computed again and compared: exit code 1, and their names, if they differ. Interrupted, it continues where "
-    "it stopped when it is run again; a finished cache is verified again, and what is damaged is made again. The last "
-    "line of standard output is one JSON object."
+    "it stopped when it is run again; a finished cache is verified again, and what is damaged is made again. Where "
+    "standard output is no terminal, its last line is one JSON object."
 )
 STOPPED = ", finished chunks are kept: the same command continues where it stopped"
 

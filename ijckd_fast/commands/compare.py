@@ -13,8 +13,8 @@ DESCRIPTION = (
     "Trains every method of a comparison in each of its regimes, seeds 0 ... N - 1, by the same loop, schedule and "
     "plan: a seed gives all methods the same images, crops and order. Reports mean, deviation and the differences "
     "seed by seed with 95 % intervals. Runs that are in the output folder already, with the same settings, code, "
-    "images and teacher, are used again, an interrupted one is continued; others there are replaced. Exit code 1, "
-    "and their names, if runs failed. The last line of standard output is one JSON object."
+    "images and teacher, are used again, an interrupted one is continued; others there are replaced. Exit code 1, and "
+    "their names, if runs failed. Where standard output is no terminal, its last line is one JSON object."
 )
 STOPPED = ", finished runs are kept, and every checkpoint: the same command continues where it stopped"
 

@@ -10,8 +10,9 @@ from ijckd_fast.commands import Arguments, Outcome
 
 SUMMARY = "A teacher and one student by five methods, on digits, in a few minutes."
 DESCRIPTION = (
-    "Writes the digits as JPEG files, trains a teacher, then the same small student by several methods, several "
-    "seeds each. Runs that are there already are used again. The last line of standard output is one JSON object."
+    "Writes the digits as JPEG files, trains a teacher, then the same small student by several methods, several seeds "
+    "each. Runs that are there already are used again. Where standard output is no terminal, its last line is one "
+    "JSON object."
 )
 STOPPED = ", finished runs are kept, and every checkpoint: the same command continues where it stopped"
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SUMMARY = "Accuracy, agreement and cost of a trained net."
 DESCRIPTION = (
     "Top-1, top-5, agreement with the teacher, images/s and deployed cost of a run on a val/ folder; with --group-by "
-    "the same of groups of its images that their names tell apart, a row each behind that of all. The last line of "
-    "standard output is one JSON object."
+    "the same of groups of its images that their names tell apart, a row each behind that of all. Where standard "
+    "output is no terminal, its last line is one JSON object."
 )
 
 

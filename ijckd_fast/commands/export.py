@@ -17,9 +17,9 @@ SUMMARY = "Files to deploy a trained net with: safetensors, ONNX, the student fo
 DESCRIPTION = (
     "Writes what answers after training (backbone, connector and classifier, BatchNorm folded) as model.safetensors "
     "with config.json and as model.onnx, and the student's own weights as student.safetensors, in its library's "
-    "names; compares their answers with the trained net's on real images first, and counts and times the parts. "
-    "Works on the CPU. Exit code 1, and nothing written, if the answers differ. The last line of standard output is "
-    "one JSON object."
+    "names; compares their answers with the trained net's on real images first, and counts and times the parts. Works "
+    "on the CPU. Exit code 1, and nothing written, if the answers differ. Where standard output is no terminal, its "
+    "last line is one JSON object."
 )
 STOPPED = ", nothing was written"
 

@@ -21,9 +21,9 @@ SUMMARY = "Scan a data folder once and list its bad files."
 DESCRIPTION = (
     "Decodes every image of a folder once and remembers which are good, so that training starts in seconds and never "
     "dies of a bad file. Run again it opens only files whose length or time has changed; train and evaluate ask only "
-    "for the times of the folders, which show files that come and go but not one rewritten in place: that one is named "
-    "when it is read. It says what layout it found, and the command that trains on it. The last line of standard "
-    "output is one JSON object."
+    "for the times of the folders, which show files that come and go but not one rewritten in place: that one is "
+    "named when it is read. It says what layout it found, and the command that trains on it. Where standard output is "
+    "no terminal, its last line is one JSON object."
 )
 STOPPED = ", what was decoded is kept: the same command continues where it stopped"
 

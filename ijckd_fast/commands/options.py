@@ -101,9 +101,10 @@ def add_unset_settings(parser: ArgumentParser, *names: str, default: str = "") -
     from ijckd_fast.train.config import TYPES, help_of
 
     for name in names:
-        parser.add_argument(
-            option(name), type=TYPES[name], help=help_of(name) + (f"; default: {default}" if default else "")
-        )
+        text = help_of(name)
+        if default:
+            text = f"{text.partition('; default: ')[0]}; default: {default}"
+        parser.add_argument(option(name), type=TYPES[name], help=text)
 
 
 def data_folder(args: Arguments) -> DataFolder:

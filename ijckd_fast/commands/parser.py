@@ -6,12 +6,14 @@ import importlib
 import pkgutil
 import re
 import typing
+from argparse import Action
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+import ijckd_fast
 from ijckd_fast import commands
 from ijckd_fast.commands import Arguments
 from ijckd_fast.errors import UserError, did_you_mean
@@ -41,6 +43,18 @@ def commands_in(package: ModuleType) -> dict[str, ModuleType]:
     return {name: named[name] for name in sorted(named, key=lambda name: (name != "train", name))}
 
 
+class _Help(DefaultHelpFormatter):
+    """The library's help, but where an option says its own default, or has none, it says neither another one nor
+    "required".
+    """
+
+    def _get_help_string(self, action: Action) -> str:
+        text = super()._get_help_string(action)
+        if action.default in (None, "", ()) or "default: " in (action.help or ""):
+            text = text.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
+        return text.replace("(required, ", "(") if "default: " in (action.help or "") else text
+
+
 class CommandParser(ArgumentParser):
     """The options of one command, or the commands of a package of them.
 
@@ -48,7 +62,15 @@ class CommandParser(ArgumentParser):
     """
 
     def __init__(self, command: ModuleType, prog: str) -> None:
-        super().__init__(prog=prog, description=command.DESCRIPTION, allow_abbrev=False, print_config=None)
+        version = ijckd_fast.__version__ if command is commands else None
+        super().__init__(
+            prog=prog,
+            description=command.DESCRIPTION,
+            allow_abbrev=False,
+            print_config=None,
+            version=version,
+            formatter_class=_Help,
+        )
         self.command = command
         self.choices: dict[str, CommandParser] = {}
         self._complete = False

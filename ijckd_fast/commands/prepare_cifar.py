@@ -14,7 +14,7 @@ DESCRIPTION = (
     "files to OUT/train/<class>/ and OUT/val/<class>/ (CIFAR's test images; CIFAR-100's fine classes), and the "
     "classes in the order of the labels to OUT/classes.txt. Fetches nothing: the archives are at "
     "https://www.cs.toronto.edu/~kriz/cifar.html. Interrupted, it continues where it stopped when it is run again. "
-    "The last line of standard output is one JSON object."
+    "Where standard output is no terminal, its last line is one JSON object."
 )
 STOPPED = ", what was unpacked is kept: the same command continues where it stopped"
 

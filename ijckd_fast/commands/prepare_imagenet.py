@@ -11,8 +11,8 @@ from ijckd_fast.commands.options import rows_of_splits
 SUMMARY = "Unpack ImageNet's archives into class folders."
 DESCRIPTION = (
     "Unpacks ILSVRC2012_img_train.tar (or ImageNet-21k's archive of archives) and ILSVRC2012_img_val.tar into "
-    "OUT/train/<wnid>/ and OUT/val/<wnid>/. Interrupted, it continues where it stopped when it is run again. The "
-    "last line of standard output is one JSON object."
+    "OUT/train/<wnid>/ and OUT/val/<wnid>/. Interrupted, it continues where it stopped when it is run again. Where "
+    "standard output is no terminal, its last line is one JSON object."
 )
 STOPPED = ", what was unpacked is kept: the same command continues where it stopped"
 

@@ -10,10 +10,10 @@ from ijckd_fast.commands import Arguments, Outcome
 
 SUMMARY = "The packaged teacher-student pairs and what each deploys."
 DESCRIPTION = (
-    "A table (Markdown) of the presets with a teacher: parameters, and multiply-accumulates per image in "
-    "convolutions and linear layers, of the student with a classifier of its own and of what the preset deploys "
-    "(backbone, connector, teacher's classifier). The nets are built with random weights: no data, nothing is "
-    "downloaded. The last line of standard output is one JSON object."
+    "A table (Markdown) of the presets with a teacher: parameters, and multiply-accumulates per image in convolutions "
+    "and linear layers, of the student with a classifier of its own and of what the preset deploys (backbone, "
+    "connector, teacher's classifier). The nets are built with random weights: no data, nothing is downloaded. Where "
+    "standard output is no terminal, its last line is one JSON object."
 )
 
 _COLUMNS = {

@@ -27,7 +27,7 @@ class DataAndModels:
     data_dir: str = _data(
         "",
         "folder with train/<class>/* and val/<class>/* image files, webdataset shards, or another layout of "
-        "docs/index.md (required)",
+        "docs/index.md; needed",
         Trait.FREE | Trait.CACHED | Trait.INDEXES | Trait.PATH,
         of_comparison="data_dir beside methods",
     )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 from command_line import complaint
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+import ijckd_fast
 from ijckd_fast import cli, commands
 from ijckd_fast.commands import Outcome
 from ijckd_fast.commands.parser import commands_in, parse
@@ -184,6 +188,43 @@ def test_arguments_are_those_given_over_the_defaults():
     assert command is COMMANDS["index"]
     assert args.given == {"data_dir": "data", "class_list": "names.txt", "fast": True}
     assert (args.data_dir, args.fast, args.verify, args.refresh, args.val_labels) == ("data", True, "full", False, None)
+
+
+def test_version(capsys):
+    assert _help(capsys, "--version") == f"ijckd-fast {ijckd_fast.__version__}"
+    assert "unknown option --version of ijckd-fast train" in complaint(capsys, "train", "--version")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_says_two_defaults(capsys, name):
+    """Nor that it is required and has one."""
+    for words in [(name, each) for each in commands_in(COMMANDS[name])] if name == "study" else [(name,)]:
+        options = re.split(r" (?=--[a-z])", _help(capsys, *words, "--help"))
+        for text in options:
+            assert text.count("default: ") <= 1, text
+            assert not ("required" in text and "default: " in text), text
+            assert "default: null" not in text
+            assert "default: )" not in text
+
+
+def test_a_terminal_is_not_flooded_with_json(monkeypatch, capsys):
+    """People read the tables; a pipe and a file have the line."""
+    monkeypatch.setattr("ijckd_fast.commands.demo.run", lambda args: Outcome([{"a": 1}]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert cli.main(["demo"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_torchrun_repeats_the_sentence(monkeypatch, capsys, tmp_path):
+    """Below its own traceback, which names no cause by itself."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    said = complaint(capsys, "train", "--epoch", "3").strip()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    assert said in ChildFailedError("ijckd-fast", {0: failure}).format_msg()
+    assert 0 <= time.time() - failure.timestamp < 600
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "nowhere" / "error.json"))
+    assert complaint(capsys, "train", "--epoch", "3").strip() == said
 
 
 def test_figures_are_the_last_line(monkeypatch, capsys):

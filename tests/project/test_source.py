@@ -58,7 +58,7 @@ STANDS_ON = {
     "head": {"lazy", "errors"},
     "data": {"lazy", "errors", "signals", "normalisation", "files", "console", "head"},
     "theory": {"lazy", "errors", "files", "console", "plots"},
-    "nets": {"errors", "normalisation", "files"},
+    "nets": {"lazy", "errors", "normalisation", "files"},
 }
 
 

@@ -12,8 +12,8 @@ SUMMARY = "What one label, its probability, and all probabilities of a teacher a
 DESCRIPTION = (
     "Four learners that see hard labels (CE_sgl), the teacher's probability of the label drawn (CE_ptl, SEL_ptl) or "
     "all its probabilities (CE_ful): mean risk over the number of samples, slopes, and closed forms beside them "
-    "(docs/theory.md). Writes report.md, study.csv and two plots. The last line of standard output is one JSON "
-    "object."
+    "(docs/theory.md). Writes report.md, study.csv and two plots. Where standard output is no terminal, its last line "
+    "is one JSON object."
 )
 
 

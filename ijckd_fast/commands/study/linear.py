@@ -12,8 +12,8 @@ SUMMARY = "A linear teacher distilled into linear and deep-linear students."
 DESCRIPTION = (
     "A linear student distilled from a linear teacher's soft labels, against one trained on hard labels: risk over "
     "the number of training inputs beside closed forms and bounds, gradient descent, deep-linear students, steps "
-    "outside the inputs' span (docs/theory.md). Writes report.md, study.csv and two plots. The last line of standard "
-    "output is one JSON object."
+    "outside the inputs' span (docs/theory.md). Writes report.md, study.csv and two plots. Where standard output is "
+    "no terminal, its last line is one JSON object."
 )
 
 

@@ -17,7 +17,7 @@ DESCRIPTION = (
     "with Debian's packages that have them, and end the command with exit code 2 unless --allow-missing. A character "
     "that a typeface lacks has no image of it. OUT gets its index, glyphs.json (typefaces, versions, digests of the "
     "pixels) and characters.txt (the classes' characters), all at once: a command that is stopped leaves no folder. "
-    "Fetches nothing. The last line of standard output is one JSON object."
+    "Fetches nothing. Where standard output is no terminal, its last line is one JSON object."
 )
 STOPPED = ", nothing was left of the folder: the same command begins again"
 

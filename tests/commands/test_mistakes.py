@@ -63,6 +63,8 @@ MISTAKES = [
     ("demo --seeds 0", "--seeds must be at least 1"),
     ("prepare-cifar out --archive nowhere", "there is no file nowhere"),
     ("prepare-imagenet out --train-tar nowhere", "there is no file nowhere"),
+    ("prepare-glyphs out --fonts nowhere", "--fonts must be a folder of typefaces, but nowhere is none"),
+    ("prepare-glyphs out --classes jis3", "--classes"),
     ("recipes r34_r81", "no preset 'r34_r81'"),
     ("recipes digits_teacher", "is no packaged pair"),
     ("study linear --laws triangular", "unknown law of inputs 'triangular'"),

@@ -24,7 +24,6 @@ from ijckd_fast.console import progress_bar
 from ijckd_fast.data.index import DataFolder
 from ijckd_fast.data.prepare.glyph_images import JIS1, pictures_of, pixels_digest
 from ijckd_fast.data.prepare.pack_format import PackFormat
-from ijckd_fast.data.prepare.packing import pack
 from ijckd_fast.data.prepare.typefaces import SPLITS, Face, Found, Search, chosen, read_list, require, search
 from ijckd_fast.data.prepare.workers import in_processes
 from ijckd_fast.errors import UserError
@@ -204,6 +203,8 @@ def _make(
     if packed is None:
         os.rename(pngs, out)
     else:
+        from ijckd_fast.data.prepare.packing import pack  # here: it stands on torch
+
         pack(pngs, out, packed, workers=workers, progress=progress)
         shutil.rmtree(pngs)
     rows = _rows(out, faces, seen.missing, points, kept, workers, progress)

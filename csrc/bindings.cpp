@@ -64,11 +64,13 @@ STABLE_TORCH_LIBRARY(ijckd, m) {
       "numbers, bool grad, ScalarType? dtype) -> "
       "(Tensor loss, Tensor parts, Tensor top1, Tensor dz, Tensor dz_t, Tensor projection_t)");
 
-  // The classifier at positions of maps, x and x_t [B, P, Ct], and losses on what it says there: KL, DKD, class maps.
-  // numbers: those of class_map_loss.h:ClassMapWeights. dx is dloss/dx, made in the forward pass if `grad`.
+  // The classifier at positions of maps, and losses on what it says there: KL, DKD, class maps. maps and maps_t are
+  // [B, Ct, H, W] with means and means_t [P, H*W] of their positions, or without these pooled already, x [B, P, Ct].
+  // numbers: those of class_map_loss.h:ClassMapWeights. dx [B, P, Ct] is dloss/dx, made in the forward pass if `grad`.
   m.def(
-      "class_map_loss(Tensor x, Tensor weight, Tensor? bias, Tensor x_t, Tensor? labels, Tensor? share, int[] scales, "
-      "float[] numbers, bool grad, ScalarType? dtype) -> (Tensor loss, Tensor parts, Tensor dx)");
+      "class_map_loss(Tensor maps, Tensor weight, Tensor? bias, Tensor maps_t, Tensor? labels, Tensor? share, Tensor? "
+      "means, Tensor? means_t, int[] scales, float[] numbers, bool grad, ScalarType? dtype) -> (Tensor loss, Tensor "
+      "parts, Tensor dx)");
 
   // The highest stage of CUDA kernels that may run from here on; returns the one before. For tests and benchmarks.
   m.def("limit_stage(int most) -> int");

@@ -104,13 +104,13 @@ struct PositionRow {
     }
   }
 
-  // Of the weighted loss, dloss/dl[k] from l[k] and t[k].
-  template <typename Passes>
+  // Of the weighted loss, dloss/dl[k] from l[k] and t[k]. kKl, kDkd: whether these may be on (soft_row.h).
+  template <bool kKl = true, bool kDkd = true, typename Passes>
   IJCKD_PASSES A grad(const Passes& passes, int64_t k, A l, A t) const {
     A g = 0;
-    if (kl.rate != A(0)) g += kl.grad(k, passes.exponential(kl.below(l)), passes.exponential(kl.below_t(t)));
+    if (kKl && kl.rate != A(0)) g += kl.grad(k, passes.exponential(kl.below(l)), passes.exponential(kl.below_t(t)));
     const Divergence<A>& d = dkd.others;
-    if (d.without >= 0) g += dkd.grad(k, passes.exponential(d.below(l)), passes.exponential(d.below_t(t)));
+    if (kDkd && d.without >= 0) g += dkd.grad(k, passes.exponential(d.below(l)), passes.exponential(d.below_t(t)));
     return factor * g;
   }
 };

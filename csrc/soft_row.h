@@ -170,6 +170,9 @@ struct Nkd {
   IJCKD_HD A value() const { return share_t * own.value() + gamma * (others.value + others.entropy); }
 };
 
+// What can be on, as bits.
+enum : unsigned { kSoftKl = 1, kSoftTtm = 2, kSoftNkd = 4, kSoftNkdB = 8, kSoftHard = 16, kSoftAll = 31 };
+
 // All of it, for one row. values: unweighted, in the places of LossWeights' parts; grad: of their weighted sum. May lie
 // where all of a block's threads see it, which have no registers for as much.
 template <typename A>
@@ -245,18 +248,26 @@ struct SoftRow {
     if (w.nkd != 0) passes.once([&]() IJCKD_ITEM { nkd.rate = values[kPartNkd] = NAN; });
   }
 
-  // dloss/dl[k], from l[k] and t[k].
-  template <typename Passes>
+  unsigned on() const {
+    const auto bit = [](A rate, unsigned of) { return rate != A(0) ? of : 0u; };
+    return bit(kl.rate, kSoftKl) | bit(ttm.rate, kSoftTtm) | bit(nkd.rate, kSoftNkd) | bit(nkd_b.rate, kSoftNkdB) |
+           bit(hard_rate, kSoftHard);
+  }
+
+  // dloss/dl[k], from l[k] and t[k]. kOn: at least the bits that are on; a compiler that makes a loop's conditions
+  // values computes all the others too.
+  template <unsigned kOn = kSoftAll, typename Passes>
   IJCKD_PASSES A grad(const Passes& passes, int64_t k, A l, A t) const {
     const A s = of_l(l);
-    A g = of_l.scale * (of_standardised(passes, k, s, of_t(t)) - along * s);
-    if (hard_rate != A(0)) g += hard_rate * hard.grad(k, passes.exponential(l - hard.top - hard.shift));
+    A g = of_l.scale * (of_standardised<kOn>(passes, k, s, of_t(t)) - along * s);
+    if ((kOn & kSoftHard) && hard_rate != A(0))
+      g += hard_rate * hard.grad(k, passes.exponential(l - hard.top - hard.shift));
     return g;
   }
 
  private:
   // The same of what sees standardised logits, with respect to these.
-  template <typename Passes>
+  template <unsigned kOn = kSoftAll, typename Passes>
   IJCKD_PASSES A of_standardised(const Passes& passes, int64_t k, A s, A s_t) const {
     A g = 0;
     const auto add = [&](const Divergence<A>& d) IJCKD_ITEM {
@@ -267,7 +278,10 @@ struct SoftRow {
       g += n.rate * n.share_t * n.own.grad(k, passes.exponential(s - n.own.top - n.own.shift));
       add(n.others);
     };
-    add(kl), add(ttm), add_nkd(nkd), add_nkd(nkd_b);
+    if constexpr (kOn & kSoftKl) add(kl);
+    if constexpr (kOn & kSoftTtm) add(ttm);
+    if constexpr (kOn & kSoftNkd) add_nkd(nkd);
+    if constexpr (kOn & kSoftNkdB) add_nkd(nkd_b);
     return g;
   }
 };

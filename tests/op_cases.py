@@ -238,10 +238,16 @@ def op_samples():
     maps, weight, bias, maps_t, labels, share = class_map_inputs()
     x, x_t = (maps.flatten(2).transpose(1, 2)[:, :5].clone() for maps in (maps, maps_t))
     x.requires_grad_()
-    args = (x, weight, bias, x_t, labels, share, [1, 2], [0.7, 0.5, 0.3, 0.9, 3.0], True, None)
-    yield "class_map_loss", ops.class_map_loss.default, args
-    args = (x, weight, None, x_t, None, None, [1, 2], [0.0, 0.0, 0.0, 0.9, 3.0], True, None)
-    yield "class_map_loss, maps alone", ops.class_map_loss.default, args
+    numbers = [0.7, 0.5, 0.3, 0.9, 3.0]
+    args = (x, weight, bias, x_t, labels, share, None, None, [1, 2], numbers, True, None)
+    yield "class_map_loss of pooled maps", ops.class_map_loss.default, args
+    args = (x, weight, None, x_t, None, None, None, None, [1, 2], [0.0, 0.0, 0.0, 0.9, 3.0], True, None)
+    yield "class_map_loss, class maps alone", ops.class_map_loss.default, args
+    means = torch.rand(5, maps[0, 0].numel(), dtype=F64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        leaf = maps.contiguous(memory_format=layout).requires_grad_()
+        args = (leaf, weight, bias, x_t, labels, share, means, None, [1, 2], numbers, True, None)
+        yield f"class_map_loss, {layout}", ops.class_map_loss.default, args
     running_mean, running_var, mean, var = (torch.rand(7) for _ in range(4))
     args = (running_mean, running_var, torch.tensor(3), mean, var, 1.1, 0.1)
     yield "follow_statistics", ops.follow_statistics.default, args

@@ -2,6 +2,7 @@
 #include "class_map_loss.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "class_map.h"
@@ -113,10 +114,22 @@ IJCKD_INLINE void image(const ClassMapRows& r, int64_t b, const Scratch<A>& s) {
     const PositionRow<A> found(w, lanes, of(l), of(t), K, r.labels[b], right == right_at_all ? share : A(2) * share);
     for (int part = 0; part < kMapCam; ++part) rows[row * kMapCam + part] = found.values[part];
     if (!r.gradient) continue;
-    if (map_grad)
-      for (int64_t k = 0; k < K; ++k) store(gradient, k, found.grad(lanes, k, l[k], t[k]) + map_grad[k]);
+    const auto store_all = [&](auto kl, auto dkd) __attribute__((always_inline)) {
+      const auto grad = [&](int64_t k) __attribute__((always_inline)) {
+        return found.template grad<kl(), dkd()>(lanes, k, l[k], t[k]);
+      };
+      if (map_grad)
+        for (int64_t k = 0; k < K; ++k) store(gradient, k, grad(k) + map_grad[k]);
+      else
+        for (int64_t k = 0; k < K; ++k) store(gradient, k, grad(k));
+    };
+    const bool dkd = w.dkd_alpha != 0 || w.dkd_beta != 0;
+    if (w.kl != 0 && dkd)
+      store_all(std::true_type(), std::true_type());
+    else if (dkd)
+      store_all(std::false_type(), std::true_type());
     else
-      for (int64_t k = 0; k < K; ++k) store(gradient, k, found.grad(lanes, k, l[k], t[k]));
+      store_all(std::true_type(), std::false_type());
   }
 }
 

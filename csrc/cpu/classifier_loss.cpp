@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -130,7 +131,25 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     const Lanes<A> lanes{K, item};
     SoftRow<A> soft;
     soft.take(w, lanes, of(l), of(t), K, q, r.labels_b != nullptr);
-    for (int64_t k = 0; k < K; ++k) g[k] += soft.grad(lanes, k, l[k], t[k]);
+    const auto add = [&]<unsigned kOn>(std::integral_constant<unsigned, kOn>) __attribute__((always_inline)) {
+      for (int64_t k = 0; k < K; ++k) g[k] += soft.template grad<kOn>(lanes, k, l[k], t[k]);
+    };
+    switch (soft.on()) {
+      case kSoftKl:
+        add(std::integral_constant<unsigned, kSoftKl>());
+        break;
+      case kSoftTtm:
+        add(std::integral_constant<unsigned, kSoftTtm>());
+        break;
+      case kSoftNkd:
+        add(std::integral_constant<unsigned, kSoftNkd>());
+        break;
+      case kSoftHard:
+        add(std::integral_constant<unsigned, kSoftHard>());
+        break;
+      default:
+        add(std::integral_constant<unsigned, kSoftAll>());
+    }
     for (int part = kPartKl; part < kParts; ++part) rows[part * B + b] = soft.values[part];
   }
   if (w.plain_kl() != 0) rows[kPartKl * B + b] = divergence(r, near, top, l, t, diff, x, g);

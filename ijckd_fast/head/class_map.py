@@ -19,7 +19,6 @@ from ijckd_fast.head.dispatch import (
     check_library,
     differentiable,
     ops,
-    own_products,
     refuse_double_backward,
     refuse_kinds,
 )
@@ -54,8 +53,8 @@ def class_map_loss(
     scale decoupled distillation, SDD (Wei et al. 2024). c = x weight^T without bias at the R*R positions of the last
     scale, R, is a class map (CAM) of each class, |c| its norm over these positions, at least 1e-12: CAT-KD (Guo et al.
     2023), normalised. Its other form, without norms, is `classifier_loss`'s logit match of x's rows.
-    The gradient is made in the forward pass. The logits of some images exist at a time. Where x and x_t are close,
-    logits - logits_t is weight (x - x_t), with the difference formed before any rounding.
+    The gradient of x is made in the forward pass. Pooled positions and logits of some images exist at a time. Where x
+    and x_t are close, logits - logits_t is weight (x - x_t), with the difference formed before any rounding.
 
     maps      [B, Ct, H, W], or [B, P, Ct] pooled already; float32/bfloat16 (float16 on a GPU), or float64 with a
               float64 weight; the only tensor that gets a gradient
@@ -84,13 +83,19 @@ def class_map_loss(
                 "trained; detach it"
             )
     dtype = autocast_dtype(maps)
-    x = _pooled(maps, "maps", scales)  # [B, P, Ct]
-    with torch.no_grad():
-        x_t = _pooled(maps_t, "maps_t", scales)
     numbers = [kl, dkd_alpha, dkd_beta, cam, temperature]
-    grad = torch.is_grad_enabled() and x.requires_grad
-    with own_products(x):
-        loss, parts = _of_positions.call(x, weight, bias, x_t, labels, share, scales, numbers, grad, dtype)[:2]
+    means = means_t = None
+    if not torch.compiler.is_compiling():
+        means, means_t = (_means_of(x, name, scales, maps) for x, name in ((maps, "maps"), (maps_t, "maps_t")))
+    else:  # the compiler would trace how these constants are made, and make them in each step
+        maps = _pooled(maps, "maps", scales)
+        with torch.no_grad():
+            maps_t = _pooled(maps_t, "maps_t", scales)
+    grad = torch.is_grad_enabled() and maps.requires_grad
+    with torch.autocast(maps.device.type, enabled=False):
+        loss, parts = _of_maps.call(
+            maps, weight, bias, maps_t, labels, share, means, means_t, scales, numbers, grad, dtype
+        )[:2]
     return loss, parts
 
 
@@ -103,11 +108,9 @@ def pooled_positions(maps: Tensor, scales: Sequence[int] = (1, 2, 4)) -> Tensor:
     raises  RuntimeError for scales that do not rise or do not divide the last
     """
     scales = [int(s) for s in scales]
-    nested = bool(scales) and all(a < b for a, b in zip([0, *scales], scales, strict=False))
-    if not nested or any(scales[-1] % s for s in scales):
-        raise RuntimeError(f"{_OP}: scales must rise, from 1 or more, and each divide the last, got {scales}")
+    _check_scales(scales)
     maps = maps.to(accumulator(maps.dtype))
-    if torch.compiler.is_compiling():  # it would trace how the constant is made, and make it in each step
+    if torch.compiler.is_compiling():
         finest = F.adaptive_avg_pool2d(maps, scales[-1])  # [B, C, R, R]
         return torch.cat([F.adaptive_avg_pool2d(finest, s).flatten(2) for s in scales], 2).transpose(1, 2)
     means = _position_means(tuple(scales), maps.shape[2], maps.shape[3], maps.dtype, maps.device)  # [P, H*W]
@@ -131,27 +134,48 @@ def _position_means(scales: tuple[int, ...], H: int, W: int, dtype: torch.dtype,
         return torch.cat(rows).to(device, dtype)
 
 
+def _check_scales(scales: Sequence[int]) -> None:
+    nested = bool(scales) and all(a < b for a, b in zip([0, *scales], scales, strict=False))
+    if not nested or any(scales[-1] % s for s in scales):
+        raise RuntimeError(f"{_OP}: scales must rise, from 1 or more, and each divide the last, got {scales}")
+
+
+def _has_positions(maps: Tensor, name: str) -> bool:
+    """Whether they are maps [B, Ct, H, W], which are to be pooled; raises RuntimeError for such without a position."""
+    if maps.dim() == 4 and 0 in maps.shape[2:]:
+        raise RuntimeError(f"{_OP}: {name} must have positions, got {list(maps.shape)}")
+    return maps.dim() == 4
+
+
+def _means_of(maps: Tensor, name: str, scales: Sequence[int], like: Tensor) -> Tensor | None:
+    """Of what shall be pooled: [P, H*W] in the dtype in which like is summed."""
+    if not _has_positions(maps, name):
+        return None
+    _check_scales(scales)
+    return _position_means(tuple(scales), maps.shape[2], maps.shape[3], accumulator(like.dtype), like.device)
+
+
 def _pooled(maps: Tensor, name: str, scales: Sequence[int]) -> Tensor:
-    if maps.is_floating_point() and maps.dim() == 4:
-        if 0 in maps.shape[2:]:
-            raise RuntimeError(f"{_OP}: {name} must have positions, got {list(maps.shape)}")
-        return pooled_positions(maps, scales)
-    return maps
+    return pooled_positions(maps, scales) if maps.is_floating_point() and _has_positions(maps, name) else maps
 
 
 @torch.library.register_fake("ijckd::class_map_loss")
-def _(x, weight, bias, x_t, labels, share, scales, numbers, grad, dtype):
-    given = {"maps": x, "weight": weight, "bias": bias, "maps_t": x_t, "labels": labels, "share": share}
+def _(maps, weight, bias, maps_t, labels, share, means, means_t, scales, numbers, grad, dtype):
+    given = {"maps": maps, "weight": weight, "bias": bias, "maps_t": maps_t, "labels": labels, "share": share}
     refuse_kinds(_OP, given.items())
-    acc = accumulator(x.dtype)
-    dx = x.new_empty(x.shape[0] if grad else 0, x.shape[1], x.shape[2], dtype=acc)
-    return x.new_empty((), dtype=acc), x.new_empty(3, dtype=acc), dx
+    acc = accumulator(maps.dtype)
+    P, Ct = (maps.shape[1], maps.shape[2]) if means is None else (means.shape[0], maps.shape[1])
+    dx = maps.new_empty(maps.shape[0] if grad else 0, P, Ct, dtype=acc)
+    return maps.new_empty((), dtype=acc), maps.new_empty(3, dtype=acc), dx
 
 
 def _setup(ctx, inputs, output):
+    maps, means = inputs[0], inputs[6]
     ctx.set_materialize_grads(False)
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[2])
+    ctx.dtype = maps.dtype
+    ctx.size = maps.shape
+    ctx.by_channel = means is not None and maps.is_contiguous()  # its gradient is then in the same memory format
+    ctx.save_for_backward(output[2], means)
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -159,9 +183,17 @@ def _backward(ctx, grad_loss, *_):
     refuse_double_backward(_OP)
     if grad_loss is None:
         return (None,)
-    (dx,) = ctx.saved_tensors
-    scaled = dx if grad_loss is UNSCALED else dx * grad_loss
-    return (scaled if scaled.dtype == ctx.dtype else scaled.to(ctx.dtype),)
+    dx, means = ctx.saved_tensors  # [B, P, Ct], [P, H*W] or None
+    scaled = dx if means is None else means  # the smaller one
+    if grad_loss is not UNSCALED:
+        scaled = scaled * grad_loss
+    if means is None:
+        grad = scaled
+    else:
+        with torch.autocast(dx.device.type, enabled=False):  # [B, Ct, H*W]
+            grad = dx.transpose(1, 2) @ scaled if ctx.by_channel else (scaled.t() @ dx).transpose(1, 2)
+        grad = grad.reshape(ctx.size)
+    return (grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype),)
 
 
-_of_positions = differentiable(ops.class_map_loss.default, _setup, _backward, trained=1, results=2)
+_of_maps = differentiable(ops.class_map_loss.default, _setup, _backward, trained=1, results=2)

@@ -257,6 +257,58 @@ def test_pooled_maps_are_taken_as_they_are():
     assert_equal_to([leaf.grad], [want[2]])
 
 
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16], ids=str)
+def test_any_memory_format(dtype):
+    """Slices, strides, transposes, expansions: values as of the same numbers in a contiguous map, and a gradient in the
+    map's own memory format where it is one of the two.
+    """
+    acc = F64 if dtype == F64 else torch.float32
+    weight, labels, maps_t = torch.randn(9, 5, dtype=acc), torch.tensor([0, 3, 8]), torch.randn(3, 5, 7, 6, dtype=dtype)
+    made = {
+        "contiguous": torch.randn(3, 5, 7, 6, dtype=dtype),
+        "channels-last": torch.randn(3, 5, 7, 6, dtype=dtype).contiguous(memory_format=torch.channels_last),
+        "cropped": torch.randn(3, 5, 9, 8, dtype=dtype)[:, :, 1:-1, 1:-1],
+        "every second": torch.randn(6, 10, 14, 12, dtype=dtype)[::2, ::2, ::2, ::2],
+        "transposed": torch.randn(3, 5, 6, 7, dtype=dtype).mT,
+        "some channels": torch.randn(3, 7, 6, 10, dtype=dtype).permute(0, 3, 1, 2)[:, 2:7],
+        "expanded": torch.randn(3, 5, 1, 1, dtype=dtype).expand(3, 5, 7, 6),
+        "one image expanded": torch.randn(1, 5, 7, 6, dtype=dtype).expand(3, 5, 7, 6),
+    }
+    for name, maps in made.items():
+        found = []
+        for x in (maps, maps.contiguous()):
+            leaf = x.detach().requires_grad_()
+            for teachers in (maps_t, maps_t.contiguous(memory_format=torch.channels_last)):
+                loss, _ = head.class_map_loss(leaf, weight, None, teachers, labels, kl=1.0, cam=1.0)
+                found.append([loss.detach(), *torch.autograd.grad(loss, leaf)])
+        for other in found[1:]:
+            tolerance = {F64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+            torch.testing.assert_close(found[0], other, rtol=tolerance, atol=tolerance / 100, msg=name)
+        if name in ("contiguous", "channels-last"):
+            assert found[0][1].stride() == maps.stride()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_a_gradient_is_scaled_once(dtype):
+    """By what flows into the loss: twice with the graph kept, and through pooled maps as through maps."""
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(dtype=dtype)
+    for x in (maps, head.pooled_positions(maps)):
+        leaf = x.detach().requires_grad_()
+        loss, _ = head.class_map_loss(leaf, weight, bias, maps_t, labels, kl=1.0)
+        (one,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        for factor in (-3.0, 2.0**16, 0.0):
+            (more,) = torch.autograd.grad(loss, leaf, torch.tensor(factor, dtype=loss.dtype), retain_graph=True)
+            assert_equal_to([more], [factor * one], 1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_a_teacher_of_another_precision_is_pooled_in_the_students():
+    maps, weight, bias, maps_t, labels, _ = class_map_inputs(3, 5, (7, 7), 9)
+    for other in (torch.float32, torch.bfloat16):
+        got = run(head, maps, weight, bias, maps_t.to(other), labels, **TERMS["all"])
+        want = run(head, maps, weight, bias, maps_t.to(other).double(), labels, **TERMS["all"])
+        assert_equal_to(got, want, 0)
+
+
 def test_the_teachers_maps_may_have_another_size():
     maps, weight, bias, _, labels, _ = class_map_inputs()
     maps_t = torch.randn(*maps.shape[:2], 5, 9, dtype=F64)
@@ -273,8 +325,25 @@ def test_the_teachers_maps_may_have_another_size():
         ({"scales": (1, 4, 2)}, "class_map_loss: scales must rise"),
         ({"scales": (0, 1)}, "class_map_loss: scales must rise"),
         ({"labels": None}, "class_map_loss: kl and DKD need labels"),
-        ({"maps_t": torch.zeros(3, 9, 2, 2, dtype=F64)}, "class_map_loss: maps_t must be pooled [B, P, Ct]"),
-        ({"maps_t": torch.zeros(2, 5, 2, 2, dtype=F64)}, "class_map_loss: maps_t must be pooled [B, P, Ct]"),
+        *(
+            (
+                {"maps_t": torch.zeros(*wrong, dtype=F64)},
+                "class_map_loss: maps_t must be [B, Ct, H, W], or pooled [B, P, Ct] with P = 21 positions of the "
+                f"scales, B = 3 and Ct = 5 like maps, got {list(wrong)}",
+            )
+            for wrong in ((3, 9, 2, 2), (2, 5, 2, 2), (3, 20, 5), (3, 21, 6), (2, 21, 5), (3, 5), (3, 5, 2, 2, 2))
+        ),
+        *(
+            (
+                {"maps": torch.zeros(*wrong, dtype=F64)},
+                "class_map_loss: maps must be [B, Ct, H, W], or pooled [B, P, Ct] with P = 21 positions of the scales, "
+                f"got {list(wrong)}",
+            )
+            for wrong in ((3, 5), (3, 20, 5), (3, 5, 2, 2, 2))
+        ),
+        ({"maps": torch.zeros(3, 5, 2, 2, dtype=torch.int64)}, "maps must be a floating-point tensor"),
+        ({"maps_t": torch.zeros(3, 5, 2, 2, dtype=torch.int64)}, "maps_t must be a floating-point tensor"),
+        ({"maps_t": torch.zeros(3, 5, 2, 0, dtype=F64)}, "maps_t must have positions, got [3, 5, 2, 0]"),
         ({"maps": torch.zeros(3, 5, 0, 2, dtype=F64)}, "class_map_loss: maps must have positions, got [3, 5, 0, 2]"),
         ({"share": torch.ones(2, dtype=F64)}, "class_map_loss: share must be [B] = [3], got [2]"),
         (

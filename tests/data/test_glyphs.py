@@ -85,6 +85,9 @@ def test_characters_keep_their_sizes_and_places_beside_each_other(tmp_path):
     left, top, right, bottom = ink(drawn(tmp_path, odd=small)[POINTS[1]])
     assert min(left, top) >= 17
     assert (32 - right, 32 - bottom) == (2, 2)
+    half = {point: [(0.4, 0.4, 0.6, 0.6)] for point in POINTS[1:4]}
+    left, top, right, bottom = ink(drawn(tmp_path, odd=half)[POINTS[0]])
+    assert max(abs(side - 2) for side in (left, top, 32 - right, 32 - bottom)) <= 1
 
 
 def test_what_reaches_beyond_the_square_is_made_smaller_and_not_cut(tmp_path):
@@ -98,7 +101,8 @@ def test_what_reaches_beyond_the_square_is_made_smaller_and_not_cut(tmp_path):
     assert min(left, top, 64 - right, 64 - bottom) <= 1
     assert bottom - top > 28
     assert right - left > 35
-    _, top, _, bottom = ink(pictures[POINTS[3]])
+    left, top, right, bottom = ink(pictures[POINTS[3]])
+    assert right - left <= 3
     assert 64 - bottom <= 1
     assert bottom - top >= 30
 

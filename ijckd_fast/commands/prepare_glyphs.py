@@ -80,6 +80,7 @@ def run(args: Arguments) -> Outcome:
             f"digest of the pixels {row['pixels_digest']}"
         )
     size = str(args.image_size)
-    how = ("--image-size", size, "--eval-resize", size, "--hflip", "0", "--objective", "ce", "--student", "resnet8x2")
-    print(f"to train on it: {shlex.join(['ijckd-fast', 'train', '--data-dir', args.out, *how])}")
+    how = [] if size == "32" else ["--image-size", size, "--eval-resize", size]
+    words = ["ijckd-fast", "train", "--config", "glyphs_teacher", "--data-dir", args.out, *how]
+    print(f"to train on it: {shlex.join(words)}   # then glyphs_student with --teacher RUN")
     return Outcome(rows)

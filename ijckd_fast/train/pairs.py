@@ -12,7 +12,8 @@ from ijckd_fast.train import TrainConfig, build_distiller, make_config, resolve
 from ijckd_fast.train.config import load_preset, preset_of_pair
 from ijckd_fast.train.layered import layered
 
-CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10}  # K of the data that a preset's name begins with
+CLASSES = {"imagenet": 1000, "cifar100": 100, "digits": 10, "glyphs": 2965}
+"""K of the data that a preset's name begins with."""
 
 
 def build_pair(name: str, **changes: Any) -> tuple[TrainConfig, Distiller]:

@@ -20,9 +20,10 @@ def test_from_typefaces_to_accuracies_on_unseen_designs(tmp_path, monkeypatch, c
     fonts = write_all(tmp_path / "fonts", [ord(char) for char in "一丁七万丈三上下"], faces)
     out, run = tmp_path / "glyphs", tmp_path / "run"
     assert cli.main(["prepare-glyphs", str(out), "--fonts", str(fonts), "--workers", "1"]) == 0
-    assert f"to train on it: ijckd-fast train --data-dir {out} --image-size 32" in capsys.readouterr().out
-    changes = {"epochs": 1, "eval_every": 1, "hflip": 0.0, "image_size": 32, "eval_resize": 32}
-    assert cli.main(["train", *options(settings(out, run, **changes))]) == 0
+    assert f"to train on it: ijckd-fast train --config glyphs_teacher --data-dir {out}   #" in capsys.readouterr().out
+    tiny = settings(out, run, epochs=1, eval_every=1, warmup_epochs=0.0)
+    words = options({name: value for name, value in tiny.items() if "image_size" not in name and name != "eval_resize"})
+    assert cli.main(["train", "--config", "glyphs_teacher", *words]) == 0
     capsys.readouterr()
     assert cli.main(["evaluate", str(run), "--group-by", "([^/_]+)_[^/]*$"]) == 0
     printed = capsys.readouterr().out

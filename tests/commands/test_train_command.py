@@ -74,6 +74,8 @@ def test_presets_are_packaged_files():
     assert {name for name in names if not name.startswith("cifar100_")} == {
         "digits_student.yaml",
         "digits_teacher.yaml",
+        "glyphs_student.yaml",
+        "glyphs_teacher.yaml",
         "imagenet_convnext_small_r18.yaml",
         "imagenet_r34_r18.yaml",
         "imagenet_r50_mobilenetv1.yaml",

@@ -769,7 +769,7 @@ def test_a_folder_holds_one_run(data, tmp_path):
 
 def test_presets():
     """Each packaged preset is complete and valid; the ImageNet ones are the published recipes."""
-    assert len(preset_names()) == 22
+    assert len(preset_names()) == 24
     for name in preset_names():
         values = load_preset(name)
         given = {"data_dir": "data", "allow_weak_teacher": True}

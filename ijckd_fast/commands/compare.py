@@ -69,7 +69,10 @@ def run(args: Arguments) -> Outcome:
 
     output = Path(args.output or f"runs/{comparison.name}")
     console = Console()
-    counts = f"{len(comparison.methods)} methods x {len(comparison.regimes)} regimes x {comparison.seeds} seeds"
+    numbers = {
+        "method": len(comparison.methods), "regime": len(comparison.regimes), "seed": comparison.seeds
+    }  # fmt: skip
+    counts = " x ".join(f"{number} {name}{'' if number == 1 else 's'}" for name, number in numbers.items())
     say(console, f"{comparison.name}: {counts} in {output}")
     outcome = train_all(comparison, output, jobs=args.jobs, any_code=args.any_code, console=console)
     rows = write_comparison_report(output, comparison, outcome)

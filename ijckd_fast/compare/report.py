@@ -87,11 +87,12 @@ def _about_intervals(rows: Sequence[Mapping[str, Any]], against: Sequence[str]) 
         if each[f"minus_{name}"] is not None
     }
     chance = len(pairs) * (1 - CONFIDENCE)
+    intervals = "interval" if len(pairs) == 1 else "intervals"
     return f"""A difference, in points of top-1, is the mean of the differences seed by seed, in brackets its 95 %
 interval: Student's t over the n differences, n - 1 degrees of freedom, mean ± t s / √n, which supposes that they are
 normally distributed. Were the comparison made again and again with other seeds, 95 % of such intervals would hold the
 mean over all seeds. A star: the interval excludes 0. The intervals are not corrected for their number: of {len(pairs)}
-intervals about {chance:.1f} would exclude 0 if no method differed from another. A seed draws subset, wrong labels,
+{intervals} about {chance:.2g} would exclude 0 if no method differed from another. A seed draws subset, wrong labels,
 order, crops and first weights; the teacher and the validation images are the same in all runs, so the intervals say
 nothing about other teachers or other images."""
 

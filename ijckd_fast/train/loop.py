@@ -74,11 +74,11 @@ def train(
             closing.enter_context(files.lock(folder))
         if resume:
             begin_at = _checkpoint_to_continue_from(folder / resume_from, processes, show.say)
-            resume_from = begin_at.name
+            asked_for, resume_from = resume_from, begin_at.name
             refuse_other_settings(folder, config, settings_of(folder, resume_from, show.say))
             finished = processes.from_main(finished_summary(folder, config, show.say))
             if finished is not None:
-                show.say(f"{folder}: this run is finished, nothing to resume")
+                show.say(stops.nothing_to_resume(folder, asked_for))
                 return finished
             if processes.from_main(begin_at.exists()) or resume_from != run_folder.LAST:
                 saved = Saved.read(begin_at)

@@ -53,6 +53,16 @@ def stopped_by(signum: int, step: int, total_steps: int, folder: Path) -> Stoppe
     )
 
 
+def nothing_to_resume(folder: Path, checkpoint: str) -> str:
+    """Said of a finished run; UserError where it was to continue from a checkpoint on its way."""
+    if checkpoint == run_folder.LAST:
+        return f"{folder}: this run is finished, nothing to resume"
+    raise UserError(
+        f"the run in {folder} is finished, and {checkpoint} is of a step on its way: delete {run_folder.SUMMARY} there"
+        " to train it again from that step"
+    )
+
+
 def stopped_at_the_end(signum: int, folder: Path) -> Stopped:
     """A signal came with the last step."""
     return Stopped(signum, f" after the last step: the run in {folder} is finished")

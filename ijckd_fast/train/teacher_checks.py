@@ -168,14 +168,16 @@ def judge_teacher(
 
     raises  UserError where it is near chance
     """
+    measured = False
     if data.cache is None:
-        evaluation = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes, say)
+        evaluation, measured = _teacher_on_val(config, folder, distiller, val_loader, inputs, processes, say)
     else:
         evaluation = data.cache.on_val(data.val, teacher_view_of(config), config.data_backend)
         if evaluation is None:
             say("the cache holds the teacher's answers to other val images, or with other settings: no agreement")
     if evaluation is not None:
-        say(f"teacher: top-1 {evaluation.top1:.2f} % of {evaluation.images} val images, {evaluation.seconds:.1f} s")
+        took = f"{evaluation.seconds:.1f} s" if measured else "known from before"
+        say(f"teacher: top-1 {evaluation.top1:.2f} % of {evaluation.images} val images, {took}")
         if not config.allow_weak_teacher:
             refuse_weak_teacher(config, evaluation, data.val, say)
     return evaluation
@@ -189,16 +191,16 @@ def _teacher_on_val(
     inputs: Mapping[str, str | None],
     processes: Processes,
     say: Callable[[str], None],
-) -> Evaluation | None:
-    """The teacher's own evaluation, made once per run and kept in its folder; None without a teacher."""
+) -> tuple[Evaluation | None, bool]:
+    """(the teacher's own evaluation, made once per run and kept in its folder, None without one; whether it is new)"""
     if distiller.teacher is None:
-        return None
+        return None, False
     pixels = f"{teacher_view_of(config)} {config.data_backend} {config.amp_dtype}"
     key = f"{inputs['teacher']} {inputs['validation images']} {pixels}"
     path = folder / run_folder.TEACHER
     known = processes.from_main(known_evaluation(path, key, say) if processes.is_main else None)
     if known is not None:
-        return known
+        return known, False
     evaluation = evaluate(
         distiller.eval().teacher_logits,
         val_loader,
@@ -208,7 +210,7 @@ def _teacher_on_val(
     )
     if processes.is_main:
         save_evaluation(path, key, evaluation)
-    return evaluation
+    return evaluation, True
 
 
 def refuse_weak_teacher(config: TrainConfig, teacher: Evaluation, val: Index, say: Callable[[str], None]) -> None:

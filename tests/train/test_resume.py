@@ -412,6 +412,8 @@ def test_finished_run_is_not_trained_again(data, tmp_path, capsys):
     assert "finished, nothing to resume" in capsys.readouterr().out
     assert (folder / "last.pt").read_bytes() == before
     assert train(config(data, folder), resume=True)["seconds"] == summary["seconds"]
+    assert cli.main(["train", "--resume", str(folder / "best.pt")]) == 2
+    assert "is finished, and best.pt is of a step on its way: delete summary.json" in capsys.readouterr().err
 
 
 def test_killed_between_the_last_checkpoint_and_the_report(data, tmp_path):

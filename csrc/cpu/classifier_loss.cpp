@@ -134,7 +134,9 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     const auto add = [&]<unsigned kOn>(std::integral_constant<unsigned, kOn>) __attribute__((always_inline)) {
       for (int64_t k = 0; k < K; ++k) g[k] += soft.template grad<kOn>(lanes, k, l[k], t[k]);
     };
-    switch (soft.on()) {
+    // Of standardised rows always all: where one term is alone, the compiler forms the student's z-score apart from the
+    // teacher's (a multiplication joined to an addition), and equal rows would have a gradient.
+    switch (w.standardize ? kSoftAll : soft.on()) {
       case kSoftKl:
         add(std::integral_constant<unsigned, kSoftKl>());
         break;

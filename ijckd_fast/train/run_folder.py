@@ -87,7 +87,7 @@ def checkpoint_of(run: str | Path, best: bool = False) -> Path:
     path = Path(run)
     if path.is_dir():
         path /= BEST if best else LAST
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere has its own sentence when it is read
         raise no_checkpoint(path)
     return path
 

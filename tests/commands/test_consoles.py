@@ -84,9 +84,10 @@ def test_a_run_does_not_need_its_console(odd, tmp_path, ends, where):
 
 def test_a_run_that_fails_without_a_console_says_so_in_its_folder(data, tmp_path, ends):
     folder = tmp_path / "run"
-    weak = {"objective": "kd", "teacher": "resnet8x0.5", "teacher_checkpoint": tmp_path / "gone.pt"}
+    (tmp_path / "broken.pt").write_bytes(b"no weights")
+    weak = {"objective": "kd", "teacher": "resnet8x0.5", "teacher_checkpoint": tmp_path / "broken.pt"}
     assert ends(CLOSED, _train(data, folder, **weak)) == 2
-    assert f"{tmp_path / 'gone.pt'}" in (folder / run_folder.STOPPED).read_text()
+    assert f"{tmp_path / 'broken.pt'}" in (folder / run_folder.STOPPED).read_text()
 
 
 @pytest.mark.parametrize(

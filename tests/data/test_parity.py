@@ -364,7 +364,7 @@ def test_mistakes(data, tmp_path, capsys):
     assert "Expected a Literal['loader']" in complaint("bench", "laoder", "--parity")
     assert "--images must be at least 1, got 0" in complaint("bench", "loader", "--parity", "--images", "0")
     assert "no --data-dir given" in complaint("bench", "loader", "--parity")
-    assert "--model must be the folder or checkpoint of a run" in complaint(
+    assert "nothing': there is no such folder of a run and no such file" in complaint(
         "bench", "loader", "--parity", "--data-dir", str(data), "--model", str(tmp_path / "nothing")
     )
 

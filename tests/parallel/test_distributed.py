@@ -318,13 +318,13 @@ def test_machines_with_different_images_are_refused(data, tmp_path):
         refuse_other_images(config(data, tmp_path), [("a", "b"), ("a", "b"), ("a", "c")])
 
 
-def test_a_preset_s_global_batch_gives_way_to_the_batch_size(monkeypatch):
+def test_a_preset_s_global_batch_gives_way_to_the_batch_size(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
         "ijckd_fast.train.loop.train", lambda config, **_: seen.append((config.global_batch, config.batch_size))
     )
     for more in ([], ["--batch-size", "64"], ["--batch-size", "64", "--global-batch", "128"]):
-        assert cli.main(["train", "--config", "imagenet_r34_r18", "--data-dir", "data", *more]) == 0
+        assert cli.main(["train", "--config", "imagenet_r34_r18", "--data-dir", str(tmp_path), *more]) == 0
     assert seen == [(256, 256), (None, 64), (128, 64)]
 
 

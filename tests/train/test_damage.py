@@ -358,6 +358,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatc
         capsys, "evaluate", str(run)
     )
     last.rmdir()
+    last.touch()
 
     def forbidden(path, *_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))

@@ -137,9 +137,6 @@ IJCKD_INLINE void sample(const RowLoss& r, int64_t b, A* scratch) {
     // Of standardised rows always all: where one term is alone, the compiler forms the student's z-score apart from the
     // teacher's (a multiplication joined to an addition), and equal rows would have a gradient.
     switch (w.standardize ? kSoftAll : soft.on()) {
-      case kSoftKl:
-        add(std::integral_constant<unsigned, kSoftKl>());
-        break;
       case kSoftTtm:
         add(std::integral_constant<unsigned, kSoftTtm>());
         break;

@@ -84,13 +84,13 @@ def class_map_loss(
             )
     dtype = autocast_dtype(maps)
     numbers = [kl, dkd_alpha, dkd_beta, cam, temperature]
-    means = means_t = None
-    if not torch.compiler.is_compiling():
-        means, means_t = (_means_of(x, name, scales, maps) for x, name in ((maps, "maps"), (maps_t, "maps_t")))
-    else:  # the compiler would trace how these constants are made, and make them in each step
+    if torch.compiler.is_compiling():  # it would trace how the means are made, and make them in each step
+        means = means_t = None
         maps = _pooled(maps, "maps", scales)
         with torch.no_grad():
             maps_t = _pooled(maps_t, "maps_t", scales)
+    else:
+        means, means_t = (_means_of(x, name, scales, maps) for x, name in ((maps, "maps"), (maps_t, "maps_t")))
     grad = torch.is_grad_enabled() and maps.requires_grad
     with torch.autocast(maps.device.type, enabled=False):
         loss, parts = _of_maps.call(

@@ -37,6 +37,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="folder with train/<class>/* and val/<class>/* image files; default: the comparison's",
     )
+    parser.add_argument(
+        "--teacher",
+        type=str,
+        help=(
+            "the run folder, checkpoint or cache:FOLDER of a teacher instead of the comparison's, which is not trained "
+            "then; or a preset to train first"
+        ),
+    )
     parser.add_argument("--seeds", type=int, help="runs of each method in each regime; default: the comparison's")
     parser.add_argument(
         "--jobs",
@@ -58,7 +66,7 @@ def run(args: Arguments) -> Outcome:
     """Trains what is missing and reports; a row for each method in each regime."""
     from ijckd_fast.compare import load_comparison, refuse_mistakes
 
-    comparison = load_comparison(args.config, seeds=args.seeds, data_dir=args.data_dir)
+    comparison = load_comparison(args.config, seeds=args.seeds, data_dir=args.data_dir, teacher=args.teacher)
     refuse_mistakes(comparison, args.jobs)
 
     from rich.console import Console

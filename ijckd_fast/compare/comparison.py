@@ -136,8 +136,10 @@ def data_dir_of(comparison: Comparison) -> str:
     return comparison.data_dir
 
 
-def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: str | None = None) -> Comparison:
-    """The comparison in a YAML file or a packaged one; seeds and data_dir replace the file's.
+def load_comparison(
+    name_or_path: str, *, seeds: int | None = None, data_dir: str | None = None, teacher: str | None = None
+) -> Comparison:
+    """The comparison in a YAML file or a packaged one; seeds, data_dir and teacher replace the file's.
 
     The keys:
     methods   name -> settings; `name:` alone is the objective of that name
@@ -157,8 +159,10 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
     _check_keys(values, path)
     preset, settings = _preset(values.get("base"), f"base of {path}")
     under, of_objectives = ({}, {}) if preset is None else read_preset(preset)
-    teacher = _teacher(values.get("teacher"), f"teacher of {path}")
-    base = layered(_with_teacher(typed(under, str(preset)), teacher), settings)
+    if teacher is not None and any(settings.get(name) is not None for name in ("teacher", *TEACHER_WEIGHTS)):
+        raise UserError(f"base of {path} names a teacher of its own: leave out --teacher {teacher}, or that")
+    of_runs = _teacher(values.get("teacher") if teacher is None else teacher, f"teacher of {path}")
+    base = layered(_with_teacher(typed(under, str(preset)), of_runs), settings)
     if "seed" not in settings:
         base.pop("seed", None)  # that of a preset, which was for a run alone
     methods = {str(name): _method(str(name), values, path) for name, values in (values.get("methods") or {}).items()}
@@ -179,7 +183,7 @@ def load_comparison(name_or_path: str, *, seeds: int | None = None, data_dir: st
         name=path.stem,
         methods=methods,
         base=base,
-        teacher=teacher,
+        teacher=of_runs,
         against=tuple(str(name) for name in values.get("against", ())),
         **more,
     )

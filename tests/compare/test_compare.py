@@ -36,6 +36,7 @@ from ijckd_fast.compare import (
 )
 from ijckd_fast.compare.report import _schedule
 from ijckd_fast.data import Augment
+from ijckd_fast.data.prepare.typefaces import read_list
 from ijckd_fast.distill import PRESETS, Needs
 from ijckd_fast.errors import UserError
 from ijckd_fast.train import Stopped, TrainStep, objective_of, report, run_folder
@@ -432,19 +433,40 @@ def test_methods_have_what_the_base_s_preset_sets_for_their_objective(weights, d
     assert named == {"kd": (4, 0, 20), "dkd": (1, 8, 20), "dkd-8": (1, 8, 20)}
 
 
+def test_a_teacher_given_with_the_comparison_stands_instead_of_its_own(tmp_path):
+    """Whether that is a run or a preset to train first; one in base is not passed over."""
+    base = {"config": "digits_student", "student": "resnet8x0.25"}
+    file = _write(tmp_path / "mine.yaml", methods={"kd": None}, base=base, teacher="digits_teacher", seeds=1)
+    assert load_comparison(file).trains_teacher
+    given = load_comparison(file, teacher="runs/mine")
+    assert (given.teacher, given.trains_teacher) == ("runs/mine", False)
+    given = load_comparison(file, teacher="glyphs_teacher")
+    assert isinstance(given.teacher, dict)
+    assert given.teacher["student"] == "resnet8x2"
+    own = _write(tmp_path / "own.yaml", methods={"kd": None}, base={**base, "teacher": "resnet8x0.5"}, seeds=1)
+    with pytest.raises(UserError, match=r"base of .*own\.yaml names a teacher of its own: leave out --teacher runs/mi"):
+        load_comparison(own, teacher="runs/mine")
+
+
 def test_no_method_may_change_the_augmentation():
     """Whatever settings the plan gets: two methods would not see the same images."""
     assert {field.name for field in dataclasses.fields(Augment)} <= set(PLAN_FIELDS)
 
 
 def test_packaged_comparisons(tmp_path):
-    assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits", "logit_terms_digits"]
+    assert preset_names(COMPARISONS) == ["ablate_digits", "compare_digits", "compare_glyphs", "logit_terms_digits"]
     for name, methods, seeds in (("compare_digits", 9, 5), ("logit_terms_digits", 28, 2)):
         assert load_comparison(name).seeds == 5
         teacher, runs = plan(load_comparison(name, seeds=seeds), tmp_path)
         assert teacher is not None
         assert len(runs) == methods * 5 * seeds
         check_one_schedule(runs)
+    glyphs = load_comparison("compare_glyphs", data_dir=str(tmp_path))
+    teacher, runs = plan(glyphs, tmp_path)
+    assert teacher is not None
+    assert len(runs) == 10 * 2 * 3
+    designs = "|".join(list(dict.fromkeys(face.design for face in read_list() if face.split == "train"))[:10])
+    assert glyphs.regimes["10-designs"]["train_only"] == f"/({designs})_"
     _, runs = plan(load_comparison("ablate_digits"), tmp_path)
     assert len({tuple(getattr(run.config, name) for name in OBJECTIVE_FIELDS) for run in runs}) == 16
 

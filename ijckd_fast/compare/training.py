@@ -36,7 +36,7 @@ class Outcome:
 def train_all(
     comparison: Comparison, output: Path, *, jobs: int = 1, any_code: bool = False, console: Console
 ) -> Outcome:
-    """Trains what is not in `output` yet: its teacher, then every run, on one thread each; writes runs.csv.
+    """Trains what is not in `output` yet: its teacher, then every run by seeds, on one thread each; writes runs.csv.
 
     jobs      runs side by side, each a process of its own; 1: one after the other in this process
     any_code  use runs that other code of ijckd_fast finished or began too, even where it lacked some of the settings;
@@ -153,8 +153,9 @@ def _train_missing(
             failed[run] = str(error)
             say(console, f"{run.name} failed: {error}")
 
+    # a seed of every method before the next seed: what is stopped early has something to compare
     missing: Sequence[tuple[Run, bool]] = [
-        (run, state == "begun") for run, state in states.items() if state != "finished"
+        (run, states[run] == "begun") for run in sorted(states, key=lambda run: run.seed) if states[run] != "finished"
     ]
     if jobs == 1:
         one_by_one(missing, ended)

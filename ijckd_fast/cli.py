@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ijckd_fast import files, home, signals, streams
+from ijckd_fast import extras, files, home, signals, streams
 from ijckd_fast.errors import OutOfMemory, UserError, out_of_memory, ran_out
 
 _SMALLER = (
@@ -63,8 +63,7 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
     except Exception as error:
         if not out_of_memory(error):
             return _failed(error, asked, command)
-        words = "" if command is None else command.__name__.rpartition("commands.")[2].replace("_", "-")
-        return _complain(str(ran_out(f"in ijckd-fast {words.replace('.', ' ')}".rstrip(), _SMALLER, error)), 2)
+        return _complain(str(ran_out(f"in {_named(command)}", _SMALLER, error)), 2)
     except KeyboardInterrupt as stop:
         return _complain(str(stop) or "interrupted", 128 + signal.SIGINT)
     if outcome.rows is not None and not streams.is_watched():
@@ -74,12 +73,19 @@ def _run(arguments: list[str], asked: signals.Asked) -> int:
     return outcome.code if outcome.in_files else _require_printed() or outcome.code
 
 
+def _named(command: Any) -> str:
+    """`ijckd-fast train`; without a command, where none was found yet, `ijckd-fast`."""
+    words = "" if command is None else command.__name__.rpartition("commands.")[2].replace("_", "-")
+    return f"ijckd-fast {words.replace('.', ' ')}".rstrip()
+
+
 def _failed(error: Exception, asked: signals.Asked, command: Any) -> int:
     """Says what an error that ended the command means to a user; raises it where that is not known."""
     if isinstance(error, UserError):
         return _complain(str(error), 2)
     if isinstance(error, ImportError):
-        return _complain(f"{error}. `ijckd-fast doctor` says what is missing", 2)
+        text = extras.missing(_named(command), error)
+        return _complain(text or f"{error}. `ijckd-fast doctor` says what is missing", 2)
     if isinstance(error, OSError) and files.is_disk_full(error):
         place = f" for {error.filename}" if error.filename else ""
         return _complain(f"no space left on the device{place}: free some space", 2)

@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from jsonargparse import ArgumentParser
 
+from ijckd_fast import extras
 from ijckd_fast.commands import Arguments, Outcome
+from ijckd_fast.extras import PACKAGES
 
 SUMMARY = "What is installed, what works here, and what to do about the rest."
 DESCRIPTION = (
@@ -37,11 +39,15 @@ class Finding(NamedTuple):
 
 def examine(thorough: bool = False) -> list[Finding]:
     """Looks at everything a run needs; raises nothing. thorough: packages are imported, not only looked for."""
-    look = _import if thorough else _installed
+    find = _imported if thorough else _installed
+
+    def look(module: str, purpose: str, *, needed: bool = False) -> Finding:
+        return find(module, PACKAGES[module].distribution, needed=needed, advice=f"{extras.install(module)}, {purpose}")
+
     return [
         Finding("Python", True, True, platform.python_version()),
         Finding("CPU", True, True, f"{len(os.sched_getaffinity(0))} cores usable, {platform.machine()}"),
-        _import("torch", "torch", needed=True, advice="pip install 'torch>=2.10'"),
+        _imported("torch", "torch", needed=True, advice="pip install 'torch>=2.10'"),
         _library(
             "_C.so",
             "CPU library of the ops",
@@ -52,20 +58,16 @@ def examine(thorough: bool = False) -> list[Finding]:
         _library("_C_cuda.so", "CUDA library of the ops", needed=False, compiler="nvcc", commands=("nvcc",)),
         _gpu(),
         _dali(),
-        look("torchvision", "torchvision", needed=False, advice="pip install torchvision, for its models"),
-        look("timm", "timm", needed=False, advice="pip install timm, for its models"),
-        look(
-            "tensorboard", "tensorboard", needed=False, advice="pip install tensorboard, or train with --no-tensorboard"
-        ),
-        look(
-            "matplotlib", "matplotlib", needed=True, advice="pip install matplotlib, which draws the plots of a report"
-        ),
-        look("fontTools", "fonttools", needed=False, advice="pip install fonttools, for ijckd-fast prepare-glyphs"),
-        look("scipy", "scipy", needed=False, advice="pip install scipy, for the intervals of a comparison"),
-        look("pyarrow", "pyarrow", needed=True, advice="pip install pyarrow, which stores the index of the images"),
-        look("sklearn", "scikit-learn", needed=False, advice="pip install 'ijckd-fast[demo]', for the demo's digits"),
-        look("onnxruntime", "onnxruntime", needed=False, advice="pip install 'ijckd-fast[export]', for ONNX files"),
-        look("wandb", "wandb", needed=False, advice="pip install wandb, for --wandb"),
+        look("torchvision", "for its models"),
+        look("timm", "for its models"),
+        look("tensorboard", "or train with --no-tensorboard"),
+        look("matplotlib", "which draws the plots of a report", needed=True),
+        look("fontTools", "for ijckd-fast prepare-glyphs"),
+        look("scipy", "for the intervals of a comparison"),
+        look("pyarrow", "which stores the index of the images", needed=True),
+        look("sklearn", "for the demo's digits"),
+        look("onnxruntime", "for ONNX files"),
+        look("wandb", "for --wandb"),
         _processes(),
         _disk(),
     ]
@@ -99,7 +101,7 @@ def run(args: Arguments) -> Outcome:
     return Outcome(code=0 if able else 1)
 
 
-def _import(module: str, package: str, *, needed: bool, advice: str) -> Finding:
+def _imported(module: str, package: str, *, needed: bool, advice: str) -> Finding:
     try:
         importlib.import_module(module)
         return Finding(package, True, needed, version(package))
@@ -170,7 +172,8 @@ def _dali() -> Finding:
 
         return f"{nvidia.dali.__version__} ({DaliLoader.__name__} ready)"
 
-    return _attempt("DALI", False, look, "pip install nvidia-dali-cuda130, or train with --data-backend pillow")
+    advice = f"{extras.install('nvidia.dali')}, or train with --data-backend pillow"
+    return _attempt("DALI", False, look, advice)
 
 
 def _processes() -> Finding:

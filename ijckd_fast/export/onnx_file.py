@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ijckd_fast import extras
 from ijckd_fast.errors import UserError, out_of_memory, ran_out, reason_of
 from ijckd_fast.export.deployed import Deployed, random_images
 
@@ -25,8 +26,8 @@ def require_onnx() -> None:
             __import__(name)
         except ImportError as error:
             raise UserError(
-                f"model.onnx needs {name}, which could not be loaded ({error}): pip install onnx onnxruntime "
-                "onnxscript, or leave ONNX out with --no-onnx"
+                f"model.onnx needs {name}, which could not be loaded ({error}): {extras.install(name)}, or leave ONNX "
+                "out with --no-onnx"
             ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ijckd_fast import files
+from ijckd_fast import extras, files
 from ijckd_fast.data import AFFINE_OFF, AUTO, Augment, DataFolder, backend_of, holds_blocks
 from ijckd_fast.distill import PRESETS, Objective, get_objective
 from ijckd_fast.errors import UserError, one_of
@@ -91,7 +91,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
             f"{config.accumulate} in equal parts: wanted a multiple of {world * config.accumulate}"
         )
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb {config.wandb} needs the package: pip install wandb, or leave it out")
+        raise UserError(f"--wandb {config.wandb} needs the package: {extras.install('wandb')}, or leave it out")
     config = _normalised(config)
     cores = len(os.sched_getaffinity(0))
     return dataclasses.replace(

@@ -350,6 +350,6 @@ class Writing:
     tensorboard: bool = _writing(True, "write TensorBoard events", Trait.FREE)
     wandb: str | None = _writing(
         None,
-        "name of a Weights & Biases project to send the log to as well (pip install wandb); default: none",
+        "name of a Weights & Biases project to send the log to as well (needs the extra [wandb]); default: none",
         Trait.FREE | Trait.TRAINING,
     )

@@ -33,7 +33,8 @@ def test_doctor(capsys, monkeypatch):
     for words in (["doctor"], ["doctor", "--thorough"]):
         assert cli.main(words) == 1
         out = capsys.readouterr().out
-        assert "pip install pyarrow" in out
+        assert "pyarrow: pip install 'ijckd-fast[train]', which stores the index" in out
+        assert "wandb: pip install 'ijckd-fast[wandb]', for --wandb" in out
         assert "training cannot run" in out
 
 

@@ -157,5 +157,5 @@ def test_values_out_of_range(tmp_path, setting, text):
 
 def test_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'ijckd-fast\[demo\]'"):
+    with pytest.raises(UserError, match=r"pip install 'ijckd-fast\[train\]'"):
         write_digits(tmp_path / "d")

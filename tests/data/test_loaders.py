@@ -322,7 +322,7 @@ def test_unknown_backend(indexed):
 def test_missing_dali_is_an_error_not_a_fallback(indexed, monkeypatch):
     monkeypatch.delitem(sys.modules, "ijckd_fast.data.load.dali", raising=False)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(UserError, match="pip install nvidia-dali-cuda130, or choose --data-backend pillow"):
+    with pytest.raises(UserError, match=r"pip install 'ijckd-fast\[cu13\]', or choose --data-backend pillow"):
         make_loader("dali", EvalPlan(indexed, AUGMENT, 8))
 
 

@@ -336,7 +336,7 @@ def test_without_the_onnx_packages(trained, tmp_path, monkeypatch, capsys):
             patch.setitem(sys.modules, name, None)
             err = _complaint(capsys, trained("map"), "--out", tmp_path / "out")
         assert f"model.onnx needs {name}" in err
-        assert "pip install onnx onnxruntime onnxscript, or leave ONNX out with --no-onnx" in err
+        assert "pip install 'ijckd-fast[export]', or leave ONNX out with --no-onnx" in err
     assert _left(tmp_path) == []
 
 

@@ -49,14 +49,14 @@ def test_reference_imports_nothing_of_ours():
 
 # The rooms and the modules beside them, from the ground up: each may import what stands before it, and itself.
 ORDER = (
-    "lazy", "errors", "home", "signals", "streams", "setting", "normalisation", "files", "console", "plots", "parallel",
-    "head", "nets", "distill", "data", "theory", "evaluate", "teacher_cache", "train", "caching", "compare", "export",
-    "commands", "cli",
+    "extras", "lazy", "errors", "home", "signals", "streams", "setting", "normalisation", "files", "console", "plots",
+    "parallel", "head", "nets", "distill", "data", "theory", "evaluate", "teacher_cache", "train", "caching", "compare",
+    "export", "commands", "cli",
 )  # fmt: skip
 # What stands on less than all that is below it.
 STANDS_ON = {
     "head": {"lazy", "errors"},
-    "data": {"lazy", "errors", "signals", "normalisation", "files", "console", "head"},
+    "data": {"extras", "lazy", "errors", "signals", "normalisation", "files", "console", "head"},
     "theory": {"lazy", "errors", "files", "console", "plots"},
     "nets": {"lazy", "errors", "normalisation", "files"},
 }

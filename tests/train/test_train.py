@@ -508,7 +508,9 @@ class _WeightsAndBiases(types.ModuleType):
 def test_rows_go_to_weights_and_biases(data, tmp_path, monkeypatch):
     settings = config(data, tmp_path / "run", max_steps=8, wandb="tints")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--wandb tints needs the package: pip install wandb, or leave it out"):
+    with pytest.raises(
+        UserError, match=r"--wandb tints needs the package: pip install 'ijckd-fast\[wandb\]', or leave"
+    ):
         train(settings)
     fake = _WeightsAndBiases()
     monkeypatch.setitem(sys.modules, "wandb", fake)

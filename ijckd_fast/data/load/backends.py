@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ijckd_fast import extras
 from ijckd_fast.data.index import Index
 from ijckd_fast.data.load.blocks import BlockLoader
 from ijckd_fast.data.load.gpu_blocks import GpuBlockLoader
@@ -64,8 +65,8 @@ def make_loader(backend: str, plan: Plan, **settings: Any) -> Loader:
             from ijckd_fast.data.load.dali import DaliLoader
         except ImportError as error:
             raise UserError(
-                f"the data backend 'dali' needs NVIDIA DALI, which could not be loaded ({error}); run: pip install "
-                "nvidia-dali-cuda130, or choose --data-backend pillow"
+                f"the data backend 'dali' needs NVIDIA DALI, which could not be loaded ({error}): "
+                f"{extras.install('nvidia.dali')}, or choose --data-backend pillow"
             ) from error
         return DaliLoader(plan, **settings)
     raise UserError(

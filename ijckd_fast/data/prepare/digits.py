@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ijckd_fast import extras
 from ijckd_fast.data.counter_rng import permutation
 from ijckd_fast.errors import UserError
 from ijckd_fast.files import claimed, remove_leftovers
@@ -61,7 +62,7 @@ def load_originals() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
-            "the digits come with scikit-learn, which is not installed; run: pip install 'ijckd-fast[demo]'"
+            f"the digits come with scikit-learn, which could not be loaded ({error}): {extras.install('sklearn')}"
         ) from error
     digits = load_digits()
     return digits.images, digits.target
